@@ -1,0 +1,1 @@
+"""Sparse transformer training in JAX: masks, recipes, Flax modules and a trainer."""

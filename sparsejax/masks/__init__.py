@@ -1,0 +1,1 @@
+"""Masks as pure functions on arrays: True = kept."""

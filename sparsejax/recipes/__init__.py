@@ -1,0 +1,1 @@
+"""Published sparse-training methods, one per file, behind one protocol."""

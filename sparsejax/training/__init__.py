@@ -1,0 +1,1 @@
+"""State, step, loop, data and checkpoints of the trainer."""
