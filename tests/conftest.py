@@ -1,0 +1,16 @@
+"""Settings every test shares: the CPU by default, and compiled programs kept between runs.
+
+JAX reads these when it is imported, so they stand at import time of this file and not in a
+fixture. A run that wants a GPU sets `JAX_PLATFORMS` itself.
+"""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+_user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "sparsejax" / "xla"))
+# The defaults keep only programs that took a second or more; a test suite is made of smaller ones.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
