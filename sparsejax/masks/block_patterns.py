@@ -1,0 +1,220 @@
+"""Static block patterns of sparse attention: sliding window, Longformer, BigBird.
+
+Block (i, j) holds the queries of block i and the keys of block j. A causal pattern is the
+pattern itself without the blocks above the diagonal.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+type PatternName = Literal["sliding_window", "longformer", "bigbird"]
+"""The families that `pattern_at_density` knows."""
+
+
+def sliding_window(num_blocks: int, *, width: int, causal: bool = False) -> jax.Array:
+    """Keep the blocks within a window around the diagonal.
+
+    kept[i, j] = |i - j| < width
+
+    Args:
+      num_blocks: int, NB, blocks per side.
+      width: int, blocks from the diagonal to the edge of the window, the diagonal included: a
+        query block sees `width` blocks if causal, `2 width - 1` otherwise.
+      causal: bool, whether blocks above the diagonal are dropped.
+
+    Returns:
+      bool[NB, NB], True = kept.
+
+    Raises:
+      ValueError: if `num_blocks` or `width` is not positive.
+
+    Example:
+      >>> sliding_window(3, width=2, causal=True).astype(int)
+      Array([[1, 0, 0],
+             [1, 1, 0],
+             [0, 1, 1]], dtype=int32)
+    """
+    _check_at_least(1, num_blocks=num_blocks, width=width)
+    return (_distance(num_blocks) < width) & _visible(num_blocks, causal)
+
+
+def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = False) -> jax.Array:
+    """Keep a sliding window, and the first blocks as global rows and columns.
+
+    kept[i, j] = |i - j| < width or min(i, j) < num_global
+
+    Args:
+      num_blocks: int, NB, blocks per side.
+      width: int, blocks from the diagonal to the edge of the window, the diagonal included.
+      num_global: int, leading blocks that see every block and are seen by every block.
+      causal: bool, whether blocks above the diagonal are dropped.
+
+    Returns:
+      bool[NB, NB], True = kept.
+
+    Raises:
+      ValueError: if `num_blocks` or `width` is not positive or `num_global` is negative.
+
+    References:
+      Beltagy, Peters, Cohan: Longformer, arXiv:2004.05150, section 3.1, without dilation.
+
+    Example:
+      >>> longformer(4, width=1, num_global=1).astype(int)
+      Array([[1, 1, 1, 1],
+             [1, 1, 0, 0],
+             [1, 0, 1, 0],
+             [1, 0, 0, 1]], dtype=int32)
+    """
+    _check_at_least(0, num_global=num_global)
+    window = sliding_window(num_blocks, width=width, causal=causal)
+    return window | ((_nearest_border(num_blocks) < num_global) & _visible(num_blocks, causal))
+
+
+def bigbird(
+    num_blocks: int,
+    *,
+    width: int,
+    num_global: int,
+    num_random: int,
+    key: jax.Array,
+    causal: bool = False,
+) -> jax.Array:
+    """Keep a sliding window, global rows and columns, and random blocks in each row.
+
+    The random blocks of a row are drawn uniformly, without repetition, from its visible blocks
+    outside the window and the globals; a row with fewer of them than asked for keeps all.
+
+    Args:
+      num_blocks: int, NB, blocks per side.
+      width: int, blocks from the diagonal to the edge of the window, the diagonal included.
+      num_global: int, leading blocks that see every block and are seen by every block.
+      num_random: int, random blocks per row of blocks.
+      key: PRNG key of the draw.
+      causal: bool, whether blocks above the diagonal are dropped.
+
+    Returns:
+      bool[NB, NB], True = kept.
+
+    Raises:
+      ValueError: if `num_blocks` or `width` is not positive, or another count is negative.
+
+    References:
+      Zaheer et al.: Big Bird, arXiv:2007.14062, section 2; the globals are those of its
+      internal construction, ITC.
+
+    Example:
+      >>> bigbird(8, width=1, num_global=0, num_random=2, key=jax.random.key(0)).sum(axis=1)
+      Array([3, 3, 3, 3, 3, 3, 3, 3], dtype=int32)
+    """
+    _check_at_least(0, num_random=num_random)
+    fixed = longformer(num_blocks, width=width, num_global=num_global, causal=causal)
+    candidates = _visible(num_blocks, causal) & ~fixed
+    draws = jnp.where(candidates, jax.random.uniform(key, fixed.shape), jnp.inf)
+    rank_in_row = draws.argsort(axis=1).argsort(axis=1)
+    return fixed | (candidates & (rank_in_row < num_random))
+
+
+def pattern_at_density(
+    name: PatternName,
+    num_blocks: int,
+    *,
+    density: float,
+    causal: bool = False,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Make the pattern of a family that keeps exactly the requested number of blocks.
+
+    The count is round(density * visible blocks), so that patterns of different families can be
+    compared at equal cost. The rule is ours. Every pattern begins with the diagonal; what is
+    left of the count is divided among the family's parts, and each part takes its share of the
+    blocks not kept yet in its own order, last the window:
+
+      sliding_window  all to the window
+      longformer      half to globals, half to the window
+      bigbird         a third each to globals, random blocks and the window
+
+    The window grows outward from the diagonal; globals fill the first row and column, the
+    blocks farthest from the diagonal first, then the next; ties go in row order.
+
+    Args:
+      name: "sliding_window", "longformer" or "bigbird".
+      num_blocks: int, NB, blocks per side.
+      density: float, fraction of the visible blocks to keep; at least the diagonal's share.
+      causal: bool, whether only the lower triangle of blocks is visible.
+      key: PRNG key of the random blocks; the other families do not use it.
+
+    Returns:
+      bool[NB, NB], True = kept.
+
+    Raises:
+      ValueError: if the name is unknown, `num_blocks` is not positive, the density is above 1
+        or below the share of the diagonal, or BigBird lacks its key.
+
+    Example:
+      >>> pattern_at_density("longformer", 4, density=0.5).astype(int)
+      Array([[1, 1, 0, 1],
+             [1, 1, 0, 0],
+             [0, 0, 1, 0],
+             [1, 0, 0, 1]], dtype=int32)
+    """
+    _check_at_least(1, num_blocks=num_blocks)
+    visible = _visible(num_blocks, causal)
+    visible_count = num_blocks * (num_blocks + 1) // 2 if causal else num_blocks**2
+    count = math.floor(density * visible_count + 0.5) if 0 < density <= 1 else 0
+    if count < num_blocks:
+        raise ValueError(
+            f"density must be at most 1 and at least {num_blocks / visible_count:.4g}, the "
+            f"share of the diagonal blocks, got density={density}"
+        )
+
+    rest = count - num_blocks
+    distance = _distance(num_blocks)
+    farthest_border_first = (_nearest_border(num_blocks) + 1) * num_blocks - distance
+    kept = jnp.eye(num_blocks, dtype=bool)
+    match name:
+        case "sliding_window":
+            pass
+        case "longformer":
+            kept = _keep_lowest(farthest_border_first, rest // 2, kept, visible)
+            rest -= rest // 2
+        case "bigbird":
+            if key is None:
+                raise ValueError("key must be given for name='bigbird', got key=None")
+            third = rest // 3
+            kept = _keep_lowest(farthest_border_first, third, kept, visible)
+            kept = _keep_lowest(jax.random.uniform(key, kept.shape), third, kept, visible)
+            rest -= 2 * third
+        case _:
+            known = "'sliding_window', 'longformer' or 'bigbird'"
+            raise ValueError(f"name must be {known}, got name={name!r}")
+    return _keep_lowest(distance, rest, kept, visible)
+
+
+def _keep_lowest(score: jax.Array, count: int, kept: jax.Array, visible: jax.Array) -> jax.Array:
+    """Keep `count` more of the visible blocks, those of the lowest score."""
+    order = jnp.where(visible & ~kept, score, jnp.inf).ravel().argsort(stable=True)
+    return kept.ravel().at[order[:count]].set(True).reshape(kept.shape)
+
+
+def _distance(num_blocks: int) -> jax.Array:
+    index = jnp.arange(num_blocks)
+    return jnp.abs(index[:, None] - index)
+
+
+def _nearest_border(num_blocks: int) -> jax.Array:
+    index = jnp.arange(num_blocks)
+    return jnp.minimum(index[:, None], index)
+
+
+def _visible(num_blocks: int, causal: bool) -> jax.Array:
+    everything = jnp.ones((num_blocks, num_blocks), bool)
+    return jnp.tril(everything) if causal else everything
+
+
+def _check_at_least(minimum: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {name}={value}")

@@ -1,0 +1,203 @@
+"""Floating-point operations of a transformer, counted from shapes and densities.
+
+Conventions. A multiply-add is 2 FLOPs. Only matrix products count: no softmax, normalisation,
+activation, bias, embedding look-up, position encoding or optimizer. The backward pass of a
+product is two products of the same size, for either operand, hence twice the forward pass;
+rematerialisation is not counted. What a density below 1 leaves out is not counted, whether or
+not the hardware in use can save it, and it is left out of both passes alike.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerFlops:
+    """Forward FLOPs of one transformer layer for one sequence, by component.
+
+    Attributes:
+      qkv: float, projections to queries, keys and values.
+      scores: float, queries times keys.
+      values: float, probabilities times values.
+      output: float, projection of the heads back to the model width.
+      mlp: float, feed-forward block.
+    """
+
+    qkv: float
+    scores: float
+    values: float
+    output: float
+    mlp: float
+
+    @property
+    def attention(self) -> float:
+        """FLOPs of the products that the attention pattern thins out: scores and values."""
+        return self.scores + self.values
+
+    @property
+    def linears(self) -> float:
+        """FLOPs of the products with weights: qkv, output and mlp."""
+        return self.qkv + self.output + self.mlp
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of the forward pass."""
+        return self.attention + self.linears
+
+    @property
+    def backward(self) -> float:
+        """FLOPs of the backward pass, twice those of the forward pass."""
+        return 2 * self.forward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerFlops:
+    """FLOPs of a transformer for one sequence.
+
+    Attributes:
+      layers: tuple of LayerFlops, first layer first.
+      head: float, forward FLOPs of the language-model head or the classifier.
+    """
+
+    layers: tuple[LayerFlops, ...]
+    head: float
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of the forward pass: inference on one sequence."""
+        return sum(layer.forward for layer in self.layers) + self.head
+
+    @property
+    def backward(self) -> float:
+        """FLOPs of the backward pass, twice those of the forward pass."""
+        return 2 * self.forward
+
+    @property
+    def training(self) -> float:
+        """FLOPs of forward and backward pass: one sequence of a training step."""
+        return self.forward + self.backward
+
+
+def count_transformer_flops(
+    *,
+    num_layers: int,
+    model_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    mlp_dim: int,
+    sequence_length: int,
+    causal: bool,
+    gated_mlp: bool = False,
+    vocab_size: int = 0,
+    num_classes: int = 0,
+    attention_density: float | Sequence[float] = 1.0,
+    projection_density: float | Sequence[float] = 1.0,
+    mlp_density: float | Sequence[float] = 1.0,
+) -> TransformerFlops:
+    """Count the FLOPs of a transformer on one sequence, by layer and component.
+
+    With T = sequence_length, D = model_dim, H = head_dim, N and K = num_heads and num_kv_heads,
+    P = T^2 query-key pairs, or T (T + 1) / 2 if causal:
+
+      qkv      2 T D (N + 2 K) H   * projection_density
+      scores   2 P N H             * attention_density
+      values   2 P N H             * attention_density
+      output   2 T N H D           * projection_density
+      mlp      2 T D mlp_dim * (2, or 3 if gated) * mlp_density
+      head     2 T D vocab_size, or 2 D num_classes
+
+    The module's docstring states what is counted and what is not. Multiply by the batch size
+    for a step, divide by the sequence length for a token.
+
+    Args:
+      num_layers: int, transformer layers.
+      model_dim: int, width of the residual stream.
+      num_heads: int, query heads; a multiple of `num_kv_heads`.
+      num_kv_heads: int, key and value heads.
+      head_dim: int, width of a head.
+      mlp_dim: int, hidden width of the feed-forward block.
+      sequence_length: int, positions of one sequence.
+      causal: bool, whether only the visible half of the query-key pairs is counted. False counts
+        the full square, also the usual convention for dense causal models.
+      gated_mlp: bool, whether the feed-forward block has a third, gating matrix.
+      vocab_size: int, outputs of the head at every position; 0 leaves the head out.
+      num_classes: int, outputs of a classifier at one pooled position. If positive, it is the
+        head, and `vocab_size` merely sizes an embedding, which costs no FLOPs.
+      attention_density: float in [0, 1] or one per layer, kept fraction of the counted pairs.
+      projection_density: float in [0, 1] or one per layer, kept fraction of the attention
+        weights (qkv and output).
+      mlp_density: float in [0, 1] or one per layer, kept fraction of the feed-forward weights.
+
+    Returns:
+      TransformerFlops for one sequence.
+
+    Raises:
+      ValueError: if a size is not positive, `vocab_size` or `num_classes` is negative, the heads
+        are not a multiple of the key/value heads, or a density is outside [0, 1] or not one per
+        layer.
+
+    Example:
+      >>> gpt2 = dict(num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12, head_dim=64,
+      ...             mlp_dim=3072, vocab_size=50304, sequence_length=1024, causal=True)
+      >>> dense = count_transformer_flops(**gpt2)
+      >>> sparse = count_transformer_flops(**gpt2, attention_density=0.1)
+      >>> round(dense.training / sparse.training, 3)
+      1.069
+    """
+    sizes = {
+        "num_layers": num_layers,
+        "model_dim": model_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "mlp_dim": mlp_dim,
+        "sequence_length": sequence_length,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    for name, value in (("vocab_size", vocab_size), ("num_classes", num_classes)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {name}={value}")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            "num_heads must be a multiple of num_kv_heads, got "
+            f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
+        )
+
+    pairs = sequence_length * (sequence_length + 1) // 2 if causal else sequence_length**2
+    qkv = 2 * sequence_length * model_dim * (num_heads + 2 * num_kv_heads) * head_dim
+    scores = 2 * pairs * num_heads * head_dim
+    output = 2 * sequence_length * num_heads * head_dim * model_dim
+    mlp = 2 * sequence_length * model_dim * mlp_dim * (3 if gated_mlp else 2)
+    layers = tuple(
+        LayerFlops(
+            qkv=qkv * projection,
+            scores=scores * attention,
+            values=scores * attention,
+            output=output * projection,
+            mlp=mlp * feed_forward,
+        )
+        for attention, projection, feed_forward in zip(
+            _per_layer("attention_density", attention_density, num_layers),
+            _per_layer("projection_density", projection_density, num_layers),
+            _per_layer("mlp_density", mlp_density, num_layers),
+            strict=True,
+        )
+    )
+    head = num_classes or sequence_length * vocab_size
+    return TransformerFlops(layers=layers, head=2.0 * model_dim * head)
+
+
+def _per_layer(name: str, density: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
+    densities = tuple(density) if isinstance(density, Sequence) else (density,) * num_layers
+    if len(densities) != num_layers:
+        raise ValueError(
+            f"{name} must be one number or one per layer, got {len(densities)} numbers for "
+            f"num_layers={num_layers}"
+        )
+    for value in densities:
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be within [0, 1], got {name}={density}")
+    return densities
