@@ -1,0 +1,121 @@
+"""What the harness promises: checked before timed, recorded once, resumable, interleaved."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.harness import (
+    Case,
+    Point,
+    make_random,
+    measure_case,
+    parse_arguments,
+    relative_error,
+    run_points,
+    time_interleaved,
+)
+from benchmarks.records import Column, Results, make_table
+
+QUICK = {"repeats": 3, "sample_seconds": 0.0}
+COLUMNS = [
+    Column("size", lambda r: str(r["key"]["size"])),
+    Column("error", lambda r: f"{r['values']['twice']['relative_error']:.0e}"),
+    Column("peer", lambda r: r["values"]["peer"]["absent"]),
+]
+
+
+def make_case(**changes):
+    x = make_random(jax.ShapeDtypeStruct((8,), jnp.float32))
+    functions = {"twice": lambda x: 2 * x}
+    return Case(functions=functions, args=(x,), reference=lambda x: x + x, tolerance=1e-6)._replace(
+        **changes
+    )
+
+
+def make_points(made, sizes=(1, 2), **changes):
+    def point(size):
+        return Point({"size": size}, lambda: made.append(size) or make_case(**changes))
+
+    return [point(size) for size in sizes]
+
+
+def test_a_wrong_function_is_reported_and_not_timed():
+    functions = {"twice": lambda x: 2 * x, "thrice": lambda x: 3 * x}
+    values = measure_case(make_case(functions=functions), **QUICK)
+    assert "median_seconds" in values["twice"] and values["twice"]["rounds"] == 3
+    assert set(values["thrice"]) == {"failed"}
+
+
+def test_nan_is_an_error_not_a_pass():
+    assert relative_error(jnp.array([jnp.nan]), jnp.array([1.0])) == float("inf")
+    with pytest.raises(ValueError, match=r"shape \(2,\), expected \(1,\)"):
+        relative_error(jnp.ones(2), jnp.ones(1))
+
+
+def test_calls_are_interleaved():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = time_interleaved(calls, repeats=4, sample_seconds=0.0)
+    assert "".join(order) == "aabb" + "ab" * 4  # compile and calibrate, then rounds
+    assert [len(samples[name]) for name in "ab"] == [4, 4]
+
+
+def test_a_second_run_measures_only_what_is_missing(tmp_path, capsys):
+    made = []
+    run = {"columns": COLUMNS, "results_dir": tmp_path, **QUICK}
+    assert run_points("op", make_points(made, sizes=(1,)), **run) == 0
+    assert run_points("op", make_points(made), **run) == 0
+    assert made == [1, 2]
+    run_points("op", make_points(made), force=True, **run)
+    assert made == [1, 2, 1, 2]
+    assert len(json.loads((tmp_path / "op.json").read_text())["points"]) == 2
+    assert "| 2 | 0e+00 |" in (tmp_path / "op.md").read_text()
+    assert "| 2 | 0e+00 |" in capsys.readouterr().out
+
+
+def test_a_failed_point_is_counted_and_measured_again(tmp_path):
+    made = []
+    run = {"columns": COLUMNS[:1], "results_dir": tmp_path, **QUICK}
+    broken = {"twice": lambda x: -x}
+    assert run_points("op", make_points(made, functions=broken), **run) == 2
+    assert run_points("op", make_points(made), **run) == 0
+    assert made == [1, 2, 1, 2]
+
+
+def test_no_point_starts_when_the_time_is_up(tmp_path, capsys):
+    made = []
+    run = {"columns": COLUMNS, "results_dir": tmp_path, **QUICK}
+    run_points("op", make_points(made), budget_seconds=0.0, **run)
+    assert made == [] and "2 points not looked at" in capsys.readouterr().out
+
+
+def test_table_names_device_driver_and_absent_peers():
+    record = {
+        "key": {"size": 1},
+        "values": {"peer": {"absent": "not installed"}},
+        "environment": {
+            "device": "NVIDIA H200",
+            "driver": "580.1",
+            "jax": "0.11.2",
+            "python": "3.12.3",
+            "date": "2026-01-02 03:04",
+        },
+    }
+    table = make_table([record], COLUMNS)
+    assert "**NVIDIA H200**, driver 580.1, jax 0.11.2, Python 3.12.3, 2026-01-02" in table
+    assert "| 1 | – | not installed |" in table
+
+
+def test_a_file_that_is_not_a_results_file_is_refused(tmp_path):
+    (tmp_path / "op.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a results file"):
+        Results(tmp_path / "op.json")
+
+
+def test_arguments_are_those_of_run_points():
+    assert vars(parse_arguments("op", ["--force", "--budget-seconds=5"])) == {
+        "force": True,
+        "budget_seconds": 5.0,
+    }
