@@ -1,0 +1,219 @@
+"""Record metrics as JSON lines and TensorBoard events, fetched from the device one step late."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def dump_json(value: Any, name: str = "value") -> str:
+    """Write a value as one line of strict JSON that `load_json` turns back into the same value.
+
+    JSON has no NaN and no infinities: they become the strings "NaN", "Infinity" and
+    "-Infinity", which those words alone may therefore not be. Floats keep all their digits.
+
+    Args:
+      value: None, bool, int, float, str, or lists and string-keyed dicts of them.
+      name: str, what an error message calls the value.
+
+    Returns:
+      str without line breaks.
+
+    Raises:
+      ValueError: if some part of the value would not come back as it was.
+
+    Example:
+      >>> dump_json({"loss": float("nan"), "step": 3})
+      '{"loss": "NaN", "step": 3}'
+      >>> load_json('{"loss": "-Infinity", "step": 3}')
+      {'loss': -inf, 'step': 3}
+    """
+    return json.dumps(_encode(value, name), allow_nan=False)
+
+
+def load_json(text: str | bytes) -> Any:
+    """Read what `dump_json` wrote.
+
+    Args:
+      text: str or bytes, one JSON value.
+
+    Returns:
+      The value, with non-finite floats as floats.
+    """
+    return _decode(json.loads(text))
+
+
+def _encode(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"the keys of {name} must be strings, got {key!r}")
+        return {key: _encode(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_encode(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and value in _NON_FINITE:
+        raise ValueError(f"{name} must not be the string {value!r}: it stands for the float")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"{name} must be None, bool, int, float, str, list or dict, got {value!r} "
+        f"of type {type(value).__name__}"
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read a metrics file, in the order it was written.
+
+    A last line torn by a kill in mid-write is left out.
+
+    Args:
+      path: the `metrics.jsonl` of a run.
+
+    Returns:
+      One dict per line, each with "step".
+
+    Raises:
+      ValueError: if a line before the last is not a JSON object with a step.
+    """
+    return [row for _, row in _iterate_lines(Path(path))]
+
+
+def _iterate_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = load_json(line)
+            row["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number}, must be a JSON object with a step, got {line[:80]!r}"
+            ) from error
+        yield line, row
+
+
+def _rewind(path: Path, resume_step: int | None) -> None:
+    """Drop the lines after `resume_step`, so that the steps run again write them anew."""
+    kept = b""
+    if resume_step is not None and path.exists():
+        kept = b"".join(line for line, row in _iterate_lines(path) if row["step"] <= resume_step)
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_bytes(kept)
+    replacement.replace(path)
+
+
+class MetricsWriter:
+    """Append metrics to `metrics.jsonl` and to TensorBoard events under `tensorboard/`.
+
+    Each line is flushed as it is written. On resume the lines after the checkpoint's step
+    are dropped in one atomic replacement (and hidden in TensorBoard), so the file reads like
+    that of an uninterrupted run; for this, whatever is still deferred must be written
+    before a checkpoint is saved.
+
+    Args:
+      workdir: folder of the run; it must exist.
+      resume_step: int, step of the checkpoint that training goes on from, or None to begin
+        an empty file.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None):
+        self._path = Path(workdir) / "metrics.jsonl"
+        _rewind(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        first_step = 0 if resume_step is None else resume_step + 1
+        self._events = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=first_step, flush_secs=10
+        )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; its numbers also become TensorBoard scalars.
+
+        Args:
+          step: int, optimiser steps done.
+          values: JSON values by name, such as {"phase": "sparse", "loss": 2.5}.
+
+        Raises:
+          ValueError: if a value is not JSON (an array, say) or `values` has its own "step".
+        """
+        if "step" in values:
+            raise ValueError(f"values must not contain 'step', got {values['step']!r}")
+        line = dump_json({"step": step, **values}, "metrics")
+        self._file.write(line + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush the TensorBoard events and close both files."""
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+type Fetched = tuple[int, dict[str, float | int | bool]]
+
+
+class DeferredMetrics:
+    """Fetch device scalars one step late, so that the host never waits for the running step."""
+
+    def __init__(self):
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> Fetched | None:
+        """Start copying this step's scalars to the host and return those of the step before.
+
+        Args:
+          step: int, optimiser steps done.
+          metrics: scalar arrays by name.
+
+        Returns:
+          (step, values) of the previous call, as Python numbers, or None if there was none.
+
+        Raises:
+          ValueError: if an array is not a scalar.
+        """
+        for name, array in metrics.items():
+            if array.shape:
+                raise ValueError(f"metrics[{name!r}] must be a scalar, got shape {array.shape}")
+            array.copy_to_host_async()
+        previous, self._pending = self._pending, (step, metrics)
+        return _fetch(previous)
+
+    def flush(self) -> Fetched | None:
+        """Wait for the scalars still on their way and return them.
+
+        Returns:
+          (step, values) of the last `push`, or None if they were already returned.
+        """
+        previous, self._pending = self._pending, None
+        return _fetch(previous)
+
+
+def _fetch(pending: tuple[int, Mapping[str, jax.Array]] | None) -> Fetched | None:
+    if pending is None:
+        return None
+    step, metrics = pending
+    return step, {name: array.item() for name, array in metrics.items()}
