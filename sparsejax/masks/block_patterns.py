@@ -195,8 +195,9 @@ def pattern_at_density(
 
 def _keep_lowest(score: jax.Array, count: int, kept: jax.Array, visible: jax.Array) -> jax.Array:
     """Keep `count` more of the visible blocks, those of the lowest score."""
-    order = jnp.where(visible & ~kept, score, jnp.inf).ravel().argsort(stable=True)
-    return kept.ravel().at[order[:count]].set(True).reshape(kept.shape)
+    candidates = jnp.where(visible & ~kept, score, jnp.inf).ravel()
+    rank = candidates.argsort(stable=True).argsort()
+    return kept | (rank < count).reshape(kept.shape)
 
 
 def _distance(num_blocks: int) -> jax.Array:

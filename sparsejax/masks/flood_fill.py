@@ -170,15 +170,16 @@ def flood_fill(pooled: jax.Array, *, quantile: float, causal: bool = False) -> j
     """Keep the blocks above a quantile that greedy walks from the border come across.
 
     A walk starts at every block of the first row and of the first column. It moves to the
-    largest of the three neighbours below, right and below-right, outside the grid counting as
-    zero and ties going below-right, until it leaves the grid. The blocks it moves to are kept
-    if their value is strictly above the `quantile` of all values (linear interpolation); it
-    walks on through the others. Its start is not tested. Diagonal blocks are always kept.
+    largest of the three neighbours below, right and below-right, blocks outside the grid counting
+    as zero, until it leaves the grid; below-right wins its ties, then right. The blocks it moves
+    to are kept if their value is strictly above the `quantile` of all values (interpolated
+    linearly); it walks on through the others. Its start is not tested. Diagonal blocks are
+    always kept.
 
-    Without causality at most (1 - quantile) NB^2 + NB blocks are kept. The fill looks at single
-    neighbours and cannot reach everything: of a random 32 x 32 map with quantile 0.96 it keeps
-    about 23 of the 41 values above the threshold. If many values tie at the top, the quantile
-    can equal the maximum, which leaves the diagonal.
+    Without causality at most ceil((1 - quantile) (NB^2 - 1)) + NB blocks are kept. The walks look
+    one block ahead and miss many: of the 41 blocks above the 0.96-quantile of a random 32 x 32
+    map they reach 25 on average. Where many values tie at the top the quantile can equal the
+    maximum, which leaves the diagonal.
 
     The causal case is ours. Blocks above the diagonal are invisible: they count as zero, are
     left out of the quantile (their zeros would make up half the values, so that a quantile of

@@ -8,7 +8,9 @@ not the hardware in use can save it, and it is left out of both passes alike.
 """
 
 import dataclasses
-from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,9 @@ def count_transformer_flops(
     gated_mlp: bool = False,
     vocab_size: int = 0,
     num_classes: int = 0,
-    attention_density: float | Sequence[float] = 1.0,
-    projection_density: float | Sequence[float] = 1.0,
-    mlp_density: float | Sequence[float] = 1.0,
+    attention_density: ArrayLike = 1.0,
+    projection_density: ArrayLike = 1.0,
+    mlp_density: ArrayLike = 1.0,
 ) -> TransformerFlops:
     """Count the FLOPs of a transformer on one sequence, by layer and component.
 
@@ -124,18 +126,19 @@ def count_transformer_flops(
       vocab_size: int, outputs of the head at every position; 0 leaves the head out.
       num_classes: int, outputs of a classifier at one pooled position. If positive, it is the
         head, and `vocab_size` merely sizes an embedding, which costs no FLOPs.
-      attention_density: float in [0, 1] or one per layer, kept fraction of the counted pairs.
-      projection_density: float in [0, 1] or one per layer, kept fraction of the attention
+      attention_density: float[] or float[num_layers] in [0, 1], kept fraction of the counted pairs.
+      projection_density: float[] or float[num_layers] in [0, 1], kept fraction of the attention
         weights (qkv and output).
-      mlp_density: float in [0, 1] or one per layer, kept fraction of the feed-forward weights.
+      mlp_density: float[] or float[num_layers] in [0, 1], kept fraction of the feed-forward
+        weights.
 
     Returns:
       TransformerFlops for one sequence.
 
     Raises:
       ValueError: if a size is not positive, `vocab_size` or `num_classes` is negative, the heads
-        are not a multiple of the key/value heads, or a density is outside [0, 1] or not one per
-        layer.
+        are not a multiple of the key/value heads, or a density is outside [0, 1] or neither one
+        number nor one per layer.
 
     Example:
       >>> gpt2 = dict(num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12, head_dim=64,
@@ -143,7 +146,7 @@ def count_transformer_flops(
       >>> dense = count_transformer_flops(**gpt2)
       >>> sparse = count_transformer_flops(**gpt2, attention_density=0.1)
       >>> round(dense.training / sparse.training, 3)
-      1.069
+      1.068
     """
     sizes = {
         "num_layers": num_layers,
@@ -190,14 +193,13 @@ def count_transformer_flops(
     return TransformerFlops(layers=layers, head=2.0 * model_dim * head)
 
 
-def _per_layer(name: str, density: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
-    densities = tuple(density) if isinstance(density, Sequence) else (density,) * num_layers
-    if len(densities) != num_layers:
+def _per_layer(name: str, density: ArrayLike, num_layers: int) -> list[float]:
+    densities = np.asarray(density, np.float64)
+    if densities.shape not in ((), (num_layers,)):
         raise ValueError(
-            f"{name} must be one number or one per layer, got {len(densities)} numbers for "
+            f"{name} must be one number or one per layer, got {name}={density} for "
             f"num_layers={num_layers}"
         )
-    for value in densities:
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be within [0, 1], got {name}={density}")
-    return densities
+    if not ((densities >= 0) & (densities <= 1)).all():
+        raise ValueError(f"{name} must be within [0, 1], got {name}={density}")
+    return np.broadcast_to(densities, num_layers).tolist()
