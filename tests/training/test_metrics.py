@@ -2,10 +2,8 @@
 
 import json
 import math
-import threading
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,19 +145,28 @@ def test_scalars_come_one_step_late_as_python_numbers():
     assert deferred.flush() is None
 
 
-def test_pushing_does_not_wait_for_the_step_that_runs():
-    pushed = threading.Event()
+class RunningScalar:
+    """An array of a step still running: asking for its value would wait."""
 
-    @jax.jit
-    def run_until_pushed():
-        return jax.pure_callback(
-            lambda: np.asarray(pushed.wait(timeout=10)), jax.ShapeDtypeStruct((), bool)
-        )
+    shape = ()
 
-    deferred = DeferredMetrics()
-    deferred.push(1, {"pushed": run_until_pushed()})
-    pushed.set()
-    assert deferred.flush() == (1, {"pushed": True})
+    def __init__(self):
+        self.calls = []
+
+    def copy_to_host_async(self):
+        self.calls.append("copy")
+
+    def item(self):
+        self.calls.append("wait")
+        return 0.5
+
+
+def test_pushing_starts_the_copy_and_does_not_wait_for_the_step_that_runs():
+    deferred, scalar = DeferredMetrics(), RunningScalar()
+    deferred.push(1, {"loss": scalar})
+    assert scalar.calls == ["copy"]
+    assert deferred.push(2, {}) == (1, {"loss": 0.5})
+    assert scalar.calls == ["copy", "wait"]
 
 
 def test_an_array_is_not_a_scalar():
