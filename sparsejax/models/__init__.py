@@ -1,1 +1,10 @@
 """flax.nnx modules that call the sparse ops."""
+
+from sparsejax.models.attention import AttentionMode as AttentionMode
+from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
+from sparsejax.models.attention import SparsityMask as SparsityMask
+from sparsejax.models.attention import apply_rotary as apply_rotary
+from sparsejax.models.attention import mean_attention_map as mean_attention_map
+from sparsejax.models.config import TransformerConfig as TransformerConfig
+from sparsejax.models.transformer import ModelOutput as ModelOutput
+from sparsejax.models.transformer import Transformer as Transformer

@@ -1,1 +1,16 @@
 """Published sparse-training methods, one per file, behind one protocol."""
+
+from sparsejax.recipes.attention_masks import (
+    compute_attention_density as compute_attention_density,
+)
+from sparsejax.recipes.attention_masks import get_attention_masks as get_attention_masks
+from sparsejax.recipes.attention_masks import set_attention_masks as set_attention_masks
+from sparsejax.recipes.dense import make_dense as make_dense
+from sparsejax.recipes.recipe import Observation as Observation
+from sparsejax.recipes.recipe import Phase as Phase
+from sparsejax.recipes.recipe import Recipe as Recipe
+from sparsejax.recipes.recipe import Sparsity as Sparsity
+from sparsejax.recipes.spion import SpionConfig as SpionConfig
+from sparsejax.recipes.spion import make_spion as make_spion
+from sparsejax.recipes.static_attention import StaticAttentionConfig as StaticAttentionConfig
+from sparsejax.recipes.static_attention import make_static_attention as make_static_attention

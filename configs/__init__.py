@@ -1,0 +1,1 @@
+"""Training configurations; each file's docstring carries its command and expected result."""

@@ -1,0 +1,87 @@
+"""Every key a run can have, with its unit and its default; other configs only change values."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Return the defaults.
+
+    Returns:
+      ConfigDict; lock it after changing values so that no key can be invented.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.num_steps = 1000  # optimizer steps of the whole run
+    config.num_micro_batches = 1  # parts a batch is split into to save memory
+    config.eval_every_steps = 100  # steps between two validations
+    config.num_eval_batches = 8  # 0 = the whole validation split
+    config.log_every_steps = 10  # steps between two progress lines
+    config.max_consecutive_skips = 5  # non-finite steps in a row before the run stops
+
+    model = config.model = ml_collections.ConfigDict()
+    model.vocab_size = 0  # 0 = as many as the data has; more is allowed, fewer refused
+    model.num_layers = 4
+    model.model_dim = 128
+    model.num_heads = 4
+    model.num_kv_heads = 0  # 0 = num_heads
+    model.mlp_dim = 512
+    model.positions = "learned"  # or "rotary"
+    model.dropout_rate = 0.0
+    model.init_std = config_dict.placeholder(float)  # None = LeCun-normal kernels
+    model.dtype = "float32"  # activations; parameters are always float32
+    model.remat = False  # recompute blocks in the backward pass
+    model.scan_layers = True  # compile one block for all layers
+    model.block_size = 64  # side of an attention block, positions
+    # None = the best kernel for the device: "mosaic_sm90", "xla", "dense" or "reference"
+    model.attention_implementation = config_dict.placeholder(str)
+
+    data = config.data = ml_collections.ConfigDict()
+    # stdlib | text:/path | listops | listops:short | idx:/folder | tfds:name | aan:/folder
+    data.source = "stdlib"
+    data.data_dir = "~/.cache/sparsejax"  # prepared data sets and tokenizers
+    data.tokenizer = "bytes"  # or "bpe:4096", trained on the training split
+    data.sequence_length = 1024  # positions
+    data.batch_size = 8  # examples per step over all processes
+    data.num_reading_threads = 0  # 0 or 1
+    data.truncate = False  # cut longer classification examples instead of refusing them
+
+    optimizer = config.optimizer = ml_collections.ConfigDict()
+    optimizer.name = "adamw"  # or "lion", "sgd"
+    optimizer.learning_rate = 1e-3  # peak
+    optimizer.schedule = "cosine"  # or "one_cycle", "constant"
+    optimizer.warmup_steps = 100
+    optimizer.final_fraction = 0.1  # last rate of "cosine" relative to the peak
+    optimizer.weight_decay = 0.1  # decoupled, kernels and embeddings only
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.clip_norm = 1.0  # None = off
+    optimizer.clip_value = config_dict.placeholder(float)  # None = off
+
+    recipe = config.recipe = ml_collections.ConfigDict()
+    recipe.name = "dense"  # or "spion", "static_attention"
+
+    spion = recipe.spion = ml_collections.ConfigDict()
+    spion.variant = "cf"  # "cf", "c" or "f"
+    spion.quantile = config_dict.placeholder(float)  # threshold of the flood fill: "cf", "f"
+    spion.density = config_dict.placeholder(float)  # fraction of blocks kept: "c"
+    spion.filter_size = 31  # positions, odd
+    spion.probe_every_steps = 100  # steps between two checks of the attention maps
+    spion.max_change_percent = 15  # the switch needs every layer's change below this
+    spion.keep_map_at_second_check = True  # as the released code
+    spion.restart_learning_rate = True  # warm up again after the switch
+    spion.pruned_logits = "zero"  # or "masked"
+    spion.latest_switch_step = config_dict.placeholder(int)  # ours: switch then at the latest
+
+    static = recipe.static_attention = ml_collections.ConfigDict()
+    static.pattern = "sliding_window"  # or "longformer", "bigbird"
+    static.density = 0.1  # fraction of visible blocks kept
+    static.dense_steps = 0  # dense steps before the pattern applies
+    static.pruned_logits = "masked"  # or "zero"
+
+    checkpoint = config.checkpoint = ml_collections.ConfigDict()
+    checkpoint.every_steps = 100
+    checkpoint.keep_last = 2
+    checkpoint.keep_best = 1  # by validation loss
+    return config

@@ -1,0 +1,25 @@
+"""GPT-2 124M with SPION attention, our causal extension of the published encoder method.
+
+Command:   python train.py --config=configs/gpt2_124m_spion.py --workdir=runs/gpt2_124m_spion \
+               --config.data.source=text:/path/to/openwebtext
+Hardware:  one H100 or H200
+Source:    configs/gpt2_124m_dense.py; the sparsity settings are ours
+Expected:  not yet run
+"""
+
+from configs import gpt2_124m_dense
+
+
+def get_config():
+    """Return the settings.
+
+    Returns:
+      ConfigDict.
+    """
+    config = gpt2_124m_dense.get_config()
+    config.recipe.name = "spion"
+    config.recipe.spion.quantile = 0.8
+    config.recipe.spion.probe_every_steps = 1_000
+    # A second warm-up in the middle of a cosine schedule is not what this model is trained with.
+    config.recipe.spion.restart_learning_rate = False
+    return config

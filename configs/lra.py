@@ -1,0 +1,35 @@
+"""What the Long Range Arena configs of SPION share; not a run of its own."""
+
+from configs import base
+
+
+def get_config():
+    """Return the model and optimizer that SPION trains on every task.
+
+    Two heads of 32, width 64, feed-forward 128, pre-LN, learned positions, mean pooling,
+    dropout 0.1; AdamW (0.9, 0.999), eps 1e-6, no decay, gradient values clipped at 1; one-cycle
+    schedule, linear both ways. Source: the released code of arXiv:2309.12578, which runs
+    attention in float32 and the rest in mixed precision.
+
+    Returns:
+      ConfigDict.
+    """
+    config = base.get_config()
+    config.num_eval_batches = 0
+    config.log_every_steps = 50
+
+    config.model.model_dim = 64
+    config.model.num_heads = 2
+    config.model.mlp_dim = 128
+    config.model.positions = "learned"
+    config.model.dropout_rate = 0.1
+
+    config.optimizer.schedule = "one_cycle"
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-6
+    config.optimizer.clip_norm = None
+    config.optimizer.clip_value = 1.0
+
+    config.recipe.name = "spion"
+    return config

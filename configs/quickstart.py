@@ -1,0 +1,44 @@
+"""SPION on the standard library's own sources: dense, then block-sparse, in a few minutes.
+
+Command:   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+Hardware:  2 CPU cores
+Source:    ours; sizes chosen so that attention dominates the dense step
+Expected:  see the README
+"""
+
+from configs import base
+
+
+def get_config():
+    """Return the settings.
+
+    Returns:
+      ConfigDict.
+    """
+    config = base.get_config()
+    config.num_steps = 200
+    config.eval_every_steps = 50
+    config.num_eval_batches = 4
+    config.log_every_steps = 10
+
+    config.model.num_layers = 2
+    config.model.model_dim = 128
+    config.model.num_heads = 4
+    config.model.mlp_dim = 512
+    config.model.positions = "rotary"
+    config.model.block_size = 64
+
+    config.data.sequence_length = 2048
+    config.data.batch_size = 4
+
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 20
+
+    config.recipe.name = "spion"
+    config.recipe.spion.quantile = 0.8
+    config.recipe.spion.probe_every_steps = 20
+    config.recipe.spion.latest_switch_step = 80
+    config.recipe.spion.restart_learning_rate = False
+
+    config.checkpoint.every_steps = 50
+    return config

@@ -1,0 +1,36 @@
+"""SPION on byte-level IMDB reviews, two classes.
+
+Command:   python train.py --config=configs/spion_text.py --workdir=runs/spion_text
+Hardware:  one GPU of 24 GB or more
+Source:    released code of SPION (arXiv:2309.12578), its settings for this task
+Expected:  not yet run
+"""
+
+from configs import lra
+
+
+def get_config():
+    """Return the settings.
+
+    Returns:
+      ConfigDict.
+    """
+    config = lra.get_config()
+    config.num_steps = 30_000
+    config.eval_every_steps = 200
+    config.checkpoint.every_steps = 200
+
+    config.model.num_layers = 2
+    config.model.block_size = 64
+
+    config.data.source = "tfds:imdb_reviews"
+    config.data.sequence_length = 4096
+    config.data.batch_size = 32
+    config.data.truncate = True
+
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 80
+
+    config.recipe.spion.quantile = 0.99
+    config.recipe.spion.probe_every_steps = 200
+    return config

@@ -1,0 +1,240 @@
+"""Multi-head attention whose kept blocks are a variable of the module.
+
+Legend: B batch, T query position, S key position, D model width, N query heads, K key/value
+heads, H head dim, I query blocks, J key blocks.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import BlockSchedule, block_sparse_attention
+from sparsejax.patterns import BlockPattern
+
+
+class SparsityMask(nnx.Variable):
+    """bool array, True = kept; a model's forward pass reads it and never writes it."""
+
+
+class AttentionMode(NamedTuple):
+    """Static choices of one training phase about attention.
+
+    Attributes:
+      sparse: bool, False attends everywhere and ignores the masks.
+      pruned_logits: "masked" or "zero", how pruned blocks count in the softmax.
+      implementation: which kernel runs sparse attention, None for the best on the device.
+    """
+
+    sparse: bool = True
+    pruned_logits: Literal["masked", "zero"] = "masked"
+    implementation: str | None = None
+
+
+class BlockSparseAttention(nnx.Module):
+    """Self-attention over the blocks that `block_mask` keeps.
+
+    y = concat_n softmax(q_n k_n^T / sqrt(H)) v_n W_o,  restricted to kept blocks
+
+    Attributes:
+      qkv: nnx.Linear, f32[D, (N + 2K) H].
+      out: nnx.Linear, f32[N H, D].
+      block_mask: SparsityMask bool[1, 1, I, J], all True at first; assign to it (outside a
+        trace) to prune.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_heads: int,
+        *,
+        max_length: int,
+        block: BlockPattern,
+        num_kv_heads: int | None = None,
+        causal: bool = False,
+        rotary: bool = False,
+        dtype=jnp.float32,
+        kernel_init=nnx.initializers.lecun_normal(),
+        out_kernel_init=nnx.initializers.lecun_normal(),
+        rngs: nnx.Rngs,
+    ):
+        """Create the projections and an all-True block mask.
+
+        Args:
+          model_dim: int, width D; a multiple of `num_heads`.
+          num_heads: int, query heads N.
+          max_length: int, longest sequence; a multiple of both block sizes.
+          block: BlockPattern, the rectangle that is kept or dropped as one.
+          num_kv_heads: int, key/value heads K, default N.
+          causal: bool, attend to the past only.
+          rotary: bool, rotate queries and keys by position.
+          dtype: type of activations; parameters are float32.
+          kernel_init: initializer of the query, key and value weights.
+          out_kernel_init: initializer of the output weights.
+          rngs: nnx.Rngs with a `params` stream.
+
+        Raises:
+          ValueError: if heads do not divide the width or blocks the length.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if model_dim % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                "num_heads must divide model_dim and num_kv_heads must divide num_heads, got "
+                f"{model_dim=}, {num_heads=}, {num_kv_heads=}"
+            )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = model_dim // num_heads
+        self.block, self.causal, self.rotary = block, causal, rotary
+        width = (num_heads + 2 * num_kv_heads) * self.head_dim
+        self.qkv = nnx.Linear(model_dim, width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.out = nnx.Linear(
+            model_dim, model_dim, dtype=dtype, kernel_init=out_kernel_init, rngs=rngs
+        )
+        self.block_mask = SparsityMask(jnp.ones((1, 1, *block.grid(max_length)), bool))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        kv_mask_BT: jax.Array | None = None,
+        schedule: BlockSchedule | None = None,
+        mode: AttentionMode = AttentionMode(),
+        probe: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attend and project.
+
+        Args:
+          x_BTD: float[B, T, D]; T at most `max_length`.
+          kv_mask_BT: bool[B, T], True = a real token that may be attended; None = all real.
+          schedule: what `make_block_schedule` made of the block mask, to share its cost; None
+            builds it here. Only for T equal to `max_length`.
+          mode: AttentionMode, static.
+          probe: bool, static; also return the attention map.
+
+        Returns:
+          float[B, T, D], and f32[T, T], the softmax map averaged over batch and heads, or None.
+        """
+        B, T, _ = x_BTD.shape
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q_BTNH, k_BSKH, v_BSKH = (
+            part.reshape(B, T, -1, self.head_dim)
+            for part in jnp.split(
+                self.qkv(x_BTD), [sum(heads[:n]) * self.head_dim for n in (1, 2)], axis=-1
+            )
+        )
+        if self.rotary:
+            q_BTNH, k_BSKH = apply_rotary(q_BTNH), apply_rotary(k_BSKH)
+        attention_map_TS = None
+        if probe:
+            attention_map_TS = mean_attention_map(
+                jax.lax.stop_gradient(q_BTNH),
+                jax.lax.stop_gradient(k_BSKH),
+                causal=self.causal,
+                kv_mask_BS=kv_mask_BT,
+            )
+        attend = functools.partial(
+            block_sparse_attention,
+            block_q=self.block.block_q,
+            block_kv=self.block.block_kv,
+            causal=self.causal,
+        )
+        if not mode.sparse:
+            y_BTNH = attend(
+                q_BTNH, k_BSKH, v_BSKH, None, kv_mask=kv_mask_BT, implementation="dense"
+            )
+        else:
+            padded = [_pad_to_blocks(x, self.block) for x in (q_BTNH, k_BSKH, v_BSKH)]
+            P = padded[0].shape[1]
+            if P != T:
+                real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
+                kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, P - T)))
+            if schedule is None:
+                I, J = self.block.grid(P)
+                schedule = self.block_mask[...][:, :, :I, :J]
+            y_BTNH = attend(
+                *padded,
+                schedule,
+                kv_mask=kv_mask_BT,
+                pruned_logits=mode.pruned_logits,
+                implementation=mode.implementation,
+            )[:, :T]
+        return self.out(y_BTNH.reshape(B, T, -1)), attention_map_TS
+
+
+def _pad_to_blocks(x_BTNH: jax.Array, block: BlockPattern) -> jax.Array:
+    step = max(block.block_q, block.block_kv)
+    return jnp.pad(x_BTNH, ((0, 0), (0, -x_BTNH.shape[1] % step), (0, 0), (0, 0)))
+
+
+def apply_rotary(x_BTNH: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.Array:
+    """Rotate pairs of features by an angle proportional to the position.
+
+    (a, b) -> (a cos - b sin, b cos + a sin),  angle = t / max_wavelength^(2 i / H)
+
+    Args:
+      x_BTNH: float[B, T, N, H], H even; feature i is paired with i + H/2.
+      max_wavelength: float, positions per radian of the slowest pair.
+
+    Returns:
+      float[B, T, N, H], same type; the rotation is computed in f32.
+
+    References:
+      Su et al., RoFormer, arXiv:2104.09864, equation 34.
+    """
+    T, H = x_BTNH.shape[1], x_BTNH.shape[3]
+    frequency_h = max_wavelength ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_h
+    cos, sin = (f(angle_Th)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+
+
+def mean_attention_map(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    kv_mask_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Average the softmax map over batch and heads, holding one head's map at a time.
+
+    A = 1/(B N) sum_bn softmax(q_bn k_bn^T / sqrt(H))
+
+    Args:
+      q_BTNH: float[B, T, N, H].
+      k_BSKH: float[B, S, K, H], K divides N.
+      causal: bool, a query sees keys at its position and before.
+      kv_mask_BS: bool[B, S], True = visible; None = all.
+
+    Returns:
+      f32[T, S]; each row sums to 1 if every query sees a key.
+
+    Numerics:
+      Scores, softmax and the running sum are f32.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    visible_BTS = jnp.ones((1, T, S), bool)
+    if causal:
+        visible_BTS = visible_BTS & jnp.tril(visible_BTS)
+    if kv_mask_BS is not None:
+        visible_BTS = visible_BTS & kv_mask_BS[:, None, :]
+
+    def add_head(total_TS, i):
+        b, n = i // N, i % N
+        scores_TS = jnp.einsum(
+            "TH,SH->TS",
+            q_BTNH[b, :, n],
+            k_BSKH[b, :, n // (N // K)],
+            preferred_element_type=jnp.float32,
+        )
+        visible_TS = visible_BTS[b % visible_BTS.shape[0]]
+        scores_TS = jnp.where(visible_TS, scores_TS / H**0.5, -jnp.inf)
+        # A query that sees no key has no distribution; it adds nothing rather than NaN.
+        probabilities_TS = jax.nn.softmax(scores_TS, where=visible_TS, axis=-1)
+        return total_TS + probabilities_TS, None
+
+    total_TS, _ = jax.lax.scan(add_head, jnp.zeros((T, S), jnp.float32), jnp.arange(B * N))
+    return total_TS / (B * N)

@@ -1,0 +1,116 @@
+"""What a transformer is made of, as one frozen and checked value."""
+
+import dataclasses
+from typing import Literal
+
+from sparsejax.patterns import BlockPattern
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape and options of `Transformer`.
+
+    Attributes:
+      vocab_size: int, number of token ids.
+      num_layers: int, transformer blocks.
+      model_dim: int, width of the residual stream; a multiple of `num_heads`.
+      num_heads: int, query heads.
+      num_kv_heads: int, key/value heads; divides `num_heads` (grouped queries when smaller).
+      mlp_dim: int, hidden width of the feed-forward layer.
+      max_length: int, positions; the block pattern divides it.
+      causal: bool, True for a decoder language model, False for an encoder.
+      num_classes: int, 0 gives next-token logits, otherwise the model pools and classifies.
+      num_towers: int, documents per example; 2 compares two (document matching).
+      positions: "learned" table or "rotary" embedding.
+      block: BlockPattern of the attention mask.
+      dropout_rate: float in [0, 1), applied to embeddings and residual branches.
+      init_std: float or None, standard deviation of weight matrices; residual outputs get it
+        divided by sqrt(2 num_layers) as in GPT-2. None takes LeCun-normal kernels.
+      dtype: "float32", "bfloat16" or "float16", type of activations and matrix products.
+        Parameters are always float32.
+      remat: bool, recompute each block in the backward pass instead of storing it.
+      scan_layers: bool, compile one block and scan it; False unrolls the same stacked
+        parameters.
+
+    Raises:
+      ValueError: if a value is out of range or two values contradict each other.
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_dim: int
+    max_length: int
+    causal: bool
+    num_classes: int = 0
+    num_towers: int = 1
+    positions: Literal["learned", "rotary"] = "learned"
+    block: BlockPattern
+    dropout_rate: float = 0.0
+    init_std: float | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remat: bool = False
+    scan_layers: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(self.mlp_dim >= 1, "mlp_dim", self.mlp_dim, "at least 1")
+        _check(
+            self.model_dim % self.num_heads == 0,
+            "model_dim",
+            self.model_dim,
+            f"a multiple of num_heads={self.num_heads}",
+        )
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads={self.num_heads}",
+        )
+        _check(0 <= self.dropout_rate < 1, "dropout_rate", self.dropout_rate, "in [0, 1)")
+        _check(
+            self.positions in ("learned", "rotary"),
+            "positions",
+            self.positions,
+            "'learned' or 'rotary'",
+        )
+        _check(
+            self.positions == "learned" or self.head_dim % 2 == 0,
+            "head dim",
+            self.head_dim,
+            "even with rotary positions",
+        )
+        dtypes = ("float32", "bfloat16", "float16")
+        _check(self.dtype in dtypes, "dtype", self.dtype, f"one of {dtypes}")
+        _check(self.num_towers in (1, 2), "num_towers", self.num_towers, "1 or 2")
+        _check(
+            not (self.causal and self.num_classes),
+            "num_classes",
+            self.num_classes,
+            "0 in a causal language model",
+        )
+        _check(
+            self.causal or self.num_classes > 1,
+            "num_classes",
+            self.num_classes,
+            "at least 2 in an encoder",
+        )
+        _check(self.init_std is None or self.init_std > 0, "init_std", self.init_std, "positive")
+        self.block.grid(self.max_length)
+
+    @property
+    def head_dim(self) -> int:
+        """Return the width of one head, model_dim / num_heads.
+
+        Returns:
+          int.
+        """
+        return self.model_dim // self.num_heads
+
+
+def _check(ok: bool, name: str, value, expected: str):
+    if not ok:
+        raise ValueError(f"model.{name} must be {expected}, got {value!r}")

@@ -1,0 +1,286 @@
+"""Pre-norm transformer: a decoder language model or an encoder that classifies.
+
+Legend: B batch, T position, D model width, F feed-forward width, V vocabulary, C classes,
+L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import make_block_schedule
+from sparsejax.models.attention import AttentionMode, BlockSparseAttention
+from sparsejax.models.config import TransformerConfig
+
+
+class ModelOutput(NamedTuple):
+    """What the forward pass returns.
+
+    Attributes:
+      logits: f32[B, T, V] of a language model, f32[B, C] of a classifier.
+      attention_maps: f32[L, T, T] averaged over batch and heads if probed, else None.
+    """
+
+    logits: jax.Array
+    attention_maps: jax.Array | None
+
+
+class MLP(nnx.Module):
+    """Feed-forward layer, y = gelu(x W_in) W_out.
+
+    Attributes:
+      up: nnx.Linear, f32[D, F].
+      down: nnx.Linear, f32[F, D].
+    """
+
+    def __init__(self, model_dim, mlp_dim, *, dtype, kernel_init, out_kernel_init, rngs: nnx.Rngs):
+        """Create both projections.
+
+        Args:
+          model_dim: int, D.
+          mlp_dim: int, F.
+          dtype: type of activations.
+          kernel_init: initializer of `up`.
+          out_kernel_init: initializer of `down`.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        self.up = nnx.Linear(model_dim, mlp_dim, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.down = nnx.Linear(
+            mlp_dim, model_dim, dtype=dtype, kernel_init=out_kernel_init, rngs=rngs
+        )
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          x_BTD: float[B, T, D].
+
+        Returns:
+          float[B, T, D].
+        """
+        return self.down(nnx.gelu(self.up(x_BTD)))
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer block.
+
+    Attributes:
+      attention_norm, mlp_norm: nnx.LayerNorm over D.
+      attention: BlockSparseAttention.
+      mlp: MLP.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        """Create the two branches.
+
+        Args:
+          config: TransformerConfig.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        kernel_init = out_kernel_init = nnx.initializers.lecun_normal()
+        if config.init_std is not None:
+            kernel_init = nnx.initializers.normal(config.init_std)
+            out_kernel_init = nnx.initializers.normal(
+                config.init_std / (2 * config.num_layers) ** 0.5
+            )
+        self.dropout_rate = config.dropout_rate
+        shared = dict(
+            dtype=jnp.dtype(config.dtype),
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            rngs=rngs,
+        )
+        self.attention_norm = _layer_norm(config, rngs)
+        self.attention = BlockSparseAttention(
+            config.model_dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            max_length=config.max_length,
+            block=config.block,
+            causal=config.causal,
+            rotary=config.positions == "rotary",
+            **shared,
+        )
+        self.mlp_norm = _layer_norm(config, rngs)
+        self.mlp = MLP(config.model_dim, config.mlp_dim, **shared)
+
+    def __call__(self, x_BTD, *, schedule, kv_mask_BT, dropout_key, mode, probe):
+        """Apply attention and feed-forward, each around a residual connection.
+
+        Args:
+          x_BTD: float[B, T, D].
+          schedule: BlockSchedule of this layer's mask, or None.
+          kv_mask_BT: bool[B, T], True = real token, or None.
+          dropout_key: typed key, or None for no dropout.
+          mode: AttentionMode, static.
+          probe: bool, static; also return the attention map.
+
+        Returns:
+          float[B, T, D] and f32[T, T] or None.
+        """
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        branch, attention_map = self.attention(
+            self.attention_norm(x_BTD),
+            kv_mask_BT=kv_mask_BT,
+            schedule=schedule,
+            mode=mode,
+            probe=probe,
+        )
+        x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
+        branch = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
+
+
+class Transformer(nnx.Module):
+    """GPT-2 shaped decoder (tied head) or Long Range Arena shaped encoder (mean pooling).
+
+    Parameters and masks of the blocks are stacked on a leading layer axis.
+
+    Attributes:
+      embedding: nnx.Embed, f32[V, D].
+      position: nnx.Param f32[max_length, D], learned positions only.
+      blocks: Block whose every leaf has a leading axis L.
+      final_norm: nnx.LayerNorm over D.
+      hidden, classifier: nnx.Linear of a classifier's head.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        """Create parameters and all-True masks.
+
+        Args:
+          config: TransformerConfig.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        table_init = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.model_dim,
+            dtype=dtype,
+            embedding_init=table_init,
+            rngs=rngs,
+        )
+        if config.positions == "learned":
+            shape = (config.max_length, config.model_dim)
+            self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.final_norm = _layer_norm(config, rngs)
+        if config.num_classes:
+            # Two documents are compared through x, y, x*y and x-y.
+            features = config.model_dim * (4 if config.num_towers == 2 else 1)
+            self.hidden = nnx.Linear(features, config.mlp_dim, dtype=dtype, rngs=rngs)
+            self.classifier = nnx.Linear(config.mlp_dim, config.num_classes, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        mode: AttentionMode = AttentionMode(),
+        probe: bool = False,
+    ) -> ModelOutput:
+        """Compute logits.
+
+        Args:
+          tokens: i32[B, T]; i32[B, 2, T] with two towers.
+          mask: bool, shape of `tokens`, True = real token; None = all real.
+          dropout_key: typed key; None switches dropout off.
+          mode: AttentionMode, static.
+          probe: bool, static; also return each layer's mean attention map.
+
+        Returns:
+          ModelOutput.
+
+        Raises:
+          ValueError: if `tokens` has the wrong rank or is longer than `max_length`.
+        """
+        config = self.config
+        if tokens.ndim != config.num_towers + 1 or tokens.shape[-1] > config.max_length:
+            raise ValueError(
+                f"tokens must be [B, {'2, ' if config.num_towers == 2 else ''}T] with T at most "
+                f"max_length={config.max_length}, got shape {tokens.shape}"
+            )
+        tokens_BT = tokens.reshape(-1, tokens.shape[-1])
+        mask_BT = None if mask is None else mask.reshape(tokens_BT.shape)
+        T = tokens_BT.shape[1]
+        x_BTD = self.embedding(tokens_BT)
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.position[...][:T].astype(x_BTD.dtype)
+        embedding_key = block_key = dropout_key
+        if dropout_key is not None:
+            embedding_key, block_key = jax.random.split(dropout_key)
+        x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
+        x_BTD, attention_maps = self._apply_blocks(x_BTD, mask_BT, block_key, mode, probe)
+        x_BTD = self.final_norm(x_BTD)
+        if not config.num_classes:
+            return ModelOutput(self.embedding.attend(x_BTD).astype(jnp.float32), attention_maps)
+        if mask_BT is not None:
+            x_BTD = x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
+        # The mean runs over all T positions, padding included, as the published models do.
+        pooled_BD = x_BTD.mean(1)
+        if config.num_towers == 2:
+            x, y = jnp.moveaxis(pooled_BD.reshape(-1, 2, config.model_dim), 1, 0)
+            pooled_BD = jnp.concatenate([x, y, x * y, x - y], -1)
+        logits_BC = self.classifier(nnx.relu(self.hidden(pooled_BD)))
+        return ModelOutput(logits_BC.astype(jnp.float32), attention_maps)
+
+    def _apply_blocks(self, x_BTD, mask_BT, dropout_key, mode, probe):
+        config = self.config
+        graphdef, blocks = nnx.split(self.blocks)
+        schedules = None
+        if mode.sparse and x_BTD.shape[1] == config.max_length:
+            schedules = make_block_schedule(self.blocks.attention.block_mask[...])
+        dropout_keys = None
+        if dropout_key is not None:
+            dropout_keys = jax.random.split(dropout_key, config.num_layers)
+
+        def apply_block(x_BTD, layer):
+            block, schedule, key = layer
+            return nnx.merge(graphdef, block)(
+                x_BTD,
+                schedule=schedule,
+                kv_mask_BT=mask_BT,
+                dropout_key=key,
+                mode=mode,
+                probe=probe,
+            )
+
+        if config.remat:
+            apply_block = jax.checkpoint(apply_block, prevent_cse=not config.scan_layers)
+        return jax.lax.scan(
+            apply_block,
+            x_BTD,
+            (blocks, schedules, dropout_keys),
+            unroll=1 if config.scan_layers else config.num_layers,
+        )
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero entries at random and scale the rest so that the mean is kept.
+
+    Args:
+      x: float array.
+      rate: float in [0, 1), static; the fraction zeroed.
+      key: typed key; None returns `x` unchanged.
+
+    Returns:
+      Array like `x`.
+    """
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.model_dim, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)

@@ -1,0 +1,72 @@
+"""How attention recipes write a pattern into the masks of a stacked model.
+
+Legend: L layers, I query blocks, J key blocks.
+"""
+
+import jax
+
+from sparsejax.masks import block_density
+from sparsejax.types import PyTree
+
+
+def set_attention_masks(masks: PyTree, pattern_LIJ: jax.Array) -> PyTree:
+    """Replace every attention block mask of a stacked model by the layers' patterns.
+
+    Args:
+      masks: nested dict of bool arrays; leaves called `block_mask` are bool[L, 1, 1, I, J].
+      pattern_LIJ: bool[L, I, J].
+
+    Returns:
+      Nested dict like `masks`.
+
+    Raises:
+      ValueError: if the pattern does not fit a block mask.
+    """
+
+    def replace(path, mask):
+        if path[-1].key != "block_mask":
+            return mask
+        pattern = pattern_LIJ[:, None, None]
+        if pattern.shape != mask.shape:
+            raise ValueError(
+                f"the pattern must have the shape of {jax.tree_util.keystr(path)}, got "
+                f"{pattern_LIJ.shape=} for {mask.shape=}"
+            )
+        return pattern
+
+    return jax.tree_util.tree_map_with_path(replace, masks)
+
+
+def get_attention_masks(masks: PyTree) -> jax.Array:
+    """Return the attention block masks of a stacked model, one per layer.
+
+    Args:
+      masks: nested dict of bool arrays with one leaf called `block_mask`, bool[L, 1, 1, I, J].
+
+    Returns:
+      bool[L, I, J].
+
+    Raises:
+      ValueError: if there is not exactly one such leaf.
+    """
+    found = [
+        mask
+        for path, mask in jax.tree_util.tree_leaves_with_path(masks)
+        if path[-1].key == "block_mask"
+    ]
+    if len(found) != 1:
+        raise ValueError(f"masks must have one leaf called 'block_mask', got {len(found)}")
+    return found[0][:, 0, 0]
+
+
+def compute_attention_density(masks: PyTree, *, causal: bool) -> jax.Array:
+    """Return the fraction of visible blocks that each layer keeps.
+
+    Args:
+      masks: nested dict of bool arrays with one leaf called `block_mask`, bool[L, 1, 1, I, J].
+      causal: bool, only blocks on and below the diagonal are visible.
+
+    Returns:
+      f32[L].
+    """
+    return block_density(get_attention_masks(masks), causal=causal)

@@ -1,0 +1,152 @@
+"""The protocol that a sparse-training method speaks to the train step and the loop.
+
+A recipe is a NamedTuple of pure functions on pytrees, like an Optax transformation. Training
+runs through its phases in order; a phase is static, so each one compiles its own step. Every
+function has an identity default, so a method states only what it does:
+
+  inside every step        transform_params -> forward -> auxiliary_loss -> clip ->
+                           transform_gradients -> skip_optimizer -> optimizer -> update
+  at a probing step        observe, which may ask for the next phase
+  between two phases       enter_phase
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.types import PyTree
+
+
+class Phase(NamedTuple):
+    """A stretch of training with one compiled step.
+
+    Attributes:
+      name: str, unique in the recipe; recorded in checkpoints.
+      sparse_attention: bool, False attends everywhere.
+      pruned_logits: "masked" or "zero", how pruned attention blocks count in the softmax.
+      last_step: int, the phase ends after this many steps of the run at the latest; None = no
+        limit.
+      probe_every_steps: int, `observe` is called on the training batch of these steps; None =
+        never.
+      maps_in_step: bool, every step hands the attention maps to `auxiliary_loss`.
+      learning_rate: "schedule" continues it, "restart" runs it anew from the phase's first
+        step, "constant" holds the base rate.
+      learning_rate_scale: float, multiplies the rate.
+      reset_optimizer: bool, the phase begins with fresh optimizer state.
+    """
+
+    name: str
+    sparse_attention: bool = False
+    pruned_logits: Literal["masked", "zero"] = "masked"
+    last_step: int | None = None
+    probe_every_steps: int | None = None
+    maps_in_step: bool = False
+    learning_rate: Literal["schedule", "restart", "constant"] = "schedule"
+    learning_rate_scale: float = 1.0
+    reset_optimizer: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Everything a recipe keeps in the train state.
+
+    Attributes:
+      masks: nested dict of bool arrays, True = kept, as the model's `SparsityMask` variables.
+      params: the recipe's own trainable parameters, updated by the same optimizer.
+      statistics: whatever the current phase has to remember.
+      phase_start_step: i32[], steps done when the current phase began.
+    """
+
+    masks: PyTree
+    params: PyTree
+    statistics: PyTree
+    phase_start_step: jax.Array
+
+
+class Observation(NamedTuple):
+    """What `observe` concluded.
+
+    Attributes:
+      change_phase: bool[], enter the next phase after this step.
+      metrics: dict of arrays for the log.
+    """
+
+    change_phase: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+def _init(masks: PyTree, key: jax.Array) -> Sparsity:
+    del key
+    return Sparsity(masks=masks, params={}, statistics={}, phase_start_step=jnp.int32(0))
+
+
+def _transform_params(params: PyTree, sparsity: Sparsity, phase: Phase) -> PyTree:
+    del sparsity, phase
+    return params
+
+
+def _auxiliary_loss(sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase):
+    del sparsity, attention_maps, phase
+    return jnp.float32(0)
+
+
+def _transform_gradients(grads: PyTree, params: PyTree, sparsity: Sparsity, phase: Phase):
+    del params, sparsity, phase
+    return grads
+
+
+def _skip_optimizer(step: jax.Array, phase: Phase) -> jax.Array:
+    del step, phase
+    return jnp.bool_(False)
+
+
+def _update(sparsity, params, opt_state, grads, *, step, key, phase):
+    del grads, step, key, phase
+    return sparsity, params, opt_state
+
+
+def _observe(sparsity: Sparsity, attention_maps: jax.Array, phase: Phase):
+    del attention_maps, phase
+    return sparsity, Observation(change_phase=jnp.bool_(False), metrics={})
+
+
+def _enter_phase(sparsity: Sparsity, phase: Phase) -> Sparsity:
+    del phase
+    return sparsity
+
+
+class Recipe(NamedTuple):
+    """A sparse-training method as pure functions; the defaults train densely.
+
+    Attributes:
+      name: str.
+      phases: tuple of Phase, in the order of training.
+      init: (masks, key) -> Sparsity, before the first step; masks are all True.
+      transform_params: (params, sparsity, phase) -> params that the forward pass sees.
+      auxiliary_loss: (sparsity, attention_maps, phase) -> f32[], added to the loss. Gradients
+        flow to `sparsity.params` only.
+      transform_gradients: (grads, params, sparsity, phase) -> grads, after clipping and before
+        the optimizer.
+      skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.
+      update: (sparsity, params, opt_state, grads, *, step, key, phase) -> (sparsity, params,
+        opt_state), the method's own changes at the end of a step.
+      observe: (sparsity, attention_maps, phase) -> (sparsity, Observation). Maps are
+        f32[L, T, T], averaged over batch and heads of the step's training batch.
+      enter_phase: (sparsity, phase) -> sparsity, on entering any phase but the first; may
+        change its structure.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    init: Callable = _init
+    transform_params: Callable = _transform_params
+    auxiliary_loss: Callable = _auxiliary_loss
+    transform_gradients: Callable = _transform_gradients
+    skip_optimizer: Callable = _skip_optimizer
+    update: Callable = _update
+    observe: Callable = _observe
+    enter_phase: Callable = _enter_phase

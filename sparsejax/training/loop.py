@@ -1,0 +1,411 @@
+"""Train and evaluate: phases, validation, checkpoints, and a state that resumes bit for bit."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax.recipes import Observation, Phase, compute_attention_density, get_attention_masks
+from sparsejax.training.checkpoint import (
+    Checkpointer,
+    check_free_space,
+    count_bytes,
+    restore,
+)
+from sparsejax.training.config import ConfigError, TrainConfig
+from sparsejax.training.flops import count_transformer_flops
+from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
+from sparsejax.training.plots import plot_attention_patterns, plot_training
+from sparsejax.training.progress import (
+    StepTimer,
+    format_progress,
+    format_summary,
+    say,
+    summarise,
+)
+from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
+from sparsejax.training.signals import StopRequest
+from sparsejax.training.state import TrainState
+from sparsejax.training.workdir import (
+    check_same_run,
+    describe_run,
+    find_newest_checkpoint,
+    open_workdir,
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+
+def train_and_evaluate(
+    config: TrainConfig,
+    settings: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    resume_command: str,
+) -> dict[str, Any] | None:
+    """Train to the last step, from where the folder's newest checkpoint stands.
+
+    Args:
+      config: TrainConfig.
+      settings: the nested mapping that `config` was parsed from, recorded with the checkpoints.
+      workdir: folder of the run: checkpoints, metrics, pictures, summary.
+      resume_command: str, shown when a signal stops the run.
+
+    Returns:
+      dict of scalars, also written to `summary.json`; None if a signal stopped the run.
+
+    Raises:
+      ConfigError: if the settings, the data or the folder cannot be used.
+      NonFiniteError: if too many steps in a row were skipped.
+    """
+    workdir = open_workdir(workdir)
+    checkpoints = workdir / "checkpoints"
+    run = prepare_run(config)
+    description = describe_run(settings, run.data.fingerprint)
+    for line in check_same_run(checkpoints, description):
+        say(f"note: not bit for bit the same run any more, {line}")
+    info, problems = find_newest_checkpoint(checkpoints)
+    for problem in problems:
+        say(f"warning: skipping a damaged checkpoint: {problem}")
+    if info is not None and info.step >= config.num_steps:
+        say(f"{workdir} is finished: {info.step} steps were trained")
+        return _finish(run, workdir, info.path)
+
+    if info is None:
+        phase = run.recipe.phases[0]
+        needed = count_bytes(run.make_abstract_state(phase.name))
+        try:
+            # All that are kept, and the one being written before the oldest goes.
+            copies = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+            check_free_space(checkpoints, needed * copies)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        state = run.create_state()
+        say(f"training {workdir}: {describe_model(run, state)}")
+    else:
+        try:
+            phase = _find_phase(run, info.metadata["phase"])
+            state, data_state = restore(info, run.make_abstract_state(phase.name))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        run.data.train.set_state(data_state)
+        say(f"resuming {workdir} at step {info.step} in phase {phase.name!r} from {info.path}")
+
+    with (
+        MetricsWriter(workdir, resume_step=None if info is None else info.step) as writer,
+        Checkpointer(
+            checkpoints,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            run_metadata=description,
+        ) as checkpointer,
+        StopRequest() as stop,
+    ):
+        loop = _Loop(run, state, phase, writer, workdir)
+        while loop.step < config.num_steps and stop.signal_name is None:
+            loop.advance()
+            last = loop.step == config.num_steps
+            metrics = None
+            if last or loop.step % config.eval_every_steps == 0:
+                metrics = loop.validate()
+            if last or stop.signal_name or loop.step % config.checkpoint.every_steps == 0:
+                loop.save(checkpointer, metrics, block=last or stop.signal_name is not None)
+    newest, _ = find_newest_checkpoint(checkpoints)
+    assert newest is not None, "the loop ends with a save"
+    if stop.signal_name is not None and newest.step < config.num_steps:
+        say(f"stopped by {stop.signal_name}; step {newest.step} is saved in {newest.path}")
+        say(f"resume with: {resume_command}")
+        return None
+    return _finish(run, workdir, newest.path)
+
+
+def evaluate(
+    config: TrainConfig, settings: Mapping[str, Any], workdir: str | os.PathLike
+) -> dict[str, Any]:
+    """Restore the newest checkpoint, masks included, and evaluate it.
+
+    Args:
+      config: TrainConfig.
+      settings: the nested mapping that `config` was parsed from.
+      workdir: folder of a run.
+
+    Returns:
+      dict with step, phase, validation_loss, validation_accuracy and attention_density.
+
+    Raises:
+      ConfigError: if the folder holds no checkpoint of a run with these settings.
+    """
+    checkpoints = Path(workdir) / "checkpoints"
+    if not checkpoints.is_dir():
+        raise ConfigError(f"--workdir={workdir} must hold a run's checkpoints, found none")
+    run = prepare_run(config)
+    check_same_run(checkpoints, describe_run(settings, run.data.fingerprint))
+    info, problems = find_newest_checkpoint(checkpoints)
+    for problem in problems:
+        say(f"warning: skipping a damaged checkpoint: {problem}")
+    if info is None:
+        raise ConfigError(f"--workdir={workdir} must hold a whole checkpoint, found none")
+    phase = _find_phase(run, info.metadata["phase"])
+    try:
+        state, _ = restore(info, run.make_abstract_state(phase.name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    batch = run.put(next(run.data.validation(1)))
+    programs = compile_phase(run, phase, batch)
+    result = {"step": info.step, "phase": phase.name, **compute_validation(run, programs, state)}
+    return result | {"attention_density": float(_density(run, state, phase).mean())}
+
+
+def compute_validation(run: Run, programs: Programs, state: TrainState) -> dict[str, float]:
+    """Average loss and accuracy over the configured number of validation batches.
+
+    Args:
+      run: Run.
+      programs: Programs of the state's phase.
+      state: TrainState.
+
+    Returns:
+      dict with "validation_loss" in nats per token or example and "validation_accuracy".
+    """
+    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for batch in run.data.validation(run.config.num_eval_batches or None):
+        sums = jax.device_get(programs.eval_step(state, run.put(batch)))
+        totals = {name: totals[name] + float(sums[name]) for name in totals}
+    return {
+        "validation_loss": totals["loss"] / totals["count"],
+        "validation_accuracy": totals["correct"] / totals["count"],
+    }
+
+
+def describe_model(run: Run, state: TrainState) -> str:
+    """Return one line about what is trained on what.
+
+    Args:
+      run: Run.
+      state: TrainState.
+
+    Returns:
+      str.
+    """
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return (
+        f"{run.recipe.name}, {num_params / 1e6:.2f}M parameters, {run.model.num_layers} layers, "
+        f"{run.model.max_length} positions, {run.config.data.source} on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+
+
+class _Loop:
+    """The moving parts of a run: state, phase, compiled programs and what was measured."""
+
+    def __init__(
+        self, run: Run, state: TrainState, phase: Phase, writer: MetricsWriter, workdir: Path
+    ):
+        self.run, self.state, self.phase = run, state, phase
+        self.writer, self.workdir = writer, workdir
+        self.step = int(state.step)
+        self.metrics, self.timer = DeferredMetrics(), StepTimer()
+        self.programs: Programs | None = None
+        self.step_seconds: float | None = None
+        self.num_skipped = 0
+        towers = 2 if run.data.task == "matching" else 1
+        self.tokens_per_step = (
+            run.config.data.batch_size * run.config.data.sequence_length * towers
+        )
+
+    def advance(self) -> None:
+        """Train one step, and enter the next phase if it is time."""
+        batch = self.run.put(next(self.run.data.train))
+        if self.programs is None:
+            self._begin_phase(batch)
+        phase, step = self.phase, self.step + 1
+        change = step == phase.last_step
+        if self.programs.probe_step and step % phase.probe_every_steps == 0:
+            self.flush()
+            self.state, observation = self.programs.probe_step(self.state, batch)
+            change = self._report(observation, step) or change
+        self.state, metrics = self.programs.train_step(self.state, batch)
+        self.step = step
+        self._record(self.metrics.push(step, metrics))
+        phases = self.run.recipe.phases
+        if change and phase is not phases[-1]:
+            self.flush()
+            self.phase = phases[phases.index(phase) + 1]
+            self.state = self.run.enter_phase(self.state, self.phase)
+            self.programs = None
+
+    def validate(self) -> dict[str, float]:
+        """Evaluate and record.
+
+        Returns:
+          dict of floats by name.
+        """
+        self.flush()
+        if self.programs is None:
+            self._begin_phase(self.run.put(next(self.run.data.validation(1))))
+        values = compute_validation(self.run, self.programs, self.state)
+        row = {"kind": "validation", "phase": self.phase.name, **values}
+        self.writer.write(self.step, row)
+        say(f"       | step {self.step} | validation loss {values['validation_loss']:.4f}")
+        return values
+
+    def save(
+        self, checkpointer: Checkpointer, metrics: dict[str, float] | None, *, block: bool
+    ) -> None:
+        """Save a checkpoint of the state as it is now."""
+        self.flush()
+        checkpointer.save(
+            self.step,
+            self.state,
+            self.run.data.train.get_state(),
+            metadata={"phase": self.phase.name},
+            metrics=metrics,
+            block=block,
+        )
+
+    def flush(self) -> None:
+        """Record what is still on its way, and do not time what follows as a step."""
+        self._record(self.metrics.flush())
+        self.timer.interrupt()
+
+    def _begin_phase(self, batch) -> None:
+        self.programs = compile_phase(self.run, self.phase, batch)
+        density = _density(self.run, self.state, self.phase)
+        self.density = float(density.mean())
+        self.writer.write(
+            self.step,
+            {
+                "kind": "phase",
+                "phase": self.phase.name,
+                "phase_start_step": int(self.state.sparsity.phase_start_step),
+                "density": self.density,
+                "layer_density": density.tolist(),
+                "step_memory_bytes": self.programs.step_memory_bytes,
+                "step_flops": _count_step_flops(self.run, density),
+                "compile_seconds": self.programs.compile_seconds,
+            },
+        )
+        say(
+            f"phase {self.phase.name!r} from step {self.step}: attention density per layer "
+            f"{np.round(density, 3).tolist()}, {self.programs.step_memory_bytes / 1e6:,.0f} MB "
+            f"per step, compiled once in {self.programs.compile_seconds:.1f} s"
+        )
+        if self.phase.sparse_attention:
+            self._plot_patterns()
+        self.timer.interrupt()
+
+    def _plot_patterns(self) -> None:
+        statistics = self.state.sparsity.statistics
+        plot_attention_patterns(
+            np.asarray(get_attention_masks(self.state.sparsity.masks)),
+            np.asarray(statistics["pooled"]) if "pooled" in statistics else None,
+            self.workdir / "attention_patterns.png",
+            causal=self.run.model.causal,
+            title=f"{self.run.recipe.name}: attention blocks from step {self.step}",
+        )
+
+    def _report(self, observation: Observation, step: int) -> bool:
+        change, metrics = jax.device_get((observation.change_phase, observation.metrics))
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        self.writer.write(step, {"kind": "probe", "phase": self.phase.name, **values})
+        # A metric that does not exist yet is NaN throughout.
+        known = {name: value for name, value in values.items() if not np.isnan(value).all()}
+        shown = ", ".join(f"{name} {_format(value)}" for name, value in known.items())
+        say(f"       | step {step} | attention probe: {shown}")
+        return bool(change)
+
+    def _record(self, fetched) -> None:
+        if fetched is None:
+            return
+        step, values = fetched
+        seconds = self.timer.lap()
+        row = {"kind": "train", "phase": self.phase.name, **values, "density": self.density}
+        if seconds is not None:
+            self.step_seconds = row["step_seconds"] = seconds
+        self.writer.write(step, row)
+        self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
+        if values["skipped"]:
+            say(f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient")
+        if self.num_skipped > self.run.config.max_consecutive_skips:
+            good, _ = find_newest_checkpoint(self.workdir / "checkpoints")
+            raise NonFiniteError(
+                f"step {step}: loss or gradient was not finite for {self.num_skipped} steps in a "
+                f"row (max_consecutive_skips={self.run.config.max_consecutive_skips}); last good "
+                f"checkpoint: {good.path if good else 'none'}"
+            )
+        if step == 1 or step % self.run.config.log_every_steps == 0:
+            row |= {"step": step, "tokens_per_step": self.tokens_per_step}
+            say(
+                format_progress(
+                    row, num_steps=self.run.config.num_steps, step_seconds=self.step_seconds
+                )
+            )
+
+
+def _find_phase(run: Run, name: str) -> Phase:
+    for phase in run.recipe.phases:
+        if phase.name == name:
+            return phase
+    raise ValueError(f"the checkpoint's phase {name!r} is not one of {run.recipe.name!r}")
+
+
+def _density(run: Run, state: TrainState, phase: Phase) -> np.ndarray:
+    if not phase.sparse_attention:
+        return np.ones(run.model.num_layers, np.float32)
+    masks = state.sparsity.masks
+    return np.asarray(compute_attention_density(masks, causal=run.model.causal))
+
+
+def _count_step_flops(run: Run, density: np.ndarray) -> float:
+    model = run.model
+    flops = count_transformer_flops(
+        num_layers=model.num_layers,
+        model_dim=model.model_dim,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        mlp_dim=model.mlp_dim,
+        sequence_length=model.max_length,
+        causal=model.causal,
+        vocab_size=model.vocab_size,
+        num_classes=model.num_classes,
+        attention_density=tuple(density.tolist()),
+    )
+    return flops.training * run.config.data.batch_size * model.num_towers
+
+
+def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
+    rows = read_metrics(workdir / "metrics.jsonl")
+    phases = [phase.name for phase in run.recipe.phases]
+    tokens = run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
+    summary = {
+        "recipe": run.recipe.name,
+        "seed": run.config.seed,
+        "num_steps": run.config.num_steps,
+        **summarise(rows, phases=phases, tokens_per_step=tokens),
+        "workdir": str(workdir),
+        "checkpoint": str(checkpoint),
+        "device": jax.devices()[0].device_kind,
+    }
+    (workdir / "summary.json").write_text(dump_json(summary) + "\n")
+    switches = {
+        row["phase"]: row["phase_start_step"]
+        for row in rows
+        if row["kind"] == "phase" and row["phase_start_step"]
+    }
+    plot_training(rows, switch_steps=switches, path=workdir / "training.png")
+    say(format_summary(summary, phases=phases))
+    return summary
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_format(item) for item in value) + "]"
+    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -1,0 +1,213 @@
+"""What is fixed during a run, and the programs compiled for one of its phases."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from sparsejax.models import TransformerConfig
+from sparsejax.recipes import Phase, Recipe
+from sparsejax.training.config import ConfigError, TrainConfig, make_recipe, make_transformer_config
+from sparsejax.training.data import Data, make_data
+from sparsejax.training.optimizer import Optimizer, make_optimizer
+from sparsejax.training.state import (
+    TrainState,
+    create_train_state,
+    enter_phase,
+    make_abstract_state,
+    make_graphdef,
+)
+from sparsejax.training.step import Batch, make_eval_step, make_probe_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """The static parts of a run, built once from its settings.
+
+    Attributes:
+      config: TrainConfig.
+      data: Data.
+      model: TransformerConfig, completed by the data.
+      graphdef: nnx.GraphDef of the model.
+      recipe: Recipe.
+      optimizer: Optimizer.
+      replicated: sharding of the state, a copy on every device.
+      split: sharding of a batch, its examples dealt out over the devices.
+    """
+
+    config: TrainConfig
+    data: Data
+    model: TransformerConfig
+    graphdef: nnx.GraphDef
+    recipe: Recipe
+    optimizer: Optimizer
+    replicated: NamedSharding
+    split: NamedSharding
+
+    def create_state(self) -> TrainState:
+        """Initialise the state at step 0 on the devices.
+
+        Returns:
+          TrainState.
+        """
+        create = functools.partial(create_train_state, self.model, self.recipe, self.optimizer)
+        key = jax.random.key(self.config.seed)
+        return jax.jit(create, out_shardings=self.replicated)(key)
+
+    def enter_phase(self, state: TrainState, phase: Phase) -> TrainState:
+        """Hand the state over to a later phase.
+
+        Args:
+          state: TrainState, not to be used again.
+          phase: Phase.
+
+        Returns:
+          TrainState of the new phase.
+        """
+
+        def enter(state):
+            return enter_phase(state, self.recipe, phase, self.optimizer)
+
+        return jax.jit(enter, out_shardings=self.replicated)(state)
+
+    def make_abstract_state(self, phase_name: str) -> TrainState:
+        """Return shapes, types and shardings of the state in a phase.
+
+        Args:
+          phase_name: str.
+
+        Returns:
+          TrainState of `jax.ShapeDtypeStruct`.
+        """
+        abstract = make_abstract_state(self.model, self.recipe, self.optimizer, phase_name)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), abstract
+        )
+
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """Copy this process's part of a batch to the devices.
+
+        Args:
+          batch: dict of arrays with the examples in front.
+
+        Returns:
+          dict of global arrays.
+        """
+        return jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, self.split), batch
+        )
+
+
+def prepare_run(config: TrainConfig) -> Run:
+    """Open the data and build everything that does not change during training.
+
+    Args:
+      config: TrainConfig.
+
+    Returns:
+      Run.
+
+    Raises:
+      ConfigError: if the data cannot be used as configured, or a setting does not fit it.
+    """
+    num_devices = jax.device_count()
+    if config.data.batch_size % (num_devices * config.num_micro_batches):
+        raise ConfigError(
+            f"data.batch_size must be a multiple of {num_devices} devices times "
+            f"num_micro_batches={config.num_micro_batches}, got {config.data.batch_size}"
+        )
+    try:
+        optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
+        data = make_data(
+            config.data, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    model = make_transformer_config(
+        config, task=data.task, vocab_size=data.vocab_size, num_classes=data.num_classes
+    )
+    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,))
+    return Run(
+        config=config,
+        data=data,
+        model=model,
+        graphdef=make_graphdef(model),
+        recipe=make_recipe(config, model),
+        optimizer=optimizer,
+        replicated=NamedSharding(mesh, PartitionSpec()),
+        split=NamedSharding(mesh, PartitionSpec("data")),
+    )
+
+
+class Programs(NamedTuple):
+    """The compiled programs of one phase; they cannot recompile, only refuse other shapes.
+
+    Attributes:
+      train_step: (state, batch) -> (state, metrics); the state is donated.
+      eval_step: (state, batch) -> totals.
+      probe_step: (state, batch) -> (state, Observation), donated too; None without probes.
+      step_memory_bytes: int, arguments, results and temporaries of a train step on one device.
+      compile_seconds: float.
+    """
+
+    train_step: Callable
+    eval_step: Callable
+    probe_step: Callable | None
+    step_memory_bytes: int
+    compile_seconds: float
+
+
+def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
+    """Compile a phase's programs ahead of its first step.
+
+    Args:
+      run: Run.
+      phase: Phase.
+      batch: a batch of the shapes to come.
+
+    Returns:
+      Programs.
+    """
+    start = time.perf_counter()
+    state = run.make_abstract_state(phase.name)
+    implementation = run.config.model.attention_implementation
+    build: dict[str, Any] = {"implementation": implementation}
+
+    def compile_step(step, donate):
+        # Whatever a step returns stays replicated, so that it fits the next step's program.
+        jitted = jax.jit(step, donate_argnums=donate, out_shardings=run.replicated)
+        return jitted.lower(state, batch).compile()
+
+    train_step = compile_step(
+        make_train_step(
+            run.graphdef,
+            run.recipe,
+            phase,
+            run.optimizer,
+            num_micro_batches=run.config.num_micro_batches,
+            **build,
+        ),
+        donate=0,
+    )
+    eval_step = compile_step(make_eval_step(run.graphdef, run.recipe, phase, **build), donate=())
+    probe_step = None
+    if phase.probe_every_steps:
+        probe = make_probe_step(run.graphdef, run.recipe, phase, **build)
+        probe_step = compile_step(probe, donate=0)
+    memory = train_step.memory_analysis()
+    return Programs(
+        train_step=train_step,
+        eval_step=eval_step,
+        probe_step=probe_step,
+        step_memory_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        compile_seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,138 @@
+"""The whole state of a run as one pytree, and how it changes between phases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sparsejax.models import SparsityMask, Transformer, TransformerConfig
+from sparsejax.recipes import Phase, Recipe, Sparsity
+from sparsejax.training.optimizer import Optimizer
+from sparsejax.types import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a checkpoint holds and a step maps to its successor.
+
+    Attributes:
+      step: i32[], steps done.
+      params: nested dict, f32 master weights of the model.
+      sparsity: Sparsity, masks and whatever the recipe keeps.
+      opt_state: optimizer state over `trainable(state)`.
+      key: typed random key of the run; never advanced, always folded with the step.
+    """
+
+    step: jax.Array
+    params: PyTree
+    sparsity: Sparsity
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def trainable(params: PyTree, sparsity: Sparsity) -> PyTree:
+    """Return the tree that gradients are taken of and the optimizer updates.
+
+    Args:
+      params: nested dict of the model.
+      sparsity: Sparsity.
+
+    Returns:
+      dict with the keys "model" and "recipe".
+    """
+    return {"model": params, "recipe": sparsity.params}
+
+
+def make_graphdef(config: TransformerConfig) -> nnx.GraphDef:
+    """Return the static half of the model, without allocating its parameters.
+
+    Args:
+      config: TransformerConfig.
+
+    Returns:
+      nnx.GraphDef for `nnx.merge(graphdef, params, masks)`.
+    """
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return nnx.split(model, nnx.Param, SparsityMask)[0]
+
+
+def create_train_state(
+    config: TransformerConfig, recipe: Recipe, optimizer: Optimizer, key: jax.Array
+) -> TrainState:
+    """Initialise parameters, masks, recipe and optimizer.
+
+    Args:
+      config: TransformerConfig.
+      recipe: Recipe.
+      optimizer: Optimizer.
+      key: typed random key.
+
+    Returns:
+      TrainState at step 0 in the recipe's first phase.
+    """
+    model = Transformer(config, rngs=nnx.Rngs(params=jax.random.fold_in(key, 0)))
+    _, params, masks = nnx.split(model, nnx.Param, SparsityMask)
+    params, masks = nnx.to_pure_dict(params), nnx.to_pure_dict(masks)
+    sparsity = recipe.init(masks, jax.random.fold_in(key, 1))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        sparsity=sparsity,
+        opt_state=optimizer.init(trainable(params, sparsity)),
+        key=jax.random.fold_in(key, 2),
+    )
+
+
+def enter_phase(
+    state: TrainState, recipe: Recipe, phase: Phase, optimizer: Optimizer
+) -> TrainState:
+    """Hand the state over to a later phase of the recipe.
+
+    Args:
+      state: TrainState at the end of the phase before.
+      recipe: Recipe.
+      phase: Phase that begins.
+      optimizer: Optimizer, asked for fresh state if the phase resets it.
+
+    Returns:
+      TrainState whose structure is that of the new phase.
+    """
+    sparsity = recipe.enter_phase(state.sparsity, phase)
+    sparsity = dataclasses.replace(sparsity, phase_start_step=state.step)
+    opt_state = state.opt_state
+    if phase.reset_optimizer:
+        opt_state = optimizer.init(trainable(state.params, sparsity))
+    return dataclasses.replace(state, sparsity=sparsity, opt_state=opt_state)
+
+
+def make_abstract_state(
+    config: TransformerConfig, recipe: Recipe, optimizer: Optimizer, phase_name: str
+) -> TrainState:
+    """Return shapes and types of the state in a phase, for compiling and restoring.
+
+    Args:
+      config: TransformerConfig.
+      recipe: Recipe.
+      optimizer: Optimizer.
+      phase_name: str, a phase of the recipe.
+
+    Returns:
+      TrainState of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: if the recipe has no such phase.
+    """
+    names = [phase.name for phase in recipe.phases]
+    if phase_name not in names:
+        raise ValueError(f"phase must be one of {names} in recipe {recipe.name!r}, got {phase_name!r}")
+
+    def build(key):
+        state = create_train_state(config, recipe, optimizer, key)
+        for phase in recipe.phases[1 : names.index(phase_name) + 1]:
+            state = enter_phase(state, recipe, phase, optimizer)
+        return state
+
+    return jax.eval_shape(build, jax.random.key(0))

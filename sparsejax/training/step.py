@@ -1,0 +1,219 @@
+"""The algorithm: one jitted step, its evaluation twin, and the attention probe.
+
+Legend: B batch, T position, V vocabulary, C classes, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sparsejax.models import AttentionMode, ModelOutput
+from sparsejax.recipes import Observation, Phase, Recipe
+from sparsejax.training.optimizer import Optimizer, compute_learning_rate
+from sparsejax.training.state import TrainState, trainable
+
+type Batch = dict[str, jax.Array]
+type Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    recipe: Recipe,
+    phase: Phase,
+    optimizer: Optimizer,
+    *,
+    implementation: str | None = None,
+    num_micro_batches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Return the step of one phase: loss, gradient, recipe, optimizer, recipe.
+
+    A step whose loss or gradient is not finite changes nothing but the step counter and says so
+    in `skipped`.
+
+    Args:
+      graphdef: nnx.GraphDef of the model.
+      recipe: Recipe.
+      phase: Phase, static.
+      optimizer: Optimizer.
+      implementation: kernel of sparse attention, None for the best on the device.
+      num_micro_batches: int, the batch is split into so many parts whose gradients are averaged.
+
+    Returns:
+      Function (state, batch) -> (state, metrics), to be jitted with the state donated. Metrics
+      are f32[]: loss, accuracy, grad_norm, learning_rate, skipped (0 or 1).
+    """
+    mode = _attention_mode(phase, implementation)
+
+    def compute_loss(weights, state, batch, key):
+        sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
+        seen_params = recipe.transform_params(weights["model"], sparsity, phase)
+        output = _apply(
+            graphdef, seen_params, sparsity, batch, mode, dropout_key=key, probe=phase.maps_in_step
+        )
+        totals = compute_totals(output, batch)
+        loss = totals["loss"] / totals["count"]
+        auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
+        return loss + auxiliary, {"loss": loss, "accuracy": totals["correct"] / totals["count"]}
+
+    def compute_gradients(weights, state, batch, key):
+        differentiate = jax.grad(compute_loss, has_aux=True)
+        if num_micro_batches == 1:
+            return differentiate(weights, state, batch, key)
+
+        def add(total, part):
+            micro_batch, i = part
+            result = differentiate(weights, state, micro_batch, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, result), None
+
+        parts = jax.tree.map(lambda x: x.reshape(num_micro_batches, -1, *x.shape[1:]), batch)
+        zeros = (
+            jax.tree.map(jnp.zeros_like, weights),
+            {"loss": jnp.float32(0), "accuracy": jnp.float32(0)},
+        )
+        total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(num_micro_batches)))
+        return jax.tree.map(lambda x: x / num_micro_batches, total)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        weights = trainable(state.params, state.sparsity)
+        grads, metrics = compute_gradients(weights, state, batch, key)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        grads = recipe.transform_gradients(optimizer.clip(grads), weights, state.sparsity, phase)
+        rate = compute_learning_rate(
+            optimizer, phase, state.step, state.sparsity.phase_start_step
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
+        skip = recipe.skip_optimizer(state.step, phase)
+        new_weights, opt_state = _select(
+            skip, (weights, state.opt_state), (new_weights, opt_state)
+        )
+
+        sparsity = dataclasses.replace(state.sparsity, params=new_weights["recipe"])
+        sparsity, params, opt_state = recipe.update(
+            sparsity, new_weights["model"], opt_state, grads, step=state.step, key=key, phase=phase
+        )
+        new = (sparsity, params, opt_state)
+        old = (state.sparsity, state.params, state.opt_state)
+        sparsity, params, opt_state = _select(finite, new, old)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
+        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            sparsity=sparsity,
+            opt_state=opt_state,
+            key=state.key,
+        ), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, recipe: Recipe, phase: Phase, *, implementation: str | None = None
+) -> Callable[[TrainState, Batch], Metrics]:
+    """Return the function that sums loss and correct answers over one batch.
+
+    Args:
+      graphdef: nnx.GraphDef of the model.
+      recipe: Recipe.
+      phase: Phase, static.
+      implementation: kernel of sparse attention, None for the best on the device.
+
+    Returns:
+      Function (state, batch) -> {"loss", "correct", "count"}, f32[] sums.
+    """
+    mode = _attention_mode(phase, implementation)
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        params = recipe.transform_params(state.params, state.sparsity, phase)
+        return compute_totals(_apply(graphdef, params, state.sparsity, batch, mode), batch)
+
+    return eval_step
+
+
+def make_probe_step(
+    graphdef: nnx.GraphDef, recipe: Recipe, phase: Phase, *, implementation: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Observation]]:
+    """Return the function that shows the recipe the attention maps of a training batch.
+
+    It must run before the step on the same batch: it repeats that step's forward pass, dropout
+    included.
+
+    Args:
+      graphdef: nnx.GraphDef of the model.
+      recipe: Recipe.
+      phase: Phase, static.
+      implementation: kernel of sparse attention, None for the best on the device.
+
+    Returns:
+      Function (state, batch) -> (state, Observation).
+    """
+    mode = _attention_mode(phase, implementation)
+
+    def probe_step(state: TrainState, batch: Batch) -> tuple[TrainState, Observation]:
+        key = jax.random.fold_in(state.key, state.step)
+        params = recipe.transform_params(state.params, state.sparsity, phase)
+        output = _apply(
+            graphdef, params, state.sparsity, batch, mode, dropout_key=key, probe=True
+        )
+        sparsity, observation = recipe.observe(state.sparsity, output.attention_maps, phase)
+        return dataclasses.replace(state, sparsity=sparsity), observation
+
+    return probe_step
+
+
+def compute_totals(output: ModelOutput, batch: Batch) -> Metrics:
+    """Sum cross-entropy and correct answers over the examples of weight above 0.
+
+    Args:
+      output: ModelOutput of the batch.
+      batch: dict with "weights" f32[B] and "targets" i32[B, T] (language model) or "labels"
+        i32[B] (classifier).
+
+    Returns:
+      dict of f32[]: "loss" in nats and "correct", summed; "count", tokens or examples.
+
+    Numerics:
+      Everything is f32.
+    """
+    targets = batch["targets"] if "targets" in batch else batch["labels"]
+    weights = batch["weights"].reshape(-1, *[1] * (targets.ndim - 1))
+    losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, targets)
+    correct = output.logits.argmax(-1) == targets
+    weights = jnp.broadcast_to(weights, targets.shape)
+    # Where, not times: an example of weight 0 must not leak a NaN.
+    return {
+        "loss": jnp.where(weights > 0, losses * weights, 0.0).sum(),
+        "correct": jnp.where(correct, weights, 0.0).sum(),
+        "count": weights.sum(),
+    }
+
+
+def _attention_mode(phase: Phase, implementation: str | None) -> AttentionMode:
+    return AttentionMode(
+        sparse=phase.sparse_attention,
+        pruned_logits=phase.pruned_logits,
+        implementation=implementation,
+    )
+
+
+def _apply(graphdef, params, sparsity, batch, mode, *, dropout_key=None, probe=False):
+    model = nnx.merge(graphdef, params, sparsity.masks)
+    return model(
+        batch["inputs"],
+        mask=batch.get("mask"),
+        dropout_key=dropout_key,
+        mode=mode,
+        probe=probe,
+    )
+
+
+def _select(condition, if_true, if_false):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)

@@ -1,0 +1,74 @@
+"""Train or evaluate a model.
+
+  python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+  python train.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=eval
+
+Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them. The same workdir
+resumes. Exit code 2 means that a setting has to be changed; the message says which.
+"""
+
+import shlex
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+
+
+def main(argv: list[str]) -> int:
+    """Run the chosen mode.
+
+    Args:
+      argv: list of str, the program's name and nothing else.
+
+    Returns:
+      int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite, 2 a setting
+      has to be changed.
+    """
+    # Imported here so that --help does not wait for JAX.
+    from sparsejax.training.config import ConfigError, parse_config
+    from sparsejax.training.loop import NonFiniteError, evaluate, train_and_evaluate
+
+    if len(argv) > 1:
+        return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+    settings = _CONFIG.value.to_dict()
+    try:
+        config = parse_config(settings)
+        if _MODE.value == "eval":
+            for name, value in evaluate(config, settings, _WORKDIR.value).items():
+                print(f"{name}: {value}")
+        else:
+            command = shlex.join([sys.executable, *sys.argv])
+            train_and_evaluate(config, settings, _WORKDIR.value, resume_command=command)
+    except ConfigError as error:
+        return _fail(str(error))
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        flags.FLAGS["config"].value  # noqa: B018  a missing file shows only when it is read
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # What ml_collections raises for an unknown key, a mistyped value or a missing file; its
+        # KeyError would print its message in quotes.
+        sys.exit(_fail(f"--config: {error.args[0] if len(error.args) == 1 else error}"))
+    return rest
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=_parse_flags)
