@@ -6,6 +6,7 @@ fixture. A run that wants a GPU sets `JAX_PLATFORMS` itself.
 
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -14,3 +15,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "sparsejax"
 # The defaults keep only programs that took a second or more; a test suite is made of smaller ones.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# `make` puts the `compile` extra beside the environment and not into it: without a GPU, JAX's CUDA
+# plugin prints a traceback in every program that does not set JAX_PLATFORMS.
+_compile_extra = pathlib.Path(__file__).resolve().parent.parent / ".venv" / "compile"
+if _compile_extra.exists():
+    sys.path.append(str(_compile_extra))

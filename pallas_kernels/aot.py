@@ -1,0 +1,356 @@
+"""Compile a function for a named GPU on a machine without one, and report what came out.
+
+XLA and, for Mosaic kernels, NVIDIA's ptxas run exactly as they would before a launch, so memory,
+registers, spills, shared memory and collectives are those of the real program. Only what a GPU
+is timed for, XLA's autotuning, is left out: matrix products of XLA's own take default tiles.
+
+Needs the packages of the `compile` extra. On a machine without a GPU set `JAX_PLATFORMS=cpu`, or
+JAX looks for one when it starts.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuTarget:
+    """What XLA must know of a GPU in order to compile for it.
+
+    Attributes:
+      name: str, as the driver reports it.
+      compute_capability: (major, minor).
+      cores: int, streaming multiprocessors.
+      memory_bytes: int, device memory.
+      memory_bytes_per_second: int, bandwidth of the device memory.
+      l2_bytes: int, second-level cache.
+      clock_ghz: float, boost clock.
+      shared_memory_per_core_bytes: int.
+      shared_memory_per_block_bytes: int, the most that one block may ask for.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    cores: int
+    memory_bytes: int
+    memory_bytes_per_second: int
+    l2_bytes: int
+    clock_ghz: float
+    shared_memory_per_core_bytes: int
+    shared_memory_per_block_bytes: int
+
+    def config(self) -> str:
+        """Write the target as the text proto `GpuTargetConfigProto` that XLA reads.
+
+        Returns:
+          str, with the limits that all GPUs since compute capability 7.0 share filled in.
+        """
+        major, minor = self.compute_capability
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              threads_per_core_limit: 2048
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              fpus_per_core: 128
+              shared_memory_per_block: 49152
+              shared_memory_per_core: {self.shared_memory_per_core_bytes}
+              shared_memory_per_block_optin: {self.shared_memory_per_block_bytes}
+              core_count: {self.cores}
+              l2_cache_size: {self.l2_bytes}
+              clock_rate_ghz: {self.clock_ghz}
+              device_memory_size: {self.memory_bytes}
+              memory_bandwidth: {self.memory_bytes_per_second}
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            runtime_version {{ major: 13 }}
+            device_description_str: "{self.name}"
+        """
+
+
+H200 = GpuTarget(
+    name="NVIDIA H200",
+    compute_capability=(9, 0),
+    cores=132,
+    memory_bytes=150_754_820_096,
+    memory_bytes_per_second=4_800_000_000_000,
+    l2_bytes=62_914_560,
+    clock_ghz=1.98,
+    shared_memory_per_core_bytes=233_472,
+    shared_memory_per_block_bytes=232_448,
+)
+H100 = dataclasses.replace(
+    H200,
+    name="NVIDIA H100 80GB HBM3",
+    memory_bytes=84_942_979_072,
+    memory_bytes_per_second=3_352_320_000_000,
+    l2_bytes=52_428_800,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """One Mosaic kernel as ptxas left it.
+
+    Attributes:
+      name: str, the name of the kernel function with a number that makes it unique.
+      registers: int, per thread.
+      stack_bytes: int, per thread.
+      spill_bytes: int, stored to and loaded from local memory per thread, together.
+      shared_memory_bytes: int, per block: scratch buffers and barriers.
+      ptx: str, the program given to ptxas.
+      sass: str, the machine program, with its scheduling control codes.
+    """
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_memory_bytes: int
+    ptx: str = dataclasses.field(repr=False)
+    sass: str = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AotReport:
+    """A program compiled for a GPU that need not be there. Bytes are those of one device.
+
+    Attributes:
+      argument_bytes: int.
+      output_bytes: int.
+      alias_bytes: int, outputs that live in the buffer of a donated argument.
+      temp_bytes: int, what the program allocates besides.
+      kernels: tuple of KernelReport, one per Mosaic kernel.
+      hlo: str, the optimized program.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    kernels: tuple[KernelReport, ...]
+    hlo: str = dataclasses.field(repr=False)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device memory that one call needs: arguments, outputs of their own, temporaries."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    def count_collectives(self) -> dict[str, int]:
+        """Count the collective operations of the optimized program.
+
+        Returns:
+          dict from XLA's name ("all-reduce", ...) to how often the program text has it; a
+          collective inside a loop counts once.
+        """
+        names = "|".join(_COLLECTIVES)
+        return dict(collections.Counter(re.findall(rf" ({names})(?:-start)?\(", self.hlo)))
+
+
+def make_gpu_mesh(
+    target: GpuTarget = H200, *, axes: Mapping[str, int] | None = None, hosts: int = 1
+) -> jax.sharding.Mesh:
+    """Make a mesh of devices that can be compiled for, but hold and run nothing.
+
+    Args:
+      target: the GPU.
+      axes: axis name -> size, in order; one axis `"device"` of size 1 if None.
+      hosts: int, machines the devices are spread over evenly.
+
+    Returns:
+      Mesh of prod(axes) devices.
+
+    Raises:
+      ValueError: if `hosts` does not divide the number of devices.
+      RuntimeError: if the packages of the `compile` extra are missing.
+
+    Example:
+      `make_gpu_mesh(H200, axes={"data": 16}, hosts=2)`: two machines with eight GPUs each.
+    """
+    axes = {"device": 1} if axes is None else dict(axes)
+    count = math.prod(axes.values())
+    if hosts < 1 or count < 1 or count % hosts:
+        raise ValueError(
+            f"hosts must be positive and divide the number of devices, got {hosts=} and {axes=}"
+        )
+    _find_cuda()
+    with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
+        try:
+            topology = topologies.get_topology_desc(
+                platform="cuda",
+                target_config=target.config(),
+                topology=f"1x{hosts}x{count // hosts}",
+            )
+        except NotImplementedError as error:
+            raise RuntimeError(
+                "JAX started without its CUDA plugin, so nothing can be compiled for "
+                f"{target.name}: install the `compile` extra, set JAX_PLATFORMS=cpu if this "
+                "machine has no GPU, and start Python again"
+            ) from error
+    devices = np.asarray(topology.devices).reshape(tuple(axes.values()))
+    return jax.sharding.Mesh(devices, tuple(axes))
+
+
+def compile_for(
+    function: Callable[..., Any],
+    *args: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    **jit_options: Any,
+) -> AotReport:
+    """Compile `jax.jit(function)(*args)` for a GPU and report memory, kernels and program.
+
+    Nothing is computed and no GPU is needed. While the function is traced, the mesh is the
+    abstract mesh in force, so code that asks which device it is compiled for finds the GPU.
+
+    Args:
+      function: what `jax.jit` takes; bind static arguments with `functools.partial`.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s. A leaf whose `NamedSharding` is on
+        `mesh` keeps it; every other leaf is replicated.
+      mesh: from `make_gpu_mesh`; one H200 if None.
+      **jit_options: of `jax.jit`, such as `donate_argnums`.
+
+    Returns:
+      AotReport.
+
+    Raises:
+      RuntimeError: if the packages of the `compile` extra are missing, or if a Mosaic kernel of
+        the program left no report.
+
+    Example:
+      `compile_for(jnp.dot, x_struct, w_struct).temp_bytes`
+    """
+    mesh = make_gpu_mesh() if mesh is None else mesh
+    args = jax.tree.map(lambda leaf: _place(leaf, mesh), args)
+    # JAX reuses the lowering of a function it has seen, and Mosaic reports a kernel only when it
+    # is compiled: a new function object makes both happen again.
+    fresh = jax.jit(lambda *inner: function(*inner), **jit_options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{os.environ.get('PATH', '')}{os.pathsep}{_find_cuda() / 'bin'}"
+        with _environment(MOSAIC_GPU_DUMP_TO=folder, PATH=path), _no_persistent_cache():
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                lowered = fresh.lower(*args)
+            compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+        reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda p: p.stat().st_mtime_ns)
+        kernels = tuple(_read_kernel(report) for report in reports)
+    hlo = compiled.as_text()
+    called = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo)))
+    if called != len(kernels):
+        raise RuntimeError(
+            f"the program calls {called} Mosaic kernels but {len(kernels)} were reported: "
+            f"{[kernel.name for kernel in kernels]}"
+        )
+    memory = compiled.memory_analysis()
+    return AotReport(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        kernels=kernels,
+        hlo=hlo,
+    )
+
+
+def _find_cuda() -> pathlib.Path:
+    """Return the folder of the pip-installed CUDA compiler, whose `bin` holds ptxas."""
+    for name in ("jax_plugins.xla_cuda13", "nvidia.cu13"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            spec = None
+        if spec is None:
+            raise RuntimeError(
+                f"compiling for a GPU needs {name}, which is not installed: "
+                "pip install 'sparsejax[compile]'"
+            )
+    folders = [pathlib.Path(folder) for folder in spec.submodule_search_locations]
+    for folder in folders:
+        if all((folder / "bin" / tool).exists() for tool in ("ptxas", "nvdisasm")):
+            return folder
+    raise RuntimeError(
+        f"compiling for a GPU needs ptxas and nvdisasm, which are not in {folders}: "
+        "pip install 'sparsejax[compile]'"
+    )
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables, which is how JAX's plugin and Mosaic take these settings."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+    """Compile even if a kept program exists, which could not be loaded without the GPU.
+
+    JAX decides once whether it keeps programs; resetting its cache makes it look again.
+    """
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if not (isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh == mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.P())
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf), sharding=sharding)
+
+
+def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
+    report = ptxas.read_text()
+    resources = ptxas.with_suffix(".resources.txt").read_text()
+
+    def find(pattern: str, text: str) -> tuple[int, ...]:
+        match = re.search(pattern, text)
+        assert match, f"{ptxas.name} has no line like {pattern!r}:\n{text}"
+        return tuple(int(group) for group in match.groups())
+
+    stack, stores, loads = find(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    (scratch,) = find(r"smem_scratch_bytes=(\d+)", resources)
+    barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
+    return KernelReport(
+        name=ptxas.stem,
+        registers=find(r"Used (\d+) registers", report)[0],
+        stack_bytes=stack,
+        spill_bytes=stores + loads,
+        shared_memory_bytes=scratch + sum(8 * int(size) * int(count) for size, count in barriers),
+        ptx=ptxas.with_suffix(".ptx").read_text(),
+        sass=ptxas.with_suffix(".sass_ctrl").read_text(),
+    )
