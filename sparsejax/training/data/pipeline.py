@@ -1,0 +1,117 @@
+"""From random-access examples to batches: shuffled and endless, or in order and finite."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+type Batch = dict[str, np.ndarray]
+
+_READ_AHEAD_BATCHES = 16
+
+
+class ExampleSource(Protocol):
+    """Random access to the examples of a split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+class BatchIterator(Protocol):
+    """Endless batches, with a state that says which comes next."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, int]: ...
+
+    def set_state(self, state: dict[str, int]) -> None: ...
+
+
+def make_train_iterator(
+    examples: ExampleSource,
+    *,
+    batch_size: int,
+    seed: int,
+    num_reading_threads: int,
+    process_index: int,
+    process_count: int,
+) -> BatchIterator:
+    """Make the endless iterator over shuffled batches.
+
+    All epochs form one stream, each in its own order, in which every example occurs once per epoch;
+    batches may span two epochs. The processes take turns along the stream, so that their batches
+    together are the same whatever their number.
+
+    Args:
+        examples: The training split.
+        batch_size: Examples per batch of this process.
+        seed: Fixes the order.
+        num_reading_threads: 0 or 1.
+        process_index: This process.
+        process_count: Number of processes.
+
+    Returns:
+        Iterator with `get_state` and `set_state`; a state holds `next_index` alone.
+    """
+    import grain
+
+    return iter(
+        grain.MapDataset.source(examples)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .slice(slice(process_index, None, process_count))
+        .batch(batch_size, drop_remainder=True)
+        .to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=num_reading_threads,
+                prefetch_buffer_size=num_reading_threads * _READ_AHEAD_BATCHES,
+            )
+        )
+    )
+
+
+def make_validation(
+    examples: ExampleSource, *, batch_size: int, process_index: int, process_count: int
+) -> Callable[[int | None], Iterator[Batch]]:
+    """Make the function that opens a pass over the validation split.
+
+    The order is shuffled once and for all, whatever the run's seed, so that a few batches stand for
+    the whole split and are the same in every run. What the last batch lacks is filled with
+    copies of its last example at weight 0: a real example, so that no loss of it can be NaN.
+
+    Args:
+        examples: The validation split.
+        batch_size: Examples per batch of this process.
+        process_index: This process.
+        process_count: Number of processes.
+
+    Returns:
+        Function of the largest number of batches (None = all) that returns a finite iterator.
+    """
+    import grain
+
+    shuffled = grain.MapDataset.source(examples).shuffle(seed=0)
+    global_batch_size = batch_size * process_count
+
+    def validate(max_batches: int | None = None) -> Iterator[Batch]:
+        num_batches = -(-len(examples) // global_batch_size)
+        if max_batches is not None:
+            num_batches = min(num_batches, max_batches)
+        for start in range(0, num_batches * global_batch_size, global_batch_size):
+            stop = start + global_batch_size
+            positions = range(start + process_index, stop, process_count)
+            yield _stack([_take_or_fill(shuffled, position) for position in positions])
+
+    return validate
+
+
+def _take_or_fill(examples: ExampleSource, position: int) -> Batch:
+    if position < len(examples):
+        return examples[position]
+    return examples[len(examples) - 1] | {"weights": np.float32(0.0)}
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}

@@ -1,0 +1,251 @@
+"""TFDS data sets, read without TensorFlow from ArrayRecord files prepared beforehand."""
+
+import shlex
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sparsejax.training.data.cache import hash_json
+from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.source import Example, Source, Split
+
+_LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
+_CONNECT_SECONDS = 10
+
+
+def open_tfds(config: DataConfig) -> Source:
+    """Open a TFDS set as a labelled set of texts or images, or as a corpus of texts.
+
+    Images become sequences of grey pixels, row by row.
+
+    Args:
+        config: Settings with `source="tfds:NAME[/config]"`.
+
+    Returns:
+        The set.
+
+    Raises:
+        ValueError: The set is neither prepared nor to be downloaded, is damaged, or lacks the
+            split or feature asked for.
+    """
+    builder = _find_builder(config)
+    info = builder.info
+    input_key = config.input_key or _guess_input(config, info)
+    label_key = config.label_key or _guess_label(info)
+    image = isinstance(_get_feature(config, info, input_key), tfds.features.Image)
+    if not image and not isinstance(info.features[input_key], tfds.features.Text):
+        raise ValueError(
+            f"input_key={input_key!r}: {config.source} has {_list_features(info)}; expected the "
+            "name of a Text or Image feature"
+        )
+    num_classes = 0
+    if label_key:
+        label = _get_feature(config, info, label_key)
+        if not isinstance(label, tfds.features.ClassLabel):
+            raise ValueError(
+                f"label_key={label_key!r}: {config.source} has {_list_features(info)}; expected "
+                "the name of a ClassLabel feature"
+            )
+        num_classes = label.num_classes
+    elif image:
+        raise ValueError(
+            f"label_key='': {config.source} has {_list_features(info)}; expected the name of a "
+            "ClassLabel feature to classify images by"
+        )
+    if image and config.tokenizer != "bytes":
+        raise ValueError(
+            f"tokenizer={config.tokenizer!r} does not apply to the images of {config.source}; "
+            "leave it at 'bytes'"
+        )
+    names = {
+        "train": config.train_split or "train",
+        "validation": config.validation_split
+        or ("validation" if "validation" in info.splits else "test"),
+    }
+
+    def read(split: Split) -> Iterator[Example]:
+        to_document = _flatten_image if image else _to_bytes
+        return read_examples(builder, names[split], input_key, label_key, to_document)
+
+    return Source(
+        task="classification" if label_key else "language_model",
+        identity={
+            "tfds": info.full_name,
+            "files": _describe_files(builder),
+            "splits": names,
+            "keys": [input_key, label_key],
+        },
+        read=read,
+        num_values=256 if image else None,
+        num_classes=num_classes,
+    )
+
+
+def read_examples(
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    input_key: str,
+    label_key: str,
+    to_document: Callable[[object], bytes | np.ndarray],
+) -> Iterator[Example]:
+    """Yield the examples of a prepared split in the order of its files.
+
+    Args:
+        builder: A prepared builder.
+        split: Name of the split, a TFDS slice included.
+        input_key: Feature that becomes the document.
+        label_key: Feature that becomes the label, or empty.
+        to_document: Converts the feature's value.
+
+    Returns:
+        Iterator over the examples.
+
+    Raises:
+        ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
+    """
+    try:
+        records = builder.as_data_source(split)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"split={split!r}: {builder.info.full_name} has {sorted(builder.info.splits)}"
+        ) from error
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} is in TFDS's {builder.info.file_format} format; expected "
+            "array_record: prepare the set again with file_format='array_record'"
+        ) from error
+    for index in range(len(records)):
+        try:
+            record = records[index]
+        except (RuntimeError, IndexError) as error:
+            raise _make_damage_error(builder, split, index, str(error)) from error
+        # The reader answers None, not an error, for what lies beyond the end of a cut-off file.
+        if record[input_key] is None:
+            raise _make_damage_error(builder, split, index, "the record is missing")
+        label = int(record[label_key]) if label_key else 0
+        yield Example((to_document(record[input_key]),), label)
+
+
+def _find_builder(config: DataConfig) -> tfds.core.DatasetBuilder:
+    try:
+        builder = tfds.builder(config.rest, data_dir=config.data_dir, try_gcs=False)
+    except ValueError as error:
+        raise ValueError(
+            f"source={config.source!r}: no such set is prepared in data_dir={config.data_dir!r}, "
+            f"and TFDS cannot prepare it here ({str(error).splitlines()[0]}); expected a name that "
+            "TFDS knows without TensorFlow, or a set prepared elsewhere with "
+            "file_format='array_record' and copied into data_dir"
+        ) from error
+    if builder.is_prepared():
+        return builder
+    if not config.download:
+        raise ValueError(
+            f"source={config.source!r}: the set is not prepared in data_dir={config.data_dir!r}; "
+            f"prepare it once, with network access, by: {make_prepare_command(config)}"
+        )
+    _check_reachable(config, builder)
+    builder = tfds.builder(
+        config.rest, data_dir=config.data_dir, try_gcs=False, file_format="array_record"
+    )
+    builder.download_and_prepare()
+    return builder
+
+
+def make_prepare_command(config: DataConfig) -> str:
+    """Return the shell command that prepares a data set.
+
+    Args:
+        config: Its settings.
+
+    Returns:
+        One line for a shell.
+
+    Example:
+        >>> config = DataConfig(
+        ...     source="tfds:lm1b", data_dir="data", sequence_length=8, batch_size=1, seed=0
+        ... )
+        >>> make_prepare_command(config)
+        'python -m sparsejax.training.data.prepare --source=tfds:lm1b --data_dir=data'
+    """
+    flags = [f"--source={config.source}", f"--data_dir={config.data_dir}"]
+    return shlex.join(["python", "-m", "sparsejax.training.data.prepare", *flags])
+
+
+def _check_reachable(config: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
+    """Fail within seconds where TFDS's own retries would take minutes."""
+    for url in list(builder.url_infos or {})[:1]:
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            # An answer, even a refusal of HEAD: the network is there, the download may work.
+            error.close()
+        except OSError as error:
+            raise ValueError(
+                f"source={config.source!r}: the set is not prepared in "
+                f"data_dir={config.data_dir!r} and cannot be downloaded ({error}); prepare it on "
+                f"a machine with network access by: {make_prepare_command(config)}"
+            ) from error
+
+
+def _guess_input(config: DataConfig, info: tfds.core.DatasetInfo) -> str:
+    if info.supervised_keys:
+        return info.supervised_keys[0]
+    kinds = (tfds.features.Text, tfds.features.Image)
+    names = [name for name, feature in info.features.items() if isinstance(feature, kinds)]
+    if len(names) != 1:
+        raise ValueError(
+            f"input_key='': {config.source} has {_list_features(info)}; expected the name of the "
+            "Text or Image feature to read"
+        )
+    return names[0]
+
+
+def _guess_label(info: tfds.core.DatasetInfo) -> str:
+    kind = tfds.features.ClassLabel
+    names = [name for name, feature in info.features.items() if isinstance(feature, kind)]
+    declared = info.supervised_keys[1] if info.supervised_keys else None
+    if declared in names:
+        return declared
+    return names[0] if len(names) == 1 else ""
+
+
+def _get_feature(config: DataConfig, info: tfds.core.DatasetInfo, key: str) -> object:
+    if key not in info.features:
+        raise ValueError(
+            f"feature {key!r}: {config.source} has {_list_features(info)}; expected one of these"
+        )
+    return info.features[key]
+
+
+def _list_features(info: tfds.core.DatasetInfo) -> str:
+    return ", ".join(f"{name}: {type(value).__name__}" for name, value in info.features.items())
+
+
+def _describe_files(builder: tfds.core.DatasetBuilder) -> str:
+    folder = builder.data_path
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    return hash_json([(file.name, file.stat().length) for file in files])
+
+
+def _make_damage_error(
+    builder: tfds.core.DatasetBuilder, split: str, index: int, reason: str
+) -> ValueError:
+    return ValueError(
+        f"{builder.data_path} is damaged at example {index} of split {split!r} ({reason}); delete "
+        "the folder and prepare the set again"
+    )
+
+
+def _to_bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _flatten_image(image: np.ndarray) -> np.ndarray:
+    """Return uint8[H * W] grey levels of uint8[H, W, 1 | 3]."""
+    if image.shape[-1] == 1:
+        return image.reshape(-1)
+    return np.rint(image @ _LUMA_WEIGHTS).astype(np.uint8).reshape(-1)

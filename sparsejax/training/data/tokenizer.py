@@ -1,0 +1,124 @@
+"""Tokenizers: bytes, byte-level BPE trained on the spot, and sources that come as ids already."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+SEPARATOR = 0
+"""Id that ends each document of a language-model corpus."""
+
+_SEPARATOR_TOKEN = "<|endoftext|>"
+_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Turn documents into ids.
+
+    Attributes:
+        name: Identifies the tokenizer; equal names encode equally.
+        vocab_size: Ids are in [0, vocab_size).
+        encode: Maps a list of documents to one integer array each.
+    """
+
+    name: str
+    vocab_size: int
+    encode: Callable[[list], list[np.ndarray]]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the smallest unsigned dtype that holds every id."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Make the tokenizer whose ids are the bytes themselves.
+
+    The separator of a language-model corpus is the byte 0, which text does not use.
+
+    Returns:
+        A tokenizer of 256 ids.
+
+    Example:
+        >>> byte_tokenizer().encode([b"AB"])[0].tolist()
+        [65, 66]
+    """
+    return Tokenizer(
+        name="bytes",
+        vocab_size=256,
+        encode=lambda documents: [np.frombuffer(text, np.uint8) for text in documents],
+    )
+
+
+def value_tokenizer(num_values: int) -> Tokenizer:
+    """Make the tokenizer of documents that are arrays of ids already.
+
+    Args:
+        num_values: Ids are in [0, num_values).
+
+    Returns:
+        The identity on such arrays.
+    """
+    return Tokenizer(
+        name=f"values:{num_values}", vocab_size=num_values, encode=lambda documents: documents
+    )
+
+
+def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
+    """Train byte-level BPE and save it.
+
+    Id 0 is the separator; the 256 bytes and the merges follow, so every text has an encoding and
+    decodes to itself.
+
+    Args:
+        folder: Where `tokenizer.json` is written.
+        texts: UTF-8 texts of the training split.
+        vocab_size: Number of entries, the separator included.
+
+    Raises:
+        ValueError: The texts are too few to learn that many entries.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_SEPARATOR_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text.decode() for text in texts), trainer)
+    if bpe.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"tokenizer='bpe:{vocab_size}': the training split yields only "
+            f"{bpe.get_vocab_size()} entries; expected at most that many"
+        )
+    bpe.save(str(folder / _FILE))
+
+
+def load_bpe(folder: Path, name: str) -> Tokenizer:
+    """Load what `train_bpe` saved.
+
+    Args:
+        folder: Where `tokenizer.json` lies.
+        name: Name of the tokenizer.
+
+    Returns:
+        The tokenizer; its `encode` takes UTF-8 `bytes`.
+    """
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer.from_file(str(folder / _FILE))
+    # A text that spells out the separator's name must not become the separator.
+    bpe.encode_special_tokens = True
+
+    def encode(documents: list[bytes]) -> list[np.ndarray]:
+        encodings = bpe.encode_batch_fast([text.decode() for text in documents])
+        return [np.asarray(encoding.ids, np.uint16) for encoding in encodings]
+
+    return Tokenizer(name=name, vocab_size=bpe.get_vocab_size(), encode=encode)
