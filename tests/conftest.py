@@ -16,8 +16,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "sparsejax"
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# `make` puts the `compile` extra beside the environment and not into it: without a GPU, JAX's CUDA
-# plugin prints a traceback in every program that does not set JAX_PLATFORMS.
-_compile_extra = pathlib.Path(__file__).resolve().parent.parent / ".venv" / "compile"
+# `make` puts the `compile` extra beside the environment's packages and not among them: without a
+# GPU, JAX's CUDA plugin prints a traceback in every program that does not set JAX_PLATFORMS.
+_compile_extra = pathlib.Path(sys.prefix) / "compile"
 if _compile_extra.exists():
     sys.path.append(str(_compile_extra))

@@ -1,0 +1,63 @@
+# Every target sets up what it needs in .venv on its first use; the second costs nothing.
+# PYTHON=/path/to/python3.12 chooses the Python the environment is made from.
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+export PYTHON VENV
+
+.PHONY: help train test test-all bench gpu gpu-sweep lint lock clean
+
+help:
+	@echo "make train      train the quickstart model, or resume it"
+	@echo "make test       lint and the fast tests       make test-all   every test"
+	@echo "make lint       ruff and pyright              make bench      the op's benchmark and its table"
+	@echo "make gpu        contracts and headline benchmarks on a GPU; make gpu-sweep PART=attention: all points"
+	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
+
+train: $(VENV)/train.stamp
+	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/dev.stamp $(VENV)/compile.stamp
+	$(PY) -m ruff check
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(VENV)/dev.stamp $(VENV)/compile.stamp
+	$(PY) -m ruff check
+	$(PYTEST) -m "not gpu"
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --pythonpath $(PY)
+
+bench: $(VENV)/train.stamp
+	$(PY) -m benchmarks.attention
+
+# A machine with a GPU often has its own JAX with CUDA and no way to install another.
+gpu gpu-sweep:
+	@python=$$(requirements/find-python.sh jax jax_cuda13_plugin flax pytest hypothesis) \
+	  || { $(MAKE) --no-print-directory $(if $(shell command -v nvidia-smi),$(VENV)/cuda.stamp,$(VENV)/dev.stamp) \
+	       && python=$(PY); } \
+	  && "$$python" -m benchmarks.gpu $(if $(filter gpu-sweep,$@),--sweep "$(PART)")
+
+$(VENV)/train.stamp $(VENV)/compile.stamp: $(VENV)/%.stamp: requirements/%.txt
+	@requirements/install.sh $*
+	@touch $@
+
+# These locks contain requirements/train.txt.
+$(VENV)/dev.stamp $(VENV)/cuda.stamp: $(VENV)/%.stamp: requirements/%.txt
+	@requirements/install.sh $*
+	@touch $@ $(VENV)/train.stamp
+
+# Without addresses: the lock serves whatever index pip is configured with.
+COMPILE_LOCK := uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.12 pyproject.toml
+lock: $(VENV)/dev.stamp
+	$(COMPILE_LOCK) --extra data -o requirements/train.txt
+	$(COMPILE_LOCK) --extra data --extra dev -c requirements/train.txt -o requirements/dev.txt
+	$(COMPILE_LOCK) --extra data --extra dev --extra cuda -c requirements/dev.txt -o requirements/cuda.txt
+	$(COMPILE_LOCK) --extra compile -c requirements/cuda.txt | grep -E '^(jax-cuda|nvidia-)' > requirements/compile.txt
+
+clean:
+	rm -rf $(VENV) build
