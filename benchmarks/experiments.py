@@ -223,7 +223,7 @@ def _make_key(experiment: Experiment, row: str, seed: int) -> dict[str, str | in
 
 
 def _group_by_row(experiment: Experiment, results: Results) -> dict[str, list[dict[str, Any]]]:
-    """Return the records of each row as it stands now; those of earlier settings stay in the file."""
+    """Group records by row as it is set now; those of earlier settings only stay in the file."""
     groups = {
         row: [
             results[key]

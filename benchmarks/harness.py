@@ -258,11 +258,15 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
       arguments: list of str, `sys.argv[1:]` if None.
 
     Returns:
-      Namespace with `force` and `budget_seconds`, keyword arguments of `run_points`.
+      Namespace with `force` and `budget_seconds`, keyword arguments of `run_points`, and
+      `headline`, for the benchmark to choose its points by.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--force", action="store_true", help="measure points already recorded")
     parser.add_argument(
         "--budget-seconds", type=float, default=math.inf, help="start no point after this time"
+    )
+    parser.add_argument(
+        "--headline", action="store_true", help="measure only the points that `make gpu` measures"
     )
     return parser.parse_args(arguments)

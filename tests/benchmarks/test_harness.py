@@ -114,8 +114,9 @@ def test_a_file_that_is_not_a_results_file_is_refused(tmp_path):
         Results(tmp_path / "op.json")
 
 
-def test_arguments_are_those_of_run_points():
+def test_arguments():
     assert vars(parse_arguments("op", ["--force", "--budget-seconds=5"])) == {
         "force": True,
         "budget_seconds": 5.0,
+        "headline": False,
     }

@@ -1,0 +1,94 @@
+"""Prove and measure the kernels on the GPU of this machine: `make gpu`, `make gpu-sweep PART=...`.
+
+`make gpu` runs the kernels' contract tests and the headline points of each benchmark within nine
+minutes; called again, it measures only what is missing. It needs jax with CUDA, flax, pytest and
+hypothesis. Without a GPU it says so and exits with 2, because nothing was proven.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks.environment import ROOT
+
+BUDGET_SECONDS = 540.0
+CONTRACT_SECONDS = 300.0
+PARTS = ("attention",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run contracts and headline points, or with `--sweep PART` all points of one benchmark.
+
+    Args:
+      arguments: list of str, `sys.argv[1:]` if None.
+
+    Returns:
+      int, exit code: 0 all passed, 1 something failed, 2 no GPU or unknown part.
+    """
+    parser = argparse.ArgumentParser(description="Prove and measure the kernels on a GPU.")
+    parser.add_argument("--sweep", metavar="PART", help=f"all points of one of {PARTS}")
+    part = parser.parse_args(arguments).sweep
+    if part is not None and part not in PARTS:
+        print(f"PART must be one of {', '.join(PARTS)}, got {part!r}", file=sys.stderr)
+        return 2
+    gpu, reason = find_gpu()
+    if gpu is None:
+        print(f"No GPU found, so nothing was run. JAX said: {reason}", file=sys.stderr)
+        return 2
+    print(f"GPU: {gpu}", flush=True)
+    if part is not None:
+        return 0 if _run_part(part) else 1
+    began = time.monotonic()
+    passed = [_run_contracts()]
+    for part in PARTS:
+        left = BUDGET_SECONDS - (time.monotonic() - began)
+        passed.append(_run_part(part, "--headline", f"--budget-seconds={max(left, 0.0):.0f}"))
+    return 0 if all(passed) else 1
+
+
+def find_gpu() -> tuple[str | None, str]:
+    """Ask JAX for its GPU, in a process of its own that gives the GPU's memory back.
+
+    Returns:
+      (name of the GPU, "") or (None, why there is none).
+    """
+    code = "import jax; print(jax.devices('cuda')[0].device_kind)"
+    asked = subprocess.run(
+        [sys.executable, "-c", code], env=_gpu_environment(), capture_output=True, text=True
+    )
+    if asked.returncode == 0:
+        return asked.stdout.strip().splitlines()[-1], ""
+    lines = asked.stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith(("RuntimeError", "ModuleNotFoundError"))]
+    return None, (errors or lines or ["nothing"])[-1]
+
+
+def _gpu_environment() -> dict[str, str]:
+    # The CPU stays available for oracles; tests/conftest.py chooses it alone if nothing is set.
+    return {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+
+
+def _run_contracts() -> bool:
+    # test_aot.py is about compiling without a GPU and needs another compiler installed.
+    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-m", "not slow"]
+    command += ["--ignore=tests/kernels/test_aot.py"]
+    try:
+        tested = subprocess.run(
+            command, cwd=ROOT, env=_gpu_environment(), timeout=CONTRACT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        print(f"the contracts took more than {CONTRACT_SECONDS:.0f} s", file=sys.stderr)
+        return False
+    return tested.returncode == 0
+
+
+def _run_part(part: str, *options: str) -> bool:
+    command = [sys.executable, "-m", f"benchmarks.{part}", *options]
+    return subprocess.run(command, cwd=ROOT, env=_gpu_environment(), check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

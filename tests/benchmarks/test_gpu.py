@@ -1,0 +1,50 @@
+"""`make gpu` proves something or says that it did not."""
+
+import subprocess
+
+import pytest
+
+from benchmarks import gpu
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Return the list of commands run and the dict of exit codes they get, by module."""
+    ran, codes = [], {}
+
+    def run(command, **options):
+        assert options["env"]["JAX_PLATFORMS"] == "cuda,cpu"
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, codes.get(command[2], 0))
+
+    monkeypatch.setattr(gpu, "find_gpu", lambda: ("NVIDIA H200", ""))
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    return ran, codes
+
+
+def test_without_a_gpu_it_says_so_and_is_no_success(capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.main([]) == 2
+    assert "No GPU found, so nothing was run. JAX said: RuntimeError" in capfd.readouterr().err
+
+
+def test_contracts_run_before_headline_points(commands):
+    ran, _ = commands
+    assert gpu.main([]) == 0
+    assert [command[0] for command in ran] == ["pytest", "benchmarks.attention"]
+    assert ran[1][1] == "--headline" and ran[1][2] == "--budget-seconds=540"
+
+
+def test_failed_contracts_fail_the_run_and_points_are_still_measured(commands):
+    ran, codes = commands
+    codes["pytest"] = 1
+    assert gpu.main([]) == 1
+    assert len(ran) == 2
+
+
+def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
+    ran, _ = commands
+    assert gpu.main(["--sweep", "attention"]) == 0
+    assert ran == [["benchmarks.attention"]]
+    assert gpu.main(["--sweep", ""]) == 2
+    assert "PART must be one of attention, got ''" in capsys.readouterr().err
