@@ -1,0 +1,72 @@
+"""Which implementation of an op runs, and on which device; fences for JAX versions live here.
+
+The choice rests on static facts alone: the device, what the caller named, and what the caller
+declared at trace time. It never looks at the values in a mask, so a pattern may change between
+steps without a new compilation.
+"""
+
+import logging
+from typing import Literal, get_args
+
+import jax
+
+type Implementation = Literal["mosaic_sm90", "xla", "dense", "reference"]
+"""Names a caller may pass as `implementation`."""
+
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation.__value__)
+
+_logger = logging.getLogger(__name__)
+
+
+def target_platform() -> str:
+    """Return the platform that traced code will be compiled for.
+
+    The abstract mesh in force comes first, so that a step can be compiled for a device this
+    machine does not have; then JAX's default device.
+
+    Returns:
+      str, a JAX platform name such as "cpu" or "gpu".
+    """
+    abstract_device = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract_device is not None:
+        return abstract_device.platform
+    default = jax.config.jax_default_device
+    if default is None:
+        return jax.devices()[0].platform
+    return default if isinstance(default, str) else default.platform
+
+
+def choose_implementation(
+    implementation: Implementation | None = None, *, every_block_kept: bool = False
+) -> Implementation:
+    """Return the implementation of block-sparse attention that a call would run.
+
+    A named implementation is returned as it is: it runs or raises, and is never replaced. With
+    `None`, a call that declares every block kept gets "dense", which is then the fastest;
+    every other call gets "xla", which runs on every device.
+
+    Args:
+      implementation: name the caller passed, or None.
+      every_block_kept: bool, True where the caller passed no mask, a fact known while tracing.
+
+    Returns:
+      str, one of `IMPLEMENTATIONS`.
+
+    Raises:
+      ValueError: if the name is not one of `IMPLEMENTATIONS`.
+
+    Example:
+      >>> choose_implementation()
+      'xla'
+      >>> choose_implementation(every_block_kept=True)
+      'dense'
+    """
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
+            )
+        return implementation
+    chosen: Implementation = "dense" if every_block_kept else "xla"
+    _logger.debug("block_sparse_attention: chose %r on %s", chosen, target_platform())
+    return chosen
