@@ -1,0 +1,154 @@
+"""Who may import whom. The arrows keep kernels free of models, and masks free of modules."""
+
+import ast
+import sys
+
+import pytest
+
+from tests.architecture.project_files import ROOT, list_modules
+
+# What each part of the project may import of the project. A part may always import itself.
+ARROWS = {
+    "pallas_kernels": (),
+    "sparsejax.types": (),
+    "sparsejax.patterns": ("sparsejax.types",),
+    "sparsejax.masks": ("sparsejax.patterns", "sparsejax.types"),
+    "sparsejax.recipes": ("sparsejax.masks", "sparsejax.patterns", "sparsejax.types"),
+    "sparsejax.models": ("pallas_kernels", "sparsejax.patterns", "sparsejax.types"),
+    "sparsejax.training": (
+        "sparsejax.recipes",
+        "sparsejax.models",
+        "sparsejax.patterns",
+        "sparsejax.types",
+    ),
+    "sparsejax": (),
+    "configs": (),
+    "train": ("sparsejax.training",),
+    "benchmarks": ("pallas_kernels", "sparsejax", "configs"),
+}
+
+# Where each package from outside may be imported.
+HOMES = {
+    "jax": ("pallas_kernels", "sparsejax", "benchmarks"),
+    "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
+    "flax": ("sparsejax.models", "sparsejax.training"),
+    "optax": ("sparsejax.training",),
+    "orbax": ("sparsejax.training.checkpoint",),
+    "ml_collections": ("configs", "train"),
+    "absl": ("train",),
+    "tensorboardX": ("sparsejax.training.metrics",),
+    "matplotlib": ("sparsejax.training.plots", "benchmarks"),
+    "grain": ("sparsejax.training.data",),
+    "array_record": ("sparsejax.training.data",),
+    "tensorflow_datasets": ("sparsejax.training.data",),
+    "tokenizers": ("sparsejax.training.data",),
+    "tqdm": ("sparsejax.training.data",),
+}
+
+# Whole steps must run on a machine that has no more than these.
+STEP_MODULES = tuple(f"sparsejax.training.{name}" for name in ("state", "step", "flops"))
+STEP_NEEDS = {"jax", "flax", "optax", "numpy"}
+
+
+def find_imports(source):
+    """Return the dotted names a module imports anywhere, with the names taken from them."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_within(name, parent):
+    return name == parent or name.startswith(parent + ".")
+
+
+def find_part(module):
+    """Return the narrowest part of the project that a dotted name belongs to, or None."""
+    return max((part for part in ARROWS if is_within(module, part)), key=len, default=None)
+
+
+def find_violations(module, source):
+    part, violations = find_part(module), []
+    for name in sorted(find_imports(source)):
+        package, target = name.split(".")[0], find_part(name)
+        if name.startswith("."):
+            violations.append(f"{module} imports {name}: write absolute imports")
+        elif target is not None:
+            if target != part and not any(is_within(target, to) for to in ARROWS[part]):
+                violations.append(f"{module} imports {name}: {part} may not import {target}")
+        elif package not in sys.stdlib_module_names:
+            homes = HOMES.get(package, ())
+            if not any(is_within(module, home) for home in homes):
+                violations.append(f"{module} imports {name}: its place is {homes or 'nowhere'}")
+    return violations
+
+
+def find_needs(module, sources):
+    """Return the outside packages that importing a module of `sources` brings in."""
+    needs, seen, open_modules = set(), set(), [module]
+    while open_modules:
+        current = open_modules.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        # Importing a.b.c runs a and a.b first.
+        open_modules += [parent for parent in [current.rpartition(".")[0]] if parent in sources]
+        for name in find_imports(sources[current]):
+            candidates = [name, name.rpartition(".")[0]]
+            inner = [candidate for candidate in candidates if candidate in sources][:1]
+            open_modules += inner
+            if not inner and name.split(".")[0] not in sys.stdlib_module_names:
+                needs.add(name.split(".")[0])
+    return needs
+
+
+def read_sources():
+    return {name: (ROOT / path).read_text() for name, path in list_modules().items()}
+
+
+def test_every_import_follows_the_arrows():
+    sources = read_sources()
+    violations = [line for name in sources for line in find_violations(name, sources[name])]
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize("module", STEP_MODULES)
+def test_steps_need_no_data_package(module):
+    assert find_needs(module, read_sources()) <= STEP_NEEDS
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("pallas_kernels.op", "from sparsejax import types"),
+        ("pallas_kernels.op", "def f():\n    import flax"),
+        ("sparsejax.masks.decay", "import optax"),
+        ("sparsejax.masks.decay", "from sparsejax.models import transformer"),
+        ("sparsejax.masks.decay", "from sparsejax import models"),
+        ("sparsejax.models.mlp", "from sparsejax.masks.decay import decay"),
+        ("sparsejax.recipes.dense", "import sparsejax.training.state"),
+        ("sparsejax.training.step", "from orbax.checkpoint import v1"),
+        ("sparsejax.training.loop", "import configs.base"),
+        ("sparsejax.training.loop", "import unheard_of"),
+        ("sparsejax.training.loop", "from . import step"),
+        ("train", "from sparsejax import masks"),
+    ],
+)
+def test_a_forbidden_import_is_found(module, source):
+    assert len(find_violations(module, source)) == 1
+
+
+def test_needs_are_followed_through_modules_and_packages():
+    sources = {
+        "a": "import grain",
+        "a.b": "import a.c.d",
+        "a.c": "",
+        "a.c.d": "from a.e import f\nimport os",
+        "a.e": "import numpy.linalg",
+        "a.x": "import torch",
+    }
+    assert find_needs("a.b", sources) == {"grain", "numpy"}
