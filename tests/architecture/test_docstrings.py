@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 
 import pytest
 
@@ -44,8 +45,8 @@ def check_function(function, *, is_method=False):
         return ["no docstring"]
     missing = [] if docstring.splitlines()[0].endswith(".") else ["a first line ending in a dot"]
     arguments = list_arguments(function, is_method=is_method)
-    section = read_section(docstring, "Args") or ""
-    named = re.findall(r"^[ ]{2}\*{0,2}(\w[\w, *]*):", section, re.MULTILINE)
+    section = textwrap.dedent(read_section(docstring, "Args") or "")
+    named = re.findall(r"^\*{0,2}(\w[\w, *]*):", section, re.MULTILINE)
     documented = {name.strip(" *") for names in named for name in names.split(",")}
     missing += [f"Args: {name}" for name in arguments if name not in documented]
     decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
