@@ -11,8 +11,10 @@ References:
     Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import random
 import shutil
@@ -56,20 +58,20 @@ def sample_expression(rng: random.Random, max_length: int) -> tuple[list[int], i
         Ids and value, or None when the expression reaches `max_length`.
 
     Example:
-        >>> ids, value = sample_expression(random.Random(3), 100)
+        >>> ids, value = sample_expression(random.Random(183), 100)
         >>> " ".join(SYMBOLS[i] for i in ids), value
-        ('[MED 1 9 ]', 5)
+        ('[MED 2 5 ]', 3)
     """
     ids = []
     try:
         value = _grow(rng, 1, ids, max_length)
     except _TooLongError:
         return None
-    return ids, value
+    return (ids, value) if len(ids) < max_length else None
 
 
 def _grow(rng: random.Random, depth: int, ids: list[int], max_length: int) -> int:
-    if len(ids) + 1 >= max_length:
+    if len(ids) >= max_length:
         raise _TooLongError
     if depth >= _MAX_DEPTH or rng.random() > _OPERATOR_PROBABILITY:
         value = _draw(rng, 0, 9)
@@ -220,7 +222,11 @@ def _make_variant(name: str, train_examples: int) -> ListOpsConfig:
 def _prepare(variant: ListOpsConfig, folder: Path) -> None:
     tfds.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as data_dir:
+        # TFDS announces on stdout the temporary folder, which is gone in the end.
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as data_dir,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             builder = ListOps(config=variant, data_dir=data_dir, file_format="array_record")
             builder.download_and_prepare()
             for file in Path(builder.data_path).iterdir():

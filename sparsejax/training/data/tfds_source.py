@@ -117,16 +117,18 @@ def read_examples(
             f"{builder.data_path} is in TFDS's {builder.info.file_format} format; expected "
             "array_record: prepare the set again with file_format='array_record'"
         ) from error
-    for index in range(len(records)):
-        try:
-            record = records[index]
-        except (RuntimeError, IndexError) as error:
-            raise _make_damage_error(builder, split, index, str(error)) from error
-        # The reader answers None, not an error, for what lies beyond the end of a cut-off file.
-        if record[input_key] is None:
-            raise _make_damage_error(builder, split, index, "the record is missing")
-        label = int(record[label_key]) if label_key else 0
-        yield Example((to_document(record[input_key]),), label)
+    try:
+        for index, record in enumerate(records):
+            # The reader answers None, not an error, for what a cut-off file lacks.
+            if record[input_key] is None:
+                raise IndexError(f"example {index} is missing")
+            label = int(record[label_key]) if label_key else 0
+            yield Example((to_document(record[input_key]),), label)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{builder.data_path} is damaged in split {split!r} ({error}); delete the folder and "
+            "prepare the set again"
+        ) from error
 
 
 def _find_builder(config: DataConfig) -> tfds.core.DatasetBuilder:
@@ -150,7 +152,14 @@ def _find_builder(config: DataConfig) -> tfds.core.DatasetBuilder:
     builder = tfds.builder(
         config.rest, data_dir=config.data_dir, try_gcs=False, file_format="array_record"
     )
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(
+            f"source={config.source!r}: preparing the set here fails ({error}); expected the "
+            "packages its code needs, often only `pip install tensorflow-cpu`: reading the set "
+            f"afterwards needs none of them. Then run: {make_prepare_command(config)}"
+        ) from error
     return builder
 
 
@@ -229,15 +238,6 @@ def _describe_files(builder: tfds.core.DatasetBuilder) -> str:
     folder = builder.data_path
     files = sorted(folder.iterdir()) if folder.exists() else []
     return hash_json([(file.name, file.stat().length) for file in files])
-
-
-def _make_damage_error(
-    builder: tfds.core.DatasetBuilder, split: str, index: int, reason: str
-) -> ValueError:
-    return ValueError(
-        f"{builder.data_path} is damaged at example {index} of split {split!r} ({reason}); delete "
-        "the folder and prepare the set again"
-    )
 
 
 def _to_bytes(text: bytes | str) -> bytes:

@@ -78,7 +78,7 @@ def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
         vocab_size: Number of entries, the separator included.
 
     Raises:
-        ValueError: The texts are too few to learn that many entries.
+        ValueError: The texts are too few to learn that many entries, or not UTF-8.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -92,7 +92,7 @@ def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((text.decode() for text in texts), trainer)
+    bpe.train_from_iterator(map(_decode, texts), trainer)
     if bpe.get_vocab_size() != vocab_size:
         raise ValueError(
             f"tokenizer='bpe:{vocab_size}': the training split yields only "
@@ -118,7 +118,17 @@ def load_bpe(folder: Path, name: str) -> Tokenizer:
     bpe.encode_special_tokens = True
 
     def encode(documents: list[bytes]) -> list[np.ndarray]:
-        encodings = bpe.encode_batch_fast([text.decode() for text in documents])
+        encodings = bpe.encode_batch_fast([_decode(text) for text in documents])
         return [np.asarray(encoding.ids, np.uint16) for encoding in encodings]
 
     return Tokenizer(name=name, vocab_size=bpe.get_vocab_size(), encode=encode)
+
+
+def _decode(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"a document that begins {text[:40]!r} is not UTF-8 at byte {error.start}; expected "
+            "UTF-8 for a BPE tokenizer (tokenizer='bytes' takes anything)"
+        ) from error
