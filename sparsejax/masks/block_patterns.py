@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 type PatternName = Literal["sliding_window", "longformer", "bigbird"]
 """The families that `pattern_at_density` knows."""
@@ -38,7 +39,7 @@ def sliding_window(num_blocks: int, *, width: int, causal: bool = False) -> jax.
              [0, 1, 1]], dtype=int32)
     """
     _check_at_least(1, num_blocks=num_blocks, width=width)
-    return (_distance(num_blocks) < width) & _visible(num_blocks, causal)
+    return jnp.asarray((_distance(num_blocks) < width) & _visible(num_blocks, causal))
 
 
 def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = False) -> jax.Array:
@@ -193,26 +194,28 @@ def pattern_at_density(
     return _keep_lowest(distance, rest, kept, visible)
 
 
-def _keep_lowest(score: jax.Array, count: int, kept: jax.Array, visible: jax.Array) -> jax.Array:
+def _keep_lowest(
+    score: jax.Array | np.ndarray, count: int, kept: jax.Array, visible: np.ndarray
+) -> jax.Array:
     """Keep `count` more of the visible blocks, those of the lowest score."""
     candidates = jnp.where(visible & ~kept, score, jnp.inf).ravel()
     rank = candidates.argsort(stable=True).argsort()
     return kept | (rank < count).reshape(kept.shape)
 
 
-def _distance(num_blocks: int) -> jax.Array:
-    index = jnp.arange(num_blocks)
-    return jnp.abs(index[:, None] - index)
+def _distance(num_blocks: int) -> np.ndarray:
+    index = np.arange(num_blocks)
+    return np.abs(index[:, None] - index)
 
 
-def _nearest_border(num_blocks: int) -> jax.Array:
-    index = jnp.arange(num_blocks)
-    return jnp.minimum(index[:, None], index)
+def _nearest_border(num_blocks: int) -> np.ndarray:
+    index = np.arange(num_blocks)
+    return np.minimum(index[:, None], index)
 
 
-def _visible(num_blocks: int, causal: bool) -> jax.Array:
-    everything = jnp.ones((num_blocks, num_blocks), bool)
-    return jnp.tril(everything) if causal else everything
+def _visible(num_blocks: int, causal: bool) -> np.ndarray:
+    everything = np.ones((num_blocks, num_blocks), bool)
+    return np.tril(everything) if causal else everything
 
 
 def _check_at_least(minimum: int, **counts: int) -> None:

@@ -270,7 +270,7 @@ def _walk(pooled: jax.Array, *, starts: np.ndarray) -> jax.Array:
     """Return the blocks that the walks from `starts` move to.
 
     The next block depends on the present one alone, so walks that meet stay together and the
-    set of present blocks says all. A walk makes at most 2 NB - 1 moves.
+    set of present blocks says all. At most 2 (NB - 1) moves stay within the grid.
     """
     num_blocks = pooled.shape[-1]
     bordered = _pad_last_two(pooled, (0, 1), (0, 1))
@@ -293,7 +293,7 @@ def _walk(pooled: jax.Array, *, starts: np.ndarray) -> jax.Array:
 
     present = jnp.broadcast_to(starts, pooled.shape)
     _, reached = jax.lax.fori_loop(
-        0, 2 * num_blocks, move, (present, jnp.zeros(pooled.shape, bool))
+        0, 2 * (num_blocks - 1), move, (present, jnp.zeros(pooled.shape, bool))
     )
     return reached
 
@@ -313,8 +313,8 @@ def _sum_along_diagonal(x: jax.Array, terms: int) -> jax.Array:
 def _lerp_quantile(values: jax.Array, quantile: float) -> jax.Array:
     """Return the quantile over the last axis, NaN if it holds one.
 
-    `jnp.quantile` weighs both neighbours, so that the quantile of equal values may round to
-    below them; a strict comparison needs it exact, as interpolation by the difference is.
+    A strict comparison needs the quantile of equal values to be that value. The weighted sum of
+    both neighbours, as in `jnp.quantile`, can round to below it; their difference cannot.
     """
     ordered = jnp.sort(values, axis=-1)
     position = quantile * (values.shape[-1] - 1)

@@ -1,7 +1,6 @@
 """The static patterns: their definitions, and exact counts at a requested density."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,12 +21,12 @@ def visible_blocks(num_blocks, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_window_and_globals_are_where_the_definitions_say(causal):
-    visible = visible_blocks(9, causal)
-    window = np.array([[abs(i - j) < 3 for j in range(9)] for i in range(9)])
-    globals_ = np.array([[i < 2 or j < 2 for j in range(9)] for i in range(9)])
-    np.testing.assert_array_equal(sliding_window(9, width=3, causal=causal), window & visible)
+    visible = visible_blocks(12, causal)
+    window = np.array([[abs(i - j) < 3 for j in range(12)] for i in range(12)])
+    globals_ = np.array([[i < 2 or j < 2 for j in range(12)] for i in range(12)])
+    np.testing.assert_array_equal(sliding_window(12, width=3, causal=causal), window & visible)
     np.testing.assert_array_equal(
-        longformer(9, width=3, num_global=2, causal=causal), (window | globals_) & visible
+        longformer(12, width=3, num_global=2, causal=causal), (window | globals_) & visible
     )
 
 
@@ -52,55 +51,55 @@ def test_bigbird_adds_random_blocks_to_each_row(causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_count_from_diagonal_to_dense_is_met_exactly(name, causal):
-    visible = visible_blocks(6, causal)
-    for count in range(6, visible.sum() + 1):
+    visible = visible_blocks(12, causal)
+    for count in range(12, visible.sum() + 1, 3):
         # The density of a measured mask, rounded to f32, must give back its count.
         density = float(np.float32(count) / np.float32(visible.sum()))
         mask = np.array(
-            pattern_at_density(name, 6, density=density, causal=causal, key=jax.random.key(0))
+            pattern_at_density(name, 12, density=density, causal=causal, key=jax.random.key(0))
         )
-        assert mask.sum() == count
+        assert mask.dtype == np.bool_ and mask.sum() == count
         assert mask.diagonal().all()
         assert not (mask & ~visible).any()
 
 
 def test_a_pattern_matches_a_measured_density():
-    measured = longformer(16, width=2, num_global=1, causal=True)
+    measured = longformer(12, width=2, num_global=1, causal=True)
     density = float(block_density(measured, causal=True))
-    mask = pattern_at_density("sliding_window", 16, density=density, causal=True)
+    mask = pattern_at_density("sliding_window", 12, density=density, causal=True)
     assert mask.sum() == measured.sum()
 
 
 def test_window_widens_from_the_diagonal():
-    full_band = sliding_window(8, width=3)
+    full_band = sliding_window(12, width=3)
     density = float(block_density(full_band))
     np.testing.assert_array_equal(
-        pattern_at_density("sliding_window", 8, density=density), full_band
+        pattern_at_density("sliding_window", 12, density=density), full_band
     )
-    mask = np.array(pattern_at_density("sliding_window", 8, density=density + 2 / 64))
+    mask = np.array(pattern_at_density("sliding_window", 12, density=density + 2 / 144))
     added = np.argwhere(mask & ~np.array(full_band))
     assert added.tolist() == [[0, 3], [1, 4]]
 
 
 def test_parts_take_their_shares():
-    # 16 x 16 blocks, 60 beside the diagonal: 30 globals are the first row and column.
-    density = (16 + 60) / 256
-    mask = np.array(pattern_at_density("longformer", 16, density=density))
+    # 44 beside the diagonal: 22 globals are the first row and column.
+    density = (12 + 44) / 144
+    mask = np.array(pattern_at_density("longformer", 12, density=density))
     assert mask[0].all() and mask[:, 0].all()
     window = mask[1:, 1:]
-    assert window.sum() == 15 + 30
+    assert window.sum() == 11 + 22
     assert (np.abs(np.subtract(*np.nonzero(window))) <= 2).all()
 
     keys = [jax.random.key(0), jax.random.key(1)]
     first, second = (
-        np.array(pattern_at_density("bigbird", 16, density=density, key=k)) for k in keys
+        np.array(pattern_at_density("bigbird", 12, density=density, key=k)) for k in keys
     )
-    assert first[0, -10:].all() and first[-10:, 0].all()
-    far = np.abs(np.subtract.outer(np.arange(16), np.arange(16))) > 3
+    assert first[0, -7:].all() and first[-7:, 0].all()
+    far = np.abs(np.subtract.outer(np.arange(12), np.arange(12))) > 3
     far[0] = far[:, 0] = False
-    assert 5 < (first & far).sum() <= 20
+    assert 3 < (first & far).sum() <= 14
     assert (first & far != second & far).any()
-    again = pattern_at_density("bigbird", 16, density=density, key=keys[0])
+    again = pattern_at_density("bigbird", 12, density=density, key=keys[0])
     np.testing.assert_array_equal(first, again)
 
 
@@ -125,9 +124,3 @@ def test_parts_take_their_shares():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_patterns_are_boolean_arrays():
-    for name in FAMILIES:
-        mask = pattern_at_density(name, 4, density=0.5, key=jax.random.key(0))
-        assert mask.dtype == jnp.bool_ and mask.shape == (4, 4)
