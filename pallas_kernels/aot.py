@@ -253,14 +253,14 @@ def compile_for(
             compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda p: p.stat().st_mtime_ns)
         kernels = tuple(_read_kernel(report) for report in reports)
-    hlo = compiled.as_text()
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None and memory is not None, "XLA for GPUs reports both"
     called = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo)))
     if called != len(kernels):
         raise RuntimeError(
             f"the program calls {called} Mosaic kernels but {len(kernels)} were reported: "
             f"{[kernel.name for kernel in kernels]}"
         )
-    memory = compiled.memory_analysis()
     return AotReport(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -283,7 +283,7 @@ def _find_cuda() -> pathlib.Path:
                 f"compiling for a GPU needs {name}, which is not installed: "
                 "pip install 'sparsejax[compile]'"
             )
-    folders = [pathlib.Path(folder) for folder in spec.submodule_search_locations]
+    folders = [pathlib.Path(folder) for folder in spec.submodule_search_locations or ()]
     for folder in folders:
         if all((folder / "bin" / tool).exists() for tool in ("ptxas", "nvdisasm")):
             return folder
