@@ -7,6 +7,7 @@ Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them. 
 resumes. Exit code 2 means that a setting has to be changed; the message says which.
 """
 
+import ast
 import shlex
 import sys
 
@@ -55,12 +56,15 @@ def main(argv: list[str]) -> int:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = app.parse_flags_with_usage(argv)
-        flags.FLAGS["config"].value  # noqa: B018  a missing file shows only when it is read
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for an unknown key, a mistyped value or a missing file; its
-        # KeyError would print its message in quotes.
-        sys.exit(_fail(f"--config: {error.args[0] if len(error.args) == 1 else error}"))
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.to_dict()  # a missing file shows only when the settings are read
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # ml_collections raises these for an unknown key, a mistyped value or a missing file; an
+        # unknown key arrives as the text of a KeyError, which is a quoted string.
+        text = str(error)
+        if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+            text = ast.literal_eval(text)
+        sys.exit(_fail(" ".join(text.split())))
     return rest
 
 

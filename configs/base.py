@@ -45,6 +45,13 @@ def get_config() -> ml_collections.ConfigDict:
     data.batch_size = 8  # examples per step over all processes
     data.num_reading_threads = 0  # 0 or 1
     data.truncate = False  # cut longer classification examples instead of refusing them
+    data.download = False  # let tensorflow_datasets download a set that is not prepared
+    data.train_split = ""  # empty = the source's own; "train[:90%]" works with tfds
+    data.validation_split = ""  # empty = the source's own
+    data.input_key = ""  # tfds feature to read, empty = the one the set declares
+    data.label_key = ""  # tfds label to predict, empty = the one the set declares
+    data.validation_fraction = 0.05  # share of a text corpus held out
+    data.listops_examples = 96_000  # training examples of ListOps
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "lion", "sgd"

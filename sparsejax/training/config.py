@@ -120,7 +120,7 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
     try:
         values = {name: _cast(mapping[name], int, name) for name in top}
         built = {name: _build(cls, mapping[name], name) for name, cls in sections.items()}
-        data = _build(DataConfig, mapping["data"], "data", seed=values["seed"])
+        data = _build_data(mapping["data"], values["seed"])
         recipe = mapping["recipe"]
         _check_keys(recipe, ("name", *_RECIPES[1:]), "recipe.")
         _check(recipe["name"] in _RECIPES, "recipe.name", recipe["name"], f"one of {_RECIPES}")
@@ -262,6 +262,16 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
+    try:
+        return _build(DataConfig, mapping, "data", seed=seed)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # The data layer names its own fields.
+        raise ConfigError(f"data.{error}") from error
 
 
 def _build(cls, mapping: Mapping[str, Any], section: str, **known):

@@ -306,7 +306,7 @@ class _Loop:
         plot_attention_patterns(
             np.asarray(get_attention_masks(self.state.sparsity.masks)),
             np.asarray(statistics["pooled"]) if "pooled" in statistics else None,
-            self.workdir / "attention_patterns.png",
+            path=self.workdir / "attention_patterns.png",
             causal=self.run.model.causal,
             title=f"{self.run.recipe.name}: attention blocks from step {self.step}",
         )

@@ -1,0 +1,57 @@
+"""A run small enough to be trained many times in a test, on text that the test writes itself."""
+
+import pathlib
+from typing import Any
+
+from configs import base
+from sparsejax.training.config import parse_config
+from sparsejax.training.loop import train_and_evaluate
+
+NUM_STEPS = 10
+
+
+def write_corpus(folder: pathlib.Path) -> pathlib.Path:
+    """Write a text file whose next byte can be guessed from the ones before."""
+    path = folder / "corpus.txt"
+    path.write_text("".join(f"{i} plus {i % 7} is {i + i % 7}.\n" for i in range(400)))
+    return path
+
+
+def make_settings(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
+    """Return settings that switch from dense to sparse attention after step 6 of 10.
+
+    `changes` are dotted keys with double underscores for dots: model__num_layers=3.
+    """
+    config = base.get_config()
+    config.num_steps = NUM_STEPS
+    config.eval_every_steps = 5
+    config.num_eval_batches = 2
+    config.log_every_steps = 1
+    config.model.num_layers = 2
+    config.model.model_dim = 32
+    config.model.num_heads = 2
+    config.model.mlp_dim = 64
+    config.model.dropout_rate = 0.1
+    config.model.block_size = 16
+    config.data.source = f"text:{write_corpus(folder)}"
+    config.data.data_dir = str(folder / "data")
+    config.data.sequence_length = 64
+    config.data.batch_size = 4
+    config.optimizer.warmup_steps = 2
+    config.recipe.name = "spion"
+    config.recipe.spion.quantile = 0.5
+    config.recipe.spion.filter_size = 3
+    config.recipe.spion.probe_every_steps = 2
+    config.recipe.spion.latest_switch_step = 6
+    config.recipe.spion.max_change_percent = 1
+    config.checkpoint.every_steps = 1
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config.to_dict()
+
+
+def train(settings: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Train in this process."""
+    return train_and_evaluate(
+        parse_config(settings), settings, workdir, resume_command="the same command"
+    )

@@ -1,0 +1,177 @@
+"""A run that is killed and resumed ends in the same bits as one that is not."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sparsejax.training.checkpoint import find_checkpoints, restore
+from sparsejax.training.config import ConfigError, parse_config
+from sparsejax.training.loop import evaluate
+from sparsejax.training.metrics import read_metrics
+from sparsejax.training.run import prepare_run
+from tests.training.runs import NUM_STEPS, make_settings, train
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return make_settings(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(settings, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    summary = train(settings, workdir)
+    return workdir, summary
+
+
+def _start(settings, workdir, stop_after_step, number):
+    """Train in another process and send it a signal once it has shown a step."""
+    program = (
+        "import json, pathlib, sys\n"
+        "from tests.training.runs import train\n"
+        "train(json.loads(sys.argv[2]), pathlib.Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(workdir), json.dumps(settings)],
+        cwd=_ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if f"step {stop_after_step:>{len(str(NUM_STEPS)) + 1}}/{NUM_STEPS}" in line:
+            process.send_signal(number)
+            break
+    lines += process.stdout.readlines()
+    return process.wait(), "".join(lines)
+
+
+def _final_state(settings, workdir):
+    info = find_checkpoints(workdir / "checkpoints")[0]
+    assert (info.step, info.problem) == (NUM_STEPS, None)
+    run = prepare_run(parse_config(settings))
+    return restore(info, run.make_abstract_state(info.metadata["phase"]))
+
+
+def _numbers(workdir):
+    """Everything in the metrics that does not depend on the clock or on restarts."""
+    clock = ("step_seconds", "compile_seconds")
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["kind"] != "phase"]
+    return [{name: row[name] for name in row if name not in clock} for row in rows]
+
+
+def _assert_same_end(settings, workdir, reference):
+    (state, data_state), (expected, expected_data_state) = (
+        _final_state(settings, folder) for folder in (workdir, reference)
+    )
+    assert data_state == expected_data_state
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+    ):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes(), path
+    # Repr, because NaN is not equal to itself.
+    assert repr(_numbers(workdir)) == repr(_numbers(reference))
+
+
+@pytest.mark.parametrize("step", [3, 6, 8], ids=["before", "at", "after"])
+def test_kill_and_resume_is_bit_exact(step, settings, uninterrupted, tmp_path):
+    code, _ = _start(settings, tmp_path, step, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert find_checkpoints(tmp_path / "checkpoints")[0].step < NUM_STEPS
+    assert train(settings, tmp_path) is not None
+    _assert_same_end(settings, tmp_path, uninterrupted[0])
+
+
+def test_sigterm_saves_and_exits_cleanly(settings, uninterrupted, tmp_path):
+    code, output = _start(settings, tmp_path, 4, signal.SIGTERM)
+    assert code == 0
+    assert "stopped by SIGTERM" in output
+    assert "resume with: the same command" in output
+    saved = find_checkpoints(tmp_path / "checkpoints")[0]
+    assert saved.problem is None
+    assert 4 <= saved.step < NUM_STEPS
+    train(settings, tmp_path)
+    _assert_same_end(settings, tmp_path, uninterrupted[0])
+
+
+def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys):
+    workdir, summary = uninterrupted
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert train(settings, workdir) == summary
+    assert f"{workdir} is finished" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):
+    changed = make_settings(tmp_path, optimizer__learning_rate=5e-4)
+    changed["data"]["source"] = settings["data"]["source"]
+    changed["data"]["data_dir"] = settings["data"]["data_dir"]
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.001 -> 0.0005"):
+        train(changed, uninterrupted[0])
+
+
+def test_other_data_in_the_same_workdir_is_refused(tmp_path):
+    settings = make_settings(tmp_path, num_steps=4)
+    train(settings, tmp_path / "run")
+    with open(settings["data"]["source"].removeprefix("text:"), "a") as corpus:
+        corpus.write("one more line\n")
+    with pytest.raises(ConfigError, match="other data"):
+        train(settings, tmp_path / "run")
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    settings, uninterrupted, tmp_path, capsys
+):
+    code, _ = _start(settings, tmp_path, 8, signal.SIGTERM)
+    assert code == 0
+    newest = find_checkpoints(tmp_path / "checkpoints")[0]
+    largest = max(
+        (path for path in newest.path.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    largest.write_bytes(largest.read_bytes()[:100])
+    train(settings, tmp_path)
+    output = capsys.readouterr().out
+    assert f"skipping a damaged checkpoint: {largest}" in output
+    assert f"resuming {tmp_path} at step {newest.step - 1}" in output
+    _assert_same_end(settings, tmp_path, uninterrupted[0])
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_not_restarted_in_silence(settings, tmp_path):
+    _start(settings, tmp_path, 3, signal.SIGTERM)
+    for info in find_checkpoints(tmp_path / "checkpoints"):
+        (info.path / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint .* is whole"):
+        train(settings, tmp_path)
+
+
+def test_evaluation_restores_masks(settings, uninterrupted):
+    workdir, summary = uninterrupted
+    result = evaluate(parse_config(settings), settings, workdir)
+    assert (result["step"], result["phase"]) == (NUM_STEPS, "sparse")
+    assert result["validation_loss"] == summary["validation_loss"]
+    assert result["attention_density"] == summary["sparse_attention_density"] < 1
+
+
+def test_run_leaves_pictures_summary_and_one_compilation_per_phase(uninterrupted):
+    workdir, summary = uninterrupted
+    for name in ("training.png", "attention_patterns.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "summary.json").read_text())["num_steps"] == NUM_STEPS
+    assert summary["sparse_first_step"] == 6
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [row["phase"] for row in rows if row["kind"] == "phase"] == ["dense", "sparse"]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, NUM_STEPS + 1))
+    assert list((workdir / "tensorboard").iterdir())

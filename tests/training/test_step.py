@@ -1,0 +1,241 @@
+"""The jitted step: what it computes, when it refuses, and that it stays as it is."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.models import TransformerConfig
+from sparsejax.patterns import BlockPattern
+from sparsejax.recipes import Phase, Recipe, make_dense, set_attention_masks
+from sparsejax.training.optimizer import OptimizerConfig, compute_learning_rate, make_optimizer
+from sparsejax.training.state import create_train_state, make_graphdef
+from sparsejax.training.step import make_eval_step, make_train_step
+
+_GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "train_step.json"
+_MODEL = TransformerConfig(
+    vocab_size=17,
+    num_layers=2,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=32,
+    max_length=32,
+    causal=True,
+    dropout_rate=0.1,
+    block=BlockPattern(block_q=8, block_kv=8),
+)
+_SPARSE = Recipe("sparse", (Phase("sparse", sparse_attention=True, pruned_logits="zero"),))
+
+
+def _optimizer_config(**changes):
+    return OptimizerConfig(
+        **{
+            "name": "adamw",
+            "learning_rate": 1e-2,
+            "schedule": "cosine",
+            "warmup_steps": 2,
+            "final_fraction": 0.1,
+            "weight_decay": 0.1,
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "clip_norm": 1.0,
+            "clip_value": None,
+        }
+        | changes
+    )
+
+
+_OPTIMIZER = make_optimizer(_optimizer_config(), num_steps=100)
+
+
+@functools.cache
+def _make(recipe=None, model=_MODEL, **options):
+    recipe = recipe or make_dense()
+    step = make_train_step(
+        make_graphdef(model), recipe, recipe.phases[0], _OPTIMIZER, implementation="xla", **options
+    )
+    state = jax.jit(functools.partial(create_train_state, model, recipe, _OPTIMIZER))(
+        jax.random.key(0)
+    )
+    return state, jax.jit(step)
+
+
+def _batch(seed=0, size=4):
+    tokens = np.random.default_rng(seed).integers(0, 17, (size, 33), dtype=np.int32)
+    return {
+        "inputs": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "weights": jnp.ones(size, jnp.float32),
+    }
+
+
+def _run(state, step, num_steps, batch=None):
+    history = []
+    for i in range(num_steps):
+        state, metrics = step(state, _batch(i) if batch is None else batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def _prune(state):
+    pattern = jnp.tril(jnp.ones((4, 4), bool)) & ~jnp.tril(jnp.ones((4, 4), bool), -2)
+    patterns = jnp.broadcast_to(pattern, (2, 4, 4))
+    masks = set_attention_masks(state.sparsity.masks, patterns)
+    return dataclasses.replace(state, sparsity=dataclasses.replace(state.sparsity, masks=masks))
+
+
+def _golden_numbers():
+    numbers = {}
+    for name, recipe in {"dense": None, "sparse": _SPARSE}.items():
+        state, step = _make(recipe)
+        state, history = _run(_prune(state) if recipe else state, step, 3)
+        numbers[name] = {
+            "loss": [row["loss"] for row in history],
+            "grad_norm": [row["grad_norm"] for row in history],
+            "params_l1": float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(state.params))),
+        }
+    return numbers
+
+
+def test_golden_step():
+    # Rewrite with `python -m tests.training.test_step` after a change that is meant to change
+    # numbers, and say why in the commit. The tolerance is for other processors, not for refactors.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5),
+        _golden_numbers(),
+        json.loads(_GOLDEN.read_text()),
+    )
+
+
+@pytest.mark.parametrize("recipe", [None, _SPARSE], ids=["dense", "sparse"])
+def test_overfits_one_batch(recipe):
+    state, step = _make(recipe, dataclasses.replace(_MODEL, dropout_rate=0.0))
+    _, history = _run(_prune(state) if recipe else state, step, 80, _batch())
+    assert history[0]["loss"] > 2.5
+    assert history[-1]["loss"] < 0.5
+    assert history[-1]["accuracy"] > 0.9
+
+
+def test_same_state_and_batch_give_the_same_bits():
+    state, step = _make()
+    first, second = (_run(state, step, 2)[0] for _ in range(2))
+    for one, other in zip(
+        jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True
+    ):
+        assert np.array_equal(one, other)
+
+
+def test_micro_batches_average_to_the_whole_batch():
+    model = dataclasses.replace(_MODEL, dropout_rate=0.0)
+    state, whole = _make(model=model)
+    _, split = _make(model=model, num_micro_batches=2)
+    (one, metrics), (other, other_metrics) = whole(state, _batch()), split(state, _batch())
+    for name, value in metrics.items():
+        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5)
+    # The first warm-up step has rate 0; moments tell the gradients apart.
+    for a, b in zip(
+        jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_non_finite_step_changes_nothing_but_the_counter():
+    state, step = _make()
+    state, _ = _run(state, step, 2)
+    broken = jax.tree.map(lambda x: x, state.params)
+    broken["final_norm"]["scale"] = broken["final_norm"]["scale"].at[0].set(jnp.nan)
+    before = dataclasses.replace(state, params=broken)
+    after, metrics = step(before, _batch())
+    assert metrics["skipped"] == 1.0
+    assert after.step == before.step + 1
+    untouched = [(s.params, s.opt_state, s.sparsity) for s in (before, after)]
+    jax.tree.map(functools.partial(np.testing.assert_array_equal), *untouched)
+    _, metrics = step(state, _batch())
+    assert metrics["skipped"] == 0.0
+
+
+def test_new_masks_do_not_recompile():
+    state, _ = _make(_SPARSE)
+    traces = []
+
+    def step(state, batch):
+        traces.append(1)
+        recipe = _SPARSE
+        return make_train_step(make_graphdef(_MODEL), recipe, recipe.phases[0], _OPTIMIZER)(
+            state, batch
+        )
+
+    step = jax.jit(step)
+    dense_loss = step(state, _batch())[1]["loss"]
+    sparse_loss = step(_prune(state), _batch())[1]["loss"]
+    assert dense_loss != sparse_loss
+    assert len(traces) == 1
+
+
+def test_evaluation_ignores_examples_of_weight_zero():
+    state, _ = _make()
+    evaluate = jax.jit(make_eval_step(make_graphdef(_MODEL), make_dense(), make_dense().phases[0]))
+    batch = _batch()
+    half = batch | {"weights": jnp.array([1.0, 1.0, 0.0, 0.0])}
+    first_two = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), batch)
+    sums, expected = evaluate(state, half), evaluate(state, first_two)
+    assert sums["count"] == 2 * 32
+    np.testing.assert_allclose(2 * sums["loss"], expected["loss"], rtol=1e-6)
+
+
+def test_learning_rate_follows_the_phase():
+    def rate(step, **settings):
+        return float(
+            compute_learning_rate(
+                _OPTIMIZER, Phase("phase", **settings), jnp.int32(step), jnp.int32(40)
+            )
+        )
+
+    assert rate(2) == pytest.approx(1e-2)
+    assert rate(41, learning_rate="restart") == pytest.approx(rate(1))
+    assert rate(77, learning_rate="constant", learning_rate_scale=0.5) == pytest.approx(5e-3)
+    assert rate(100) == pytest.approx(1e-3)
+
+
+def test_one_cycle_rises_and_falls_linearly():
+    schedule = make_optimizer(
+        _optimizer_config(schedule="one_cycle", warmup_steps=10), num_steps=110
+    ).schedule
+    assert float(schedule(0)) == pytest.approx(1e-2 / 25, rel=1e-4)
+    assert float(schedule(10)) == pytest.approx(1e-2)
+    assert float(schedule(60)) == pytest.approx(0.5e-2, rel=1e-3)
+    assert float(schedule(110)) == pytest.approx(1e-2 / 25e4, rel=1e-3)
+
+
+def test_adamw_is_that_of_optax():
+    import optax
+
+    ours = make_optimizer(_optimizer_config(schedule="constant", warmup_steps=0), num_steps=10)
+    theirs = optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    params = {"kernel": jnp.linspace(-1, 1, 6)}
+    grads = {"kernel": jnp.cos(jnp.arange(6.0))}
+    updates, _ = ours.update(grads, ours.init(params), params)
+    expected, _ = theirs.update(grads, theirs.init(params), params)
+    np.testing.assert_allclose(1e-2 * updates["kernel"], expected["kernel"], rtol=1e-6)
+
+
+def test_only_matrices_decay():
+    config = _optimizer_config(name="sgd", b1=0.0, weight_decay=0.5)
+    optimizer = make_optimizer(config, num_steps=10)
+    # Stacked biases have two axes too.
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones((2, 3))}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert (updates["kernel"] == -0.5).all()
+    assert (updates["bias"] == 0).all()
+
+
+if __name__ == "__main__":
+    _GOLDEN.write_text(json.dumps(_golden_numbers(), indent=2) + "\n")

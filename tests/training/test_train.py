@@ -1,0 +1,140 @@
+"""The command a user types: what it accepts, what it says, and the code it exits with."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sparsejax.training.config import ConfigError
+from sparsejax.training.loop import NonFiniteError
+from tests.training.runs import make_settings, train
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _type(*arguments):
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=_ROOT, capture_output=True, text=True
+    )
+
+
+def test_help_does_not_wait_for_jax():
+    imported = "import sys, train; print('jax' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", imported], cwd=_ROOT, capture_output=True, text=True
+    )
+    assert result.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.modle.num_layers=3"], 'Did you mean "model" instead of "modle"?'),
+        (["--config.num_steps=many"], "--config.num_steps=many"),
+        (["--config=configs/missing.py"], "configs/missing.py"),
+        (["--config.model.block_size=100"], "block_q=100 must divide the sequence length"),
+        (["--config.data.source=text:missing.txt"], "missing.txt"),
+        (["--mode=eval"], "must hold a run's checkpoints, found none"),
+        (["num_steps=3"], "unknown argument 'num_steps=3'"),
+    ],
+    ids=["key", "type", "file", "value", "data", "eval", "argument"],
+)
+def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_path):
+    result = _type(
+        "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_unwritable_workdir_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match=r"--workdir=.*file must be a writable folder"):
+        train(make_settings(tmp_path), file)
+
+
+def test_full_disk_is_refused_before_training(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match=r"must have room .* 0.0 MB are free"):
+        train(make_settings(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_non_finite_loss_is_skipped_counted_and_then_stops_the_run(tmp_path, capsys):
+    settings = make_settings(
+        tmp_path,
+        recipe__name="dense",
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=1e30,
+        optimizer__schedule="constant",
+        max_consecutive_skips=2,
+    )
+    with pytest.raises(NonFiniteError, match=r"step \d+: .* for 3 steps in a row .*last good"):
+        train(settings, tmp_path / "run")
+    assert "skipped, loss" in capsys.readouterr().out
+
+
+def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Parity(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(2)}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("text", "label"),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(64), "test": self._generate_examples(10)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"text": "ab"[i % 2] * (10 + i % 20), "label": i % 2}
+
+    folder = tmp_path / "data"
+    Parity(data_dir=folder, file_format="array_record").download_and_prepare()
+    settings = make_settings(
+        tmp_path, data__source="tfds:parity", data__data_dir=str(folder), num_steps=30,
+        checkpoint__every_steps=30, num_eval_batches=0, optimizer__learning_rate=1e-2,
+    )  # fmt: skip
+    summary = train(settings, tmp_path / "run")
+    assert summary["validation_accuracy"] == 1.0
+    assert summary["sparse_attention_density"] < 1
+
+
+@pytest.mark.slow
+def test_two_devices_train_like_one(tmp_path):
+    program = (
+        "import sys, pathlib; from tests.training.runs import make_settings, train\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "print(train(make_settings(folder, model__dropout_rate=0.0), folder / 'run')"
+        "['validation_loss'])"
+    )
+    losses = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        flags = f"--xla_force_host_platform_device_count={count}"
+        result = subprocess.run(
+            [sys.executable, "-c", program, str(folder)],
+            cwd=_ROOT,
+            env=os.environ | {"XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        losses.append(float(result.stdout.splitlines()[-1]))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert jax.device_count() == 1
