@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -242,9 +243,9 @@ KILLED_IN_MID_SAVE = """
 import sys, jax, jax.numpy as jnp
 from sparsejax.training.checkpoint import Checkpointer
 with Checkpointer(sys.argv[1], keep_last=2, keep_best=0, run_metadata={}) as checkpointer:
-    state = {"w": jax.random.normal(jax.random.key(0), (1 << 24,))}
+    state = {"w": jax.random.normal(jax.random.key(0), (1 << 22,))}
     checkpointer.save(1, state, {"next_index": 1}, metadata={}, block=True)
-    for step in range(2, 1000):
+    for step in range(2, 20):
         checkpointer.save(step, state, {"next_index": step}, metadata={})
         print("saving", flush=True)
 """
@@ -256,16 +257,21 @@ def test_kill_in_mid_save_leaves_the_previous_checkpoint(tmp_path):
     )
     with child:
         child.stdout.readline()
+        # Stopped first, so that the save seen under way is the one that is killed.
+        child.send_signal(signal.SIGSTOP)
         while not list(tmp_path.glob("*.tmp*")):
+            child.send_signal(signal.SIGCONT)
             assert child.poll() is None
-        child.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+            child.send_signal(signal.SIGSTOP)
+        child.kill()
     unfinished, whole, *_ = find_checkpoints(tmp_path)
     assert "unfinished" in unfinished.problem and unfinished.path.name in unfinished.problem
     assert whole.problem is None and whole.step == unfinished.step - 1
-    abstract = {"w": jax.ShapeDtypeStruct((1 << 24,), jnp.float32)}
+    abstract = {"w": jax.ShapeDtypeStruct((1 << 22,), jnp.float32)}
     state, data_state = restore(whole, abstract)
     assert data_state == {"next_index": whole.step}
-    assert bool((state["w"] == jax.random.normal(jax.random.key(0), (1 << 24,))).all())
+    assert bool((state["w"] == jax.random.normal(jax.random.key(0), (1 << 22,))).all())
     with open_checkpointer(tmp_path):
         assert not list(tmp_path.glob("*.tmp*"))
     assert all(info.problem is None for info in find_checkpoints(tmp_path))
