@@ -253,7 +253,9 @@ with Checkpointer(sys.argv[1], keep_last=2, keep_best=0, run_metadata={}) as che
 
 def test_kill_in_mid_save_leaves_the_previous_checkpoint(tmp_path):
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED_IN_MID_SAVE, tmp_path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED_IN_MID_SAVE, tmp_path],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
     )
     with child:
         child.stdout.readline()
