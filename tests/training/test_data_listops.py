@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from sparsejax.training.data import DataConfig, make_data
-from sparsejax.training.data.listops import SYMBOLS, sample_expression
+from sparsejax.training.data.listops import (
+    SYMBOLS,
+    ListOps,
+    ListOpsConfig,
+    sample_expression,
+)
 
 
 def parse(words):
@@ -130,6 +135,19 @@ def test_splits_are_disjoint_and_of_the_published_proportions(data_dir):
     test = set(collect(make_listops(data_dir, validation_split="test"), "validation"))
     assert (len(train), len(validation), len(test)) == (480, 10, 10)
     assert len(train | validation | test) == 500
+
+
+def test_no_expression_occurs_twice_even_where_there_are_few(tmp_path):
+    variant = ListOpsConfig(name="tiny", min_length=3, max_length=6, train_examples=480)
+    builder = ListOps(config=variant, data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    records = [
+        record["tokens"].tobytes()
+        for split in ("train", "validation", "test")
+        for record in builder.as_data_source(split)
+    ]
+    assert len(records) == len(set(records)) == 500
+    assert {len(tokens) for tokens in records} == {4, 5}
 
 
 def test_classification_batches_pad_with_zero_and_mask_it(data_dir):

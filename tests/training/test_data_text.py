@@ -6,7 +6,7 @@ import platform
 import numpy as np
 import pytest
 
-from sparsejax.training.data import DataConfig, make_data
+from sparsejax.training.data import DataConfig, make_data, text
 from sparsejax.training.data.store import Windows, write_stream
 from sparsejax.training.data.text import open_stdlib, open_text
 from sparsejax.training.data.tokenizer import byte_tokenizer, load_bpe, train_bpe
@@ -51,10 +51,11 @@ def test_folder_is_split_into_whole_files_by_their_names(folder, tmp_path):
     assert set(validation) <= set(again)
 
 
-def test_windows_hold_the_stream_and_predict_the_next_token(folder, tmp_path):
+def test_windows_hold_the_stream_and_predict_the_next_token(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_PIECE_BYTES", 100)
     source = open_text(folder, 0.3, utf8="any")
     write_stream(tmp_path, source.read("train"), byte_tokenizer())
-    stream = b"".join(text + b"\0" for text in read_documents(source, "train"))
+    stream = b"".join(document + b"\0" for document in read_documents(source, "train"))
     windows = Windows(tmp_path, byte_tokenizer(), 15)
     assert len(windows) == len(stream) // 16
     for i in range(len(windows)):

@@ -131,10 +131,10 @@ def test_published_sets_are_understood(name, length, task, num_classes, tmp_path
     ("name", "settings", "message"),
     [
         ("text", {"validation_split": "dev"}, r"split='dev': .* has \['train', 'validation'\]"),
-        ("text", {"input_key": "review"}, "feature 'review': .* has .*opinion: Text"),
+        ("text", {"input_key": "review"}, "input_key='review': .* has .*opinion: Text"),
         ("text", {"input_key": "grade"}, "input_key='grade': .* expected the name of a Text or"),
         ("text", {"label_key": "opinion"}, "label_key='opinion': .* name of a ClassLabel"),
-        ("image", {}, "label_key='': .* expected the name of a ClassLabel feature to classify"),
+        ("image", {}, "label_key='': .* expected the name of a ClassLabel feature"),
         (
             "image",
             {"label_key": "grade", "tokenizer": "bpe:300"},

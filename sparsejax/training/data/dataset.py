@@ -181,7 +181,7 @@ def _make_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
     folder = Path(config.data_dir, "tokenizers", f"{config.kind}-bpe{vocab_size}-{key[:16]}")
 
     def build(temporary: Path) -> None:
-        texts = (text for example in source.read("train") for text in example.documents)
+        texts = (bytes(text) for example in source.read("train") for text in example.documents)
         train_bpe(temporary, show_progress(texts, "Training the tokenizer"), vocab_size)
 
     digest = cached_folder(folder, build)

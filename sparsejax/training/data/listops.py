@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -132,6 +133,10 @@ class ListOps(tfds.core.GeneratorBasedBuilder):
         ListOpsConfig(name="short", description="Short ones.", min_length=20, max_length=200),
     ]
 
+    @property
+    def _variant(self) -> ListOpsConfig:
+        return cast(ListOpsConfig, self.builder_config)
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -147,7 +152,7 @@ class ListOps(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         # One stream cut in three, so that no expression stands in two splits.
-        sizes = self.builder_config.split_sizes
+        sizes = self._variant.split_sizes
         total = sum(sizes.values())
         expressions = enumerate(
             show_progress(self._generate_expressions(), "Generating ListOps", total)
@@ -163,9 +168,9 @@ class ListOps(tfds.core.GeneratorBasedBuilder):
 
     def _generate_expressions(self) -> Iterator[tuple[list[int], int]]:
         rng, seen = random.Random(0), set()
-        while len(seen) < sum(self.builder_config.split_sizes.values()):
-            expression = sample_expression(rng, self.builder_config.max_length)
-            if expression is None or len(expression[0]) <= self.builder_config.min_length:
+        while len(seen) < sum(self._variant.split_sizes.values()):
+            expression = sample_expression(rng, self._variant.max_length)
+            if expression is None or len(expression[0]) <= self._variant.min_length:
                 continue
             digest = hashlib.blake2b(bytes(expression[0]), digest_size=16).digest()
             if digest not in seen:

@@ -1,7 +1,7 @@
 """From random-access examples to batches: shuffled and endless, or in order and finite."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,9 +23,21 @@ class BatchIterator(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def get_state(self) -> dict[str, int]: ...
+    def get_state(self) -> dict[str, int]:
+        """Return the position in the stream.
 
-    def set_state(self, state: dict[str, int]) -> None: ...
+        Returns:
+            `{"next_index": n}` after n batches.
+        """
+        ...
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go to a position, forwards or backwards.
+
+        Args:
+            state: What `get_state` returned.
+        """
+        ...
 
 
 def make_train_iterator(
@@ -107,10 +119,10 @@ def make_validation(
     return validate
 
 
-def _take_or_fill(examples: ExampleSource, position: int) -> Batch:
+def _take_or_fill(examples: Any, position: int) -> Batch:
     if position < len(examples):
         return examples[position]
-    return examples[len(examples) - 1] | {"weights": np.float32(0.0)}
+    return examples[len(examples) - 1] | {"weights": np.zeros((), np.float32)}
 
 
 def _stack(examples: list[Batch]) -> Batch:

@@ -15,8 +15,8 @@ def show_progress[T](items: Iterable[T], description: str, total: int | None = N
         description: What is being done, in a few words.
         total: Number of items, if known.
 
-    Returns:
-        Iterator over the same items.
+    Yields:
+        The same items.
 
     Example:
         >>> list(show_progress("ab", "Counting"))

@@ -92,7 +92,7 @@ class Windows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start = int(index) * self._width
         window = self._tokens[start : start + self._width].astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "weights": np.float32(1.0)}
+        return {"inputs": window[:-1], "targets": window[1:], "weights": np.ones((), np.float32)}
 
 
 class Documents:
@@ -132,7 +132,7 @@ class Documents:
             "inputs": inputs,
             "mask": inputs > 0,
             "labels": self._labels[index],
-            "weights": np.float32(1.0),
+            "weights": np.ones((), np.float32),
         }
 
     def check_lengths(self, split: str) -> None:

@@ -4,6 +4,7 @@ import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,6 +15,16 @@ from sparsejax.training.data.source import Example, Source, Split
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
 _CONNECT_SECONDS = 10
+_INPUT_FEATURES = (tfds.features.Text, tfds.features.Image)
+
+
+class _Fields(NamedTuple):
+    """The features of a set that are used."""
+
+    input_key: str
+    label_key: str
+    image: bool
+    num_classes: int
 
 
 def open_tfds(config: DataConfig) -> Source:
@@ -33,29 +44,8 @@ def open_tfds(config: DataConfig) -> Source:
     """
     builder = _find_builder(config)
     info = builder.info
-    input_key = config.input_key or _guess_input(config, info)
-    label_key = config.label_key or _guess_label(info)
-    image = isinstance(_get_feature(config, info, input_key), tfds.features.Image)
-    if not image and not isinstance(info.features[input_key], tfds.features.Text):
-        raise ValueError(
-            f"input_key={input_key!r}: {config.source} has {_list_features(info)}; expected the "
-            "name of a Text or Image feature"
-        )
-    num_classes = 0
-    if label_key:
-        label = _get_feature(config, info, label_key)
-        if not isinstance(label, tfds.features.ClassLabel):
-            raise ValueError(
-                f"label_key={label_key!r}: {config.source} has {_list_features(info)}; expected "
-                "the name of a ClassLabel feature"
-            )
-        num_classes = label.num_classes
-    elif image:
-        raise ValueError(
-            f"label_key='': {config.source} has {_list_features(info)}; expected the name of a "
-            "ClassLabel feature to classify images by"
-        )
-    if image and config.tokenizer != "bytes":
+    fields = _choose_fields(config, dict(info.features.items()), info.supervised_keys)
+    if fields.image and config.tokenizer != "bytes":
         raise ValueError(
             f"tokenizer={config.tokenizer!r} does not apply to the images of {config.source}; "
             "leave it at 'bytes'"
@@ -67,41 +57,42 @@ def open_tfds(config: DataConfig) -> Source:
     }
 
     def read(split: Split) -> Iterator[Example]:
-        to_document = _flatten_image if image else _to_bytes
-        return read_examples(builder, names[split], input_key, label_key, to_document)
+        to_document = _flatten_image if fields.image else _to_bytes
+        keys = (fields.input_key, fields.label_key)
+        return read_examples(builder, names[split], *keys, to_document)
 
     return Source(
-        task="classification" if label_key else "language_model",
+        task="classification" if fields.label_key else "language_model",
         identity={
             "tfds": info.full_name,
             "files": _describe_files(builder),
             "splits": names,
-            "keys": [input_key, label_key],
+            "keys": [fields.input_key, fields.label_key],
         },
         read=read,
-        num_values=256 if image else None,
-        num_classes=num_classes,
+        num_values=256 if fields.image else None,
+        num_classes=fields.num_classes,
     )
 
 
 def read_examples(
-    builder: tfds.core.DatasetBuilder,
+    builder: Any,
     split: str,
     input_key: str,
     label_key: str,
-    to_document: Callable[[object], bytes | np.ndarray],
+    to_document: Callable[[Any], bytes | np.ndarray],
 ) -> Iterator[Example]:
     """Yield the examples of a prepared split in the order of its files.
 
     Args:
-        builder: A prepared builder.
+        builder: A prepared TFDS builder.
         split: Name of the split, a TFDS slice included.
         input_key: Feature that becomes the document.
         label_key: Feature that becomes the label, or empty.
         to_document: Converts the feature's value.
 
-    Returns:
-        Iterator over the examples.
+    Yields:
+        The examples.
 
     Raises:
         ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
@@ -131,7 +122,7 @@ def read_examples(
         ) from error
 
 
-def _find_builder(config: DataConfig) -> tfds.core.DatasetBuilder:
+def _find_builder(config: DataConfig) -> Any:
     try:
         builder = tfds.builder(config.rest, data_dir=config.data_dir, try_gcs=False)
     except ValueError as error:
@@ -183,7 +174,7 @@ def make_prepare_command(config: DataConfig) -> str:
     return shlex.join(["python", "-m", "sparsejax.training.data.prepare", *flags])
 
 
-def _check_reachable(config: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
+def _check_reachable(config: DataConfig, builder: Any) -> None:
     """Fail within seconds where TFDS's own retries would take minutes."""
     for url in list(builder.url_infos or {})[:1]:
         request = urllib.request.Request(url, method="HEAD")
@@ -200,41 +191,38 @@ def _check_reachable(config: DataConfig, builder: tfds.core.DatasetBuilder) -> N
             ) from error
 
 
-def _guess_input(config: DataConfig, info: tfds.core.DatasetInfo) -> str:
-    if info.supervised_keys:
-        return info.supervised_keys[0]
-    kinds = (tfds.features.Text, tfds.features.Image)
-    names = [name for name, feature in info.features.items() if isinstance(feature, kinds)]
-    if len(names) != 1:
+def _choose_fields(
+    config: DataConfig, features: dict[str, Any], supervised_keys: tuple | None
+) -> _Fields:
+    """Find input and label: as configured, else as declared, else the only ones possible."""
+    found = ", ".join(f"{name}: {type(value).__name__}" for name, value in features.items())
+    inputs = [k for k, v in features.items() if isinstance(v, _INPUT_FEATURES)]
+    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    declared_input, declared_label = supervised_keys or ("", "")
+    input_key = config.input_key or declared_input or _get_only(inputs)
+    if input_key not in inputs:
         raise ValueError(
-            f"input_key='': {config.source} has {_list_features(info)}; expected the name of the "
-            "Text or Image feature to read"
+            f"input_key={config.input_key!r}: {config.source} has {found}; expected the name of "
+            "a Text or Image feature"
         )
-    return names[0]
+    image = isinstance(features[input_key], tfds.features.Image)
+    # A corpus may declare its text as the label too.
+    declared_label = declared_label if declared_label in labels else ""
+    label_key = config.label_key or declared_label or _get_only(labels)
+    if label_key not in labels and (config.label_key or image):
+        raise ValueError(
+            f"label_key={config.label_key!r}: {config.source} has {found}; expected the name of a "
+            "ClassLabel feature"
+        )
+    num_classes = features[label_key].num_classes if label_key else 0
+    return _Fields(input_key, label_key, image, num_classes)
 
 
-def _guess_label(info: tfds.core.DatasetInfo) -> str:
-    kind = tfds.features.ClassLabel
-    names = [name for name, feature in info.features.items() if isinstance(feature, kind)]
-    declared = info.supervised_keys[1] if info.supervised_keys else None
-    if declared in names:
-        return declared
+def _get_only(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ""
 
 
-def _get_feature(config: DataConfig, info: tfds.core.DatasetInfo, key: str) -> object:
-    if key not in info.features:
-        raise ValueError(
-            f"feature {key!r}: {config.source} has {_list_features(info)}; expected one of these"
-        )
-    return info.features[key]
-
-
-def _list_features(info: tfds.core.DatasetInfo) -> str:
-    return ", ".join(f"{name}: {type(value).__name__}" for name, value in info.features.items())
-
-
-def _describe_files(builder: tfds.core.DatasetBuilder) -> str:
+def _describe_files(builder: Any) -> str:
     folder = builder.data_path
     files = sorted(folder.iterdir()) if folder.exists() else []
     return hash_json([(file.name, file.stat().length) for file in files])
