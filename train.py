@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     """
     # Imported here so that --help does not wait for JAX.
     from sparsejax.training.config import ConfigError, parse_config
-    from sparsejax.training.loop import NonFiniteError, evaluate, train_and_evaluate
+    from sparsejax.training.evaluation import evaluate
+    from sparsejax.training.loop import NonFiniteError, train_and_evaluate
 
     if len(argv) > 1:
         return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")

@@ -39,6 +39,7 @@ class BlockPattern:
         for name in ("block_q", "block_kv"):
             if length % getattr(self, name):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must divide the sequence length, got length={length}"
+                    f"{name}={getattr(self, name)} must divide the sequence length, "
+                    f"got length={length}"
                 )
         return length // self.block_q, length // self.block_kv

@@ -5,6 +5,7 @@ heads, H head dim, I query blocks, J key blocks.
 """
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -33,6 +34,10 @@ class AttentionMode(NamedTuple):
     implementation: str | None = None
 
 
+SPARSE = AttentionMode()
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
+
 class BlockSparseAttention(nnx.Module):
     """Self-attention over the blocks that `block_mask` keeps.
 
@@ -56,8 +61,8 @@ class BlockSparseAttention(nnx.Module):
         causal: bool = False,
         rotary: bool = False,
         dtype=jnp.float32,
-        kernel_init=nnx.initializers.lecun_normal(),
-        out_kernel_init=nnx.initializers.lecun_normal(),
+        kernel_init=_KERNEL_INIT,
+        out_kernel_init=_KERNEL_INIT,
         rngs: nnx.Rngs,
     ):
         """Create the projections and an all-True block mask.
@@ -85,6 +90,7 @@ class BlockSparseAttention(nnx.Module):
                 f"{model_dim=}, {num_heads=}, {num_kv_heads=}"
             )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.max_length = max_length
         self.head_dim = model_dim // num_heads
         self.block, self.causal, self.rotary = block, causal, rotary
         width = (num_heads + 2 * num_kv_heads) * self.head_dim
@@ -100,7 +106,7 @@ class BlockSparseAttention(nnx.Module):
         *,
         kv_mask_BT: jax.Array | None = None,
         schedule: BlockSchedule | None = None,
-        mode: AttentionMode = AttentionMode(),
+        mode: AttentionMode = SPARSE,
         probe: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Attend and project.
@@ -115,8 +121,16 @@ class BlockSparseAttention(nnx.Module):
 
         Returns:
           float[B, T, D], and f32[T, T], the softmax map averaged over batch and heads, or None.
+
+        Raises:
+          ValueError: if T is above `max_length`.
         """
         B, T, _ = x_BTD.shape
+        if x_BTD.shape[1] > self.max_length:
+            raise ValueError(
+                f"x_BTD must have at most max_length={self.max_length} positions, "
+                f"got {x_BTD.shape=}"
+            )
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BTNH, k_BSKH, v_BSKH = (
             part.reshape(B, T, -1, self.head_dim)
@@ -134,15 +148,18 @@ class BlockSparseAttention(nnx.Module):
                 causal=self.causal,
                 kv_mask_BS=kv_mask_BT,
             )
-        attend = functools.partial(
-            block_sparse_attention,
-            block_q=self.block.block_q,
-            block_kv=self.block.block_kv,
-            causal=self.causal,
-        )
+        attend = functools.partial(block_sparse_attention, causal=self.causal)
         if not mode.sparse:
+            # Without a mask one block may cover everything, whatever the length.
             y_BTNH = attend(
-                q_BTNH, k_BSKH, v_BSKH, None, kv_mask=kv_mask_BT, implementation="dense"
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                None,
+                block_q=T,
+                block_kv=T,
+                kv_mask=kv_mask_BT,
+                implementation="dense",
             )
         else:
             padded = [_pad_to_blocks(x, self.block) for x in (q_BTNH, k_BSKH, v_BSKH)]
@@ -156,6 +173,8 @@ class BlockSparseAttention(nnx.Module):
             y_BTNH = attend(
                 *padded,
                 schedule,
+                block_q=self.block.block_q,
+                block_kv=self.block.block_kv,
                 kv_mask=kv_mask_BT,
                 pruned_logits=mode.pruned_logits,
                 implementation=mode.implementation,
@@ -164,7 +183,7 @@ class BlockSparseAttention(nnx.Module):
 
 
 def _pad_to_blocks(x_BTNH: jax.Array, block: BlockPattern) -> jax.Array:
-    step = max(block.block_q, block.block_kv)
+    step = math.lcm(block.block_q, block.block_kv)
     return jnp.pad(x_BTNH, ((0, 0), (0, -x_BTNH.shape[1] % step), (0, 0), (0, 0)))
 
 
@@ -180,10 +199,15 @@ def apply_rotary(x_BTNH: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.
     Returns:
       float[B, T, N, H], same type; the rotation is computed in f32.
 
+    Raises:
+      ValueError: if H is odd.
+
     References:
       Su et al., RoFormer, arXiv:2104.09864, equation 34.
     """
     T, H = x_BTNH.shape[1], x_BTNH.shape[3]
+    if H % 2:
+        raise ValueError(f"x_BTNH must have an even head dim, got {x_BTNH.shape=}")
     frequency_h = max_wavelength ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
     angle_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_h
     cos, sin = (f(angle_Th)[None, :, None, :] for f in (jnp.cos, jnp.sin))

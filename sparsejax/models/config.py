@@ -55,9 +55,9 @@ class TransformerConfig:
     scan_layers: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
+        sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads")
+        for name in (*sizes, "mlp_dim", "max_length"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.mlp_dim >= 1, "mlp_dim", self.mlp_dim, "at least 1")
         _check(
             self.model_dim % self.num_heads == 0,
             "model_dim",
@@ -79,13 +79,19 @@ class TransformerConfig:
         )
         _check(
             self.positions == "learned" or self.head_dim % 2 == 0,
-            "head dim",
-            self.head_dim,
-            "even with rotary positions",
+            "model_dim",
+            self.model_dim,
+            f"an even multiple of num_heads={self.num_heads} with rotary positions",
         )
         dtypes = ("float32", "bfloat16", "float16")
         _check(self.dtype in dtypes, "dtype", self.dtype, f"one of {dtypes}")
         _check(self.num_towers in (1, 2), "num_towers", self.num_towers, "1 or 2")
+        _check(
+            not (self.causal and self.num_towers == 2),
+            "num_towers",
+            self.num_towers,
+            "1 in a causal language model",
+        )
         _check(
             not (self.causal and self.num_classes),
             "num_classes",

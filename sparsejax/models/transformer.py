@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import make_block_schedule
-from sparsejax.models.attention import AttentionMode, BlockSparseAttention
+from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
 from sparsejax.models.config import TransformerConfig
 
 
@@ -186,7 +186,7 @@ class Transformer(nnx.Module):
         *,
         mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        mode: AttentionMode = AttentionMode(),
+        mode: AttentionMode = SPARSE,
         probe: bool = False,
     ) -> ModelOutput:
         """Compute logits.

@@ -3,8 +3,9 @@
 Dense phase: at every probing step the loop hands over A_n, the attention map of layer n
 averaged over batch and heads of that step's training batch. With D_c = ||before - A_n||_F at
 check c, the switch comes when floor(100 |D_c - D_{c-1}| / D_{c-1}) is below a threshold in every
-layer. The patterns come from the map of that moment (`sparsejax.masks.flood_fill`) and stay
-fixed; pruned logits count as zero in the softmax from then on.
+layer; a layer whose D_{c-1} is 0 has no such quotient and counts as still changing. The patterns
+come from the map of that moment (`sparsejax.masks.flood_fill`) and stay fixed; pruned logits
+count as zero in the softmax from then on.
 
 Legend: L layers, T positions, I = J blocks along one side.
 """
@@ -25,8 +26,10 @@ class SpionConfig:
 
     Attributes:
       variant: "cf" convolution and flood fill, "c" convolution and top-k, "f" flood fill only.
-      quantile: float in (0, 1), threshold of the flood fill over the pooled map ("cf", "f").
-      density: float in (0, 1], blocks kept by "c".
+      quantile: float in (0, 1), threshold of the flood fill over the pooled map; "c" does not
+        use it.
+      density: float, share of the visible blocks that "c" keeps, at least that of the diagonal;
+        None otherwise.
       filter_size: int, odd, length of the diagonal filter.
       block_size: int, side of a block in positions.
       probe_every_steps: int, steps between two checks.
@@ -70,14 +73,24 @@ class SpionConfig:
                 )
 
         check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
+        for name in ("num_layers", "length", "block_size", "probe_every_steps"):
+            check(getattr(self, name) > 0, name, "positive")
+        check(
+            self.length % self.block_size == 0,
+            "block_size",
+            f"a divisor of the sequence length {self.length}",
+        )
         if self.variant == "c":
-            in_range = self.density is not None and 0 < self.density <= 1
-            check(in_range, "density", "in (0, 1] for variant 'c'")
+            num_blocks = self.length // self.block_size
+            diagonal = 2 / (num_blocks + 1) if self.causal else 1 / num_blocks
+            in_range = self.density is not None and diagonal <= self.density <= 1
+            expected = f"in [{diagonal:.4g}, 1] for variant 'c', which keeps the diagonal"
+            check(in_range, "density", expected)
         else:
+            check(self.density is None, "density", f"None for variant {self.variant!r}")
             in_range = self.quantile is not None and 0 < self.quantile < 1
             check(in_range, "quantile", f"in (0, 1) for variant {self.variant!r}")
         check(self.filter_size % 2 == 1 and self.filter_size > 0, "filter_size", "odd and positive")
-        check(self.probe_every_steps > 0, "probe_every_steps", "positive")
         check(self.max_change_percent > 0, "max_change_percent", "positive")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
         check(
@@ -88,11 +101,6 @@ class SpionConfig:
             ),
             "latest_switch_step",
             f"a positive multiple of probe_every_steps={self.probe_every_steps}, or None",
-        )
-        check(
-            self.length % self.block_size == 0,
-            "block_size",
-            f"a divisor of the sequence length {self.length}",
         )
 
 
@@ -130,6 +138,7 @@ def make_spion(config: SpionConfig) -> Recipe:
         old = sparsity.statistics
         check = old["num_checks"] + 1
         distance = jnp.linalg.norm(attention_maps - old["map_before"], axis=(1, 2))
+        # After a distance of 0 this is infinite or NaN, which is below no threshold.
         change_percent = 100 * jnp.abs(distance - old["distance"]) / old["distance"]
         settled = jnp.floor(change_percent) < config.max_change_percent
         keep_before = (check == 2) & config.keep_map_at_second_check
@@ -142,6 +151,7 @@ def make_spion(config: SpionConfig) -> Recipe:
                 attention_maps,
                 block_size=config.block_size,
                 filter_size=None if config.variant == "f" else config.filter_size,
+                causal=config.causal,
             ),
         }
         observation = Observation(

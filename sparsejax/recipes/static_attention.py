@@ -20,7 +20,7 @@ class StaticAttentionConfig:
 
     Attributes:
       pattern: "sliding_window", "longformer" or "bigbird", in block form.
-      density: float in (0, 1], fraction of the visible blocks kept.
+      density: float, fraction of the visible blocks kept, at least that of the diagonal.
       dense_steps: int, steps of dense attention before the pattern applies.
       pruned_logits: "masked" as in the published models, or "zero".
       causal: bool, keep blocks on and below the diagonal only.
@@ -49,7 +49,11 @@ class StaticAttentionConfig:
 
         patterns = ("sliding_window", "longformer", "bigbird")
         check(self.pattern in patterns, "pattern", f"one of {patterns}")
-        check(0 < self.density <= 1, "density", "in (0, 1]")
+        for name in ("num_layers", "num_blocks"):
+            check(getattr(self, name) > 0, name, "positive")
+        diagonal = 2 / (self.num_blocks + 1) if self.causal else 1 / self.num_blocks
+        expected = f"in [{diagonal:.4g}, 1], the diagonal being kept always"
+        check(diagonal <= self.density <= 1, "density", expected)
         check(self.dense_steps >= 0, "dense_steps", "at least 0")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
 

@@ -275,9 +275,7 @@ def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
 
 
 def _build(cls, mapping: Mapping[str, Any], section: str, **known):
-    hints = {
-        name: hint for name, hint in typing.get_type_hints(cls).items() if name not in known
-    }
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in known}
     _check_keys(mapping, tuple(hints), f"{section}.")
     values = {name: _cast(mapping[name], hint, f"{section}.{name}") for name, hint in hints.items()}
     return cls(**values, **known)

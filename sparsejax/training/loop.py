@@ -1,6 +1,5 @@
 """Train and evaluate: phases, validation, checkpoints, and a state that resumes bit for bit."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax.recipes import Observation, Phase, compute_attention_density, get_attention_masks
+from sparsejax.recipes import Observation, Phase, get_attention_masks
 from sparsejax.training.checkpoint import (
     Checkpointer,
     check_free_space,
@@ -18,6 +17,7 @@ from sparsejax.training.checkpoint import (
     restore,
 )
 from sparsejax.training.config import ConfigError, TrainConfig
+from sparsejax.training.evaluation import compute_density, compute_validation, find_phase
 from sparsejax.training.flops import count_transformer_flops
 from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
 from sparsejax.training.plots import plot_attention_patterns, plot_training
@@ -91,7 +91,7 @@ def train_and_evaluate(
         say(f"training {workdir}: {describe_model(run, state)}")
     else:
         try:
-            phase = _find_phase(run, info.metadata["phase"])
+            phase = find_phase(run, info.metadata["phase"])
             state, data_state = restore(info, run.make_abstract_state(phase.name))
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -126,64 +126,6 @@ def train_and_evaluate(
     return _finish(run, workdir, newest.path)
 
 
-def evaluate(
-    config: TrainConfig, settings: Mapping[str, Any], workdir: str | os.PathLike
-) -> dict[str, Any]:
-    """Restore the newest checkpoint, masks included, and evaluate it.
-
-    Args:
-      config: TrainConfig.
-      settings: the nested mapping that `config` was parsed from.
-      workdir: folder of a run.
-
-    Returns:
-      dict with step, phase, validation_loss, validation_accuracy and attention_density.
-
-    Raises:
-      ConfigError: if the folder holds no checkpoint of a run with these settings.
-    """
-    checkpoints = Path(workdir) / "checkpoints"
-    if not checkpoints.is_dir():
-        raise ConfigError(f"--workdir={workdir} must hold a run's checkpoints, found none")
-    run = prepare_run(config)
-    check_same_run(checkpoints, describe_run(settings, run.data.fingerprint))
-    info, problems = find_newest_checkpoint(checkpoints)
-    for problem in problems:
-        say(f"warning: skipping a damaged checkpoint: {problem}")
-    if info is None:
-        raise ConfigError(f"--workdir={workdir} must hold a whole checkpoint, found none")
-    phase = _find_phase(run, info.metadata["phase"])
-    try:
-        state, _ = restore(info, run.make_abstract_state(phase.name))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    batch = run.put(next(run.data.validation(1)))
-    programs = compile_phase(run, phase, batch)
-    result = {"step": info.step, "phase": phase.name, **compute_validation(run, programs, state)}
-    return result | {"attention_density": float(_density(run, state, phase).mean())}
-
-
-def compute_validation(run: Run, programs: Programs, state: TrainState) -> dict[str, float]:
-    """Average loss and accuracy over the configured number of validation batches.
-
-    Args:
-      run: Run.
-      programs: Programs of the state's phase.
-      state: TrainState.
-
-    Returns:
-      dict with "validation_loss" in nats per token or example and "validation_accuracy".
-    """
-    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    for batch in run.data.validation(run.config.num_eval_batches or None):
-        sums = jax.device_get(programs.eval_step(state, run.put(batch)))
-        totals = {name: totals[name] + float(sums[name]) for name in totals}
-    return {
-        "validation_loss": totals["loss"] / totals["count"],
-        "validation_accuracy": totals["correct"] / totals["count"],
-    }
-
-
 def describe_model(run: Run, state: TrainState) -> str:
     """Return one line about what is trained on what.
 
@@ -216,9 +158,7 @@ class _Loop:
         self.step_seconds: float | None = None
         self.num_skipped = 0
         towers = 2 if run.data.task == "matching" else 1
-        self.tokens_per_step = (
-            run.config.data.batch_size * run.config.data.sequence_length * towers
-        )
+        self.tokens_per_step = run.config.data.batch_size * run.config.data.sequence_length * towers
 
     def advance(self) -> None:
         """Train one step, and enter the next phase if it is time."""
@@ -277,7 +217,7 @@ class _Loop:
 
     def _begin_phase(self, batch) -> None:
         self.programs = compile_phase(self.run, self.phase, batch)
-        density = _density(self.run, self.state, self.phase)
+        density = compute_density(self.run, self.state, self.phase)
         self.density = float(density.mean())
         self.writer.write(
             self.step,
@@ -332,7 +272,9 @@ class _Loop:
         self.writer.write(step, row)
         self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
-            say(f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient")
+            say(
+                f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient"
+            )
         if self.num_skipped > self.run.config.max_consecutive_skips:
             good, _ = find_newest_checkpoint(self.workdir / "checkpoints")
             raise NonFiniteError(
@@ -347,20 +289,6 @@ class _Loop:
                     row, num_steps=self.run.config.num_steps, step_seconds=self.step_seconds
                 )
             )
-
-
-def _find_phase(run: Run, name: str) -> Phase:
-    for phase in run.recipe.phases:
-        if phase.name == name:
-            return phase
-    raise ValueError(f"the checkpoint's phase {name!r} is not one of {run.recipe.name!r}")
-
-
-def _density(run: Run, state: TrainState, phase: Phase) -> np.ndarray:
-    if not phase.sparse_attention:
-        return np.ones(run.model.num_layers, np.float32)
-    masks = state.sparsity.masks
-    return np.asarray(compute_attention_density(masks, causal=run.model.causal))
 
 
 def _count_step_flops(run: Run, density: np.ndarray) -> float:

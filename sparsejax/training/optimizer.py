@@ -53,7 +53,9 @@ class OptimizerConfig:
     def __post_init__(self):
         def check(ok, name, expected):
             if not ok:
-                raise ValueError(f"optimizer.{name} must be {expected}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"optimizer.{name} must be {expected}, got {getattr(self, name)!r}"
+                )
 
         check(self.name in ("adamw", "lion", "sgd"), "name", "'adamw', 'lion' or 'sgd'")
         check(self.learning_rate > 0, "learning_rate", "positive")
@@ -102,8 +104,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
     """
     if config.schedule != "constant" and config.warmup_steps >= num_steps:
         raise ValueError(
-            f"optimizer.warmup_steps must be below num_steps={num_steps}, "
-            f"got {config.warmup_steps}"
+            f"optimizer.warmup_steps must be below num_steps={num_steps}, got {config.warmup_steps}"
         )
     clips = []
     if config.clip_value is not None:

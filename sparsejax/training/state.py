@@ -127,7 +127,9 @@ def make_abstract_state(
     """
     names = [phase.name for phase in recipe.phases]
     if phase_name not in names:
-        raise ValueError(f"phase must be one of {names} in recipe {recipe.name!r}, got {phase_name!r}")
+        raise ValueError(
+            f"phase must be one of {names} in recipe {recipe.name!r}, got {phase_name!r}"
+        )
 
     def build(key):
         state = create_train_state(config, recipe, optimizer, key)

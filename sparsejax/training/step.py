@@ -85,15 +85,11 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, state.sparsity, phase)
-        rate = compute_learning_rate(
-            optimizer, phase, state.step, state.sparsity.phase_start_step
-        )
+        rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
         new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
         skip = recipe.skip_optimizer(state.step, phase)
-        new_weights, opt_state = _select(
-            skip, (weights, state.opt_state), (new_weights, opt_state)
-        )
+        new_weights, opt_state = _select(skip, (weights, state.opt_state), (new_weights, opt_state))
 
         sparsity = dataclasses.replace(state.sparsity, params=new_weights["recipe"])
         sparsity, params, opt_state = recipe.update(
@@ -160,9 +156,7 @@ def make_probe_step(
     def probe_step(state: TrainState, batch: Batch) -> tuple[TrainState, Observation]:
         key = jax.random.fold_in(state.key, state.step)
         params = recipe.transform_params(state.params, state.sparsity, phase)
-        output = _apply(
-            graphdef, params, state.sparsity, batch, mode, dropout_key=key, probe=True
-        )
+        output = _apply(graphdef, params, state.sparsity, batch, mode, dropout_key=key, probe=True)
         sparsity, observation = recipe.observe(state.sparsity, output.attention_maps, phase)
         return dataclasses.replace(state, sparsity=sparsity), observation
 

@@ -12,7 +12,7 @@ import pytest
 
 from sparsejax.training.checkpoint import find_checkpoints, restore
 from sparsejax.training.config import ConfigError, parse_config
-from sparsejax.training.loop import evaluate
+from sparsejax.training.evaluation import evaluate
 from sparsejax.training.metrics import read_metrics
 from sparsejax.training.run import prepare_run
 from tests.training.runs import NUM_STEPS, make_settings, train

@@ -140,9 +140,7 @@ def test_micro_batches_average_to_the_whole_batch():
     for name, value in metrics.items():
         np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5)
     # The first warm-up step has rate 0; moments tell the gradients apart.
-    for a, b in zip(
-        jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

@@ -44,9 +44,7 @@ def test_help_does_not_wait_for_jax():
     ids=["key", "type", "file", "value", "data", "eval", "argument"],
 )
 def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_path):
-    result = _type(
-        "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments
-    )
+    result = _type("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.startswith("error: ")

@@ -1,0 +1,111 @@
+"""Validation during a run, and of a finished one."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax.recipes import Phase, compute_attention_density
+from sparsejax.training.checkpoint import restore
+from sparsejax.training.config import ConfigError, TrainConfig
+from sparsejax.training.progress import say
+from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
+from sparsejax.training.state import TrainState
+from sparsejax.training.workdir import check_same_run, describe_run, find_newest_checkpoint
+
+
+def evaluate(
+    config: TrainConfig, settings: Mapping[str, Any], workdir: str | os.PathLike
+) -> dict[str, Any]:
+    """Restore the newest checkpoint, masks included, and evaluate it.
+
+    Args:
+      config: TrainConfig.
+      settings: the nested mapping that `config` was parsed from.
+      workdir: folder of a run.
+
+    Returns:
+      dict with step, phase, validation_loss, validation_accuracy and attention_density.
+
+    Raises:
+      ConfigError: if the folder holds no checkpoint of a run with these settings.
+    """
+    checkpoints = Path(workdir) / "checkpoints"
+    if not checkpoints.is_dir():
+        raise ConfigError(f"--workdir={workdir} must hold a run's checkpoints, found none")
+    run = prepare_run(config)
+    check_same_run(checkpoints, describe_run(settings, run.data.fingerprint))
+    info, problems = find_newest_checkpoint(checkpoints)
+    for problem in problems:
+        say(f"warning: skipping a damaged checkpoint: {problem}")
+    if info is None:
+        raise ConfigError(f"--workdir={workdir} must hold a whole checkpoint, found none")
+    phase = find_phase(run, info.metadata["phase"])
+    try:
+        state, _ = restore(info, run.make_abstract_state(phase.name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    batch = run.put(next(run.data.validation(1)))
+    programs = compile_phase(run, phase, batch)
+    result = {"step": info.step, "phase": phase.name, **compute_validation(run, programs, state)}
+    return result | {"attention_density": float(compute_density(run, state, phase).mean())}
+
+
+def compute_validation(run: Run, programs: Programs, state: TrainState) -> dict[str, float]:
+    """Average loss and accuracy over the configured number of validation batches.
+
+    Args:
+      run: Run.
+      programs: Programs of the state's phase.
+      state: TrainState.
+
+    Returns:
+      dict with "validation_loss" in nats per token or example and "validation_accuracy".
+    """
+    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    for batch in run.data.validation(run.config.num_eval_batches or None):
+        sums = jax.device_get(programs.eval_step(state, run.put(batch)))
+        totals = {name: totals[name] + float(sums[name]) for name in totals}
+    return {
+        "validation_loss": totals["loss"] / totals["count"],
+        "validation_accuracy": totals["correct"] / totals["count"],
+    }
+
+
+def find_phase(run: Run, name: str) -> Phase:
+    """Return a phase of the run's recipe by name.
+
+    Args:
+      run: Run.
+      name: str.
+
+    Returns:
+      Phase.
+
+    Raises:
+      ValueError: if the recipe has no such phase.
+    """
+    for phase in run.recipe.phases:
+        if phase.name == name:
+            return phase
+    raise ValueError(f"the checkpoint's phase {name!r} is not one of {run.recipe.name!r}")
+
+
+def compute_density(run: Run, state: TrainState, phase: Phase) -> np.ndarray:
+    """Return the fraction of visible attention blocks that each layer computes.
+
+    Args:
+      run: Run.
+      state: TrainState.
+      phase: Phase, in which attention may be dense whatever the masks hold.
+
+    Returns:
+      f32[L].
+    """
+    if not phase.sparse_attention:
+        return np.ones(run.model.num_layers, np.float32)
+    masks = state.sparsity.masks
+    return np.asarray(compute_attention_density(masks, causal=run.model.causal))
