@@ -168,8 +168,8 @@ class BlockSparseAttention(nnx.Module):
                 real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
                 kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, P - T)))
             if schedule is None:
-                I, J = self.block.grid(P)
-                schedule = self.block_mask[...][:, :, :I, :J]
+                num_q, num_kv = self.block.grid(P)
+                schedule = self.block_mask[...][:, :, :num_q, :num_kv]
             y_BTNH = attend(
                 *padded,
                 schedule,

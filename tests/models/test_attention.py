@@ -1,0 +1,218 @@
+"""The attention module by itself: maps, positions, padding, and a place in other models."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import pallas_kernels
+from sparsejax.models import (
+    AttentionMode,
+    BlockSparseAttention,
+    SparsityMask,
+    apply_rotary,
+    mean_attention_map,
+)
+from sparsejax.patterns import BlockPattern
+
+WIDTH, LENGTH = 32, 48
+BLOCK = BlockPattern(block_q=16, block_kv=16)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def softmax_maps(q_BTNH, k_BSKH, visible_BTS):
+    """f64[B, N, T, S] straight from the definition; rows that see nothing are zero."""
+    k_BSNH = np.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
+    scores = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, dtype=np.float64)
+    weights = np.exp(scores / q_BTNH.shape[3] ** 0.5) * visible_BTS[:, None]
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total, total, 1)
+
+
+average_maps = jax.jit(mean_attention_map, static_argnames="causal")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_mean_attention_map_is_the_mean_of_the_softmax_maps(causal, padded):
+    q_BTNH, k_BSKH = draw(2, 12, 4, 8), draw(2, 12, 2, 8, seed=1)
+    visible_BTS = np.ones((2, 12, 12), bool)
+    kv_mask = None
+    if causal:
+        visible_BTS = np.tril(visible_BTS)
+    if padded:
+        # Under causality queries 0 to 2 of the second example see no key at all.
+        kv_mask = np.arange(12) >= np.array([[0], [3]])
+        visible_BTS = visible_BTS & kv_mask[:, None]
+    got = average_maps(q_BTNH, k_BSKH, causal=causal, kv_mask_BS=kv_mask)
+    expected = softmax_maps(q_BTNH, k_BSKH, visible_BTS).mean((0, 1))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert got.dtype == jnp.float32
+
+
+def test_a_query_that_sees_nothing_has_an_empty_map():
+    q = draw(1, 4, 2, 8)
+    got = average_maps(q, q, kv_mask_BS=np.zeros((1, 4), bool))
+    np.testing.assert_array_equal(got, np.zeros((4, 4)))
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    q, k = draw(1, 1, 2, 8), draw(1, 1, 2, 8, seed=1)
+    q_BTNH, k_BTNH = (jax.jit(apply_rotary)(np.tile(x, (1, 20, 1, 1))) for x in (q, k))
+    for scores in np.einsum("tnh,snh->nts", q_BTNH[0], k_BTNH[0]):
+        for distance in range(-19, 20):
+            diagonal = np.diagonal(scores, distance)
+            np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+        assert np.ptp(scores[0]) > 0.1
+    np.testing.assert_allclose(q_BTNH[:, :1], q, atol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(q_BTNH, axis=-1),
+        np.broadcast_to(np.linalg.norm(q, axis=-1), (1, 20, 2)),
+        rtol=1e-5,
+    )
+
+
+def test_rotary_needs_pairs():
+    with pytest.raises(ValueError, match=r"even head dim, got x_BTNH.shape=\(1, 4, 2, 7\)"):
+        apply_rotary(jnp.ones((1, 4, 2, 7)))
+
+
+def make_attention(**options):
+    settings = {"max_length": LENGTH, "block": BLOCK} | options
+    return BlockSparseAttention(WIDTH, 4, **settings, rngs=nnx.Rngs(0))
+
+
+@nnx.jit(static_argnames="mode")
+def attend(attention, x, kv_mask, mode):
+    return attention(x, kv_mask_BT=kv_mask, mode=mode)[0]
+
+
+def dense_attention(attention, x_BTD, visible_BTS):
+    """The module's output written out in NumPy."""
+    B, T, _ = x_BTD.shape
+    H, K = attention.head_dim, attention.num_kv_heads
+    qkv = x_BTD @ np.asarray(attention.qkv.kernel) + np.asarray(attention.qkv.bias)
+    q, k, v = (part.reshape(B, T, -1, H) for part in np.split(qkv, [4 * H, (4 + K) * H], axis=-1))
+    maps = softmax_maps(q, k, visible_BTS)
+    y = np.einsum("bnts,bsnh->btnh", maps, np.repeat(v, 4 // K, axis=2)).reshape(B, T, -1)
+    return y @ np.asarray(attention.out.kernel) + np.asarray(attention.out.bias)
+
+
+@pytest.mark.parametrize("mode", [AttentionMode(sparse=False), AttentionMode()], ids=str)
+def test_grouped_queries_and_lengths_between_blocks(mode):
+    # Blocks of two sizes: 20 positions fill neither, and are padded to 48 or not at all.
+    attention = make_attention(num_kv_heads=1, block=BlockPattern(block_q=16, block_kv=24))
+    x = draw(2, 20, WIDTH)
+    real = np.arange(20) < np.array([[20], [13]])
+    expected = dense_attention(attention, x, np.broadcast_to(real[:, None], (2, 20, 20)))
+    np.testing.assert_allclose(attend(attention, x, real, mode), expected, atol=1e-5)
+    everywhere = dense_attention(attention, x, np.ones((2, 20, 20), bool))
+    np.testing.assert_allclose(attend(attention, x, None, mode), everywhere, atol=1e-5)
+
+
+def test_a_sequence_beyond_the_mask_is_refused():
+    with pytest.raises(ValueError, match=r"at most max_length=48 positions, got x_BTD.shape"):
+        make_attention()(jnp.ones((1, 64, WIDTH)))
+
+
+@pytest.mark.parametrize("heads", [{"num_heads": 5}, {"num_heads": 4, "num_kv_heads": 3}])
+def test_heads_that_do_not_divide_are_named(heads):
+    named = ", ".join(f"{name}={value}" for name, value in heads.items())
+    with pytest.raises(ValueError, match=f"got model_dim=32, {named}"):
+        BlockSparseAttention(WIDTH, **heads, max_length=32, block=BLOCK, rngs=nnx.Rngs(0))
+
+
+class MyLayer(nnx.Module):
+    """A layer of somebody's own model."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.attention = BlockSparseAttention(
+            WIDTH, 4, max_length=LENGTH, block=BLOCK, causal=True, rngs=rngs
+        )
+
+    def __call__(self, x):
+        y, _ = self.attention(self.norm(x))
+        return x + y
+
+
+def test_assigning_the_mask_of_a_module_prunes():
+    layer, x = MyLayer(nnx.Rngs(0)), draw(1, LENGTH, WIDTH)
+    run = nnx.jit(lambda layer, x: layer(x))
+    before = run(layer, x)
+    kept = np.ones((1, 1, 3, 3), bool)
+    kept[:, :, 2, 0] = False
+    layer.attention.block_mask[...] = jnp.asarray(kept)
+    change = np.abs(run(layer, x) - before).reshape(3, 16, WIDTH).max((1, 2))
+    assert change[0] == change[1] == 0 < change[2]
+
+    visible = np.tril(np.repeat(np.repeat(kept[0, 0], 16, 0), 16, 1))[None]
+    expected = x + dense_attention(layer.attention, np.asarray(layer.norm(x)), visible)
+    np.testing.assert_allclose(run(layer, x), expected, atol=1e-5)
+    assert isinstance(nnx.state(layer, SparsityMask)["attention"]["block_mask"], SparsityMask)
+
+
+class MyAttention(nnx.Module):
+    """Attention of somebody's own model, on the bare op."""
+
+    def __init__(self, dim, heads, *, rngs):
+        self.qkv = nnx.LinearGeneral(dim, (3, heads, dim // heads), rngs=rngs)
+        self.out = nnx.LinearGeneral((heads, dim // heads), dim, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x, block_mask):
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        y = pallas_kernels.block_sparse_attention(
+            q, k, v, block_mask, block_q=16, block_kv=16, causal=True
+        )
+        return self.out(y)
+
+
+def test_the_op_in_a_module_of_ones_own():
+    attention, x = MyAttention(WIDTH, 4, rngs=nnx.Rngs(0)), draw(1, LENGTH, WIDTH)
+    run = nnx.jit(lambda attention, x, mask: attention(x, mask))
+    everything = jnp.ones((1, 1, 3, 3), bool)
+    q, k, v = np.moveaxis(np.asarray(attention.qkv(x)), 2, 0)
+    y = np.einsum("bnts,bsnh->btnh", softmax_maps(q, k, np.tri(LENGTH)[None]), v)
+    expected = attention.out(y.astype(np.float32))
+    np.testing.assert_allclose(run(attention, x, everything), expected, atol=1e-5)
+    pruned = run(attention, x, everything.at[:, :, 2, 0].set(False))
+    assert (np.abs(pruned - expected).reshape(3, -1).max(1) > 1e-3).tolist() == [False, False, True]
+
+
+class LinenLayer(nn.Module):
+    """The layer in a Flax Linen model."""
+
+    @nn.compact
+    def __call__(self, x):
+        attention = nnx.bridge.to_linen(
+            BlockSparseAttention, WIDTH, 4, max_length=LENGTH, block=BLOCK, name="attention"
+        )
+        y, _ = attention(nn.LayerNorm()(x))
+        return x + y
+
+
+def test_the_module_in_a_linen_model():
+    model, x = LinenLayer(), draw(1, LENGTH, WIDTH)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    assert set(variables) == {"params", "SparsityMask"}
+    assert jax.tree.map(jnp.shape, variables["params"]["attention"]["qkv"]) == {
+        "kernel": (WIDTH, 3 * WIDTH),
+        "bias": (3 * WIDTH,),
+    }
+    masks = variables["SparsityMask"]
+    assert masks["attention"]["block_mask"].shape == (1, 1, 3, 3)
+
+    run = jax.jit(model.apply)
+    pruned = {"attention": {"block_mask": jnp.eye(3, dtype=bool).at[2].set(True)[None, None]}}
+    change = np.abs(run(variables | {"SparsityMask": pruned}, x) - run(variables, x))
+    assert (change.reshape(3, -1).max(1) > 1e-3).tolist() == [True, True, False]
+    by_params = jax.eval_shape(
+        jax.grad(lambda params: model.apply(variables | {"params": params}, x).sum()),
+        variables["params"],
+    )
+    assert jax.tree.structure(by_params) == jax.tree.structure(variables["params"])

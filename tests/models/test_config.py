@@ -1,0 +1,72 @@
+"""Every refused model setting is named with its value and what was expected."""
+
+import pytest
+
+from sparsejax.models import TransformerConfig
+from sparsejax.patterns import BlockPattern
+
+GOOD = dict(
+    vocab_size=32,
+    num_layers=2,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=48,
+    max_length=64,
+    causal=True,
+    block=BlockPattern(block_q=16, block_kv=32),
+)
+
+
+def test_a_good_config_passes():
+    assert TransformerConfig(**GOOD).head_dim == 8
+    assert GOOD["block"].grid(64) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 0}, "model.vocab_size must be at least 1, got 0"),
+        ({"num_layers": 0}, "model.num_layers must be at least 1, got 0"),
+        ({"model_dim": -32}, "model.model_dim must be at least 1, got -32"),
+        ({"num_heads": 0}, "model.num_heads must be at least 1, got 0"),
+        ({"num_kv_heads": 0}, "model.num_kv_heads must be at least 1, got 0"),
+        ({"mlp_dim": 0}, "model.mlp_dim must be at least 1, got 0"),
+        ({"max_length": 0}, "model.max_length must be at least 1, got 0"),
+        ({"model_dim": 34}, "model.model_dim must be a multiple of num_heads=4, got 34"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads must be a divisor of num_heads=4, got 3"),
+        ({"dropout_rate": 1.0}, "model.dropout_rate must be in [0, 1), got 1.0"),
+        ({"dropout_rate": float("nan")}, "model.dropout_rate must be in [0, 1), got nan"),
+        ({"positions": "alibi"}, "model.positions must be 'learned' or 'rotary', got 'alibi'"),
+        (
+            {"positions": "rotary", "model_dim": 36},
+            "model.model_dim must be an even multiple of num_heads=4 with rotary positions, got 36",
+        ),
+        (
+            {"dtype": "float64"},
+            "model.dtype must be one of ('float32', 'bfloat16', 'float16'), got 'float64'",
+        ),
+        ({"num_towers": 3}, "model.num_towers must be 1 or 2, got 3"),
+        ({"num_towers": 2}, "model.num_towers must be 1 in a causal language model, got 2"),
+        ({"num_classes": 10}, "model.num_classes must be 0 in a causal language model, got 10"),
+        ({"causal": False}, "model.num_classes must be at least 2 in an encoder, got 0"),
+        (
+            {"causal": False, "num_classes": 1},
+            "model.num_classes must be at least 2 in an encoder, got 1",
+        ),
+        ({"init_std": 0.0}, "model.init_std must be positive, got 0.0"),
+        ({"max_length": 48}, "block_kv=32 must divide the sequence length, got length=48"),
+        ({"max_length": 40}, "block_q=16 must divide the sequence length, got length=40"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_named(settings, message):
+    with pytest.raises(ValueError) as error:
+        TransformerConfig(**GOOD | settings)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["block_q", "block_kv"])
+def test_a_block_holds_a_position(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {name}=0"):
+        BlockPattern(**{"block_q": 16, "block_kv": 16, name: 0})
