@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,10 +85,10 @@ def _locked(descriptor: int) -> Iterator[None]:
 
 
 def _build_folder(folder: Path, build: Callable[[Path], None]) -> None:
-    prefix = f".{folder.name}.building-"
-    for stale in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(stale)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    # The lock is held: a folder of this name is what a killed process left.
+    temporary = folder.parent / f".{folder.name}.building"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         build(temporary)
         manifest = {
