@@ -1,0 +1,314 @@
+"""Every hook of the recipe protocol, seen through the train step on a model of one table.
+
+The optimizer is plain descent at rate 1, so that a difference of parameters is a gradient.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.models import ModelOutput, SparsityMask, TransformerConfig
+from sparsejax.patterns import BlockPattern
+from sparsejax.recipes import (
+    Observation,
+    Phase,
+    Recipe,
+    Sparsity,
+    SpionConfig,
+    make_spion,
+)
+from sparsejax.training.optimizer import Optimizer
+from sparsejax.training.state import (
+    TrainState,
+    enter_phase,
+    make_abstract_state,
+    make_graphdef,
+    trainable,
+)
+from sparsejax.training.step import make_eval_step, make_probe_step, make_train_step
+
+VOCAB, SCALE = 6, 1.5
+MAPS = np.full((2, 4, 4), 0.25, np.float32)
+BATCH = {
+    "inputs": np.array([[0, 1, 2, 3], [4, 5, 0, 1]]),
+    "targets": np.array([[1, 2, 3, 4], [5, 0, 1, 2]]),
+    "weights": np.ones(2, np.float32),
+}
+TABLE = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
+PHASE = Phase("only", learning_rate="constant")
+DESCENT = Optimizer(
+    clip=lambda grads: grads,
+    init=lambda params: {"updates": jnp.int32(0)},
+    update=lambda grads, state, params: (
+        jax.tree.map(jnp.negative, grads),
+        {"updates": state["updates"] + 1},
+    ),
+    schedule=lambda step: 0.1 * (step + 1.0),
+    base_learning_rate=1.0,
+)
+
+
+class Bigram(nnx.Module):
+    """Logits looked up by token, 0 where the mask prunes them."""
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.zeros((VOCAB, VOCAB)))
+        self.kept = SparsityMask(jnp.ones((VOCAB, VOCAB), bool))
+
+    def __call__(self, tokens, *, mask, dropout_key, mode, probe):
+        logits = jnp.where(self.kept[...], self.table[...], 0.0)[tokens]
+        return ModelOutput(logits, jnp.asarray(MAPS) if probe else None)
+
+
+GRAPHDEF = nnx.split(Bigram(), nnx.Param, SparsityMask)[0]
+
+
+def init(masks, key):
+    del key
+    return Sparsity(
+        masks=masks,
+        params={"scale": jnp.float32(SCALE), "sum_of_maps": jnp.float32(2)},
+        statistics={"updates": jnp.int32(0)},
+        phase_start_step=jnp.int32(0),
+    )
+
+
+def scale_params(params, sparsity, phase):
+    return {"table": params["table"] * sparsity.params["scale"]}
+
+
+def count_update(sparsity, params, opt_state, grads, *, step, key, phase):
+    statistics = {"updates": sparsity.statistics["updates"] + 1}
+    return dataclasses.replace(sparsity, statistics=statistics), params, opt_state
+
+
+def make_recipe(*phases, **hooks):
+    return Recipe(name="toy", phases=phases or (PHASE,), init=init, **hooks)
+
+
+def make_state(recipe, step=0):
+    sparsity = recipe.init({"kept": jnp.ones((VOCAB, VOCAB), bool)}, jax.random.key(1))
+    params = {"table": jnp.asarray(TABLE)}
+    return TrainState(
+        step=jnp.int32(step),
+        params=params,
+        sparsity=sparsity,
+        opt_state=DESCENT.init(trainable(params, sparsity)),
+        key=jax.random.key(2),
+    )
+
+
+def run_step(recipe, state=None, optimizer=DESCENT, phase=None):
+    step = jax.jit(make_train_step(GRAPHDEF, recipe, phase or recipe.phases[0], optimizer))
+    return step(make_state(recipe) if state is None else state, BATCH)
+
+
+def loss_and_gradient(table):
+    """Mean cross-entropy of the batch and its gradient by the table, in NumPy."""
+    probabilities = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
+    inputs, targets = BATCH["inputs"].ravel(), BATCH["targets"].ravel()
+    gradient = np.zeros_like(table)
+    np.add.at(gradient, inputs, probabilities[inputs])
+    np.add.at(gradient, (inputs, targets), -1)
+    return -np.log(probabilities[inputs, targets]).mean(), gradient / inputs.size
+
+
+def assert_close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_forward_pass_sees_the_transformed_parameters():
+    recipe = make_recipe(transform_params=scale_params)
+    state, metrics = run_step(recipe)
+    loss, gradient = loss_and_gradient(SCALE * TABLE)
+    assert_close(metrics["loss"], loss)
+    assert_close(state.params["table"], TABLE - SCALE * gradient)
+    assert_close(state.sparsity.params["scale"], SCALE - (gradient * TABLE).sum())
+    totals = jax.jit(make_eval_step(GRAPHDEF, recipe, PHASE))(make_state(recipe), BATCH)
+    assert_close(totals["loss"] / totals["count"], loss)
+
+
+def test_the_auxiliary_loss_trains_the_parameters_of_the_recipe():
+    def auxiliary_loss(sparsity, attention_maps, phase):
+        assert phase.maps_in_step
+        return (sparsity.params["sum_of_maps"] - attention_maps.sum()) ** 2
+
+    recipe = make_recipe(PHASE._replace(maps_in_step=True), auxiliary_loss=auxiliary_loss)
+    state, metrics = run_step(recipe)
+    loss, gradient = loss_and_gradient(TABLE)
+    assert_close(metrics["loss"], loss)  # that of the task alone
+    assert_close(state.params["table"], TABLE - gradient)
+    assert_close(state.sparsity.params["sum_of_maps"], 2 - 2 * (2 - MAPS.sum()))
+    assert_close(state.sparsity.params["scale"], SCALE)
+
+
+def test_gradients_are_transformed_after_clipping():
+    def add_decay(grads, params, sparsity, phase):
+        return jax.tree.map(lambda g, w: g + 0.5 * w, grads, params)
+
+    clip = DESCENT._replace(clip=lambda grads: jax.tree.map(lambda g: g.clip(-0.05, 0.05), grads))
+    state, metrics = run_step(make_recipe(transform_gradients=add_decay), optimizer=clip)
+    _, gradient = loss_and_gradient(TABLE)
+    assert np.abs(gradient).max() > 0.05
+    assert_close(state.params["table"], TABLE - gradient.clip(-0.05, 0.05) - 0.5 * TABLE)
+    assert_close(state.sparsity.params["scale"], 0.5 * SCALE)
+    assert_close(metrics["grad_norm"], np.linalg.norm(gradient))
+
+
+def test_a_skipped_optimizer_leaves_weights_and_moments_but_the_update_runs():
+    recipe = make_recipe(
+        transform_params=scale_params,
+        skip_optimizer=lambda step, phase: step % 2 == 0,
+        update=count_update,
+    )
+    step = jax.jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
+    start = make_state(recipe)
+    skipped, _ = step(start, BATCH)
+    assert (skipped.params["table"] == start.params["table"]).all()
+    assert skipped.sparsity.params == start.sparsity.params
+    assert skipped.opt_state == start.opt_state
+    assert (skipped.step, skipped.sparsity.statistics["updates"]) == (1, 1)
+    taken, _ = step(skipped, BATCH)
+    assert (taken.params["table"] != start.params["table"]).any()
+    assert (taken.opt_state["updates"], taken.sparsity.statistics["updates"]) == (1, 2)
+
+
+def test_the_update_may_change_masks_weights_and_moments():
+    def regrow(sparsity, params, opt_state, grads, *, step, key, phase):
+        noise = jax.random.normal(key, (VOCAB,))
+        changed = dataclasses.replace(
+            sparsity,
+            masks={"kept": sparsity.masks["kept"].at[:, 0].set(False)},
+            statistics={"updates": step + 100},
+        )
+        table = params["table"].at[:, 0].set(noise).at[:, 1].set(grads["model"]["table"][:, 1])
+        return changed, {"table": table}, {"updates": opt_state["updates"] + 10}
+
+    recipe = make_recipe(update=regrow)
+    before = make_state(recipe, step=4)
+    step = jax.jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
+    state, metrics = step(before, BATCH)
+    _, gradient = loss_and_gradient(TABLE)
+    noise = jax.random.normal(jax.random.fold_in(before.key, 4), (VOCAB,))
+    assert_close(state.params["table"][:, 0], noise)
+    assert_close(state.params["table"][:, 1], gradient[:, 1])
+    assert_close(state.params["table"][:, 2:], (TABLE - gradient)[:, 2:])
+    assert not state.sparsity.masks["kept"][:, 0].any() and state.sparsity.masks["kept"][:, 1].all()
+    assert (state.opt_state["updates"], state.sparsity.statistics["updates"]) == (11, 104)
+    assert metrics["skipped"] == 0
+
+    broken = dataclasses.replace(before, params={"table": before.params["table"] * jnp.nan})
+    after, metrics = step(broken, BATCH)
+    assert metrics["skipped"] == 1 and after.step == 5
+    assert after.sparsity.masks["kept"].all() and after.opt_state["updates"] == 0
+    assert after.sparsity.statistics["updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"learning_rate": "schedule"}, 0.8),
+        ({"learning_rate": "restart"}, 0.3),
+        ({"learning_rate": "constant"}, 1.0),
+        ({"learning_rate": "restart", "learning_rate_scale": 0.5}, 0.15),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_of_a_phase(settings, rate):
+    recipe = make_recipe(Phase("first"), Phase("second", **settings))
+    state = enter_phase(make_state(recipe, step=5), recipe, recipe.phases[1], DESCENT)
+    state = dataclasses.replace(state, step=jnp.int32(7))
+    state, metrics = run_step(recipe, state, phase=recipe.phases[1])
+    assert_close(metrics["learning_rate"], rate)
+    assert_close(state.params["table"], TABLE - rate * loss_and_gradient(TABLE)[1])
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_entering_a_phase(reset):
+    def forget(sparsity, phase):
+        assert phase.name == "second"
+        return dataclasses.replace(sparsity, statistics={})
+
+    second = Phase("second", reset_optimizer=reset)
+    recipe = make_recipe(PHASE, second, enter_phase=forget)
+    before = dataclasses.replace(make_state(recipe, step=9), opt_state={"updates": jnp.int32(9)})
+    state = enter_phase(before, recipe, second, DESCENT)
+    assert state.sparsity.phase_start_step == 9 and state.sparsity.statistics == {}
+    assert state.opt_state["updates"] == (0 if reset else 9)
+    assert state.params is before.params and state.step == 9
+
+
+def test_the_probe_shows_the_maps_and_changes_nothing_but_the_recipes_state():
+    def observe(sparsity, attention_maps, phase):
+        updates = sparsity.statistics["updates"] + attention_maps.sum().astype(jnp.int32)
+        sparsity = dataclasses.replace(sparsity, statistics={"updates": updates})
+        return sparsity, Observation(change_phase=updates > 10, metrics={"updates": updates})
+
+    recipe = make_recipe(observe=observe)
+    probe = jax.jit(make_probe_step(GRAPHDEF, recipe, PHASE))
+    before = make_state(recipe)
+    state, observation = probe(before, BATCH)
+    assert not observation.change_phase and observation.metrics["updates"] == 8
+    assert (state.params["table"] == TABLE).all() and state.step == 0
+    assert probe(state, BATCH)[1].change_phase
+
+
+def test_new_masks_and_statistics_do_not_compile_again():
+    traces = []
+
+    def count_traces(params, sparsity, phase):
+        traces.append(phase)
+        return params
+
+    recipe = make_recipe(transform_params=count_traces, update=count_update)
+    step = jax.jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
+    state = make_state(recipe)
+    losses = set()
+    for pruned in range(4):
+        masks = {"kept": jnp.ones((VOCAB, VOCAB), bool).at[:, :pruned].set(False)}
+        sparsity = dataclasses.replace(state.sparsity, masks=masks)
+        state, metrics = step(dataclasses.replace(state, sparsity=sparsity), BATCH)
+        losses.add(float(metrics["loss"]))
+    assert len(losses) == 4 and len(traces) == 1
+    assert state.sparsity.statistics["updates"] == 4
+
+
+def test_a_step_keeps_the_structure_of_its_phase():
+    config = TransformerConfig(
+        vocab_size=VOCAB,
+        num_layers=2,
+        model_dim=16,
+        num_heads=2,
+        num_kv_heads=2,
+        mlp_dim=16,
+        max_length=32,
+        causal=True,
+        block=BlockPattern(block_q=16, block_kv=16),
+    )
+    spion = SpionConfig(
+        block_size=16, probe_every_steps=5, quantile=0.5, num_layers=2, length=32, causal=True
+    )
+    recipe = make_spion(spion)
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    batch = {
+        "inputs": tokens,
+        "targets": tokens,
+        "weights": jax.ShapeDtypeStruct((2,), jnp.float32),
+    }
+    graphdef = make_graphdef(config)
+    for phase in recipe.phases:
+        state = make_abstract_state(config, recipe, DESCENT, phase.name)
+        after, _ = jax.eval_shape(make_train_step(graphdef, recipe, phase, DESCENT), state, batch)
+        assert after == state
+        if phase.probe_every_steps:
+            probed, _ = jax.eval_shape(make_probe_step(graphdef, recipe, phase), state, batch)
+            assert probed == state
+            assert state.sparsity.statistics["map_before"].shape == (2, 32, 32)
+    assert set(state.sparsity.statistics) == {"pooled"}
+
+    with pytest.raises(ValueError, match=r"one of \['dense', 'sparse'\] in recipe 'spion-cf'"):
+        make_abstract_state(config, recipe, DESCENT, "finish")
