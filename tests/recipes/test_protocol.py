@@ -4,6 +4,7 @@ The optimizer is plain descent at rate 1, so that a difference of parameters is 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ DESCENT = Optimizer(
     schedule=lambda step: 0.1 * (step + 1.0),
     base_learning_rate=1.0,
 )
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Bigram(nnx.Module):
@@ -103,7 +106,7 @@ def make_state(recipe, step=0):
 
 
 def run_step(recipe, state=None, optimizer=DESCENT, phase=None):
-    step = jax.jit(make_train_step(GRAPHDEF, recipe, phase or recipe.phases[0], optimizer))
+    step = jit(make_train_step(GRAPHDEF, recipe, phase or recipe.phases[0], optimizer))
     return step(make_state(recipe) if state is None else state, BATCH)
 
 
@@ -128,7 +131,7 @@ def test_the_forward_pass_sees_the_transformed_parameters():
     assert_close(metrics["loss"], loss)
     assert_close(state.params["table"], TABLE - SCALE * gradient)
     assert_close(state.sparsity.params["scale"], SCALE - (gradient * TABLE).sum())
-    totals = jax.jit(make_eval_step(GRAPHDEF, recipe, PHASE))(make_state(recipe), BATCH)
+    totals = jit(make_eval_step(GRAPHDEF, recipe, PHASE))(make_state(recipe), BATCH)
     assert_close(totals["loss"] / totals["count"], loss)
 
 
@@ -165,7 +168,7 @@ def test_a_skipped_optimizer_leaves_weights_and_moments_but_the_update_runs():
         skip_optimizer=lambda step, phase: step % 2 == 0,
         update=count_update,
     )
-    step = jax.jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
+    step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
     start = make_state(recipe)
     skipped, _ = step(start, BATCH)
     assert (skipped.params["table"] == start.params["table"]).all()
@@ -190,7 +193,7 @@ def test_the_update_may_change_masks_weights_and_moments():
 
     recipe = make_recipe(update=regrow)
     before = make_state(recipe, step=4)
-    step = jax.jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
+    step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
     state, metrics = step(before, BATCH)
     _, gradient = loss_and_gradient(TABLE)
     noise = jax.random.normal(jax.random.fold_in(before.key, 4), (VOCAB,))
@@ -249,7 +252,7 @@ def test_the_probe_shows_the_maps_and_changes_nothing_but_the_recipes_state():
         return sparsity, Observation(change_phase=updates > 10, metrics={"updates": updates})
 
     recipe = make_recipe(observe=observe)
-    probe = jax.jit(make_probe_step(GRAPHDEF, recipe, PHASE))
+    probe = jit(make_probe_step(GRAPHDEF, recipe, PHASE))
     before = make_state(recipe)
     state, observation = probe(before, BATCH)
     assert not observation.change_phase and observation.metrics["updates"] == 8
@@ -265,7 +268,7 @@ def test_new_masks_and_statistics_do_not_compile_again():
         return params
 
     recipe = make_recipe(transform_params=count_traces, update=count_update)
-    step = jax.jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
+    step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
     state = make_state(recipe)
     losses = set()
     for pruned in range(4):
