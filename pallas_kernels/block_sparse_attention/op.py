@@ -85,8 +85,8 @@ def block_sparse_attention(
 
     Numerics:
       Products accumulate in f32 and softmax is f32; probabilities are rounded to the dtype of q
-      before they meet the values. "reference" computes in f32 throughout. A repeated call agrees
-      to the last bit.
+      before they meet the values. Products of f32 follow `jax_default_matmul_precision`, but for
+      "reference", which computes in full f32 throughout. A repeated call agrees to the last bit.
 
     References:
       SPION, arXiv:2309.12578; SAT, doi:10.1109/ACCESS.2024.3425638 (the "zero" rule). Their code is
@@ -125,9 +125,7 @@ def block_sparse_attention(
             mask = unpack_block_schedule(mask)
         options |= {"kv_mask": kv_mask, "segment_ids": segment_ids}
         if chosen == "dense":
-            out, lse = block_sparse_attention_dense(
-                q, k, v, mask, return_lse=return_lse, **options
-            )
+            out, lse = block_sparse_attention_dense(q, k, v, mask, return_lse=return_lse, **options)
         else:
             out, lse = block_sparse_attention_reference(q, k, v, mask, **options)
     return (out, lse) if return_lse else out

@@ -24,12 +24,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
+from pallas_kernels.block_sparse_attention.folding import (
+    fold_blocks,
+    gather_blocks,
+    make_fold,
+    unfold_blocks,
+)
 from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits, count_visible
-
-# Measured on CPU over blocks of 32 and 64: fewer lists or narrower steps leave the time to the
-# overhead of small products, more of them to padding where list lengths are uneven.
-_LISTS_PER_TILE = 4
-_POSITIONS_PER_STEP = 128
+from pallas_kernels.block_sparse_attention.tiles import make_key_tiles, make_query_tiles
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -53,136 +55,6 @@ class Options:
     pruned_logits: str
 
 
-class _Fold(NamedTuple):
-    """How [B, T, N] splits into the axes that share a list (X) and those that do not (Y)."""
-
-    batch: tuple[int, int]
-    kv_heads: tuple[int, int]
-    q_heads: tuple[int, int, int]
-
-    def queries(self, x_BTN_, block_q):
-        return _fold(x_BTN_, self.batch, self.q_heads, block_q)
-
-    def keys(self, x_BSK_, block_kv):
-        return _fold(x_BSK_, self.batch, (*self.kv_heads, 1), block_kv)
-
-
-def _make_fold(q, k, schedule) -> _Fold:
-    batch, num_heads, num_kv_heads = q.shape[0], q.shape[2], k.shape[2]
-    mask_batch, mask_heads = schedule.kv_counts.shape[:2]
-    group = num_heads // num_kv_heads
-    shared = mask_heads == 1
-    return _Fold(
-        batch=(batch // mask_batch, mask_batch),
-        kv_heads=(num_kv_heads, 1) if shared else (1, num_kv_heads),
-        q_heads=(num_kv_heads, 1, group) if shared else (1, num_heads, 1),
-    )
-
-
-def _fold(x, batch, heads, block):
-    """[B, T, N, ...] -> [X, Y, block (times heads of a group), ...]."""
-    num_blocks, trailing = x.shape[1] // block, x.shape[3:]
-    x = x.reshape(*batch, num_blocks, block, *heads, *trailing)
-    x = jnp.moveaxis(x, (0, 4, 1, 5, 2, 6, 3), range(7))
-    return x.reshape(
-        batch[0] * heads[0], batch[1] * heads[1] * num_blocks, heads[2] * block, *trailing
-    )
-
-
-def _unfold(x, batch, heads, block):
-    """Undo `_fold`."""
-    num_blocks, trailing = x.shape[1] // (batch[1] * heads[1]), x.shape[3:]
-    x = x.reshape(batch[0], heads[0], batch[1], heads[1], num_blocks, heads[2], block, *trailing)
-    x = jnp.moveaxis(x, range(7), (0, 4, 1, 5, 2, 6, 3))
-    length, num_heads = num_blocks * block, heads[0] * heads[1] * heads[2]
-    return x.reshape(batch[0] * batch[1], length, num_heads, *trailing)
-
-
-class Tiles(NamedTuple):
-    """Lists of blocks, sorted by length, a few to a tile.
-
-    Attributes:
-      owner: int32[tiles, R], list in each place, an index into the lists before sorting.
-      counts: int32[tiles, R], length of each list.
-      visited: int32[tiles, R, P], blocks on each list, P a multiple of `width`.
-      num_steps: int32[tiles], steps in which a tile walks the longest of its lists.
-      width: int, list positions per step.
-    """
-
-    owner: jax.Array
-    counts: jax.Array
-    visited: jax.Array
-    num_steps: jax.Array
-    width: int
-
-    def count_visited_blocks(self) -> jax.Array:
-        """Return how many blocks the loops compute, padding included.
-
-        Returns:
-          int32[], for one of the X batches and heads that share the lists.
-        """
-        return self.num_steps.sum() * self.owner.shape[1] * self.width
-
-
-def make_tiles(counts_U: jax.Array, visited_UP: jax.Array, *, block: int) -> Tiles:
-    """Sort lists by length and cut them into tiles.
-
-    Args:
-      counts_U: int32[U], length of each list.
-      visited_UP: int32[U, P], blocks on each list.
-      block: int, positions in a visited block; sets how many are walked at once.
-
-    Returns:
-      Tiles.
-    """
-    num_lists, num_blocks = visited_UP.shape
-    lists = max(r for r in range(1, _LISTS_PER_TILE + 1) if num_lists % r == 0)
-    width = max(1, min(_POSITIONS_PER_STEP // block, num_blocks))
-    visited_UP = jnp.pad(visited_UP, ((0, 0), (0, -num_blocks % width)))
-    owner = jnp.argsort(-counts_U, stable=True).astype(jnp.int32)
-    counts = counts_U[owner].reshape(-1, lists)
-    return Tiles(
-        owner=owner.reshape(-1, lists),
-        counts=counts,
-        visited=visited_UP[owner].reshape(*counts.shape, -1),
-        num_steps=-(-counts.max(axis=1) // width),
-        width=width,
-    )
-
-
-def _query_tiles(schedule, fold, options) -> Tiles:
-    """Tiles of the lists of key blocks, one list per query block."""
-    blocks = schedule.kv_indices + _first_block(fold, fold.kv_heads, schedule.kv_indices.shape[-1])
-    return make_tiles(
-        schedule.kv_counts.reshape(-1),
-        blocks.reshape(-1, blocks.shape[-1]),
-        block=options.block_kv,
-    )
-
-
-def _key_tiles(schedule, fold, options) -> Tiles:
-    """Tiles of the lists of query blocks, one list per key block and query head."""
-    blocks = schedule.q_indices + _first_block(fold, fold.q_heads, schedule.q_indices.shape[-1])
-    return make_tiles(
-        schedule.q_counts.reshape(-1),
-        blocks.reshape(-1, blocks.shape[-1]),
-        block=options.block_q,
-    )
-
-
-def _first_block(fold, heads, num_blocks):
-    """Index into Y of the first block of what each (batch, head) of the mask reads."""
-    num_lists = fold.batch[1] * fold.q_heads[1]
-    read = jnp.arange(num_lists, dtype=jnp.int32) // (fold.q_heads[1] // heads[1])
-    return (read * num_blocks).reshape(fold.batch[1], fold.q_heads[1], 1, 1)
-
-
-def _gather(x_XY_, blocks_RW):
-    """Blocks of each of R lists, joined along their positions: [X, R, W * block, ...]."""
-    x = x_XY_[:, blocks_RW]
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
-
-
 class _Operands(NamedTuple):
     """Folded inputs; the last three are None where the call has none."""
 
@@ -195,19 +67,22 @@ class _Operands(NamedTuple):
 
 
 def _fold_operands(q, k, v, kv_mask, segment_ids, fold, options) -> _Operands:
-    queries = functools.partial(fold.queries, block_q=options.block_q)
-    keys = functools.partial(fold.keys, block_kv=options.block_kv)
+    def queries(x_BTN_):
+        return fold_blocks(x_BTN_, fold.batch, fold.q_heads, options.block_q)
 
-    def along(x_BT, heads):
+    def keys(x_BSK_):
+        return fold_blocks(x_BSK_, fold.batch, fold.kv_heads, options.block_kv)
+
+    def per_head(x_BT, heads):
         return jnp.broadcast_to(x_BT[..., None], (*x_BT.shape, heads))
 
     return _Operands(
         queries(q),
         keys(k),
         keys(v),
-        None if kv_mask is None else keys(along(kv_mask, k.shape[2])),
-        None if segment_ids is None else queries(along(segment_ids, q.shape[2])),
-        None if segment_ids is None else keys(along(segment_ids, k.shape[2])),
+        None if kv_mask is None else keys(per_head(kv_mask, k.shape[2])),
+        None if segment_ids is None else queries(per_head(segment_ids, q.shape[2])),
+        None if segment_ids is None else keys(per_head(segment_ids, k.shape[2])),
     )
 
 
@@ -224,8 +99,8 @@ def _reach(operands, q_blocks_RW, kv_blocks_RW, grid, options):
         kv_at = ((kv_blocks_RW % num_kv)[..., None] * options.block_kv + offsets).reshape(lists, -1)
         reach = (q_at[:, :, None] >= kv_at[:, None, :])[None]
     if operands.q_segments_XYQ is not None:
-        q_segments = _gather(operands.q_segments_XYQ, q_blocks_RW)
-        kv_segments = _gather(operands.kv_segments_XYC, kv_blocks_RW)
+        q_segments = gather_blocks(operands.q_segments_XYQ, q_blocks_RW)
+        kv_segments = gather_blocks(operands.kv_segments_XYC, kv_blocks_RW)
         same = q_segments[..., :, None] == kv_segments[..., None, :]
         reach = same if reach is None else reach & same
     return reach
@@ -235,42 +110,19 @@ def _attended(operands, reach, kv_blocks_RW, listed):
     """Which logits enter the softmax; `listed` is [R, Q or 1, C or 1]."""
     attended = listed[None] if reach is None else reach & listed
     if operands.kv_mask_XYC is not None:
-        attended &= _gather(operands.kv_mask_XYC, kv_blocks_RW)[..., None, :]
+        attended &= gather_blocks(operands.kv_mask_XYC, kv_blocks_RW)[..., None, :]
     return attended
 
 
 _matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _step(tile, index, width, block):
-    """Blocks a tile visits in one step, [R, W], and which of their positions are on a list."""
-    visited_RW = jax.lax.dynamic_slice_in_dim(tile.visited, index * width, width, axis=1)
-    on_list = index * width + jnp.arange(width) < tile.counts[:, None]
-    return visited_RW, jnp.repeat(on_list, block, axis=1)
-
-
-def _scan_tiles(body, carry, tiles):
-    """Scan over tiles, `width` staying static."""
-
-    def step(carry, arrays):
-        return body(carry, Tiles(*arrays, width=tiles.width))
-
-    return jax.lax.scan(step, carry, tiles[:-1])
-
-
-def _in_list_order(tiled, tiles):
-    """[tiles, X, R, ...] -> [X, U, ...], in the order before sorting."""
-    flat = jnp.moveaxis(tiled, 0, 1)
-    flat = flat.reshape(flat.shape[0], -1, *flat.shape[3:])
-    return flat[:, jnp.argsort(tiles.owner.reshape(-1))]
-
-
 def _forward(q, k, v, schedule, kv_mask, segment_ids, options):
     """Return out like q and lse f32[B, T, N]."""
-    fold = _make_fold(q, k, schedule)
+    fold = make_fold(q, k, schedule)
     grid = schedule.kv_indices.shape[-2:]
     operands = _fold_operands(q, k, v, kv_mask, segment_ids, fold, options)
-    tiles = _query_tiles(schedule, fold, options)
+    tiles = make_query_tiles(schedule, fold, block_kv=options.block_kv)
     count_kept = options.pruned_logits == "zero"
 
     def walk(_, tile):
@@ -278,9 +130,9 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, options):
 
         def step(index, state):
             top, total, acc, kept = state
-            visited_RW, listed = _step(tile, index, tile.width, options.block_kv)
-            k_XRCH = _gather(operands.k_XYCH, visited_RW)
-            v_XRCH = _gather(operands.v_XYCH, visited_RW)
+            visited_RW, listed = tile.walk(index, options.block_kv)
+            k_XRCH = gather_blocks(operands.k_XYCH, visited_RW)
+            v_XRCH = gather_blocks(operands.v_XYCH, visited_RW)
             reach = _reach(operands, tile.owner[:, None], visited_RW, grid, options)
             attended = _attended(operands, reach, visited_RW, listed[:, None, :])
             s = _matmul("xrqh,xrch->xrqc", q_XRQH, k_XRCH) * options.scale
@@ -307,9 +159,10 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, options):
         out = acc * jnp.where(some, 1 / total, 0.0)[..., None]
         return None, (out, jnp.where(some, top + jnp.log(total), -jnp.inf), kept)
 
-    _, tiled = _scan_tiles(walk, None, tiles)
+    _, tiled = jax.lax.scan(walk, None, tiles)
     out, lse, kept = (
-        _unfold(_in_list_order(x, tiles), fold.batch, fold.q_heads, options.block_q) for x in tiled
+        unfold_blocks(tiles.restore_order(x), fold.batch, fold.q_heads, options.block_q)
+        for x in tiled
     )
     if count_kept:
         visible_BT = count_visible(
@@ -322,30 +175,36 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, options):
 def _backward(residuals, d_out, d_lse, options):
     """Return dq, dk, dv; each tile owns key blocks and adds to the dq of the rows it visits."""
     q, k, v, schedule, kv_mask, segment_ids, out, lse = residuals
-    fold = _make_fold(q, k, schedule)
+    fold = make_fold(q, k, schedule)
     grid = schedule.kv_indices.shape[-2:]
     operands = _fold_operands(q, k, v, kv_mask, segment_ids, fold, options)
-    tiles = _key_tiles(schedule, fold, options)
+    tiles = make_key_tiles(schedule, fold, block_q=options.block_q)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    # exp(s - inf) = 0: a row that kept nothing has no probabilities.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    d_out_XYQH, lse_XYQ, delta_XYQ = (fold.queries(x, options.block_q) for x in (d_out, lse, delta))
+    # A row that counted nothing has no probabilities, exp(s - inf) = 0, and takes no gradient,
+    # whatever came back along its lse of -inf.
+    counted = lse > -jnp.inf
+    lse, delta = jnp.where(counted, lse, jnp.inf), jnp.where(counted, delta, 0.0)
+    d_out_XYQH, lse_XYQ, delta_XYQ = (
+        fold_blocks(x, fold.batch, fold.q_heads, options.block_q) for x in (d_out, lse, delta)
+    )
     num_lists, num_kv = fold.q_heads[1], grid[1]
     group = num_lists // fold.kv_heads[1]
 
     def walk(dq_XYHQ, tile):
         unit, column = tile.owner // num_kv, tile.owner % num_kv
         own_R1 = ((unit // group) * num_kv + column)[:, None]
-        k_XRCH = _gather(operands.k_XYCH, own_R1)
-        v_XRCH = _gather(operands.v_XYCH, own_R1)
+        k_XRCH = gather_blocks(operands.k_XYCH, own_R1)
+        v_XRCH = gather_blocks(operands.v_XYCH, own_R1)
         k_XRHC = k_XRCH.swapaxes(-1, -2)
 
         def step(index, state):
             dq_XYHQ, dk, dv = state
             rows = operands.q_XYQH.shape[2]
-            visited_RW, listed = _step(tile, index, tile.width, rows)
-            q_XRQH, d_out_XRQH = (_gather(x, visited_RW) for x in (operands.q_XYQH, d_out_XYQH))
-            lse_XRQ, delta_XRQ = (_gather(x, visited_RW) for x in (lse_XYQ, delta_XYQ))
+            visited_RW, listed = tile.walk(index, rows)
+            q_XRQH, d_out_XRQH = (
+                gather_blocks(x, visited_RW) for x in (operands.q_XYQH, d_out_XYQH)
+            )
+            lse_XRQ, delta_XRQ = (gather_blocks(x, visited_RW) for x in (lse_XYQ, delta_XYQ))
             reach = _reach(operands, visited_RW, own_R1, grid, options)
             attended = _attended(operands, reach, own_R1, listed[:, :, None])
             # Everything lies keys by queries: each product then contracts the last axis of its
@@ -370,12 +229,12 @@ def _backward(residuals, d_out, d_lse, options):
         return dq_XYHQ, (dk, dv)
 
     dq_start = jnp.zeros(operands.q_XYQH.swapaxes(-1, -2).shape, jnp.float32)
-    dq_XYHQ, tiled = _scan_tiles(walk, dq_start, tiles)
-    dq = _unfold(dq_XYHQ.swapaxes(-1, -2), fold.batch, fold.q_heads, options.block_q)
+    dq_XYHQ, tiled = jax.lax.scan(walk, dq_start, tiles)
+    dq = unfold_blocks(dq_XYHQ.swapaxes(-1, -2), fold.batch, fold.q_heads, options.block_q)
     # Lists of several query heads read the same key head: their shares are summed.
     list_heads = (fold.kv_heads[0], num_lists, 1)
     dk, dv = (
-        _unfold(_in_list_order(x, tiles), fold.batch, list_heads, options.block_kv)
+        unfold_blocks(tiles.restore_order(x), fold.batch, list_heads, options.block_kv)
         .reshape(*k.shape[:3], group, k.shape[3])
         .sum(axis=3)
         for x in tiled
