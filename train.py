@@ -26,10 +26,11 @@ def main(argv: list[str]) -> int:
       argv: list of str, the program's name and nothing else.
 
     Returns:
-      int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite, 2 a setting
-      has to be changed.
+      int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite or a checkpoint
+      not written, 2 a setting has to be changed.
     """
     # Imported here so that --help does not wait for JAX.
+    from sparsejax.training.checkpoint import CheckpointError
     from sparsejax.training.config import ConfigError, parse_config
     from sparsejax.training.evaluation import evaluate
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
             train_and_evaluate(config, settings, _WORKDIR.value, resume_command=command)
     except ConfigError as error:
         return _fail(str(error))
-    except NonFiniteError as error:
+    except (NonFiniteError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

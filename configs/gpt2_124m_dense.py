@@ -1,7 +1,7 @@
 """GPT-2 124M, dense: the control run at the size that sparse pre-training is compared at.
 
-Command:   python train.py --config=configs/gpt2_124m_dense.py --workdir=runs/gpt2_124m_dense \
-               --config.data.source=text:/path/to/openwebtext
+Command:   python train.py --config=configs/gpt2_124m_dense.py --workdir=runs/gpt2_124m_dense
+           with --config.data.source=text:/path/to/openwebtext
 Hardware:  one H100 or H200
 Source:    schedule, batch and optimizer of arXiv:2404.01847 for GPT-2 on OpenWebText
 Expected:  not yet run

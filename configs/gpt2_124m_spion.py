@@ -1,7 +1,7 @@
 """GPT-2 124M with SPION attention, our causal extension of the published encoder method.
 
-Command:   python train.py --config=configs/gpt2_124m_spion.py --workdir=runs/gpt2_124m_spion \
-               --config.data.source=text:/path/to/openwebtext
+Command:   python train.py --config=configs/gpt2_124m_spion.py --workdir=runs/gpt2_124m_spion
+           with --config.data.source=text:/path/to/openwebtext
 Hardware:  one H100 or H200
 Source:    configs/gpt2_124m_dense.py; the sparsity settings are ours
 Expected:  not yet run

@@ -1,6 +1,7 @@
 """SPION on document matching (ACL Anthology Network), two documents per example.
 
-Command:   python train.py --config=configs/spion_retrieval.py --workdir=runs/spion_retrieval --config.data.source=aan:/path/to/tsv_data
+Command:   python train.py --config=configs/spion_retrieval.py --workdir=runs/spion_retrieval
+           with --config.data.source=aan:/path/to/lra_release/tsv_data
 Hardware:  one GPU of 24 GB or more
 Source:    released code of SPION (arXiv:2309.12578), its settings for this task
 Expected:  not yet run

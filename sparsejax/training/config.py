@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from sparsejax.recipes import (
     make_static_attention,
 )
 from sparsejax.training.data import DataConfig
-from sparsejax.training.optimizer import OptimizerConfig
+from sparsejax.training.optimizer import OptimizerConfig, make_optimizer
 
 _RECIPES = ("dense", "spion", "static_attention")
 _IMPLEMENTATIONS = ("mosaic_sm90", "xla", "dense", "reference", None)
@@ -161,6 +162,7 @@ def _check_relations(config: TrainConfig):
     # A stand-in for what the data will say: everything else can be refused before reading it.
     model = make_transformer_config(config, task="language_model", vocab_size=1, num_classes=0)
     make_recipe(config, model)
+    make_optimizer(config.optimizer, num_steps=config.num_steps)
 
 
 def make_transformer_config(
@@ -265,6 +267,11 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 
 def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
+    mapping = dict(mapping)
+    for key in ("source", "data_dir"):
+        if isinstance(mapping.get(key), str):
+            kind, colon, path = mapping[key].rpartition(":")
+            mapping[key] = kind + colon + os.path.expanduser(path)
     try:
         return _build(DataConfig, mapping, "data", seed=seed)
     except ConfigError:

@@ -40,7 +40,7 @@ def evaluate(
     check_same_run(checkpoints, describe_run(settings, run.data.fingerprint))
     info, problems = find_newest_checkpoint(checkpoints)
     for problem in problems:
-        say(f"warning: skipping a damaged checkpoint: {problem}")
+        say(f"warning: checkpoint ignored: {problem}")
     if info is None:
         raise ConfigError(f"--workdir={workdir} must hold a whole checkpoint, found none")
     phase = find_phase(run, info.metadata["phase"])

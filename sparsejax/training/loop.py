@@ -14,6 +14,7 @@ from sparsejax.training.checkpoint import (
     Checkpointer,
     check_free_space,
     count_bytes,
+    find_checkpoints,
     restore,
 )
 from sparsejax.training.config import ConfigError, TrainConfig
@@ -31,11 +32,12 @@ from sparsejax.training.progress import (
 from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.state import TrainState
+from sparsejax.training.step import Batch
 from sparsejax.training.workdir import (
     check_same_run,
+    claim_workdir,
     describe_run,
     find_newest_checkpoint,
-    open_workdir,
 )
 
 
@@ -65,7 +67,13 @@ def train_and_evaluate(
       ConfigError: if the settings, the data or the folder cannot be used.
       NonFiniteError: if too many steps in a row were skipped.
     """
-    workdir = open_workdir(workdir)
+    with claim_workdir(workdir) as path:
+        return _train(config, settings, path, resume_command)
+
+
+def _train(
+    config: TrainConfig, settings: Mapping[str, Any], workdir: Path, resume_command: str
+) -> dict[str, Any] | None:
     checkpoints = workdir / "checkpoints"
     run = prepare_run(config)
     description = describe_run(settings, run.data.fingerprint)
@@ -73,7 +81,7 @@ def train_and_evaluate(
         say(f"note: not bit for bit the same run any more, {line}")
     info, problems = find_newest_checkpoint(checkpoints)
     for problem in problems:
-        say(f"warning: skipping a damaged checkpoint: {problem}")
+        say(f"warning: checkpoint ignored: {problem}")
     if info is not None and info.step >= config.num_steps:
         say(f"{workdir} is finished: {info.step} steps were trained")
         return _finish(run, workdir, info.path)
@@ -109,17 +117,18 @@ def train_and_evaluate(
         StopRequest() as stop,
     ):
         loop = _Loop(run, state, phase, writer, workdir)
-        while loop.step < config.num_steps and stop.signal_name is None:
+        last = stopping = False
+        while not (last or stopping):
             loop.advance()
-            last = loop.step == config.num_steps
+            # Asked once: a signal that comes later must not end the loop before a save.
+            last, stopping = loop.step == config.num_steps, stop.signal_name is not None
             metrics = None
             if last or loop.step % config.eval_every_steps == 0:
                 metrics = loop.validate()
-            if last or stop.signal_name or loop.step % config.checkpoint.every_steps == 0:
-                loop.save(checkpointer, metrics, block=last or stop.signal_name is not None)
-    newest, _ = find_newest_checkpoint(checkpoints)
-    assert newest is not None, "the loop ends with a save"
-    if stop.signal_name is not None and newest.step < config.num_steps:
+            if last or stopping or loop.step % config.checkpoint.every_steps == 0:
+                loop.save(checkpointer, metrics, block=last or stopping)
+    newest = find_checkpoints(checkpoints, verify_checksums=False)[0]
+    if not last:
         say(f"stopped by {stop.signal_name}; step {newest.step} is saved in {newest.path}")
         say(f"resume with: {resume_command}")
         return None
@@ -157,14 +166,14 @@ class _Loop:
         self.programs: Programs | None = None
         self.step_seconds: float | None = None
         self.num_skipped = 0
-        towers = 2 if run.data.task == "matching" else 1
-        self.tokens_per_step = run.config.data.batch_size * run.config.data.sequence_length * towers
+        self.tokens_per_step = _count_step_tokens(run)
 
     def advance(self) -> None:
         """Train one step, and enter the next phase if it is time."""
         batch = self.run.put(next(self.run.data.train))
         if self.programs is None:
-            self._begin_phase(batch)
+            # A resumed run has recorded the beginning of its phase before.
+            self._begin_phase(batch, record=self.step == 0)
         phase, step = self.phase, self.step + 1
         change = step == phase.last_step
         if self.programs.probe_step and step % phase.probe_every_steps == 0:
@@ -179,7 +188,7 @@ class _Loop:
             self.flush()
             self.phase = phases[phases.index(phase) + 1]
             self.state = self.run.enter_phase(self.state, self.phase)
-            self.programs = None
+            self._begin_phase(batch, record=True)
 
     def validate(self) -> dict[str, float]:
         """Evaluate and record.
@@ -188,8 +197,6 @@ class _Loop:
           dict of floats by name.
         """
         self.flush()
-        if self.programs is None:
-            self._begin_phase(self.run.put(next(self.run.data.validation(1))))
         values = compute_validation(self.run, self.programs, self.state)
         row = {"kind": "validation", "phase": self.phase.name, **values}
         self.writer.write(self.step, row)
@@ -215,29 +222,27 @@ class _Loop:
         self._record(self.metrics.flush())
         self.timer.interrupt()
 
-    def _begin_phase(self, batch) -> None:
+    def _begin_phase(self, batch: Batch, *, record: bool) -> None:
         self.programs = compile_phase(self.run, self.phase, batch)
         density = compute_density(self.run, self.state, self.phase)
         self.density = float(density.mean())
-        self.writer.write(
-            self.step,
-            {
-                "kind": "phase",
-                "phase": self.phase.name,
-                "phase_start_step": int(self.state.sparsity.phase_start_step),
-                "density": self.density,
-                "layer_density": density.tolist(),
-                "step_memory_bytes": self.programs.step_memory_bytes,
-                "step_flops": _count_step_flops(self.run, density),
-                "compile_seconds": self.programs.compile_seconds,
-            },
-        )
+        row = {
+            "kind": "phase",
+            "phase": self.phase.name,
+            "density": self.density,
+            "layer_density": density.tolist(),
+            "step_memory_bytes": self.programs.step_memory_bytes,
+            "step_flops": _count_step_flops(self.run, density),
+            "compile_seconds": self.programs.compile_seconds,
+        }
+        if record:
+            self.writer.write(self.step, row)
         say(
             f"phase {self.phase.name!r} from step {self.step}: attention density per layer "
-            f"{np.round(density, 3).tolist()}, {self.programs.step_memory_bytes / 1e6:,.0f} MB "
+            f"{np.round(density.astype(float), 3).tolist()}, {self.programs.step_memory_bytes / 1e6:,.0f} MB "
             f"per step, compiled once in {self.programs.compile_seconds:.1f} s"
         )
-        if self.phase.sparse_attention:
+        if record and self.phase.sparse_attention:
             self._plot_patterns()
         self.timer.interrupt()
 
@@ -276,11 +281,12 @@ class _Loop:
                 f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient"
             )
         if self.num_skipped > self.run.config.max_consecutive_skips:
-            good, _ = find_newest_checkpoint(self.workdir / "checkpoints")
+            saved = find_checkpoints(self.workdir / "checkpoints", verify_checksums=False)
+            good = next((info.path for info in saved if info.problem is None), "none")
             raise NonFiniteError(
                 f"step {step}: loss or gradient was not finite for {self.num_skipped} steps in a "
                 f"row (max_consecutive_skips={self.run.config.max_consecutive_skips}); last good "
-                f"checkpoint: {good.path if good else 'none'}"
+                f"checkpoint: {good}"
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
             row |= {"step": step, "tokens_per_step": self.tokens_per_step}
@@ -289,6 +295,10 @@ class _Loop:
                     row, num_steps=self.run.config.num_steps, step_seconds=self.step_seconds
                 )
             )
+
+
+def _count_step_tokens(run: Run) -> int:
+    return run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
 
 
 def _count_step_flops(run: Run, density: np.ndarray) -> float:
@@ -312,22 +322,17 @@ def _count_step_flops(run: Run, density: np.ndarray) -> float:
 def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
     rows = read_metrics(workdir / "metrics.jsonl")
     phases = [phase.name for phase in run.recipe.phases]
-    tokens = run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
     summary = {
         "recipe": run.recipe.name,
         "seed": run.config.seed,
         "num_steps": run.config.num_steps,
-        **summarise(rows, phases=phases, tokens_per_step=tokens),
+        **summarise(rows, phases=phases, tokens_per_step=_count_step_tokens(run)),
         "workdir": str(workdir),
         "checkpoint": str(checkpoint),
         "device": jax.devices()[0].device_kind,
     }
     (workdir / "summary.json").write_text(dump_json(summary) + "\n")
-    switches = {
-        row["phase"]: row["phase_start_step"]
-        for row in rows
-        if row["kind"] == "phase" and row["phase_start_step"]
-    }
+    switches = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase" and row["step"]}
     plot_training(rows, switch_steps=switches, path=workdir / "training.png")
     say(format_summary(summary, phases=phases))
     return summary

@@ -92,7 +92,7 @@ def summarise(
         summary["best_validation_loss"] = min(row["validation_loss"] for row in validations)
     for row in rows:
         if row["kind"] == "phase":
-            summary[f"{row['phase']}_first_step"] = row["phase_start_step"]
+            summary[f"{row['phase']}_first_step"] = row["step"]
             summary[f"{row['phase']}_attention_density"] = row["density"]
             summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
             summary[f"{row['phase']}_step_flops"] = row["step_flops"]

@@ -123,12 +123,14 @@ def prepare_run(config: TrainConfig) -> Run:
             f"num_micro_batches={config.num_micro_batches}, got {config.data.batch_size}"
         )
     try:
-        optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
         data = make_data(
             config.data, process_index=jax.process_index(), process_count=jax.process_count()
         )
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+    except ValueError as error:
+        # The data layer names its own fields.
+        raise ConfigError(f"data.{error}") from error
+    except OSError as error:
+        raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
     model = make_transformer_config(
         config, task=data.task, vocab_size=data.vocab_size, num_classes=data.num_classes
     )
@@ -139,7 +141,7 @@ def prepare_run(config: TrainConfig) -> Run:
         model=model,
         graphdef=make_graphdef(model),
         recipe=make_recipe(config, model),
-        optimizer=optimizer,
+        optimizer=make_optimizer(config.optimizer, num_steps=config.num_steps),
         replicated=NamedSharding(mesh, PartitionSpec()),
         split=NamedSharding(mesh, PartitionSpec("data")),
     )

@@ -1,13 +1,16 @@
 """The folder of a run: who may use it, and from where it goes on."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsejax.training.checkpoint import CheckpointInfo, find_checkpoints, read_run_metadata
+from sparsejax.training.checkpoint_files import parse_order
 from sparsejax.training.config import ConfigError, find_differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -31,27 +34,32 @@ def describe_run(settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) ->
     }
 
 
-def open_workdir(workdir: str | os.PathLike) -> Path:
-    """Create the folder of a run, or find it, and make sure that it can be written.
+@contextlib.contextmanager
+def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
+    """Create the folder of a run, or find it, and keep other processes out of it.
 
     Args:
       workdir: path.
 
-    Returns:
+    Yields:
       Path.
 
     Raises:
-      ConfigError: if it is no folder or cannot be written.
+      ConfigError: if it is no folder, cannot be written, or another process trains in it.
     """
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock = (path / ".lock").open("w")
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} must be a writable folder: {error}") from error
-    return path
+    with lock:
+        try:
+            # Freed by the system when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--workdir={workdir} is in use by another process") from error
+        yield path
 
 
 def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
@@ -96,12 +104,12 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
     Raises:
       ConfigError: if there are checkpoints and none is whole.
     """
-    problems = []
+    problems, committed = [], False
     for info in find_checkpoints(checkpoints):
         if info.problem is None:
             return info, problems
         problems.append(info.problem)
-    committed = [problem for problem in problems if "unfinished" not in problem]
+        committed |= parse_order(info.path) is not None
     if committed:
         raise ConfigError(
             f"no checkpoint in {checkpoints} is whole; remove the folder to start over:\n  "

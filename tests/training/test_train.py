@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.training.config import ConfigError
+from sparsejax.training.config import ConfigError, parse_config
+from sparsejax.training.evaluation import evaluate
 from sparsejax.training.loop import NonFiniteError
 from tests.training.runs import make_settings, train
 
@@ -37,11 +38,9 @@ def test_help_does_not_wait_for_jax():
         (["--config.num_steps=many"], "--config.num_steps=many"),
         (["--config=configs/missing.py"], "configs/missing.py"),
         (["--config.model.block_size=100"], "block_q=100 must divide the sequence length"),
-        (["--config.data.source=text:missing.txt"], "missing.txt"),
-        (["--mode=eval"], "must hold a run's checkpoints, found none"),
         (["num_steps=3"], "unknown argument 'num_steps=3'"),
     ],
-    ids=["key", "type", "file", "value", "data", "eval", "argument"],
+    ids=["key", "type", "file", "value", "argument"],
 )
 def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_path):
     result = _type("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments)
@@ -49,6 +48,19 @@ def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_pa
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_missing_data_file_is_refused(tmp_path):
+    settings = make_settings(tmp_path)
+    settings["data"]["source"] = "text:missing.txt"
+    with pytest.raises(ConfigError, match=r"data.*missing.txt"):
+        train(settings, tmp_path / "run")
+
+
+def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
+    settings = make_settings(tmp_path)
+    with pytest.raises(ConfigError, match=r"must hold a run's checkpoints, found none"):
+        evaluate(parse_config(settings), settings, tmp_path)
 
 
 def test_unwritable_workdir_is_refused(tmp_path):
@@ -87,7 +99,7 @@ def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(2)}
+            features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2)}
             return tfds.core.DatasetInfo(
                 builder=self,
                 features=tfds.features.FeaturesDict(features),
