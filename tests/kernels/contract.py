@@ -102,15 +102,22 @@ def call_implementation(implementation):
     return functools.partial(block_sparse_attention, return_lse=True, implementation=implementation)
 
 
-def compile_case(case, attention):
-    """Return a jitted function of (inputs, mask) -> out, lse, dq, dk, dv."""
+def compile_case(case, attention, *, optimise=True):
+    """Return a jitted function of (inputs, mask) -> out, lse, dq, dk, dv.
+
+    What is not itself under test is compiled without optimisation, in half the time.
+    """
     options = case.options | case.position_masks()
 
-    @jax.jit
+    @functools.partial(
+        jax.jit, compiler_options=None if optimise else {"xla_backend_optimization_level": 0}
+    )
     def run(inputs, mask):
-        return value_and_gradients(
-            lambda q, k, v: attention(q, k, v, mask, **options), inputs, case.cotangents()
-        )
+        # GPUs would otherwise round f32 operands to TF32.
+        with jax.default_matmul_precision("highest"):
+            return value_and_gradients(
+                lambda q, k, v: attention(q, k, v, mask, **options), inputs, case.cotangents()
+            )
 
     return run
 
@@ -123,8 +130,8 @@ def expected_results(case):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return plain_attention(q, k, v, mask, scale=scale, zero=pruned_logits == "zero", **options)
 
-    oracle = compile_case(case, call_implementation("reference"))
-    low_precision = compile_case(case, baseline)
+    oracle = compile_case(case, call_implementation("reference"), optimise=False)
+    low_precision = compile_case(case, baseline, optimise=False)
     # Both see the values that the dtype of the case can hold: only arithmetic is compared.
     inputs = tuple(x.astype(jnp.float32) for x in case.inputs())
     low_inputs = tuple(x.astype(jnp.bfloat16) for x in inputs)
@@ -136,9 +143,9 @@ def expected_results(case):
     return results
 
 
-def check_case(case, attention):
+def check_case(case, attention, *, optimise=True):
     """Assert that an implementation meets the error bounds on every mask of a case."""
-    run = compile_case(case, attention)
+    run = compile_case(case, attention, optimise=optimise)
     inputs = case.inputs()
     for mask_name, (exact, baseline_error) in expected_results(case).items():
         actual = dict(zip(NAMES, run(inputs, case.masks()[mask_name]), strict=True))
