@@ -107,15 +107,18 @@ def dense_attention(attention, x_BTD, visible_BTS):
     H, K = attention.head_dim, attention.num_kv_heads
     qkv = x_BTD @ np.asarray(attention.qkv.kernel) + np.asarray(attention.qkv.bias)
     q, k, v = (part.reshape(B, T, -1, H) for part in np.split(qkv, [4 * H, (4 + K) * H], axis=-1))
+    if attention.rotary:
+        q, k = np.asarray(apply_rotary(q)), np.asarray(apply_rotary(k))
     maps = softmax_maps(q, k, visible_BTS)
     y = np.einsum("bnts,bsnh->btnh", maps, np.repeat(v, 4 // K, axis=2)).reshape(B, T, -1)
     return y @ np.asarray(attention.out.kernel) + np.asarray(attention.out.bias)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_grouped_queries_at_a_length_between_blocks(sparse):
+def test_rotated_grouped_queries_at_a_length_between_blocks(sparse):
     # Blocks of two sizes: 20 positions fill neither, 48 are the least that fill both.
-    attention = make_attention(num_kv_heads=1, block=BlockPattern(block_q=16, block_kv=24))
+    block = BlockPattern(block_q=16, block_kv=24)
+    attention = make_attention(num_kv_heads=1, rotary=True, block=block)
     x = draw(2, 20, WIDTH)
     mode = AttentionMode(sparse=sparse)
     expected = dense_attention(attention, x, np.ones((2, 20, 20), bool))

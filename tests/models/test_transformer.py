@@ -261,21 +261,32 @@ def test_dropout_zeroes_a_fraction_and_keeps_the_mean():
     assert dropout(x, 0.0, key) is x and dropout(x, 0.25, None) is x
 
 
-def test_dropout_follows_its_key():
-    config = dataclasses.replace(DECODER, dropout_rate=0.2)
+def test_dropout_follows_its_key_in_embeddings_and_blocks():
+    config = dataclasses.replace(ENCODER, dropout_rate=0.2)
     params, masks = make_weights(config)
     tokens = make_tokens(2, LENGTH)
-    run = functools.partial(forward(config, DENSE), params, masks, tokens, None)
     first, second = jax.random.split(jax.random.key(0))
-    assert (run(first) == run(first)).all()
-    assert np.abs(run(first) - run(second)).max() > 0.1
+
+    def difference(params, key, other_key):
+        a, b = (forward(config, DENSE)(params, masks, tokens, None, k) for k in (key, other_key))
+        return np.abs(a - b).max()
+
+    def silence(path, x):
+        return x * (not {"out", "down"} & {part.key for part in path})
+
+    # Embeddings of zero leave nothing to drop there; silent branches nothing in the blocks.
+    no_embeddings = params | {"embedding": jax.tree.map(np.zeros_like, params["embedding"])}
+    no_branches = jax.tree.map_with_path(silence, params)
+    for weights in (params, no_embeddings, no_branches):
+        assert difference(weights, first, first) == 0
+        assert difference(weights, first, second) > 1e-3
 
     def program(config, key):
         return str(forward(config, DENSE).trace(params, masks, tokens, None, key).jaxpr)
 
     assert "random_bits" in program(config, first)
     assert "random_bits" not in program(config, None)
-    assert "random_bits" not in program(DECODER, first)
+    assert "random_bits" not in program(ENCODER, first)
 
 
 def test_bfloat16_activations_keep_float32_parameters_and_logits():
