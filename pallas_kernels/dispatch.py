@@ -42,8 +42,8 @@ def choose_implementation(
     """Return the implementation of block-sparse attention that a call would run.
 
     A named implementation is returned as it is: it runs or raises, and is never replaced. With
-    `None`, a call that declares every block kept gets "dense", which is then the fastest;
-    every other call gets "xla", which runs on every device.
+    `None`, a call that declares every block kept gets "dense", which is then JAX's own attention;
+    every other call gets "xla". Both run on every device.
 
     Args:
       implementation: name the caller passed, or None.
