@@ -23,13 +23,13 @@ def get_config():
 
     config.model.num_layers = 2
     config.model.model_dim = 128
-    config.model.num_heads = 4
+    config.model.num_heads = 2
     config.model.mlp_dim = 512
     config.model.positions = "rotary"
     config.model.block_size = 64
 
     config.data.sequence_length = 2048
-    config.data.batch_size = 4
+    config.data.batch_size = 2
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 20
@@ -37,7 +37,7 @@ def get_config():
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.8
     config.recipe.spion.probe_every_steps = 20
-    config.recipe.spion.latest_switch_step = 80
+    config.recipe.spion.latest_switch_step = 60
     config.recipe.spion.restart_learning_rate = False
 
     config.checkpoint.every_steps = 50
