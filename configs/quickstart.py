@@ -16,7 +16,7 @@ def get_config():
       ConfigDict.
     """
     config = base.get_config()
-    config.num_steps = 200
+    config.num_steps = 300
     config.eval_every_steps = 50
     config.num_eval_batches = 4
     config.log_every_steps = 10
@@ -37,7 +37,8 @@ def get_config():
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.8
     config.recipe.spion.probe_every_steps = 20
-    config.recipe.spion.latest_switch_step = 60
+    config.recipe.spion.latest_switch_step = 80
+    # The published restart of the schedule is meant for runs a hundred times as long.
     config.recipe.spion.restart_learning_rate = False
 
     config.checkpoint.every_steps = 50
