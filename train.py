@@ -39,15 +39,16 @@ def main(argv: list[str]) -> int:
         return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    settings = _CONFIG.value.to_dict()
+    settings, workdir = _CONFIG.value.to_dict(), _WORKDIR.value
+    assert workdir is not None, "marked as required"
     try:
         config = parse_config(settings)
         if _MODE.value == "eval":
-            for name, value in evaluate(config, settings, _WORKDIR.value).items():
+            for name, value in evaluate(config, settings, workdir).items():
                 print(f"{name}: {value}")
         else:
             command = shlex.join([sys.executable, *sys.argv])
-            train_and_evaluate(config, settings, _WORKDIR.value, resume_command=command)
+            train_and_evaluate(config, settings, workdir, resume_command=command)
     except ConfigError as error:
         return _fail(str(error))
     except (NonFiniteError, CheckpointError) as error:

@@ -12,6 +12,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,9 @@ def _attention_by_hand(q, k, v, mask, problem):
     return jnp.einsum("bnts,bsnh->btnh", jnp.where(some, p, 0.0), v)
 
 
-def _jax_attention(q, k, v, mask, problem, implementation="xla"):
+def _jax_attention(
+    q, k, v, mask, problem, implementation: Literal["xla", "cudnn"] = "xla"
+) -> jax.Array:
     attended = None if mask is None else _attended(mask, problem)
     causal = problem.causal and mask is None
     out = jax.nn.dot_product_attention(
@@ -266,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       int, exit code: 0 if every function agreed with its reference.
     """
-    parsed = vars(parse_arguments(__doc__.splitlines()[0], arguments))
+    parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
     problems = headline_problems() if parsed.pop("headline") else sweep_problems()
     points = [
         Point(key=dataclasses.asdict(p), make_case=functools.partial(make_case, p))

@@ -115,10 +115,10 @@ def time_interleaved(
     """Time callables in turns, so that drift of the machine falls on all of them alike.
 
     Each round takes one sample of every callable; a sample is as many calls in a row as fill
-    `sample_seconds`, dispatched without waiting in between. An untimed call goes before each sample:
-    what a peer left behind (a heap of its gigabyte returned to the system, cold caches) is not the
-    callable's own cost. Every callable is run once before, to compile, and once more, to find how
-    many calls fill a sample.
+    `sample_seconds`, dispatched without waiting in between. An untimed call goes before each
+    sample: what a peer left behind (cold caches, a gigabyte of heap given back to the system) is
+    not the callable's own cost. Every callable is run once before, to compile, and once more, to
+    find how many calls fill a sample.
 
     Args:
       calls: name -> function without arguments, returning a pytree of arrays.

@@ -9,7 +9,7 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,44 @@ type PrunedLogits = Literal["masked", "zero"]
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@overload
+def block_sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_or_schedule: jax.Array | BlockSchedule | None,
+    *,
+    block_q: int,
+    block_kv: int,
+    causal: bool = ...,
+    kv_mask: jax.Array | None = ...,
+    segment_ids: jax.Array | None = ...,
+    scale: float | None = ...,
+    pruned_logits: PrunedLogits = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> jax.Array: ...
+
+
+@overload
+def block_sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_or_schedule: jax.Array | BlockSchedule | None,
+    *,
+    block_q: int,
+    block_kv: int,
+    causal: bool = ...,
+    kv_mask: jax.Array | None = ...,
+    segment_ids: jax.Array | None = ...,
+    scale: float | None = ...,
+    pruned_logits: PrunedLogits = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
 def block_sparse_attention(
     q: jax.Array,
     k: jax.Array,
@@ -45,7 +83,7 @@ def block_sparse_attention(
     pruned_logits: PrunedLogits = "masked",
     return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     """Attend to the kept blocks only.
 
     s = scale q k^T,  out_t = sum_{s kept, visible} exp(s_ts) v_s / Z_t

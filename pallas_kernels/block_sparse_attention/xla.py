@@ -243,7 +243,6 @@ def _backward(residuals, d_out, d_lse, options):
     return (dq * scale).astype(q.dtype), (dk * scale).astype(k.dtype), dv.astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("options",))
 def block_sparse_attention_xla(
     q: jax.Array,
     k: jax.Array,
@@ -275,16 +274,20 @@ def block_sparse_attention_xla(
     References:
       FlashAttention-2, arXiv:2307.08691, for the online softmax and the backward pass.
     """
-    return _forward(q, k, v, schedule, kv_mask, segment_ids, options)
+    return _attention(q, k, v, schedule, kv_mask, segment_ids, options)
+
+
+_attention = jax.custom_vjp(_forward, nondiff_argnames=("options",))
 
 
 def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, options):
-    out, lse = block_sparse_attention_xla(q, k, v, schedule, kv_mask, segment_ids, options)
+    out, lse = _attention(q, k, v, schedule, kv_mask, segment_ids, options)
     return (out, lse), (q, k, v, schedule, kv_mask, segment_ids, out, lse)
 
 
 def _attention_bwd(options, residuals, cotangents):
-    return (*_backward(residuals, *cotangents, options), None, None, None)
+    d_out, d_lse = cotangents
+    return (*_backward(residuals, d_out, d_lse, options), None, None, None)
 
 
-block_sparse_attention_xla.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -1,5 +1,6 @@
 """flax.nnx modules that call the sparse ops."""
 
+from pallas_kernels import Implementation as Implementation
 from sparsejax.models.attention import AttentionMode as AttentionMode
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.attention import SparsityMask as SparsityMask

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import BlockSchedule, block_sparse_attention
+from pallas_kernels import BlockSchedule, Implementation, block_sparse_attention
 from sparsejax.patterns import BlockPattern
 
 
@@ -31,7 +31,7 @@ class AttentionMode(NamedTuple):
 
     sparse: bool = True
     pruned_logits: Literal["masked", "zero"] = "masked"
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
 
 SPARSE = AttentionMode()
@@ -162,17 +162,22 @@ class BlockSparseAttention(nnx.Module):
                 implementation="dense",
             )
         else:
-            padded = [_pad_to_blocks(x, self.block) for x in (q_BTNH, k_BSKH, v_BSKH)]
-            P = padded[0].shape[1]
+            q_BPNH, k_BPKH, v_BPKH = (
+                _pad_to_blocks(x, self.block) for x in (q_BTNH, k_BSKH, v_BSKH)
+            )
+            P = q_BPNH.shape[1]
             if P != T:
                 real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
                 kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, P - T)))
-            if schedule is None:
+            blocks = schedule
+            if blocks is None:
                 num_q, num_kv = self.block.grid(P)
-                schedule = self.block_mask[...][:, :, :num_q, :num_kv]
+                blocks = self.block_mask[...][:, :, :num_q, :num_kv]
             y_BTNH = attend(
-                *padded,
-                schedule,
+                q_BPNH,
+                k_BPKH,
+                v_BPKH,
+                blocks,
                 block_q=self.block.block_q,
                 block_kv=self.block.block_kv,
                 kv_mask=kv_mask_BT,

@@ -4,7 +4,7 @@ Legend: B batch, T position, D model width, F feed-forward width, V vocabulary, 
 L layers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +86,12 @@ class Block(nnx.Module):
                 config.init_std / (2 * config.num_layers) ** 0.5
             )
         self.dropout_rate = config.dropout_rate
-        shared = dict(
-            dtype=jnp.dtype(config.dtype),
-            kernel_init=kernel_init,
-            out_kernel_init=out_kernel_init,
-            rngs=rngs,
-        )
+        shared: dict[str, Any] = {
+            "dtype": jnp.dtype(config.dtype),
+            "kernel_init": kernel_init,
+            "out_kernel_init": out_kernel_init,
+            "rngs": rngs,
+        }
         self.attention_norm = _layer_norm(config, rngs)
         self.attention = BlockSparseAttention(
             config.model_dim,

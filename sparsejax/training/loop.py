@@ -173,10 +173,11 @@ class _Loop:
         batch = self.run.put(next(self.run.data.train))
         if self.programs is None:
             # A resumed run has recorded the beginning of its phase before.
-            self._begin_phase(batch, record=self.step == 0)
+            self.programs = self._begin_phase(batch, record=self.step == 0)
         phase, step = self.phase, self.step + 1
         change = step == phase.last_step
-        if self.programs.probe_step and step % phase.probe_every_steps == 0:
+        every_steps = phase.probe_every_steps
+        if self.programs.probe_step and every_steps and step % every_steps == 0:
             self.flush()
             self.state, observation = self.programs.probe_step(self.state, batch)
             change = self._report(observation, step) or change
@@ -188,7 +189,7 @@ class _Loop:
             self.flush()
             self.phase = phases[phases.index(phase) + 1]
             self.state = self.run.enter_phase(self.state, self.phase)
-            self._begin_phase(batch, record=True)
+            self.programs = self._begin_phase(batch, record=True)
 
     def validate(self) -> dict[str, float]:
         """Evaluate and record.
@@ -196,6 +197,7 @@ class _Loop:
         Returns:
           dict of floats by name.
         """
+        assert self.programs is not None, "advance comes first"
         self.flush()
         values = compute_validation(self.run, self.programs, self.state)
         row = {"kind": "validation", "phase": self.phase.name, **values}
@@ -222,8 +224,8 @@ class _Loop:
         self._record(self.metrics.flush())
         self.timer.interrupt()
 
-    def _begin_phase(self, batch: Batch, *, record: bool) -> None:
-        self.programs = compile_phase(self.run, self.phase, batch)
+    def _begin_phase(self, batch: Batch, *, record: bool) -> Programs:
+        programs = compile_phase(self.run, self.phase, batch)
         density = compute_density(self.run, self.state, self.phase)
         self.density = float(density.mean())
         row = {
@@ -231,20 +233,22 @@ class _Loop:
             "phase": self.phase.name,
             "density": self.density,
             "layer_density": density.tolist(),
-            "step_memory_bytes": self.programs.step_memory_bytes,
+            "step_memory_bytes": programs.step_memory_bytes,
             "step_flops": _count_step_flops(self.run, density),
-            "compile_seconds": self.programs.compile_seconds,
+            "compile_seconds": programs.compile_seconds,
         }
         if record:
             self.writer.write(self.step, row)
+        shown = np.round(density.astype(float), 3).tolist()
         say(
             f"phase {self.phase.name!r} from step {self.step}: attention density per layer "
-            f"{np.round(density.astype(float), 3).tolist()}, {self.programs.step_memory_bytes / 1e6:,.0f} MB "
-            f"per step, compiled once in {self.programs.compile_seconds:.1f} s"
+            f"{shown}, {programs.step_memory_bytes / 1e6:,.0f} MB per step, compiled once in "
+            f"{programs.compile_seconds:.1f} s"
         )
         if record and self.phase.sparse_attention:
             self._plot_patterns()
         self.timer.interrupt()
+        return programs
 
     def _plot_patterns(self) -> None:
         statistics = self.state.sparsity.statistics

@@ -85,7 +85,7 @@ class Optimizer(NamedTuple):
     clip: Callable[[PyTree], PyTree]
     init: Callable[[PyTree], optax.OptState]
     update: Callable[[PyTree, optax.OptState, PyTree], tuple[PyTree, optax.OptState]]
-    schedule: Callable[[jax.Array], jax.Array]
+    schedule: optax.Schedule
     base_learning_rate: float
 
 

@@ -203,6 +203,7 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
         probe = make_probe_step(run.graphdef, run.recipe, phase, **build)
         probe_step = compile_step(probe, donate=0)
     memory = train_step.memory_analysis()
+    assert memory is not None, "XLA reports the memory of what it compiled"
     return Programs(
         train_step=train_step,
         eval_step=eval_step,

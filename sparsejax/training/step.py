@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sparsejax.models import AttentionMode, ModelOutput
+from sparsejax.models import AttentionMode, Implementation, ModelOutput
 from sparsejax.recipes import Observation, Phase, Recipe
 from sparsejax.training.optimizer import Optimizer, compute_learning_rate
 from sparsejax.training.state import TrainState, trainable
@@ -26,7 +26,7 @@ def make_train_step(
     phase: Phase,
     optimizer: Optimizer,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the step of one phase: loss, gradient, recipe, optimizer, recipe.
@@ -112,7 +112,11 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, recipe: Recipe, phase: Phase, *, implementation: str | None = None
+    graphdef: nnx.GraphDef,
+    recipe: Recipe,
+    phase: Phase,
+    *,
+    implementation: Implementation | None = None,
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Return the function that sums loss and correct answers over one batch.
 
@@ -135,7 +139,11 @@ def make_eval_step(
 
 
 def make_probe_step(
-    graphdef: nnx.GraphDef, recipe: Recipe, phase: Phase, *, implementation: str | None = None
+    graphdef: nnx.GraphDef,
+    recipe: Recipe,
+    phase: Phase,
+    *,
+    implementation: Implementation | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Observation]]:
     """Return the function that shows the recipe the attention maps of a training batch.
 
@@ -190,7 +198,7 @@ def compute_totals(output: ModelOutput, batch: Batch) -> Metrics:
     }
 
 
-def _attention_mode(phase: Phase, implementation: str | None) -> AttentionMode:
+def _attention_mode(phase: Phase, implementation: Implementation | None) -> AttentionMode:
     return AttentionMode(
         sparse=phase.sparse_attention,
         pruned_logits=phase.pruned_logits,

@@ -70,9 +70,7 @@ def test_value_out_of_range_is_named(changes, message):
 def test_unknown_key_is_named_with_the_nearest_known_one():
     settings = _settings()
     settings["model"]["num_layer"] = 3
-    with pytest.raises(
-        ConfigError, match=r"unknown key model.num_layer; .*num_layers"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key model.num_layer; .*num_layers"):
         parse_config(settings)
 
 

@@ -99,7 +99,8 @@ def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2)}
+            label = tfds.features.ClassLabel(num_classes=2)
+            features = {"text": tfds.features.Text(), "label": label}
             return tfds.core.DatasetInfo(
                 builder=self,
                 features=tfds.features.FeaturesDict(features),
