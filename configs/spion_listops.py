@@ -1,7 +1,7 @@
 """SPION on Long Range Arena ListOps: nested list operations, ten classes.
 
 Command:   python train.py --config=configs/spion_listops.py --workdir=runs/spion_listops
-Hardware:  one GPU of 24 GB or more
+Hardware:  one GPU; compiled for an H200, a step takes 14.8 GB dense and 1.9 GB sparse
 Source:    released code of SPION (arXiv:2309.12578), its settings for this task
 Expected:  not yet run
 """
@@ -16,6 +16,7 @@ def get_config():
       ConfigDict.
     """
     config = lra.get_config()
+    config.num_micro_batches = 8
     config.num_steps = 30_000
     config.eval_every_steps = 500
     config.checkpoint.every_steps = 500

@@ -17,6 +17,7 @@ def get_config():
       ConfigDict.
     """
     config = lra.get_config()
+    config.num_micro_batches = 8
     config.num_steps = 40_000
     config.eval_every_steps = 200
     config.checkpoint.every_steps = 200
