@@ -1,0 +1,36 @@
+"""What the README shows runs as it stands."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+_README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+_EXAMPLES = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
+
+
+def test_readme_has_the_examples_it_announces():
+    assert len(_EXAMPLES) == 3
+
+
+@pytest.mark.parametrize("example", _EXAMPLES, ids=["op", "linen", "masks"])
+def test_example_runs(example):
+    attention = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 256, 256)))
+    names = {"attention_maps": attention, "x": jnp.ones((2, 256, 64))}
+    exec(compile(example, "README.md", "exec"), names)
+    if "pattern" in names:
+        assert names["pattern"].shape == (2, 4, 4)
+    else:
+        assert names["y"].shape == names["x"].shape
+        assert jnp.isfinite(names["y"]).all()
+
+
+def test_readme_names_files_and_targets_that_exist():
+    root = pathlib.Path(__file__).parents[1]
+    for path in re.findall(r"\]\((docs/[^)]+)\)", _README):
+        assert (root / path).is_file(), path
+    targets = set(re.findall(r"^([a-z-]+)(?: [a-z-]+)*:", (root / "Makefile").read_text(), re.M))
+    for target in re.findall(r"make ([a-z-]+)", _README):
+        assert target in targets or f" {target}:" in (root / "Makefile").read_text(), target
