@@ -8,6 +8,7 @@ resumes. Exit code 2 means that a setting has to be changed; the message says wh
 """
 
 import ast
+import contextlib
 import shlex
 import sys
 
@@ -26,8 +27,8 @@ def main(argv: list[str]) -> int:
       argv: list of str, the program's name and nothing else.
 
     Returns:
-      int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite or a checkpoint
-      not written, 2 a setting has to be changed.
+      int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite or a file not
+      written, 2 a setting has to be changed, 130 interrupted before it could save.
     """
     # Imported here so that --help does not wait for JAX.
     from sparsejax.training.checkpoint import CheckpointError
@@ -51,9 +52,12 @@ def main(argv: list[str]) -> int:
             train_and_evaluate(config, settings, workdir, resume_command=command)
     except ConfigError as error:
         return _fail(str(error))
-    except (NonFiniteError, CheckpointError) as error:
+    except (NonFiniteError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -66,7 +70,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         # unknown key arrives as the text of a KeyError, which is a quoted string.
         text = str(error)
         if text[:1] == text[-1:] and text[:1] in ("'", '"'):
-            text = ast.literal_eval(text)
+            with contextlib.suppress(SyntaxError, ValueError):
+                text = ast.literal_eval(text)
         sys.exit(_fail(" ".join(text.split())))
     return rest
 

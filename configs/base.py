@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.schedule = "cosine"  # or "one_cycle", "constant"
     optimizer.warmup_steps = 100
     optimizer.final_fraction = 0.1  # last rate of "cosine" relative to the peak
-    optimizer.weight_decay = 0.1  # decoupled, kernels and embeddings only
+    optimizer.weight_decay = 0.1  # decoupled, kernels and token embeddings only
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
@@ -77,7 +77,8 @@ def get_config() -> ml_collections.ConfigDict:
     spion.probe_every_steps = 100  # steps between two checks of the attention maps
     spion.max_change_percent = 15  # the switch needs every layer's change below this
     spion.keep_map_at_second_check = True  # as the released code
-    spion.restart_learning_rate = True  # warm up again after the switch
+    # Warm up again after the switch; None = as the released code, "cf" and "c" do
+    spion.restart_learning_rate = config_dict.placeholder(bool)
     spion.pruned_logits = "zero"  # or "masked"
     spion.latest_switch_step = config_dict.placeholder(int)  # ours: switch then at the latest
 

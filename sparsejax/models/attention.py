@@ -245,11 +245,9 @@ def mean_attention_map(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    visible_BTS = jnp.ones((1, T, S), bool)
+    reach_TS = jnp.ones((T, S), bool)
     if causal:
-        visible_BTS = visible_BTS & jnp.tril(visible_BTS)
-    if kv_mask_BS is not None:
-        visible_BTS = visible_BTS & kv_mask_BS[:, None, :]
+        reach_TS = jnp.tril(reach_TS)
 
     def add_head(total_TS, i):
         b, n = i // N, i % N
@@ -259,7 +257,7 @@ def mean_attention_map(
             k_BSKH[b, :, n // (N // K)],
             preferred_element_type=jnp.float32,
         )
-        visible_TS = visible_BTS[b % visible_BTS.shape[0]]
+        visible_TS = reach_TS if kv_mask_BS is None else reach_TS & kv_mask_BS[b]
         scores_TS = jnp.where(visible_TS, scores_TS / H**0.5, -jnp.inf)
         # A query that sees no key has no distribution; it adds nothing rather than NaN.
         probabilities_TS = jax.nn.softmax(scores_TS, where=visible_TS, axis=-1)

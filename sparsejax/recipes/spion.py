@@ -36,8 +36,8 @@ class SpionConfig:
       max_change_percent: int, the switch needs every layer's change below this.
       keep_map_at_second_check: bool, the released code does not replace the remembered map at
         the second check, so that the third spans two intervals; False replaces it every time.
-      restart_learning_rate: bool, run the schedule anew from its warm-up after the switch. The
-        released code does so for "cf" and "c", not for "f".
+      restart_learning_rate: bool or None, run the schedule anew from its warm-up after the
+        switch. None does as the released code: "cf" and "c" restart, "f" does not.
       pruned_logits: "zero" as published, or "masked".
       latest_switch_step: int or None, switch after this many steps even if the maps still
         change; a multiple of `probe_every_steps`. Ours; None as published.
@@ -58,7 +58,7 @@ class SpionConfig:
     probe_every_steps: int
     max_change_percent: int = 15
     keep_map_at_second_check: bool = True
-    restart_learning_rate: bool = True
+    restart_learning_rate: bool | None = None
     pruned_logits: Literal["masked", "zero"] = "zero"
     latest_switch_step: int | None = None
     causal: bool = False
@@ -178,6 +178,9 @@ def make_spion(config: SpionConfig) -> Recipe:
             statistics={"pooled": pooled},
         )
 
+    restart = config.restart_learning_rate
+    if restart is None:
+        restart = config.variant != "f"
     dense = Phase(
         "dense",
         probe_every_steps=config.probe_every_steps,
@@ -187,7 +190,7 @@ def make_spion(config: SpionConfig) -> Recipe:
         "sparse",
         sparse_attention=True,
         pruned_logits=config.pruned_logits,
-        learning_rate="restart" if config.restart_learning_rate else "schedule",
+        learning_rate="restart" if restart else "schedule",
     )
     return Recipe(
         name=f"spion-{config.variant}",

@@ -152,8 +152,15 @@ def _check_relations(config: TrainConfig):
     )
     _check(config.model.vocab_size >= 0, "model.vocab_size", config.model.vocab_size, "at least 0")
     # A stand-in for what the data will say: everything else can be refused before reading it.
-    model = make_transformer_config(config, task="language_model", vocab_size=1, num_classes=0)
-    make_recipe(config, model)
+    # Of an encoder, because a causal pattern has fewer blocks to choose from.
+    model = make_transformer_config(config, task="classification", vocab_size=1, num_classes=2)
+    for phase in make_recipe(config, model).phases[:-1]:
+        _check(
+            phase.last_step is None or phase.last_step < config.num_steps,
+            "num_steps",
+            config.num_steps,
+            f"above {phase.last_step}, the step at which phase {phase.name!r} ends",
+        )
     make_optimizer(config.optimizer, num_steps=config.num_steps)
 
 
@@ -181,6 +188,13 @@ def make_transformer_config(
         "model.vocab_size",
         model.vocab_size,
         f"0 or at least the {vocab_size} token ids of data.source={config.data.source!r}",
+    )
+    size, length = model.block_size, config.data.sequence_length
+    _check(
+        size >= 1 and length % size == 0,
+        "model.block_size",
+        size,
+        f"a positive divisor of data.sequence_length={length}",
     )
     shared = {
         field.name: getattr(model, field.name)

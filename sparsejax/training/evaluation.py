@@ -1,7 +1,7 @@
 """Validation during a run, and of a finished one."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sparsejax.recipes import Phase, compute_attention_density
 from sparsejax.training.checkpoint import restore
 from sparsejax.training.config import ConfigError, TrainConfig
 from sparsejax.training.progress import say
-from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
+from sparsejax.training.run import Run, compile_evaluation, prepare_run
 from sparsejax.training.state import TrainState
 from sparsejax.training.workdir import check_same_run, describe_run, find_newest_checkpoint
 
@@ -43,23 +43,23 @@ def evaluate(
         say(f"warning: checkpoint ignored: {problem}")
     if info is None:
         raise ConfigError(f"--workdir={workdir} must hold a whole checkpoint, found none")
-    phase = find_phase(run, info.metadata["phase"])
     try:
+        phase = find_phase(run, info.metadata["phase"])
         state, _ = restore(info, run.make_abstract_state(phase.name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     batch = run.put(next(run.data.validation(1)))
-    programs = compile_phase(run, phase, batch)
-    result = {"step": info.step, "phase": phase.name, **compute_validation(run, programs, state)}
+    eval_step = compile_evaluation(run, phase, batch)
+    result = {"step": info.step, "phase": phase.name, **compute_validation(run, eval_step, state)}
     return result | {"attention_density": float(compute_density(run, state, phase).mean())}
 
 
-def compute_validation(run: Run, programs: Programs, state: TrainState) -> dict[str, float]:
+def compute_validation(run: Run, eval_step: Callable, state: TrainState) -> dict[str, float]:
     """Average loss and accuracy over the configured number of validation batches.
 
     Args:
       run: Run.
-      programs: Programs of the state's phase.
+      eval_step: compiled for the state's phase.
       state: TrainState.
 
     Returns:
@@ -67,7 +67,7 @@ def compute_validation(run: Run, programs: Programs, state: TrainState) -> dict[
     """
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
     for batch in run.data.validation(run.config.num_eval_batches or None):
-        sums = jax.device_get(programs.eval_step(state, run.put(batch)))
+        sums = jax.device_get(eval_step(state, run.put(batch)))
         totals = {name: totals[name] + float(sums[name]) for name in totals}
     return {
         "validation_loss": totals["loss"] / totals["count"],

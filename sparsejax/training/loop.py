@@ -1,5 +1,6 @@
 """Train and evaluate: phases, validation, checkpoints, and a state that resumes bit for bit."""
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -68,7 +69,14 @@ def train_and_evaluate(
       NonFiniteError: if too many steps in a row were skipped.
     """
     with claim_workdir(workdir) as path:
-        return _train(config, settings, path, resume_command)
+        try:
+            return _train(config, settings, path, resume_command)
+        except NonFiniteError as error:
+            # Asked after the save under way has ended, so that it counts.
+            good, _ = find_newest_checkpoint(path / "checkpoints")
+            raise NonFiniteError(
+                f"{error}; last good checkpoint: {good.path if good else 'none'}"
+            ) from error
 
 
 def _train(
@@ -78,7 +86,7 @@ def _train(
     run = prepare_run(config)
     description = describe_run(settings, run.data.fingerprint)
     for line in check_same_run(checkpoints, description):
-        say(f"note: not bit for bit the same run any more, {line}")
+        say(f"note: the run goes on, but not bit for bit as before, {line}")
     info, problems = find_newest_checkpoint(checkpoints)
     for problem in problems:
         say(f"warning: checkpoint ignored: {problem}")
@@ -106,16 +114,20 @@ def _train(
         run.data.train.set_state(data_state)
         say(f"resuming {workdir} at step {info.step} in phase {phase.name!r} from {info.path}")
 
-    with (
-        MetricsWriter(workdir, resume_step=None if info is None else info.step) as writer,
-        Checkpointer(
-            checkpoints,
-            keep_last=config.checkpoint.keep_last,
-            keep_best=config.checkpoint.keep_best,
-            run_metadata=description,
-        ) as checkpointer,
-        StopRequest() as stop,
-    ):
+    with contextlib.ExitStack() as stack:
+        try:
+            checkpointer = Checkpointer(
+                checkpoints,
+                keep_last=config.checkpoint.keep_last,
+                keep_best=config.checkpoint.keep_best,
+                run_metadata=description,
+            )
+            writer = MetricsWriter(workdir, resume_step=None if info is None else info.step)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        stack.enter_context(checkpointer)
+        stack.enter_context(writer)
+        stop = stack.enter_context(StopRequest())
         loop = _Loop(run, state, phase, writer, workdir)
         last = stopping = False
         while not (last or stopping):
@@ -127,7 +139,9 @@ def _train(
                 metrics = loop.validate()
             if last or stopping or loop.step % config.checkpoint.every_steps == 0:
                 loop.save(checkpointer, metrics, block=last or stopping)
-    newest = find_checkpoints(checkpoints, verify_checksums=False)[0]
+    # Of this step: a newer folder may be a damaged one that this run did not start from.
+    saved = find_checkpoints(checkpoints, verify_checksums=False)
+    newest = next(info for info in saved if info.step == loop.step)
     if not last:
         say(f"stopped by {stop.signal_name}; step {newest.step} is saved in {newest.path}")
         say(f"resume with: {resume_command}")
@@ -149,7 +163,7 @@ def describe_model(run: Run, state: TrainState) -> str:
     return (
         f"{run.recipe.name}, {num_params / 1e6:.2f}M parameters, {run.model.num_layers} layers, "
         f"{run.model.max_length} positions, {run.config.data.source} on "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        f"{run.replicated.num_devices} x {jax.devices()[0].device_kind}"
     )
 
 
@@ -175,18 +189,22 @@ class _Loop:
             # A resumed run has recorded the beginning of its phase before.
             self.programs = self._begin_phase(batch, record=self.step == 0)
         phase, step = self.phase, self.step + 1
-        change = step == phase.last_step
+        settled = False
         every_steps = phase.probe_every_steps
         if self.programs.probe_step and every_steps and step % every_steps == 0:
             self.flush()
             self.state, observation = self.programs.probe_step(self.state, batch)
-            change = self._report(observation, step) or change
+            settled = self._report(observation, step)
         self.state, metrics = self.programs.train_step(self.state, batch)
         self.step = step
         self._record(self.metrics.push(step, metrics))
         phases = self.run.recipe.phases
-        if change and phase is not phases[-1]:
+        expired = phase.last_step is not None and step >= phase.last_step
+        if (settled or expired) and phase is not phases[-1]:
             self.flush()
+            reason = "the recipe's condition holds" if settled else "its last step is reached"
+            self.writer.write(step, {"kind": "switch", "phase": phase.name, "reason": reason})
+            say(f"       | step {step} | phase {phase.name!r} ends: {reason}")
             self.phase = phases[phases.index(phase) + 1]
             self.state = self.run.enter_phase(self.state, self.phase)
             self.programs = self._begin_phase(batch, record=True)
@@ -199,7 +217,7 @@ class _Loop:
         """
         assert self.programs is not None, "advance comes first"
         self.flush()
-        values = compute_validation(self.run, self.programs, self.state)
+        values = compute_validation(self.run, self.programs.eval_step, self.state)
         row = {"kind": "validation", "phase": self.phase.name, **values}
         self.writer.write(self.step, row)
         say(f"       | step {self.step} | validation loss {values['validation_loss']:.4f}")
@@ -285,12 +303,9 @@ class _Loop:
                 f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient"
             )
         if self.num_skipped > self.run.config.max_consecutive_skips:
-            saved = find_checkpoints(self.workdir / "checkpoints", verify_checksums=False)
-            good = next((info.path for info in saved if info.problem is None), "none")
             raise NonFiniteError(
                 f"step {step}: loss or gradient was not finite for {self.num_skipped} steps in a "
-                f"row (max_consecutive_skips={self.run.config.max_consecutive_skips}); last good "
-                f"checkpoint: {good}"
+                f"row (max_consecutive_skips={self.run.config.max_consecutive_skips})"
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
             row |= {"step": step, "tokens_per_step": self.tokens_per_step}

@@ -27,7 +27,7 @@ class OptimizerConfig:
         "constant".
       warmup_steps: int, steps from the initial to the peak rate.
       final_fraction: float in [0, 1], last rate of "cosine" relative to the peak.
-      weight_decay: float, decoupled, on kernels and embeddings only.
+      weight_decay: float, decoupled, on kernels and token embeddings only.
       b1: float, decay of the first moment (momentum of "sgd").
       b2: float, decay of the second moment.
       eps: float, added to the root of the second moment.

@@ -136,6 +136,8 @@ def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
                 f" attention density {summary[f'{phase}_attention_density']:.3f},"
                 f" {summary[f'{phase}_step_memory_bytes'] / 1e6:,.0f} MB per step"
             )
+        elif f"{phase}_first_step" not in summary:
+            lines.append(f"  {phase + ' phase':<18} never began")
     if "sparse_step_speedup" in summary:
         lines.append(
             f"  sparse phase       from step {summary['sparse_first_step']},"

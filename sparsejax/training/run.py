@@ -116,12 +116,6 @@ def prepare_run(config: TrainConfig) -> Run:
     Raises:
       ConfigError: if the data cannot be used as configured, or a setting does not fit it.
     """
-    num_devices = jax.device_count()
-    if config.data.batch_size % (num_devices * config.num_micro_batches):
-        raise ConfigError(
-            f"data.batch_size must be a multiple of {num_devices} devices times "
-            f"num_micro_batches={config.num_micro_batches}, got {config.data.batch_size}"
-        )
     try:
         data = make_data(
             config.data, process_index=jax.process_index(), process_count=jax.process_count()
@@ -134,8 +128,9 @@ def prepare_run(config: TrainConfig) -> Run:
     model = make_transformer_config(
         config, task=data.task, vocab_size=data.vocab_size, num_classes=data.num_classes
     )
-    mesh = jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,))
-    return Run(
+    devices = _choose_devices(config)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    run = Run(
         config=config,
         data=data,
         model=model,
@@ -145,6 +140,44 @@ def prepare_run(config: TrainConfig) -> Run:
         replicated=NamedSharding(mesh, PartitionSpec()),
         split=NamedSharding(mesh, PartitionSpec("data")),
     )
+    _check_implementation(run)
+    return run
+
+
+def _choose_devices(config: TrainConfig) -> list[jax.Device]:
+    """Take as many devices as can share a micro-batch evenly."""
+    examples = config.data.batch_size // config.num_micro_batches
+    devices = jax.devices()
+    if jax.process_count() == 1:
+        return devices[: max(n for n in range(1, len(devices) + 1) if examples % n == 0)]
+    if examples % len(devices):
+        raise ConfigError(
+            f"data.batch_size / num_micro_batches must be a multiple of the {len(devices)} devices "
+            f"of all processes, got {config.data.batch_size} / {config.num_micro_batches}"
+        )
+    return devices
+
+
+def _check_implementation(run: Run) -> None:
+    """Trace every phase, so that a kernel that is not there is missed now and not at the switch."""
+    implementation = run.config.model.attention_implementation
+    if implementation is None:
+        return
+    if not any(phase.sparse_attention for phase in run.recipe.phases):
+        raise ConfigError(
+            f"model.attention_implementation must be None in recipe {run.recipe.name!r}, which has "
+            f"no sparse attention, got {implementation!r}"
+        )
+    batch = next(run.data.validation(1))
+    for phase in run.recipe.phases:
+        step = make_eval_step(run.graphdef, run.recipe, phase, implementation=implementation)
+        try:
+            jax.eval_shape(step, run.make_abstract_state(phase.name), batch)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"model.attention_implementation must run on this device, got "
+                f"{implementation!r}: {error}"
+            ) from error
 
 
 class Programs(NamedTuple):
@@ -165,6 +198,28 @@ class Programs(NamedTuple):
     compile_seconds: float
 
 
+def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
+    """Compile a phase's evaluation alone.
+
+    Args:
+      run: Run.
+      phase: Phase.
+      batch: a batch of the shapes to come.
+
+    Returns:
+      Function (state, batch) -> totals.
+    """
+    step = make_eval_step(
+        run.graphdef,
+        run.recipe,
+        phase,
+        implementation=run.config.model.attention_implementation,
+        num_micro_batches=run.config.num_micro_batches,
+    )
+    jitted = jax.jit(step, out_shardings=run.replicated)
+    return jitted.lower(run.make_abstract_state(phase.name), batch).compile()
+
+
 def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """Compile a phase's programs ahead of its first step.
 
@@ -179,34 +234,28 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     start = time.perf_counter()
     state = run.make_abstract_state(phase.name)
     implementation = run.config.model.attention_implementation
-    build: dict[str, Any] = {"implementation": implementation}
+    build: dict[str, Any] = {
+        "implementation": implementation,
+        "num_micro_batches": run.config.num_micro_batches,
+    }
 
-    def compile_step(step, donate):
+    def compile_step(step):
         # Whatever a step returns stays replicated, so that it fits the next step's program.
-        jitted = jax.jit(step, donate_argnums=donate, out_shardings=run.replicated)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=run.replicated)
         return jitted.lower(state, batch).compile()
 
     train_step = compile_step(
-        make_train_step(
-            run.graphdef,
-            run.recipe,
-            phase,
-            run.optimizer,
-            num_micro_batches=run.config.num_micro_batches,
-            **build,
-        ),
-        donate=0,
+        make_train_step(run.graphdef, run.recipe, phase, run.optimizer, **build)
     )
-    eval_step = compile_step(make_eval_step(run.graphdef, run.recipe, phase, **build), donate=())
     probe_step = None
     if phase.probe_every_steps:
         probe = make_probe_step(run.graphdef, run.recipe, phase, **build)
-        probe_step = compile_step(probe, donate=0)
+        probe_step = compile_step(probe)
     memory = train_step.memory_analysis()
     assert memory is not None, "XLA reports the memory of what it compiled"
     return Programs(
         train_step=train_step,
-        eval_step=eval_step,
+        eval_step=compile_evaluation(run, phase, batch),
         probe_step=probe_step,
         step_memory_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes

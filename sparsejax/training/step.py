@@ -60,21 +60,10 @@ def make_train_step(
         return loss + auxiliary, {"loss": loss, "accuracy": totals["correct"] / totals["count"]}
 
     def compute_gradients(weights, state, batch, key):
-        differentiate = jax.grad(compute_loss, has_aux=True)
-        if num_micro_batches == 1:
-            return differentiate(weights, state, batch, key)
+        def differentiate(part, part_key):
+            return jax.grad(compute_loss, has_aux=True)(weights, state, part, part_key)
 
-        def add(total, part):
-            micro_batch, i = part
-            result = differentiate(weights, state, micro_batch, jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, result), None
-
-        parts = jax.tree.map(lambda x: x.reshape(num_micro_batches, -1, *x.shape[1:]), batch)
-        zeros = (
-            jax.tree.map(jnp.zeros_like, weights),
-            {"loss": jnp.float32(0), "accuracy": jnp.float32(0)},
-        )
-        total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(num_micro_batches)))
+        total = _sum_over_parts(differentiate, batch, key, num_micro_batches)
         return jax.tree.map(lambda x: x / num_micro_batches, total)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -117,6 +106,7 @@ def make_eval_step(
     phase: Phase,
     *,
     implementation: Implementation | None = None,
+    num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Return the function that sums loss and correct answers over one batch.
 
@@ -125,6 +115,7 @@ def make_eval_step(
       recipe: Recipe.
       phase: Phase, static.
       implementation: kernel of sparse attention, None for the best on the device.
+      num_micro_batches: int, parts that the batch is split into to save memory.
 
     Returns:
       Function (state, batch) -> {"loss", "correct", "count"}, f32[] sums.
@@ -133,7 +124,11 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         params = recipe.transform_params(state.params, state.sparsity, phase)
-        return compute_totals(_apply(graphdef, params, state.sparsity, batch, mode), batch)
+
+        def evaluate(part, _):
+            return compute_totals(_apply(graphdef, params, state.sparsity, part, mode), part)
+
+        return _sum_over_parts(evaluate, batch, state.key, num_micro_batches)
 
     return eval_step
 
@@ -144,6 +139,7 @@ def make_probe_step(
     phase: Phase,
     *,
     implementation: Implementation | None = None,
+    num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Observation]]:
     """Return the function that shows the recipe the attention maps of a training batch.
 
@@ -155,6 +151,7 @@ def make_probe_step(
       recipe: Recipe.
       phase: Phase, static.
       implementation: kernel of sparse attention, None for the best on the device.
+      num_micro_batches: int, as in the step, so that dropout is the same.
 
     Returns:
       Function (state, batch) -> (state, Observation).
@@ -164,8 +161,14 @@ def make_probe_step(
     def probe_step(state: TrainState, batch: Batch) -> tuple[TrainState, Observation]:
         key = jax.random.fold_in(state.key, state.step)
         params = recipe.transform_params(state.params, state.sparsity, phase)
-        output = _apply(graphdef, params, state.sparsity, batch, mode, dropout_key=key, probe=True)
-        sparsity, observation = recipe.observe(state.sparsity, output.attention_maps, phase)
+
+        def look(part, part_key):
+            return _apply(
+                graphdef, params, state.sparsity, part, mode, dropout_key=part_key, probe=True
+            ).attention_maps
+
+        maps = _sum_over_parts(look, batch, key, num_micro_batches) / num_micro_batches
+        sparsity, observation = recipe.observe(state.sparsity, maps, phase)
         return dataclasses.replace(state, sparsity=sparsity), observation
 
     return probe_step
@@ -215,6 +218,22 @@ def _apply(graphdef, params, sparsity, batch, mode, *, dropout_key=None, probe=F
         mode=mode,
         probe=probe,
     )
+
+
+def _sum_over_parts(function, batch, key, num_parts):
+    """Sum function(part, key of the part) over the parts of a batch, one after the other."""
+    if num_parts == 1:
+        return function(batch, jax.random.fold_in(key, 0))
+    # Strided: every part takes examples from every device that the batch is dealt out to.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_parts))
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def _select(condition, if_true, if_false):

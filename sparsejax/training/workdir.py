@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sparsejax.training.checkpoint import CheckpointInfo, find_checkpoints, read_run_metadata
 from sparsejax.training.checkpoint_files import parse_order
 from sparsejax.training.config import ConfigError, find_differences
@@ -30,7 +32,12 @@ def describe_run(settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) ->
     return {
         "config": dict(settings),
         "data": dict(fingerprint),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {
+            "python": platform.python_version(),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            **versions,
+        },
     }
 
 

@@ -146,6 +146,8 @@ def test_what_the_phases_are():
     dense, sparse = make_spion(changed).phases
     assert dense.last_step == 40
     assert (sparse.pruned_logits, sparse.learning_rate) == ("masked", "schedule")
+    # As the released code: without convolution the schedule is not restarted.
+    assert make_spion(dataclasses.replace(BASE, variant="f")).phases[1].learning_rate == "schedule"
 
 
 @pytest.mark.parametrize(

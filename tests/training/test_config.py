@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base
+from configs import base, spion_image
 from sparsejax.training.config import (
     ConfigError,
     find_differences,
@@ -30,7 +30,17 @@ def test_defaults_are_valid():
         ({"num_steps": 0}, r"num_steps must be at least 1, got 0"),
         ({"model__num_heads": 3}, r"model.model_dim must be a multiple of num_heads=3, got 128"),
         ({"model__num_kv_heads": 3}, r"model.num_kv_heads must be a divisor of num_heads=4, got 3"),
-        ({"model__block_size": 60}, r"block_q=60 must divide the sequence length, got length=1024"),
+        (
+            {"model__block_size": 60},
+            r"model.block_size must be a positive divisor of data.sequence_length=1024, got 60",
+        ),
+        (
+            {
+                "recipe__name": "static_attention",
+                "recipe__static_attention__dense_steps": 1000,
+            },
+            r"num_steps must be above 1000, the step at which phase 'dense' ends, got 1000",
+        ),
         ({"model__dtype": "float64"}, r"model.dtype must be one of .*, got 'float64'"),
         ({"model__dropout_rate": 1.0}, r"model.dropout_rate must be in \[0, 1\), got 1.0"),
         (
@@ -65,6 +75,13 @@ def test_defaults_are_valid():
 def test_value_out_of_range_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(_settings(**changes))
+
+
+def test_published_densities_of_encoders_are_accepted():
+    config = spion_image.get_config()
+    config.recipe.spion.variant = "c"
+    config.recipe.spion.density = 0.04
+    parse_config(config.to_dict())
 
 
 def test_unknown_key_is_named_with_the_nearest_known_one():

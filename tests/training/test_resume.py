@@ -171,5 +171,7 @@ def test_run_leaves_pictures_summary_and_one_compilation_per_phase(uninterrupted
     assert summary["sparse_first_step"] == 6
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["phase"] for row in rows if row["kind"] == "phase"] == ["dense", "sparse"]
+    (switch,) = [row for row in rows if row["kind"] == "switch"]
+    assert (switch["step"], switch["reason"]) == (6, "its last step is reached")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, NUM_STEPS + 1))
     assert list((workdir / "tensorboard").iterdir())

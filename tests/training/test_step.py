@@ -12,10 +12,10 @@ import pytest
 
 from sparsejax.models import TransformerConfig
 from sparsejax.patterns import BlockPattern
-from sparsejax.recipes import Phase, Recipe, make_dense, set_attention_masks
+from sparsejax.recipes import Observation, Phase, Recipe, make_dense, set_attention_masks
 from sparsejax.training.optimizer import OptimizerConfig, compute_learning_rate, make_optimizer
 from sparsejax.training.state import create_train_state, make_graphdef
-from sparsejax.training.step import make_eval_step, make_train_step
+from sparsejax.training.step import make_eval_step, make_probe_step, make_train_step
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "train_step.json"
 _MODEL = TransformerConfig(
@@ -142,6 +142,27 @@ def test_micro_batches_average_to_the_whole_batch():
     # The first warm-up step has rate 0; moments tell the gradients apart.
     for a, b in zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_evaluation_and_probe_by_parts_see_the_whole_batch():
+    model = dataclasses.replace(_MODEL, dropout_rate=0.0)
+    state, _ = _make(model=model)
+    graphdef, recipe = make_graphdef(model), make_dense()
+    seen = recipe._replace(
+        observe=lambda sparsity, maps, phase: (
+            sparsity,
+            Observation(change_phase=jnp.bool_(False), metrics={"maps": maps}),
+        )
+    )
+    for make_step, pick in (
+        (make_eval_step, lambda result: result),
+        (make_probe_step, lambda result: result[1].metrics),
+    ):
+        whole, parts = (
+            pick(make_step(graphdef, seen, seen.phases[0], num_micro_batches=n)(state, _batch()))
+            for n in (1, 2)
+        )
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), parts, whole)
 
 
 def test_non_finite_step_changes_nothing_but_the_counter():

@@ -37,7 +37,10 @@ def test_help_does_not_wait_for_jax():
         (["--config.modle.num_layers=3"], 'Did you mean "model" instead of "modle"?'),
         (["--config.num_steps=many"], "--config.num_steps=many"),
         (["--config=configs/missing.py"], "configs/missing.py"),
-        (["--config.model.block_size=100"], "block_q=100 must divide the sequence length"),
+        (
+            ["--config.model.block_size=100"],
+            "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
+        ),
         (["num_steps=3"], "unknown argument 'num_steps=3'"),
     ],
     ids=["key", "type", "file", "value", "argument"],
