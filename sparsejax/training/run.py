@@ -144,7 +144,7 @@ def prepare_run(config: TrainConfig) -> Run:
     return run
 
 
-def _choose_devices(config: TrainConfig) -> list[jax.Device]:
+def _choose_devices(config: TrainConfig) -> list[Any]:
     """Take as many devices as can share a micro-batch evenly."""
     examples = config.data.batch_size // config.num_micro_batches
     devices = jax.devices()
