@@ -52,7 +52,7 @@ _QUALITY = Experiment(
 
 
 def _short(setting: Setting) -> Setting:
-    overrides = {"num_steps": 60, "eval_every_steps": 60, "checkpoint.every_steps": 60}
+    overrides = {"num_steps": 40, "eval_every_steps": 40, "checkpoint.every_steps": 40}
     return Setting(config=setting.config, overrides={**setting.overrides, **overrides})
 
 
@@ -68,8 +68,8 @@ _TIMING = Experiment(
             Setting(
                 config=_CONFIG,
                 overrides={
-                    "recipe.spion.probe_every_steps": 10,
-                    "recipe.spion.latest_switch_step": 30,
+                    "recipe.spion.probe_every_steps": 20,
+                    "recipe.spion.latest_switch_step": 20,
                 },
             )
         ),
