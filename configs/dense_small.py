@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/dense_small.py --workdir=runs/dense_small
 Hardware:  2 CPU cores
 Source:    ours
-Expected:  see benchmarks/results
+Expected:  validation loss 2.40 after 4 minutes
 """
 
 from configs import quickstart
