@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/dense_small.py --workdir=runs/dense_small
 Hardware:  2 CPU cores
 Source:    ours
-Expected:  validation loss 2.40 after 4 minutes
+Expected:  validation loss 2.40 (seed 0)
 """
 
 from configs import quickstart
