@@ -36,7 +36,8 @@ def test_plain_jax_reports_the_memory_of_the_program():
     report = aot.compile_for(lambda x, w: jax.nn.gelu(x @ w).sum(), X_NN, X_NN)
     assert report.argument_bytes == 2 * MATRIX_BYTES
     assert report.output_bytes == 2  # one bf16
-    assert 0 < report.temp_bytes <= 4 * MATRIX_BYTES
+    cublas_workspace_bytes = 32 << 20
+    assert 0 < report.temp_bytes <= 4 * MATRIX_BYTES + cublas_workspace_bytes
     assert report.peak_bytes == 2 * MATRIX_BYTES + 2 + report.temp_bytes
     assert report.kernels == () and report.count_collectives() == {}
 

@@ -80,7 +80,7 @@ def build_for_ever(folder):
 
 def test_a_killed_build_is_neither_used_nor_kept(tmp_path):
     folder = tmp_path / "cache"
-    process = multiprocessing.get_context("fork").Process(
+    process = multiprocessing.get_context("spawn").Process(
         target=cached_folder, args=(folder, build_for_ever)
     )
     process.start()

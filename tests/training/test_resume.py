@@ -121,7 +121,7 @@ def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted,
 
 
 def test_other_data_in_the_same_workdir_is_refused(tmp_path):
-    settings = make_settings(tmp_path, num_steps=4)
+    settings = make_settings(tmp_path, num_steps=4, recipe__name="dense")
     train(settings, tmp_path / "run")
     with open(settings["data"]["source"].removeprefix("text:"), "a") as corpus:
         corpus.write("one more line\n")
