@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,27 +133,30 @@ def test_other_data_in_the_same_workdir_is_refused(tmp_path):
 def test_damaged_checkpoint_is_named_and_the_one_before_used(
     settings, uninterrupted, tmp_path, capsys
 ):
-    code, _ = _start(settings, tmp_path, 8, signal.SIGTERM)
-    assert code == 0
-    newest = find_checkpoints(tmp_path / "checkpoints")[0]
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    newest = find_checkpoints(workdir / "checkpoints")[0]
     largest = max(
         (path for path in newest.path.rglob("*") if path.is_file()),
         key=lambda path: path.stat().st_size,
     )
     largest.write_bytes(largest.read_bytes()[:100])
-    train(settings, tmp_path)
+    train(settings, workdir)
     output = capsys.readouterr().out
     assert f"warning: checkpoint ignored: {largest}" in output
-    assert f"resuming {tmp_path} at step {newest.step - 1}" in output
-    _assert_same_end(settings, tmp_path, uninterrupted[0])
+    assert f"resuming {workdir} at step {NUM_STEPS - 1}" in output
+    _assert_same_end(settings, workdir, uninterrupted[0])
 
 
-def test_run_whose_checkpoints_are_all_damaged_is_not_restarted_in_silence(settings, tmp_path):
-    _start(settings, tmp_path, 3, signal.SIGTERM)
-    for info in find_checkpoints(tmp_path / "checkpoints"):
+def test_run_whose_checkpoints_are_all_damaged_is_not_restarted_in_silence(
+    settings, uninterrupted, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    for info in find_checkpoints(workdir / "checkpoints"):
         (info.path / "manifest.json").unlink()
     with pytest.raises(ConfigError, match=r"no checkpoint .* is whole"):
-        train(settings, tmp_path)
+        train(settings, workdir)
 
 
 def test_evaluation_restores_masks(settings, uninterrupted):
