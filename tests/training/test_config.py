@@ -1,5 +1,7 @@
 """Bad settings are refused before anything starts, by name, value and expectation."""
 
+import importlib
+
 import pytest
 
 from configs import base, spion_image
@@ -75,6 +77,24 @@ def test_defaults_are_valid():
 def test_value_out_of_range_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(_settings(**changes))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart",
+        "dense_small",
+        "spion_listops",
+        "spion_image",
+        "spion_retrieval",
+        "spion_text",
+        "gpt2_124m_dense",
+        "gpt2_124m_spion",
+    ],
+)
+def test_shipped_configs_are_valid(name):
+    settings = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    assert parse_config(settings).recipe_name == settings["recipe"]["name"]
 
 
 def test_published_densities_of_encoders_are_accepted():
