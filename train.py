@@ -30,14 +30,14 @@ def main(argv: list[str]) -> int:
       int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite or a file not
       written, 2 a setting has to be changed, 130 interrupted before it could save.
     """
+    if len(argv) > 1:
+        return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     # Imported here so that --help does not wait for JAX.
     from sparsejax.training.checkpoint import CheckpointError
     from sparsejax.training.config import ConfigError, parse_config
     from sparsejax.training.evaluation import evaluate
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
 
-    if len(argv) > 1:
-        return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     settings, workdir = _CONFIG.value.to_dict(), _WORKDIR.value

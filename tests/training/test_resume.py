@@ -27,10 +27,28 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(settings, tmp_path_factory):
+def recorded(settings, tmp_path_factory):
+    """An uninterrupted run, its summary, and in order what it said and when JAX compiled."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    summary = train(settings, workdir)
-    return workdir, summary
+    events = []
+
+    def note_compilation(event, _seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append("compiled")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsejax.training.loop.say", events.append)
+        jax.monitoring.register_event_duration_secs_listener(note_compilation)
+        try:
+            summary = train(settings, workdir)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note_compilation)
+    return workdir, summary, events
+
+
+@pytest.fixture
+def uninterrupted(recorded):
+    return recorded[:2]
 
 
 def _start(settings, workdir, stop_after_step, number):
@@ -179,3 +197,13 @@ def test_run_leaves_pictures_summary_and_one_compilation_per_phase(uninterrupted
     assert (switch["step"], switch["reason"]) == (6, "its last step is reached")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, NUM_STEPS + 1))
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_nothing_compiles_once_a_phase_has_begun(recorded):
+    events = recorded[2]
+    phases = [i for i, event in enumerate(events) if event.startswith("phase ")]
+    assert len(phases) == 2
+    before_switch = next(i for i, event in enumerate(events) if "| step   6/10 |" in event)
+    assert "compiled" in events[before_switch : phases[1]]
+    for begin, end in ((phases[0], before_switch), (phases[1], len(events))):
+        assert "compiled" not in events[begin:end], events
