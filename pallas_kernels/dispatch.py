@@ -9,6 +9,7 @@ import logging
 from typing import Literal, get_args
 
 import jax
+from jax._src import config as _jax_config
 
 type Implementation = Literal["mosaic_sm90", "xla", "dense", "reference"]
 """Names a caller may pass as `implementation`."""
@@ -34,6 +35,47 @@ def target_platform() -> str:
     if default is None:
         return jax.devices()[0].platform
     return default if isinstance(default, str) else default.platform
+
+
+def is_interpreted() -> bool:
+    """Return whether Pallas GPU kernels are interpreted on the CPU.
+
+    Returns:
+      bool, True inside `plgpu.force_gpu_interpret_mode()`.
+    """
+    # JAX 0.11 and 0.12 keep the mode in one private variable and have no public reader of it; its
+    # parameters are of another class for TPUs.
+    params = _jax_config.pallas_tpu_interpret_mode_context_manager.value
+    return type(params).__name__ == "InterpretGPUParams"
+
+
+def check_hopper() -> None:
+    """Raise unless kernels for Hopper can run where traced code will.
+
+    That is a GPU of compute capability 9, the one of the abstract mesh in force before the
+    default one; or a CPU that interprets kernels.
+
+    Raises:
+      NotImplementedError: with the device that was found.
+    """
+    if is_interpreted():
+        return
+    found = target_platform()
+    if found in ("gpu", "cuda"):
+        abstract_device = jax.sharding.get_abstract_mesh().abstract_device
+        if abstract_device is not None:
+            found = abstract_device.device_kind
+            if any(name in found for name in ("H100", "H200", "H800", "H20", "GH200")):
+                return
+        else:
+            device = jax.devices("gpu")[0]
+            if device.compute_capability.startswith("9."):
+                return
+            found = f"{device.device_kind} of compute capability {device.compute_capability}"
+    raise NotImplementedError(
+        "implementation='mosaic_sm90' needs a Hopper GPU (compute capability 9), found "
+        f"{found!r}; 'xla' runs on every device"
+    )
 
 
 def choose_implementation(

@@ -21,9 +21,13 @@ from pallas_kernels.block_sparse_attention.block_schedule import (
     unpack_block_schedule,
 )
 from pallas_kernels.block_sparse_attention.dense import block_sparse_attention_dense
+from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
+    block_sparse_attention_mosaic_sm90,
+    make_problem,
+)
 from pallas_kernels.block_sparse_attention.reference import block_sparse_attention_reference
 from pallas_kernels.block_sparse_attention.xla import Options, block_sparse_attention_xla
-from pallas_kernels.dispatch import Implementation, choose_implementation
+from pallas_kernels.dispatch import Implementation, check_hopper, choose_implementation
 
 type PrunedLogits = Literal["masked", "zero"]
 
@@ -141,10 +145,7 @@ def block_sparse_attention(
     _check_options(causal, scale, pruned_logits, return_lse)
     chosen = choose_implementation(implementation, every_block_kept=mask_or_schedule is None)
     if chosen == "mosaic_sm90":
-        raise NotImplementedError(
-            "block_sparse_attention has no Hopper kernel: implementation='mosaic_sm90' cannot "
-            "run; 'xla' runs on every device"
-        )
+        check_hopper()
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if kv_mask is not None:
         # A removed key meets probability 0, but 0 * NaN is NaN; zeros in its place are safe.
@@ -152,11 +153,21 @@ def block_sparse_attention(
 
     options = {"block_q": block_q, "block_kv": block_kv, "causal": causal}
     options |= {"scale": scale, "pruned_logits": pruned_logits}
-    if chosen == "xla":
+    if chosen in ("xla", "mosaic_sm90"):
         schedule = _as_schedule(mask_or_schedule, q, k, block_q, block_kv, causal)
-        out, lse = block_sparse_attention_xla(
-            q, k, v, schedule, kv_mask, segment_ids, Options(**options)
-        )
+        operands = (q, k, v, schedule, kv_mask, segment_ids)
+        if chosen == "xla":
+            out, lse = block_sparse_attention_xla(*operands, Options(**options))
+        else:
+            problem = make_problem(
+                q,
+                k,
+                schedule.kv_counts.shape[:2],
+                has_kv_mask=kv_mask is not None,
+                has_segments=segment_ids is not None,
+                **options,
+            )
+            out, lse = block_sparse_attention_mosaic_sm90(*operands, problem)
     else:
         mask = mask_or_schedule
         if isinstance(mask, BlockSchedule):

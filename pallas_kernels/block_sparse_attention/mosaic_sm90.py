@@ -1,0 +1,211 @@
+"""Block-sparse attention on Hopper GPUs: Pallas kernels, forward and backward.
+
+What the kernels do not do raises NotImplementedError with the reason; `None` as implementation
+then takes another. See `mosaic_sm90_tiles` for how the kernels work.
+
+Letters: B T S N K H I J as everywhere (`sparsejax.types`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
+from pallas_kernels.block_sparse_attention.mosaic_sm90_bwd import (
+    Operands,
+    attention_backward_keys,
+    attention_backward_queries,
+    make_key_walk,
+    make_query_walk,
+)
+from pallas_kernels.block_sparse_attention.mosaic_sm90_fwd import (
+    LOG2_E,
+    attention_forward,
+    make_forward_walk,
+)
+from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import Problem
+from pallas_kernels.block_sparse_attention.softmax_rules import count_visible
+from pallas_kernels.block_sparse_attention.tile_lists import (
+    make_grain,
+    make_key_lists,
+    make_query_lists,
+)
+from pallas_kernels.dispatch import is_interpreted
+
+HEAD_DIMS = (32, 64, 128, 256)
+BLOCKS = (32, 64, 128)
+
+
+def make_problem(
+    q: jax.Array,
+    k: jax.Array,
+    schedule_shape: tuple[int, ...],
+    *,
+    block_q: int,
+    block_kv: int,
+    causal: bool,
+    has_kv_mask: bool,
+    has_segments: bool,
+    scale: float,
+    pruned_logits: str,
+) -> Problem:
+    """Collect the static facts of a call, and refuse what the kernels do not do.
+
+    Args:
+      q: [B, T, N, H], queries.
+      k: [B, S, K, H], keys.
+      schedule_shape: leading axes of the schedule, (1 or B, 1 or N).
+      block_q: int, queries of a block of the pattern.
+      block_kv: int, keys of a block of the pattern.
+      causal: bool.
+      has_kv_mask: bool.
+      has_segments: bool.
+      scale: float.
+      pruned_logits: "masked" or "zero".
+
+    Returns:
+      Problem.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Hopper kernels take bfloat16 and float16, got {q.dtype}")
+    if q.shape[3] not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"the Hopper kernels take head dims {HEAD_DIMS}, got H={q.shape[3]}"
+        )
+    if block_q not in BLOCKS or block_kv not in BLOCKS:
+        raise NotImplementedError(
+            f"the Hopper kernels take blocks of {BLOCKS} positions, got {block_q=}, {block_kv=}"
+        )
+    grain = make_grain(block_q, block_kv)
+    if q.shape[1] % grain.block_q or k.shape[1] % grain.block_kv:
+        raise NotImplementedError(
+            "the Hopper kernels pair blocks of 32 positions and take lengths that are multiples of "
+            f"64 there, got T={q.shape[1]}, S={k.shape[1]} with {block_q=}, {block_kv=}"
+        )
+    if scale <= 0:
+        raise NotImplementedError(f"the Hopper kernels take a positive scale, got {scale=}")
+    problem = Problem(
+        batch=q.shape[0],
+        num_queries=q.shape[1],
+        num_keys=k.shape[1],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype.name,
+        grain=grain,
+        mask_batch=schedule_shape[0],
+        mask_heads=schedule_shape[1],
+        causal=causal,
+        has_kv_mask=has_kv_mask,
+        has_segments=has_segments,
+        scale=scale,
+        zero_logits=pruned_logits == "zero",
+        in_registers=not is_interpreted(),
+    )
+    make_forward_walk(problem)
+    return problem
+
+
+def block_sparse_attention_mosaic_sm90(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    schedule: BlockSchedule,
+    kv_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    problem: Problem,
+) -> tuple[jax.Array, jax.Array]:
+    """Run block-sparse attention over the lists of a schedule.
+
+    Args:
+      q: bf16 or f16[B, T, N, H], queries.
+      k: [B, S, K, H], keys; finite everywhere, as are the values.
+      v: [B, S, K, H], values.
+      schedule: BlockSchedule with axes [1 or B, 1 or N]; if causal, without blocks above the
+        diagonal (`drop_blocks_above_diagonal`).
+      kv_mask: bool[B, S] or None.
+      segment_ids: int[B, T] or None.
+      problem: Problem of these arrays.
+
+    Returns:
+      tuple of out, shaped and typed like q, and lse f32[B, T, N]; both differentiable, if the
+      head dim is at most 128.
+
+    Raises:
+      NotImplementedError: while differentiating, if the head dim is larger.
+
+    Numerics:
+      Products accumulate in f32; softmax is f32; probabilities and their gradients are rounded to
+      the dtype of q before they are multiplied. float16 holds nothing above 65504: cotangents that
+      are scaled up to save small gradients can overflow there. A repeated call agrees to the bit.
+
+    References:
+      FlashAttention-2, arXiv:2307.08691, for the online softmax and the backward pass;
+      FlashAttention-3, arXiv:2407.08608, for the division of labour between warpgroups.
+    """
+    if kv_mask is not None:
+        kv_mask = kv_mask.astype(jnp.int32)
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)
+    return _attention(q, k, v, schedule, kv_mask, segment_ids, problem)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("problem",))
+def _attention(q, k, v, schedule, kv_mask, segment_ids, problem):
+    out, lse_BNT = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
+    return out, lse_BNT.swapaxes(1, 2)
+
+
+def _forward(q, k, v, schedule, kv_mask, segment_ids, problem):
+    num_visible = None
+    if problem.zero_logits:
+        num_visible = count_visible(
+            problem.num_queries, problem.num_keys, causal=problem.causal, segment_ids=segment_ids
+        ).astype(jnp.float32)
+    lists = make_query_lists(
+        schedule, problem.grain, causal=problem.causal, all_masked=problem.all_masked
+    )
+    return attention_forward(q, k, v, lists, kv_mask, segment_ids, num_visible, problem)
+
+
+def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, problem):
+    # Refused here rather than after the forward pass was compiled.
+    make_query_walk(problem)
+    make_key_walk(problem)
+    out, lse_BNT = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
+    residuals = (q, k, v, schedule, kv_mask, segment_ids, out, lse_BNT)
+    return (out, lse_BNT.swapaxes(1, 2)), residuals
+
+
+def _attention_bwd(problem, residuals, cotangents):
+    q, k, v, schedule, kv_mask, segment_ids, out, lse_BNT = residuals
+    d_out, d_lse = cotangents
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    # A row that counted nothing has no probabilities, exp(s - inf) = 0, and takes no gradient,
+    # whatever came back along its lse of -inf.
+    counted = lse_BNT > -jnp.inf
+    operands = Operands(
+        q=q,
+        k=k,
+        v=v,
+        d_out=d_out,
+        lse=jnp.where(counted, lse_BNT * LOG2_E, jnp.inf),
+        delta=jnp.where(counted, delta.swapaxes(1, 2), 0.0),
+        kv_mask=kv_mask,
+        segments=segment_ids,
+    )
+    options = {"causal": problem.causal, "all_masked": problem.all_masked}
+    dq = attention_backward_queries(
+        operands, make_query_lists(schedule, problem.grain, **options), problem
+    )
+    group = problem.group if problem.mask_heads > 1 else 1
+    key_lists = make_key_lists(schedule, problem.grain, **options, group=group)
+    dk, dv = attention_backward_keys(operands, key_lists, problem)
+    return dq, dk, dv, None, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)

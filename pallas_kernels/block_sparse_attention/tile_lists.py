@@ -1,0 +1,224 @@
+"""Block lists as the Hopper kernels read them: flat, with masked tiles apart, longest first.
+
+A *tile block* is what one step of a list covers. It is a block of the pattern, or four blocks of
+32 by 32 positions (two, if one side is wider): tensor cores work on 64 rows at a time. Which of
+its blocks a tile keeps then stands in the low bits of its entry.
+
+Letters: B N K I J as everywhere (`sparsejax.types`); M masks that differ, over batch and heads;
+U units, the lists of all masks; P list positions.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_sparse_attention.block_schedule import (
+    BlockSchedule,
+    make_block_schedule,
+    unpack_block_schedule,
+)
+
+BITS = 16
+"""An entry is `block index * BITS + kept bits`; bit `2 * a + b` is the tile's block in row a,
+column b."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TileLists:
+    """Lists of all units, in GPU memory.
+
+    Attributes:
+      counts: int32[U], tile blocks on each list.
+      num_leading: int32[U], how many stand before those of the other kind: the lists of query
+        blocks begin with tiles that need no mask, those of key blocks with tiles that need one.
+      entries: int32[U, P], see `BITS`.
+      order: int32[U], units in the order in which they are to be started.
+      num_long: int32[1], units at the head of `order` that are much longer than the mean.
+    """
+
+    counts: jax.Array
+    num_leading: jax.Array
+    entries: jax.Array
+    order: jax.Array
+    num_long: jax.Array
+
+
+class Grain(NamedTuple):
+    """How tile blocks lie in a pattern.
+
+    Attributes:
+      block_q: int, queries of a tile block.
+      block_kv: int, keys of a tile block.
+      rows: int, blocks of the pattern that share a tile block, one below the other.
+      columns: int, the same side by side.
+    """
+
+    block_q: int
+    block_kv: int
+    rows: int
+    columns: int
+
+
+def make_grain(block_q: int, block_kv: int) -> Grain:
+    """Choose the tile blocks of a pattern.
+
+    Args:
+      block_q: int, queries of a block of the pattern.
+      block_kv: int, keys of a block of the pattern.
+
+    Returns:
+      Grain: blocks of 32 in pairs, others as they are.
+
+    Example:
+      >>> make_grain(32, 128)
+      Grain(block_q=64, block_kv=128, rows=2, columns=1)
+    """
+    rows, columns = (2 if block == 32 else 1 for block in (block_q, block_kv))
+    return Grain(rows * block_q, columns * block_kv, rows, columns)
+
+
+def make_query_lists(
+    schedule: BlockSchedule, grain: Grain, *, causal: bool, all_masked: bool
+) -> TileLists:
+    """List the tile blocks of keys that each tile block of queries visits.
+
+    Args:
+      schedule: BlockSchedule of the pattern, axes [1 or B, 1 or N]; if causal, without blocks
+        above the diagonal.
+      grain: Grain of the pattern.
+      causal: bool, tiles that the diagonal crosses need a mask.
+      all_masked: bool, every tile needs a mask.
+
+    Returns:
+      TileLists of U = M * I units, tiles without a mask first.
+    """
+    schedule, bits = _coarsen(schedule, grain)
+    counts, indices = schedule.kv_counts, schedule.kv_indices
+    clear = _count_listed(counts, indices, lambda i, j: _below_diagonal(i, j, grain))
+    return _pack(counts, indices, bits, _leading(counts, clear, causal, all_masked))
+
+
+def make_key_lists(
+    schedule: BlockSchedule, grain: Grain, *, causal: bool, all_masked: bool, group: int
+) -> TileLists:
+    """List the tile blocks of queries that visit each tile block of keys.
+
+    Where the query heads of a group have masks of their own, their lists are joined: index
+    `g * I + i` is block i of the group's head g.
+
+    Args:
+      schedule: as for `make_query_lists`.
+      grain: Grain of the pattern.
+      causal: bool, tiles that the diagonal crosses need a mask.
+      all_masked: bool, every tile needs a mask.
+      group: int, query heads of a key head if masks differ by head, else 1.
+
+    Returns:
+      TileLists of U = M / group * J units, tiles with a mask first.
+    """
+    schedule, bits = _coarsen(schedule, grain)
+    counts, indices = schedule.q_counts, schedule.q_indices
+    bits = None if bits is None else bits.swapaxes(-1, -2)
+    crossed = _count_listed(counts, indices, lambda j, i: ~_below_diagonal(i, j, grain))
+    leading = _leading(counts, crossed, causal, all_masked, masked_first=True)
+    if group > 1:
+        counts, indices, bits, leading = _join_heads(counts, indices, bits, leading, group)
+    return _pack(counts, indices, bits, leading)
+
+
+def make_order(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Order lists so that none is started late, and neighbours mostly stay together.
+
+    Lists fall into classes by the power of two of their length; longer classes come first, and
+    within a class the order stays, because neighbours share keys in the cache.
+
+    Args:
+      counts: int32[U], lengths.
+
+    Returns:
+      tuple of int32[U], the order, and int32[1], how many at its head are in a class at least
+      two above that of the mean.
+
+    Example:
+      >>> order, num_long = make_order(jnp.array([3, 1, 40, 2]))
+      >>> order.tolist(), num_long.tolist()
+      ([2, 0, 3, 1], [1])
+    """
+    classes = _size_class(counts)
+    mean = jnp.ceil(counts.mean(dtype=jnp.float32)).astype(jnp.int32)
+    num_long = (classes > _size_class(mean) + 1).sum(dtype=jnp.int32)
+    return jnp.argsort(-classes, stable=True).astype(jnp.int32), num_long[None]
+
+
+def _size_class(count):
+    return 32 - jax.lax.clz(jnp.asarray(count, jnp.int32))
+
+
+def _coarsen(schedule, grain):
+    """Return the schedule of tile blocks and bits int32[..., I, J], None if all blocks are whole."""
+    if grain.rows == grain.columns == 1:
+        return schedule, None
+    mask = unpack_block_schedule(schedule)
+    *leading, rows, columns = mask.shape
+    split = (rows // grain.rows, grain.rows, columns // grain.columns, grain.columns)
+    parts = mask.reshape(*leading, *split)
+    place = 2 * jnp.arange(grain.rows)[:, None, None] + jnp.arange(grain.columns)
+    bits = (parts.astype(jnp.int32) << place).sum(axis=(-3, -1), dtype=jnp.int32)
+    return make_block_schedule(bits > 0), bits
+
+
+def _below_diagonal(i, j, grain):
+    """Whether every query of block i sees every key of block j under a causal mask."""
+    return (j + 1) * grain.block_kv <= i * grain.block_q + 1
+
+
+def _count_listed(counts, indices, condition):
+    """Count the entries (own block, other block) of each list that meet a condition."""
+    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
+    own = jnp.arange(indices.shape[-2])[:, None]
+    return (listed & condition(own, indices)).sum(axis=-1, dtype=jnp.int32)
+
+
+def _leading(counts, found, causal, all_masked, *, masked_first=False):
+    if all_masked:
+        return counts if masked_first else jnp.zeros_like(counts)
+    if causal:
+        return found
+    return jnp.zeros_like(counts) if masked_first else counts
+
+
+def _join_heads(counts, indices, bits, leading, group):
+    """Join the lists of the query heads of a group, [B, N, J, I] -> [B, N / group, J, group * I]."""
+
+    def by_group(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, group, *x.shape[2:]), 2, 3)
+
+    num_queries = indices.shape[-1]
+    heads = jnp.arange(group)[:, None] * num_queries
+    position = jnp.arange(num_queries)
+    listed = position < by_group(counts)[..., None]
+    second = position >= by_group(leading)[..., None]
+    rank = jnp.where(listed, second.astype(jnp.int32), 2)
+    flat = (*rank.shape[:3], group * num_queries)
+    order = jnp.argsort(rank.reshape(flat), axis=-1, stable=True)
+    joined = jnp.take_along_axis((by_group(indices) + heads).reshape(flat), order, axis=-1)
+    if bits is not None:
+        bits = by_group(bits).reshape(flat)
+    return by_group(counts).sum(axis=-1), joined, bits, by_group(leading).sum(axis=-1)
+
+
+def _pack(counts, indices, bits, leading):
+    entries = indices * BITS
+    if bits is not None:
+        entries += jnp.take_along_axis(bits, indices, axis=-1)
+    order, num_long = make_order(counts.reshape(-1))
+    return TileLists(
+        counts=counts.reshape(-1),
+        num_leading=leading.reshape(-1),
+        entries=entries.reshape(-1, entries.shape[-1]),
+        order=order,
+        num_long=num_long,
+    )
