@@ -154,13 +154,20 @@ def _check_relations(config: TrainConfig):
     # A stand-in for what the data will say: everything else can be refused before reading it.
     # Of an encoder, because a causal pattern has fewer blocks to choose from.
     model = make_transformer_config(config, task="classification", vocab_size=1, num_classes=2)
-    for phase in make_recipe(config, model).phases[:-1]:
+    phases = make_recipe(config, model).phases
+    for phase in phases[:-1]:
         _check(
             phase.last_step is None or phase.last_step < config.num_steps,
             "num_steps",
             config.num_steps,
             f"above {phase.last_step}, the step at which phase {phase.name!r} ends",
         )
+    _check(
+        config.model.attention_implementation is None or any(p.sparse_attention for p in phases),
+        "model.attention_implementation",
+        config.model.attention_implementation,
+        f"None in recipe {config.recipe_name!r}, which has no sparse attention",
+    )
     make_optimizer(config.optimizer, num_steps=config.num_steps)
 
 

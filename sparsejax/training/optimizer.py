@@ -111,7 +111,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
         clips.append(optax.clip(config.clip_value))
     if config.clip_norm is not None:
         clips.append(optax.clip_by_global_norm(config.clip_norm))
-    clip = optax.chain(*clips)
+    clip = optax.chain(*clips) if clips else optax.identity()
 
     direction = {
         "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),

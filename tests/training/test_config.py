@@ -49,6 +49,10 @@ def test_defaults_are_valid():
             {"model__attention_implementation": "cuda"},
             r"model.attention_implementation must be one of .*, got 'cuda'",
         ),
+        (
+            {"model__attention_implementation": "xla"},
+            r"model.attention_implementation must be None in recipe 'dense', .*, got 'xla'",
+        ),
         ({"data__source": "wikipedia"}, r"data.source='wikipedia': expected one of"),
         ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer >= 1"),
         (
@@ -95,6 +99,10 @@ def test_value_out_of_range_is_named(changes, message):
 def test_shipped_configs_are_valid(name):
     settings = importlib.import_module(f"configs.{name}").get_config().to_dict()
     assert parse_config(settings).recipe_name == settings["recipe"]["name"]
+
+
+def test_clipping_may_be_off():
+    parse_config(_settings(optimizer__clip_norm=None, optimizer__clip_value=None))
 
 
 def test_published_densities_of_encoders_are_accepted():
