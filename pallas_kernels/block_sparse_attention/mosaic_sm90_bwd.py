@@ -37,8 +37,8 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     make_mask,
     make_walk,
     matrix_smem,
-    multiply,
     multiply_add,
+    multiply_both,
     read_entry,
     zeros,
 )
@@ -89,7 +89,7 @@ def make_query_walk(problem: Problem) -> Walk:
         resident_bytes=2 * head_bytes + staging_bytes + 4 * 3,
         streamed_bytes=2 * head_bytes + 4 * (problem.has_kv_mask + problem.has_segments),
         # Logits, their gradient and dQ share the registers of a warpgroup.
-        max_tile=64 if problem.head_dim <= 128 else 32,
+        max_tile=64,
     )
 
 
@@ -110,6 +110,12 @@ def make_key_walk(problem: Problem) -> Walk:
             f"the gradient needs head dim at most 128, got {problem.head_dim}: dK and dV of 64 "
             "keys would take all registers of a warpgroup"
         )
+    pairs_blocks = problem.grain.rows * problem.grain.columns > 1
+    if problem.head_dim == 128 and pairs_blocks and problem.has_segments:
+        raise NotImplementedError(
+            "the gradient at head dim 128 takes blocks of 64 and more where there are segments: "
+            "the mask of smaller blocks beside that of segments leaves too few registers"
+        )
     head_bytes = 2 * problem.head_dim
     staging_bytes = 0 if problem.in_registers else 2 * 64
     return make_walk(
@@ -121,9 +127,7 @@ def make_key_walk(problem: Problem) -> Walk:
     )
 
 
-def attention_backward_queries(
-    operands: Operands, lists: TileLists, problem: Problem
-) -> jax.Array:
+def attention_backward_queries(operands: Operands, lists: TileLists, problem: Problem) -> jax.Array:
     """Launch the kernel for dQ.
 
     Args:
@@ -136,6 +140,7 @@ def attention_backward_queries(
     """
     walk = make_query_walk(problem)
     dtype, head_dim = jnp.dtype(problem.dtype), problem.head_dim
+    logit_scale = problem.scale * LOG2_E
 
     def body(gmem, outputs, smem):
         warpgroup = lax.axis_index("warpgroup")
@@ -146,10 +151,14 @@ def attention_backward_queries(
             return find_item(problem, walk, gmem["lists"], ring)
 
         def key_tile(array):
-            return lambda item, head, start: array.at[item.batch, pl.ds(start, walk.tile), head]
+            return lambda item, head, start: array.at[
+                item.batch, pl.ds(pl.multiple_of(start, walk.tile), walk.tile), head
+            ]
 
         def key_vector(array):
-            return lambda item, head, start: array.at[item.batch, pl.ds(start, walk.tile)]
+            return lambda item, head, start: array.at[
+                item.batch, pl.ds(pl.multiple_of(start, walk.tile), walk.tile)
+            ]
 
         vectors = [name for name in ("kv_mask", "segments") if getattr(given, name) is not None]
         keys = Group(
@@ -181,7 +190,7 @@ def attention_backward_queries(
             ring = warpgroup if walk.rings == NUM_COMPUTE else 0
             item = find(ring)
             start = item.block * walk.block + (0 if walk.rings == NUM_COMPUTE else warpgroup * ROWS)
-            rows = pl.ds(start, ROWS)
+            rows = pl.ds(pl.multiple_of(start, ROWS), ROWS)
             q_smem, d_out_smem, lse_smem, delta_smem = (
                 smem[name].at[warpgroup] for name in ("q", "d_out", "lse", "delta")
             )
@@ -203,12 +212,11 @@ def attention_backward_queries(
                 k_smem, *vector_smem = keys.at(slot)
                 if masked:
                     block, bits = read_entry(gmem["lists"], item, lax.div(index, walk.pieces))
-                plgpu.barrier_wait(keys.full.at[slot])
-                s = multiply(q_smem, k_smem.transpose((1, 0)))
-                p = jnp.exp2(
-                    s * (problem.scale * LOG2_E) - lax.broadcast_in_dim(lse, s.shape, [0])
-                )
-                if masked:
+
+                def probabilities(s):
+                    p = jnp.exp2(s * logit_scale - lax.broadcast_in_dim(lse, s.shape, [0]))
+                    if not masked:
+                        return p
                     loaded = {
                         name: plgpu.load(ref, layout=BY_COLUMN)
                         for name, ref in zip(vectors, vector_smem, strict=True)
@@ -224,12 +232,19 @@ def attention_backward_queries(
                         query_segments=segments,
                         key_segments=loaded.get("segments"),
                     )
-                    p = jnp.where(attended, p, 0.0)
+                    return jnp.where(attended, p, 0.0)
+
+                plgpu.barrier_wait(keys.full.at[slot])
                 plgpu.barrier_wait(values.full.at[slot])
-                dp = multiply(d_out_smem, smem["v"].at[slot].transpose((1, 0)))
+                p, dp = multiply_both(
+                    (q_smem, k_smem.transpose((1, 0))),
+                    (d_out_smem, smem["v"].at[slot].transpose((1, 0))),
+                    probabilities,
+                    overlap=True,
+                )
                 plgpu.barrier_arrive(values.free.at[slot])
-                ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
-                dq = multiply_add(dq, ds.astype(dtype), k_smem, staging)
+                ds = p * (dp - lax.broadcast_in_dim(delta, p.shape, [0]))
+                (dq,) = multiply_add([(dq, ds.astype(dtype), k_smem)], staging)
                 plgpu.barrier_arrive(keys.free.at[slot])
                 return dq
 
@@ -303,6 +318,7 @@ def attention_backward_keys(
     """
     walk = make_key_walk(problem)
     dtype, head_dim, group = jnp.dtype(problem.dtype), problem.head_dim, problem.group
+    logit_scale = problem.scale * LOG2_E
     # Heads of a group that share a list walk it one after the other.
     repeats = group if problem.mask_heads == 1 else 1
     num_query_blocks = problem.num_queries // problem.grain.block_q
@@ -335,13 +351,19 @@ def attention_backward_keys(
             return item.head * group + member, (index * walk.pieces + piece) * walk.tile, bits
 
         def query_tile(array):
-            return lambda item, head, start: array.at[item.batch, pl.ds(start, walk.tile), head]
+            return lambda item, head, start: array.at[
+                item.batch, pl.ds(pl.multiple_of(start, walk.tile), walk.tile), head
+            ]
 
         def row_vector(array):
-            return lambda item, head, start: array.at[item.batch, head, pl.ds(start, walk.tile)]
+            return lambda item, head, start: array.at[
+                item.batch, head, pl.ds(pl.multiple_of(start, walk.tile), walk.tile)
+            ]
 
         def position_vector(array):
-            return lambda item, head, start: array.at[item.batch, pl.ds(start, walk.tile)]
+            return lambda item, head, start: array.at[
+                item.batch, pl.ds(pl.multiple_of(start, walk.tile), walk.tile)
+            ]
 
         queries_gmem = [query_tile(given.q), row_vector(given.lse)]
         queries_smem = [smem["q"], smem["lse"]]
@@ -374,21 +396,20 @@ def attention_backward_keys(
             ring = warpgroup if walk.rings == NUM_COMPUTE else 0
             item = find(ring)
             start = item.block * walk.block + (0 if walk.rings == NUM_COMPUTE else warpgroup * ROWS)
-            rows = pl.ds(start, ROWS)
+            rows = pl.ds(pl.multiple_of(start, ROWS), ROWS)
             k_smem, v_smem = (smem[name].at[warpgroup] for name in ("k", "v"))
             staging = None if problem.in_registers else smem["staging"].at[warpgroup]
             ready = smem["resident_full"].at[warpgroup]
             for array, ref in ((given.k, k_smem), (given.v, v_smem)):
                 plgpu.copy_gmem_to_smem(array.at[item.batch, rows, item.head], ref, ready)
-            resident = [name for name in ("kv_mask", "segments") if getattr(given, name) is not None]
+            resident = [
+                name for name in ("kv_mask", "segments") if getattr(given, name) is not None
+            ]
             for name in resident:
                 plgpu.copy_gmem_to_smem(
                     getattr(given, name).at[item.batch, rows], smem[name].at[warpgroup], ready
                 )
             plgpu.barrier_wait(ready)
-            by_row = {
-                name: plgpu.load(smem[name].at[warpgroup], layout=BY_ROW) for name in resident
-            }
 
             def step(index, state, *, masked):
                 dk, dv = state
@@ -397,14 +418,17 @@ def attention_backward_keys(
                 d_out_smem, delta_smem = outs.at(slot)
                 if masked:
                     _, query_start, bits = locate(item, index)
-                plgpu.barrier_wait(queries.full.at[slot])
-                # Everything lies keys by queries: rows are those of dK and dV.
-                s = multiply(k_smem, q_smem.transpose((1, 0)))
-                lse = plgpu.load(lse_smem, layout=BY_COLUMN)
-                p = jnp.exp2(
-                    s * (problem.scale * LOG2_E) - lax.broadcast_in_dim(lse, s.shape, [1])
-                )
-                if masked:
+
+                def probabilities(s):
+                    lse = plgpu.load(lse_smem, layout=BY_COLUMN)
+                    p = jnp.exp2(s * logit_scale - lax.broadcast_in_dim(lse, s.shape, [1]))
+                    if not masked:
+                        return p
+                    # Loaded for each tile: registers are what this kernel is short of.
+                    by_row = {
+                        name: plgpu.load(smem[name].at[warpgroup], layout=BY_ROW)
+                        for name in resident
+                    }
                     query_segments = None
                     if problem.has_segments:
                         query_segments = plgpu.load(segments_smem[0], layout=BY_COLUMN)
@@ -419,14 +443,24 @@ def attention_backward_keys(
                         query_segments=query_segments,
                         key_segments=by_row.get("segments"),
                     )
-                    p = jnp.where(attended, p, 0.0)
+                    return jnp.where(attended, p, 0.0)
+
+                plgpu.barrier_wait(queries.full.at[slot])
                 plgpu.barrier_wait(outs.full.at[slot])
-                dv = multiply_add(dv, p.astype(dtype), d_out_smem, staging)
-                dp = multiply(v_smem, d_out_smem.transpose((1, 0)))
+                # Everything lies keys by queries: rows are those of dK and dV.
+                p, dp = multiply_both(
+                    (k_smem, q_smem.transpose((1, 0))),
+                    (v_smem, d_out_smem.transpose((1, 0))),
+                    probabilities,
+                    # With dK and dV there is no room for a mask beside both products.
+                    overlap=not masked,
+                )
                 delta = plgpu.load(delta_smem, layout=BY_COLUMN)
+                ds = p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))
+                dv, dk = multiply_add(
+                    [(dv, p.astype(dtype), d_out_smem), (dk, ds.astype(dtype), q_smem)], staging
+                )
                 plgpu.barrier_arrive(outs.free.at[slot])
-                ds = p * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
-                dk = multiply_add(dk, ds.astype(dtype), q_smem, staging)
                 plgpu.barrier_arrive(queries.free.at[slot])
                 return dk, dv
 

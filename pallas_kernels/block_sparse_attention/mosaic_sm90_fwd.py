@@ -104,10 +104,14 @@ def attention_forward(
             return find_item(problem, walk, gmem["lists"], ring)
 
         def key_tile(name):
-            return lambda item, head, start: gmem[name].at[item.batch, pl.ds(start, walk.tile), head]
+            return lambda item, head, start: gmem[name].at[
+                item.batch, pl.ds(pl.multiple_of(start, walk.tile), walk.tile), head
+            ]
 
         def key_vector(name):
-            return lambda item, head, start: gmem[name].at[item.batch, pl.ds(start, walk.tile)]
+            return lambda item, head, start: gmem[name].at[
+                item.batch, pl.ds(pl.multiple_of(start, walk.tile), walk.tile)
+            ]
 
         vectors = [name for name in ("kv_mask", "segments") if gmem[name] is not None]
         keys = Group(
@@ -139,7 +143,7 @@ def attention_forward(
             ring = warpgroup if walk.rings == NUM_COMPUTE else 0
             item = find(ring)
             start = item.block * walk.block + (0 if walk.rings == NUM_COMPUTE else warpgroup * ROWS)
-            rows = pl.ds(start, ROWS)
+            rows = pl.ds(pl.multiple_of(start, ROWS), ROWS)
             q_smem = smem["q"].at[warpgroup]
             staging = None if problem.in_registers else smem["staging"].at[warpgroup]
             ready = smem["resident_full"].at[warpgroup]
@@ -192,7 +196,7 @@ def attention_forward(
                 total = total * shrink + p.sum(axis=1)
                 acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
                 plgpu.barrier_wait(values.full.at[slot])
-                acc = multiply_add(acc, p.astype(dtype), smem["v"].at[slot], staging)
+                (acc,) = multiply_add([(acc, p.astype(dtype), smem["v"].at[slot])], staging)
                 plgpu.barrier_arrive(values.free.at[slot])
                 return new_top, total, acc, kept
 
@@ -256,7 +260,9 @@ def attention_forward(
         walk=walk,
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((problem.batch, problem.num_heads, problem.num_queries), "float32"),
+            jax.ShapeDtypeStruct(
+                (problem.batch, problem.num_heads, problem.num_queries), "float32"
+            ),
         ],
         scratch={
             "q": matrix_smem((NUM_COMPUTE, ROWS, head_dim), dtype),

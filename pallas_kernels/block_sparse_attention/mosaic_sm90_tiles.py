@@ -158,7 +158,7 @@ def make_walk(
     heads = problem.num_heads if over_queries else problem.num_kv_heads
     rings = NUM_COMPUTE if block == ROWS else 1
     free = SHARED_MEMORY_BYTES - _SPARE_BYTES - NUM_COMPUTE * ROWS * resident_bytes
-    for tile in (128, 64, 32):
+    for tile in (128, 64):
         stages = min(free // (rings * tile * streamed_bytes), _MAX_STAGES)
         if tile <= min(max_tile, streamed_block) and stages >= 2:
             return Walk(
@@ -171,8 +171,8 @@ def make_walk(
                 stages=stages,
             )
     raise NotImplementedError(
-        f"a head dim of {problem.head_dim} leaves no room for two tiles in the "
-        f"{SHARED_MEMORY_BYTES} bytes of shared memory"
+        f"at head dim {problem.head_dim}, two tiles of 64 positions for each of {rings} lists do "
+        f"not fit in the {SHARED_MEMORY_BYTES} bytes of shared memory; blocks of 128 share a list"
     )
 
 
@@ -362,9 +362,6 @@ def make_mask(
       visible, and those of them that `kv_mask` leaves.
     """
 
-    def positions(axis, start):
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) + start
-
     def spread(vector, axis):
         return lax.broadcast_in_dim(vector, shape, [axis])
 
@@ -372,7 +369,10 @@ def make_mask(
     conditions = []
     grain = problem.grain
     if problem.causal or grain.rows * grain.columns > 1:
-        q_at, kv_at = positions(query_axis, query_start), positions(key_axis, key_start)
+        q_at, kv_at = (
+            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) + start
+            for axis, start in ((query_axis, query_start), (key_axis, key_start))
+        )
         if problem.causal:
             conditions.append(q_at >= kv_at)
         if grain.rows * grain.columns > 1:
@@ -424,23 +424,63 @@ def multiply(lhs_smem: Any, rhs_smem: Any) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((lhs_smem.shape[0], rhs_smem.shape[1]), jnp.float32))
 
 
-def multiply_add(acc: jax.Array, lhs: jax.Array, rhs_smem: Any, staging_smem: Any) -> jax.Array:
-    """Add the product of a matrix in registers and one in shared memory, and wait.
+def multiply_both(
+    first: tuple[Any, Any],
+    second: tuple[Any, Any],
+    use_first: Callable[[jax.Array], jax.Array],
+    *,
+    overlap: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Multiply two pairs of matrices, and use the first product in between.
 
     Args:
-      acc: f32[64, Y].
-      lhs: [64, X].
-      rhs_smem: reference, [X, Y].
-      staging_smem: reference [64, X] to put `lhs` in, or None to leave it in registers.
+      first: pair of references, [64, X] and [X, Y].
+      second: pair of references, [64, Z] and [Z, Y].
+      use_first: function of the first product.
+      overlap: bool, use it while the second is computed, which takes registers for both.
 
     Returns:
-      f32[64, Y].
+      tuple of what `use_first` returned, and the second product, f32[64, Y].
+    """
+    if not overlap:
+        return use_first(multiply(*first)), multiply(*second)
+    shapes = [(lhs.shape[0], rhs.shape[1]) for lhs, rhs in (first, second)]
+
+    def run(acc, other_acc):
+        plgpu.wgmma(acc, *first)
+        plgpu.wgmma(other_acc, *second)
+        used = use_first(plgpu.wgmma_accumulator_load(acc, wait_n=1))
+        return used, other_acc[...]
+
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def multiply_add(
+    products: Sequence[tuple[jax.Array, jax.Array, Any]], staging_smem: Any
+) -> tuple[jax.Array, ...]:
+    """Add products of matrices in registers and in shared memory, and wait for all of them.
+
+    Args:
+      products: for each, the accumulator f32[64, Y], the left operand [64, X], and a reference
+        [X, Y] to the right one.
+      staging_smem: reference [64, X] to put left operands in, or None to leave them in registers.
+
+    Returns:
+      tuple of the new accumulators, f32[64, Y].
     """
     if staging_smem is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, lhs, rhs_smem))(plgpu.ACC.init(acc))
-    staging_smem[...] = lhs
-    plgpu.commit_smem()
-    return acc + multiply(staging_smem, rhs_smem)
+
+        def run(accs):
+            for acc, (_, lhs, rhs_smem) in zip(accs, products, strict=True):
+                plgpu.wgmma(acc, lhs, rhs_smem)
+
+        return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in products)))
+    results = []
+    for acc, lhs, rhs_smem in products:
+        staging_smem[...] = lhs
+        plgpu.commit_smem()
+        results.append(acc + multiply(staging_smem, rhs_smem))
+    return tuple(results)
 
 
 def matrix_smem(shape: tuple[int, ...], dtype: Any) -> Any:

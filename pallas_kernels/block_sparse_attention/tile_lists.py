@@ -158,7 +158,7 @@ def _size_class(count):
 
 
 def _coarsen(schedule, grain):
-    """Return the schedule of tile blocks and bits int32[..., I, J], None if all blocks are whole."""
+    """Return the schedule of tile blocks and bits int32[..., I, J], None for whole blocks."""
     if grain.rows == grain.columns == 1:
         return schedule, None
     mask = unpack_block_schedule(schedule)
@@ -191,7 +191,7 @@ def _leading(counts, found, causal, all_masked, *, masked_first=False):
 
 
 def _join_heads(counts, indices, bits, leading, group):
-    """Join the lists of the query heads of a group, [B, N, J, I] -> [B, N / group, J, group * I]."""
+    """Join the lists of the heads of a group, [B, N, J, I] -> [B, N / group, J, group * I]."""
 
     def by_group(x):
         return jnp.moveaxis(x.reshape(x.shape[0], -1, group, *x.shape[2:]), 2, 3)

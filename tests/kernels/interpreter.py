@@ -1,0 +1,32 @@
+"""Pallas GPU kernels on the CPU: interpreted, with races detected and asserted."""
+
+import contextlib
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+# Races are only printed, and an exception leaves the interpreter unusable: neither has a public
+# name.
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+
+@contextlib.contextmanager
+def hopper():
+    """Run Hopper kernels: on the GPU where there is one, else interpreted and free of races."""
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        jax.effects_barrier()
+        assert not _races_found(), "the interpreter saw a race"
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def _races_found():
+    try:
+        return interpret_pallas_call.get_races().races_found
+    except AssertionError:  # no kernel has run
+        return False

@@ -1,0 +1,227 @@
+"""The Hopper kernels against the contract: interpreted, or on a GPU where there is one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import block_sparse_attention, make_block_schedule
+from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
+    block_sparse_attention_mosaic_sm90,
+    make_problem,
+)
+from sparsejax.masks import flood_fill
+from tests.kernels.contract import Case, call_implementation, check_case, compile_case
+from tests.kernels.interpreter import hopper
+from tests.kernels.oracles import error, make_normal
+
+_SMALL = Case(
+    batch=1, num_heads=1, num_kv_heads=1, num_queries=192, num_keys=192, head_dim=64, block_q=64,
+    block_kv=64, dtype="bfloat16", mask_names=("random", "empty_rows"),
+)  # fmt: skip
+_change = functools.partial(dataclasses.replace, _SMALL)
+_PAIRED = ("random", "empty_columns")
+
+CASES = {
+    "every_mask": _change(mask_names=None),
+    "causal_per_head": _change(
+        causal=True, num_heads=2, num_kv_heads=2, mask_heads=2, head_dim=32,
+        mask_names=("full", "random"),
+    ),
+    "shared_ring_key_mask": _change(block_q=128, num_queries=256, has_kv_mask=True, batch=2),
+    "wide_keys_causal_zero": _change(
+        block_kv=128, num_queries=384, num_keys=384, causal=True, pruned_logits="zero",
+        mask_names=("random",),
+    ),
+    "grouped_shared_mask_causal": _change(
+        num_heads=2, causal=True, scale=0.3, mask_names=("full", "random")
+    ),
+    "grouped_own_masks_causal": _change(num_heads=2, mask_heads=2, causal=True),
+    "segments_zero_batch": _change(
+        batch=2, mask_batch=2, causal=True, has_segments=True, pruned_logits="zero"
+    ),
+    "blocks_of_32_zero": _change(
+        block_q=32, block_kv=32, num_queries=128, num_keys=128, head_dim=32, pruned_logits="zero",
+        mask_names=_PAIRED,
+    ),
+    "blocks_of_32_grouped_causal": _change(
+        block_q=32, block_kv=64, num_queries=128, num_heads=2, mask_heads=2, causal=True,
+        mask_names=_PAIRED,
+    ),
+    "squares_of_128_everything_f16": _change(
+        block_q=128, block_kv=128, num_queries=384, num_keys=384, head_dim=128, causal=True,
+        has_kv_mask=True, has_segments=True, pruned_logits="zero", dtype="float16",
+        mask_names=("random",),
+    ),
+}  # fmt: skip
+
+
+def _attend(q, k, v, mask, **options):
+    return call_implementation("mosaic_sm90")(q, k, v, mask, **options)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_contract(case):
+    with hopper():
+        check_case(case, _attend)
+
+
+def test_flood_filled_pattern():
+    case = _change(num_queries=256, num_keys=256, causal=True, pruned_logits="zero")
+    pooled = np.random.default_rng(0).random((4, 4), np.float32) + 3 * np.eye(4, dtype=np.float32)
+    mask = flood_fill(jnp.asarray(pooled), quantile=0.5)[None, None]
+    with hopper():
+        got = compile_case(case, _attend)(case.inputs(), mask)
+    expected = compile_case(case, call_implementation("reference"))(case.inputs(), mask)
+    assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.03
+
+
+def _untransposed_lists(q, k, v, mask, **options):
+    schedule = make_block_schedule(mask)
+    schedule = dataclasses.replace(
+        schedule, q_counts=schedule.kv_counts, q_indices=schedule.kv_indices
+    )
+    return _attend(q, k, v, schedule, **options)
+
+
+def _dropped_last_block(q, k, v, mask, **options):
+    schedule = make_block_schedule(mask)
+    counts = jnp.maximum(schedule.kv_counts - 1, 0)
+    return _attend(q, k, v, dataclasses.replace(schedule, kv_counts=counts), **options)
+
+
+def _wrong_scale(q, k, v, mask, **options):
+    return _attend(q, k, v, mask, **options | {"scale": 1.05 * q.shape[-1] ** -0.5})
+
+
+@pytest.mark.parametrize("broken", [_untransposed_lists, _dropped_last_block, _wrong_scale])
+def test_contract_rejects_broken_lists_and_scale(broken):
+    with pytest.raises(AssertionError, match="off by"), hopper():
+        check_case(_change(mask_names=("random",)), broken)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
+@pytest.mark.parametrize("missing", [0, 4], ids=["slot_reused", "tile_read"])
+def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
+    # In a program with one ring, barriers are awaited in the order: two of the copying
+    # warpgroup for slots it uses again; queries, keys and values of a computing one.
+    waits = []
+    barrier_wait = plgpu.barrier_wait
+
+    def wait_but_once(barrier):
+        waits.append(barrier)
+        if len(waits) - 1 != missing:
+            barrier_wait(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)
+    case = _change(block_q=128, num_queries=128, num_keys=640)
+    q, k, v = case.inputs()
+    mask = jnp.ones((1, 1, 1, 10), bool)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
+        jax.block_until_ready(jax.jit(functools.partial(_attend, **case.options))(q, k, v, mask))
+
+
+def test_nothing_leaks_from_removed_keys():
+    case = CASES["shared_ring_key_mask"]
+    q, k, v = case.inputs()
+    removed = ~case.position_masks()["kv_mask"][:, :, None, None]
+    mask = case.masks()["random"]
+    run = compile_case(case, _attend)
+    with hopper():
+        clean = run((q, k, v), mask)
+        poisoned = run((q, *(jnp.where(removed, jnp.nan, x) for x in (k, v))), mask)
+    for x, y in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
+    case = _SMALL
+    inputs, mask = case.inputs(), case.masks()["random"]
+    run = compile_case(case, _attend)
+    with hopper():
+        first, second = run(inputs, mask), run(inputs, mask)
+        eager = _attend(*inputs, mask, **case.options)
+    for x, y in zip(first, second, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert max(error(x, y) for x, y in zip(eager, first[:2], strict=True)) < 1e-2
+
+
+def test_vmap_over_inputs_and_masks():
+    case = _change(num_queries=64)
+    q, k, v = make_normal(tuple((2, *shape) for shape in case.shapes), "bfloat16")
+    masks = jnp.array([[[[[True, False, True]]]], [[[[False, True, False]]]]])
+
+    def loss(q, k, v, mask):
+        return (_attend(q, k, v, mask, **case.options)[0].astype(jnp.float32) ** 2).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+    with hopper():
+        together = jax.jit(jax.vmap(gradient))(q, k, v, masks)
+        alone = [jax.jit(gradient)(q[i], k[i], v[i], masks[i]) for i in range(2)]
+    for x, *rest in zip(together, *alone, strict=True):
+        np.testing.assert_array_equal(x, jnp.stack(rest))
+
+
+_PROPERTY = _change(block_kv=64, num_queries=128, num_keys=128, causal=True)
+
+
+@functools.cache
+def _property_run(implementation):
+    return compile_case(_PROPERTY, call_implementation(implementation))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(kept=st.lists(st.booleans(), min_size=4, max_size=4), seed=st.integers(0, 9))
+def test_any_mask_agrees_with_the_reference(kept, seed):
+    inputs = make_normal(_PROPERTY.shapes, "bfloat16", seed=seed)
+    mask = jnp.array(kept).reshape(1, 1, 2, 2)
+    with hopper():
+        got = _property_run("mosaic_sm90")(inputs, mask)
+    exact = _property_run("reference")(tuple(x.astype(jnp.float32) for x in inputs), mask)
+    assert max(error(x, y) for x, y in zip(got, exact, strict=True)) < 0.05
+
+
+_REFUSED = [
+    ({"dtype": "float32"}, {}, "bfloat16 and float16, got float32"),
+    ({"head_dim": 48}, {}, r"head dims \(32, 64, 128, 256\), got H=48"),
+    ({"block_q": 16}, {}, "blocks of .* got block_q=16, block_kv=64"),
+    ({"block_q": 32, "num_queries": 96}, {}, "multiples of 64 there, got T=96"),
+    ({}, {"scale": -1.0}, "a positive scale, got scale=-1.0"),
+    ({"head_dim": 256}, {}, "at head dim 256, two tiles .* do not fit"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "message"), _REFUSED)
+def test_what_the_kernels_do_not_do_is_refused_with_the_reason(change, options, message):
+    case = _change(**change)
+    q, k, v = case.inputs()
+    mask = jnp.ones((1, 1, case.num_queries // case.block_q, case.num_keys // case.block_kv), bool)
+    with hopper(), pytest.raises(NotImplementedError, match=message):
+        block_sparse_attention(
+            q, k, v, mask, **case.options | options, implementation="mosaic_sm90"
+        )
+
+
+def test_a_wide_head_has_no_gradient_and_says_so():
+    case = _change(head_dim=256, block_q=128, block_kv=128, num_queries=128, num_keys=128)
+    q, k, v = case.inputs()
+    schedule = make_block_schedule(jnp.ones((1, 1, 1, 1), bool))
+    with hopper():
+        problem = make_problem(
+            q, k, (1, 1), has_kv_mask=False, has_segments=False, **case.options | {"scale": 0.1}
+        )
+    # As on a GPU: what the interpreter stages in shared memory would not fit at this width.
+    problem = dataclasses.replace(problem, in_registers=True)
+
+    def loss(q):
+        out, _ = block_sparse_attention_mosaic_sm90(q, k, v, schedule, None, None, problem)
+        return out.astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="head dim at most 128, got 256"):
+        jax.eval_shape(jax.grad(loss), q)

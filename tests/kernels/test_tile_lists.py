@@ -1,0 +1,92 @@
+"""Lists as the Hopper kernels read them, against masks written out."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import make_block_schedule
+from pallas_kernels.block_sparse_attention.block_schedule import drop_blocks_above_diagonal
+from pallas_kernels.block_sparse_attention.tile_lists import (
+    BITS,
+    make_grain,
+    make_key_lists,
+    make_order,
+    make_query_lists,
+)
+
+
+def _schedule(mask, block_q, block_kv, causal):
+    schedule = make_block_schedule(jnp.asarray(mask))
+    if causal:
+        schedule = drop_blocks_above_diagonal(schedule, block_q=block_q, block_kv=block_kv)
+    return schedule
+
+
+def _read(lists, unit):
+    entries = np.asarray(lists.entries[unit, : lists.counts[unit]])
+    return [divmod(int(entry), BITS) for entry in entries], int(lists.num_leading[unit])
+
+
+@pytest.mark.parametrize(("block_q", "block_kv"), [(64, 64), (128, 64), (64, 128)])
+def test_lists_hold_the_kept_blocks_and_set_the_diagonal_apart(block_q, block_kv):
+    grid = (384 // block_q, 384 // block_kv)
+    mask = np.random.default_rng(0).random((1, 2, *grid)) < 0.6
+    grain = make_grain(block_q, block_kv)
+    schedule = _schedule(mask, block_q, block_kv, True)
+    options = {"causal": True, "all_masked": False}
+    q_at, kv_at = np.arange(384).reshape(grid[0], -1), np.arange(384).reshape(grid[1], -1)
+    seen = [[q[-1] >= kv[0] for kv in kv_at] for q in q_at]
+    clear = np.array([[q[0] >= kv[-1] for kv in kv_at] for q in q_at])
+    kept = mask & np.array(seen)
+    by_query = make_query_lists(schedule, grain, **options)
+    by_key = make_key_lists(schedule, grain, **options, group=1)
+    for head in range(2):
+        for i in range(grid[0]):
+            entries, num_clear = _read(by_query, head * grid[0] + i)
+            blocks = [index for index, _ in entries]
+            assert sorted(blocks) == np.flatnonzero(kept[0, head, i]).tolist()
+            assert [clear[i, j] for j in blocks] == [n < num_clear for n in range(len(blocks))]
+        for j in range(grid[1]):
+            entries, num_crossed = _read(by_key, head * grid[1] + j)
+            blocks = [index for index, _ in entries]
+            assert sorted(blocks) == np.flatnonzero(kept[0, head, :, j]).tolist()
+            assert [~clear[i, j] for i in blocks] == [n < num_crossed for n in range(len(blocks))]
+
+
+def test_blocks_of_32_meet_in_one_tile_with_their_bits():
+    mask = np.zeros((1, 1, 4, 4), bool)
+    mask[0, 0, 0, 1] = mask[0, 0, 1, 0] = mask[0, 0, 3, 3] = True
+    grain = make_grain(32, 32)
+    schedule = _schedule(mask, 32, 32, False)
+    options = {"causal": False, "all_masked": True}
+    by_query = make_query_lists(schedule, grain, **options)
+    assert _read(by_query, 0) == ([(0, 0b0110)], 0)
+    assert _read(by_query, 1) == ([(1, 0b1000)], 0)
+    by_key = make_key_lists(schedule, grain, **options, group=1)
+    assert _read(by_key, 0) == ([(0, 0b0110)], 1)
+    assert _read(by_key, 1) == ([(1, 0b1000)], 1)
+
+
+def test_heads_of_a_group_are_joined_with_masked_tiles_first():
+    mask = np.tril(np.ones((1, 2, 3, 3), bool))
+    mask[0, 1, 2, 0] = False
+    schedule = _schedule(mask, 64, 64, True)
+    lists = make_key_lists(schedule, make_grain(64, 64), causal=True, all_masked=False, group=2)
+    # Index 3 g + i is block i of head g; the diagonal needs a mask.
+    assert _read(lists, 0) == ([(0, 0), (3, 0), (1, 0), (2, 0), (4, 0)], 2)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [5], [1, 9, 8, 70, 2, 0, 64, 3]])
+def test_order_is_a_permutation_by_class_with_the_long_ones_at_its_head(counts):
+    order, num_long = make_order(jnp.array(counts))
+    classes = [counts[i].bit_length() for i in order.tolist()]
+    assert sorted(order.tolist()) == list(range(len(counts)))
+    assert classes == sorted(classes, reverse=True)
+    mean = np.mean(counts)
+    assert all(counts[i] >= 2 * mean for i in order.tolist()[: int(num_long[0])])
+
+
+def test_much_longer_lists_are_found():
+    order, num_long = make_order(jnp.array([3] * 30 + [64, 65]))
+    assert order.tolist()[:3] == [30, 31, 0]
+    assert num_long.tolist() == [2]
