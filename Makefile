@@ -4,17 +4,19 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 WORKERS ?= 2
+CONFIG ?= configs/quickstart.py
+TARGET ?= h200
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 export PYTHON VENV
 
-.PHONY: help train test test-all bench compile-step gpu gpu-sweep lint lock clean
+.PHONY: help train test test-all bench plan gpu gpu-sweep lint lock clean
 
 help:
 	@echo "make train      train the quickstart model, or resume it"
 	@echo "make test       lint and the fast tests       make test-all   every test"
 	@echo "make lint       ruff and pyright              make bench      the op's benchmark and its table"
 	@echo "make gpu        contracts and headline benchmarks on a GPU; make gpu-sweep PART=attention: all points"
-	@echo "make compile-step CONFIG=configs/quickstart.py   memory of its train step on an H200, without one"
+	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 
 train: $(VENV)/train.stamp
@@ -36,8 +38,8 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/train.stamp
 	$(PY) -m benchmarks.attention
 
-compile-step: $(VENV)/train.stamp $(VENV)/compile.stamp
-	PYTHONPATH=$(VENV)/compile $(PY) -m benchmarks.compile_step --config=$(CONFIG)
+plan: $(VENV)/train.stamp $(VENV)/compile.stamp
+	PYTHONPATH=$(VENV)/compile $(PY) train.py --mode=plan --config=$(CONFIG) --target=$(TARGET) $(FLAGS)
 
 # A machine with a GPU often has its own JAX with CUDA and no way to install another.
 gpu gpu-sweep:

@@ -1,7 +1,8 @@
-"""Train or evaluate a model.
+"""Train or evaluate a model, or say what training it needs on a GPU that need not be there.
 
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=eval
+  python train.py --config=configs/quickstart.py --mode=plan --target=h200
 
 Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them. The same workdir
 resumes. Exit code 2 means that a setting has to be changed; the message says which.
@@ -9,6 +10,7 @@ resumes. Exit code 2 means that a setting has to be changed; the message says wh
 
 import ast
 import contextlib
+import os
 import shlex
 import sys
 
@@ -17,7 +19,11 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do.")
+_TARGET = flags.DEFINE_enum("target", "h200", ["h200", "h100"], "GPU of --mode=plan.")
+_NUM_CLASSES = flags.DEFINE_integer(
+    "plan_num_classes", None, "Labels of a tfds: or idx: source, which --mode=plan does not read."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -32,19 +38,27 @@ def main(argv: list[str]) -> int:
     """
     if len(argv) > 1:
         return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+    if _MODE.value == "plan":
+        # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    elif not _WORKDIR.value:
+        return _fail(f"--workdir must be a folder for --mode={_MODE.value}, got none")
     # Imported here so that --help does not wait for JAX.
     from sparsejax.training.checkpoint import CheckpointError
     from sparsejax.training.config import ConfigError, parse_config
     from sparsejax.training.evaluation import evaluate
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
+    from sparsejax.training.plan import format_plan, make_plan
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    settings, workdir = _CONFIG.value.to_dict(), _WORKDIR.value
-    assert workdir is not None, "marked as required"
+    settings, workdir = _CONFIG.value.to_dict(), _WORKDIR.value or ""
     try:
         config = parse_config(settings)
-        if _MODE.value == "eval":
+        if _MODE.value == "plan":
+            plan = make_plan(config, target=_TARGET.value, num_classes=_NUM_CLASSES.value)
+            print(format_plan(plan))
+        elif _MODE.value == "eval":
             for name, value in evaluate(config, settings, workdir).items():
                 print(f"{name}: {value}")
         else:
@@ -82,5 +96,5 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=_parse_flags)

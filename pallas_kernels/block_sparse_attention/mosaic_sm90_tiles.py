@@ -265,7 +265,14 @@ class Group(NamedTuple):
     free: Any
 
     def at(self, slot):
-        """Return the references of one slot."""
+        """Return the references of one slot.
+
+        Args:
+          slot: int32, which.
+
+        Returns:
+          tuple of references, [tile, ...].
+        """
         return tuple(ref.at[slot] for ref in self.smem)
 
 

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from sparsejax.training.data import DataConfig, make_data
+from sparsejax.training.data import DataConfig, find_facts, make_data
 from sparsejax.training.data.prepare import main
 
 SETTINGS = {
@@ -37,14 +37,19 @@ def images(tmp_path):
     return pixels
 
 
-def make_files(tmp_path, kind, **settings):
+def make_config(tmp_path, kind, **settings):
     config = {"source": f"{kind}:{tmp_path / kind}", "data_dir": str(tmp_path / "data")}
-    return make_data(DataConfig(**{"batch_size": 3, "seed": 0} | config | settings))
+    return DataConfig(**{"batch_size": 3, "seed": 0} | config | settings)
+
+
+def make_files(tmp_path, kind, **settings):
+    return make_data(make_config(tmp_path, kind, **settings))
 
 
 def test_idx_images_become_rows_of_pixels(images, tmp_path):
     data = make_files(tmp_path, "idx", sequence_length=8)
-    assert (data.task, data.vocab_size, data.num_classes) == ("classification", 257, 6)
+    facts = find_facts(make_config(tmp_path, "idx", sequence_length=8), num_classes=6)
+    assert (data.task, data.vocab_size, data.num_classes) == facts == ("classification", 257, 6)
     batches = {"train": [next(data.train), next(data.train)], "t10k": list(data.validation(None))}
     for name, split in batches.items():
         rows = {
@@ -95,7 +100,8 @@ def pairs(tmp_path):
 
 def test_pairs_of_documents_come_with_one_label(pairs, tmp_path):
     data = make_files(tmp_path, "aan", sequence_length=6, batch_size=5)
-    assert (data.task, data.vocab_size, data.num_classes) == ("matching", 257, 2)
+    facts = find_facts(make_config(tmp_path, "aan", sequence_length=6))
+    assert (data.task, data.vocab_size, data.num_classes) == facts == ("matching", 257, 2)
     batch = next(data.train)
     assert batch["inputs"].shape == batch["mask"].shape == (5, 2, 6)
     found = {

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sparsejax.training.data import DataConfig, make_data
+from sparsejax.training.data import DataConfig, find_facts, make_data
 from sparsejax.training.data.listops import (
     SYMBOLS,
     ListOps,
@@ -54,10 +54,14 @@ def to_tree(ids):
     return tree
 
 
-def make_listops(data_dir, **settings):
+def make_config(data_dir, **settings):
     defaults = {"source": "listops:short", "sequence_length": 199, "batch_size": 16, "seed": 0}
     config = {"data_dir": str(data_dir), "listops_examples": 480} | defaults | settings
-    return make_data(DataConfig(**config))
+    return DataConfig(**config)
+
+
+def make_listops(data_dir, **settings):
+    return make_data(make_config(data_dir, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,8 @@ def test_classification_batches_pad_with_zero_and_mask_it(data_dir):
     np.testing.assert_array_equal(batch["inputs"] > 0, batch["mask"])
     lengths = batch["mask"].sum(1)
     np.testing.assert_array_equal(batch["mask"], np.arange(199) < lengths[:, None])
-    assert (data.task, data.vocab_size, data.num_classes) == ("classification", 16, 10)
+    facts = find_facts(make_config(data_dir))
+    assert (data.task, data.vocab_size, data.num_classes) == facts == ("classification", 16, 10)
     assert batch["inputs"].max() == 15
 
 

@@ -6,16 +6,20 @@ import platform
 import numpy as np
 import pytest
 
-from sparsejax.training.data import DataConfig, make_data, text
+from sparsejax.training.data import DataConfig, find_facts, make_data, text
 from sparsejax.training.data.store import Windows, write_stream
 from sparsejax.training.data.text import open_stdlib, open_text
 from sparsejax.training.data.tokenizer import byte_tokenizer, load_bpe, train_bpe
 
 
-def make_text_data(path, data_dir, **settings):
+def make_config(path, data_dir, **settings):
     defaults = {"sequence_length": 15, "batch_size": 2, "seed": 0, "validation_fraction": 0.3}
     config = {"source": f"text:{path}", "data_dir": str(data_dir)} | defaults | settings
-    return make_data(DataConfig(**config))
+    return DataConfig(**config)
+
+
+def make_text_data(path, data_dir, **settings):
+    return make_data(make_config(path, data_dir, **settings))
 
 
 def read_documents(source, split):
@@ -72,7 +76,8 @@ def test_batches_have_the_documented_arrays(folder, tmp_path):
         "targets": ("int32", (2, 15)),
         "weights": ("float32", (2,)),
     }
-    assert (data.task, data.vocab_size, data.num_classes) == ("language_model", 256, 0)
+    facts = find_facts(make_config(folder, tmp_path / "data"))
+    assert (data.task, data.vocab_size, data.num_classes) == facts == ("language_model", 256, 0)
 
 
 @pytest.mark.parametrize("line", ["Zeile mit Umlaut: äöü.\n", "ä"])
@@ -114,7 +119,8 @@ def test_bpe_is_trained_on_the_training_split_and_loses_nothing(folder, tmp_path
     import tokenizers
 
     data = make_text_data(folder, tmp_path / "data", tokenizer="bpe:270", sequence_length=1)
-    assert data.vocab_size == 270
+    config = make_config(folder, tmp_path / "data", tokenizer="bpe:270")
+    assert data.vocab_size == find_facts(config).vocab_size == 270
     (saved,) = (tmp_path / "data" / "tokenizers").glob("*/tokenizer.json")
     bpe = tokenizers.Tokenizer.from_file(str(saved))
     (tokens,) = (tmp_path / "data" / "tokens").glob("text-train-*/tokens.bin")

@@ -1,6 +1,7 @@
 """Real data for training: deterministic, sharded, resumable batches of NumPy arrays.
 
-`make_data(DataConfig(...))` is the whole interface. Every source takes the same road:
+`make_data(DataConfig(...))` is the whole interface; `find_facts` tells without the data what a
+model has to know of it. Every source takes the same road:
 
     source (text, ListOps, IDX, TFDS, TSV) -> tokenizer -> token cache on disk, memory-mapped
         -> random-access examples -> grain pipeline -> batches
@@ -11,5 +12,6 @@ importing this package costs no more than NumPy.
 
 from sparsejax.training.data.config import DataConfig
 from sparsejax.training.data.dataset import Data, make_data
+from sparsejax.training.data.facts import Facts, find_facts
 
-__all__ = ["Data", "DataConfig", "make_data"]
+__all__ = ["Data", "DataConfig", "Facts", "find_facts", "make_data"]

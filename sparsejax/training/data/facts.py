@@ -1,0 +1,73 @@
+"""What a model has to know of a data set, as far as settings tell: no file is looked at."""
+
+from typing import NamedTuple
+
+from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.source import Task
+
+
+class Facts(NamedTuple):
+    """The shape of a learning problem.
+
+    Attributes:
+        task: What the batches are for.
+        vocab_size: Ids are in [0, vocab_size).
+        num_classes: Number of labels; 0 for a language model.
+    """
+
+    task: Task
+    vocab_size: int
+    num_classes: int
+
+
+def find_facts(config: DataConfig, *, num_classes: int | None = None) -> Facts:
+    """Say what `make_data` would, without the data.
+
+    Args:
+        config: Names the data set.
+        num_classes: Number of labels where it stands in files only (`idx:`, `tfds:`), 0 for a
+            language model; None elsewhere.
+
+    Returns:
+        The facts that `make_data(config)` has among its attributes.
+
+    Raises:
+        ValueError: `num_classes` is missing, out of range or contradicts the source.
+
+    Example:
+        >>> find_facts(
+        ...     DataConfig(
+        ...         source="aan:/aan", data_dir="data", sequence_length=64, batch_size=2, seed=0
+        ...     )
+        ... )
+        Facts(task='matching', vocab_size=257, num_classes=2)
+    """
+    known: dict[str, tuple[Task, int]] = {
+        "stdlib": ("language_model", 0),
+        "text": ("language_model", 0),
+        "listops": ("classification", 10),
+        "aan": ("matching", 2),
+    }
+    if config.kind in known:
+        task, count = known[config.kind]
+        if num_classes not in (None, count):
+            raise ValueError(
+                f"num_classes={num_classes}: source={config.source!r} has {count}; expected none"
+            )
+    else:
+        least = 1 if config.kind == "idx" else 0
+        if num_classes is None or num_classes < least:
+            meaning = "" if least else ", 0 for a language model"
+            raise ValueError(
+                f"num_classes={num_classes}: the labels of source={config.source!r} stand in its "
+                f"files; expected how many there are, at least {least}{meaning}"
+            )
+        task, count = ("classification" if num_classes else "language_model"), num_classes
+    if config.kind == "listops":
+        num_ids = 15
+    elif config.tokenizer == "bytes":
+        num_ids = 256  # grey levels too
+    else:
+        num_ids = int(config.tokenizer.partition(":")[2])
+    # A labelled document is shifted up by one to make room for padding.
+    return Facts(task, num_ids + (task != "language_model"), count)
