@@ -174,8 +174,8 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, problem):
 
 def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, problem):
     # Refused here rather than after the forward pass was compiled.
-    make_query_walk(problem)
     make_key_walk(problem)
+    make_query_walk(problem)
     out, lse_BNT = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
     residuals = (q, k, v, schedule, kv_mask, segment_ids, out, lse_BNT)
     return (out, lse_BNT.swapaxes(1, 2)), residuals

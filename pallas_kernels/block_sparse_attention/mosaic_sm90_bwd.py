@@ -37,6 +37,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     make_mask,
     make_walk,
     matrix_smem,
+    multiply,
     multiply_add,
     multiply_both,
     read_entry,
@@ -240,7 +241,6 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
                     (q_smem, k_smem.transpose((1, 0))),
                     (d_out_smem, smem["v"].at[slot].transpose((1, 0))),
                     probabilities,
-                    overlap=True,
                 )
                 plgpu.barrier_arrive(values.free.at[slot])
                 ds = p * (dp - lax.broadcast_in_dim(delta, p.shape, [0]))
@@ -322,6 +322,8 @@ def attention_backward_keys(
     # Heads of a group that share a list walk it one after the other.
     repeats = group if problem.mask_heads == 1 else 1
     num_query_blocks = problem.num_queries // problem.grain.block_q
+    # Beside a loop with a mask, ptxas finds no room for both products at the widest head.
+    overlaps = head_dim < 128 or not problem.causal
 
     def body(gmem, outputs, smem):
         warpgroup = lax.axis_index("warpgroup")
@@ -448,18 +450,23 @@ def attention_backward_keys(
                 plgpu.barrier_wait(queries.full.at[slot])
                 plgpu.barrier_wait(outs.full.at[slot])
                 # Everything lies keys by queries: rows are those of dK and dV.
-                p, dp = multiply_both(
-                    (k_smem, q_smem.transpose((1, 0))),
-                    (v_smem, d_out_smem.transpose((1, 0))),
-                    probabilities,
-                    # With dK and dV there is no room for a mask beside both products.
-                    overlap=not masked,
-                )
-                delta = plgpu.load(delta_smem, layout=BY_COLUMN)
-                ds = p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))
-                dv, dk = multiply_add(
-                    [(dv, p.astype(dtype), d_out_smem), (dk, ds.astype(dtype), q_smem)], staging
-                )
+                logits = (k_smem, q_smem.transpose((1, 0)))
+                d_probabilities = (v_smem, d_out_smem.transpose((1, 0)))
+
+                def d_logits(p, dp):
+                    delta = plgpu.load(delta_smem, layout=BY_COLUMN)
+                    return (p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))).astype(dtype)
+
+                if masked or not overlaps:
+                    # One product after the other: a mask needs the registers of the second.
+                    p = probabilities(multiply(*logits))
+                    (dv,) = multiply_add([(dv, p.astype(dtype), d_out_smem)], staging)
+                    ds = d_logits(p, multiply(*d_probabilities))
+                    (dk,) = multiply_add([(dk, ds, q_smem)], staging)
+                else:
+                    p, dp = multiply_both(logits, d_probabilities, probabilities)
+                    products = [(dv, p.astype(dtype), d_out_smem), (dk, d_logits(p, dp), q_smem)]
+                    dv, dk = multiply_add(products, staging)
                 plgpu.barrier_arrive(outs.free.at[slot])
                 plgpu.barrier_arrive(queries.free.at[slot])
                 return dk, dv

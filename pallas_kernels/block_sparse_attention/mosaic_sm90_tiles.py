@@ -435,22 +435,17 @@ def multiply_both(
     first: tuple[Any, Any],
     second: tuple[Any, Any],
     use_first: Callable[[jax.Array], jax.Array],
-    *,
-    overlap: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Multiply two pairs of matrices, and use the first product in between.
+    """Multiply two pairs of matrices, and use the first product while the second is computed.
 
     Args:
       first: pair of references, [64, X] and [X, Y].
       second: pair of references, [64, Z] and [Z, Y].
       use_first: function of the first product.
-      overlap: bool, use it while the second is computed, which takes registers for both.
 
     Returns:
       tuple of what `use_first` returned, and the second product, f32[64, Y].
     """
-    if not overlap:
-        return use_first(multiply(*first)), multiply(*second)
     shapes = [(lhs.shape[0], rhs.shape[1]) for lhs, rhs in (first, second)]
 
     def run(acc, other_acc):

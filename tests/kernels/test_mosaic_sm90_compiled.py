@@ -1,0 +1,141 @@
+"""The Hopper kernels compiled for an H200 without one: no spills, tensor cores, enough memory."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot, block_sparse_attention, choose_implementation
+from pallas_kernels.block_sparse_attention import mosaic_sm90
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One configuration of the kernels; lengths are those of real use."""
+
+    head_dim: int = 64
+    blocks: tuple[int, int] = (64, 64)
+    causal: bool = False
+    masks: str = "none"  # positions: none, keys, segments, both
+    zero: bool = False
+    group: int = 1
+    own_masks: bool = False
+    dtype: str = "bfloat16"
+
+    def __str__(self):
+        flags = [n for n in ("causal", "zero", "own_masks") if getattr(self, n)]
+        size = f"h{self.head_dim}-{self.blocks[0]}x{self.blocks[1]}-{self.masks}-g{self.group}"
+        return "-".join([size, *flags, self.dtype])
+
+
+# Every pair of choices that share a loop of a kernel occurs; the slow test has all of them.
+_PAIRWISE = (
+    Setting(head_dim=128, blocks=(128, 128)),
+    Setting(head_dim=128, blocks=(64, 64), causal=True, masks="both", group=4, own_masks=True),
+    Setting(head_dim=128, blocks=(64, 128), causal=True, zero=True, dtype="float16"),
+    Setting(head_dim=128, blocks=(128, 64), masks="keys", group=4, causal=True),
+    Setting(head_dim=128, blocks=(32, 32), masks="keys", zero=True, causal=True),
+    Setting(head_dim=64, blocks=(64, 64), causal=True, group=2),
+    Setting(head_dim=64, blocks=(128, 128), masks="segments", own_masks=True, zero=True),
+    Setting(head_dim=64, blocks=(64, 32), causal=True, masks="both", zero=True),
+    Setting(head_dim=32, blocks=(64, 64), masks="keys", zero=True),
+    Setting(head_dim=32, blocks=(32, 32), masks="keys", zero=True),
+    Setting(head_dim=32, blocks=(128, 32), causal=True, group=4, masks="segments"),
+)
+_GRID = [
+    Setting(
+        head_dim=head_dim, blocks=blocks, causal=causal, masks=masks, zero=zero, group=group,
+        own_masks=group > 1 and causal,
+    )
+    for head_dim, blocks, causal, (masks, zero), group in itertools.product(
+        (32, 64, 128),
+        ((64, 64), (64, 128), (128, 64), (128, 128), (32, 32)),
+        (False, True),
+        (("none", False), ("keys", True), ("both", False)),
+        (1, 4),
+    )
+    if not (head_dim == 128 and blocks == (32, 32) and masks == "both")
+]  # fmt: skip
+
+
+def _compile(setting, *, gradient=True):
+    B, T, N = 2, 2048, 8
+    q = jax.ShapeDtypeStruct((B, T, N, setting.head_dim), setting.dtype)
+    k = jax.ShapeDtypeStruct((B, T, N // setting.group, setting.head_dim), setting.dtype)
+    grid = (T // setting.blocks[0], T // setting.blocks[1])
+    mask = jax.ShapeDtypeStruct((1, N if setting.own_masks else 1, *grid), bool)
+    positions = {}
+    if setting.masks in ("keys", "both"):
+        positions["kv_mask"] = jax.ShapeDtypeStruct((B, T), bool)
+    if setting.masks in ("segments", "both"):
+        positions["segment_ids"] = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+    def attend(q, k, v, mask, positions):
+        return block_sparse_attention(
+            q, k, v, mask, block_q=setting.blocks[0], block_kv=setting.blocks[1],
+            causal=setting.causal, pruned_logits="zero" if setting.zero else "masked",
+            implementation="mosaic_sm90", return_lse=True, **positions,
+        )  # fmt: skip
+
+    def forward_and_backward(q, k, v, mask, positions):
+        out, vjp = jax.vjp(lambda *qkv: attend(*qkv, mask, positions), q, k, v)
+        return out, vjp(jax.tree.map(jnp.ones_like, out))
+
+    return aot.compile_for(forward_and_backward if gradient else attend, q, k, k, mask, positions)
+
+
+def _check(report, num_kernels):
+    assert len(report.kernels) == num_kernels
+    for kernel in report.kernels:
+        assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
+        assert kernel.shared_memory_bytes <= aot.H200.shared_memory_per_block_bytes, kernel
+        assert "HGMMA" in kernel.sass and "wgmma.mma_async" in kernel.ptx, kernel
+        assert "UTMALDG" in kernel.sass, f"{kernel} copies no tiles"
+
+
+@pytest.mark.parametrize("setting", _PAIRWISE, ids=str)
+def test_kernels_compile_without_spills(setting):
+    _check(_compile(setting), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", _GRID, ids=str)
+def test_every_configuration_compiles_without_spills(setting):
+    _check(_compile(setting), 3)
+
+
+def test_a_wide_head_compiles_forward():
+    _check(_compile(Setting(head_dim=256, blocks=(128, 128)), gradient=False), 1)
+
+
+def test_tensor_cores_do_the_products_and_nothing_else():
+    report = _compile(Setting(head_dim=64, blocks=(64, 64)))
+    # Products of a 64 x 64 tile, 16 positions of the contraction an instruction: Q K^T and P V;
+    # Q K^T, dO V^T and dS K; K Q^T, V dO^T, P^T dO and dS^T Q.
+    count = {k.name.split("attention_")[1].rsplit("_", 1)[0]: k for k in report.kernels}
+    instructions = {name: kernel.sass.count("HGMMA") for name, kernel in count.items()}
+    assert instructions == {"forward": 8, "backward_queries": 12, "backward_keys": 16}
+
+
+def test_the_form_for_the_interpreter_compiles_too(monkeypatch):
+    # It differs in where the left operands of products are, and in nothing else.
+    monkeypatch.setattr(mosaic_sm90, "is_interpreted", lambda: True)
+    _check(_compile(Setting(head_dim=64, causal=True)), 3)
+
+
+def test_vmap_compiles():
+    q = jax.ShapeDtypeStruct((2, 1, 256, 2, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((2, 1, 1, 4, 4), bool)
+
+    def attend(q, mask):
+        return block_sparse_attention(
+            q, q, q, mask, block_q=64, block_kv=64, implementation="mosaic_sm90"
+        )
+
+    _check(aot.compile_for(jax.vmap(attend), q, mask), 1)
+
+
+def test_an_unproven_kernel_is_not_chosen():
+    assert choose_implementation() == "xla"
