@@ -146,7 +146,7 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
     def body(gmem, outputs, smem):
         warpgroup = lax.axis_index("warpgroup")
         (dq_gmem,) = outputs
-        given: Operands = gmem["operands"]
+        given = gmem["operands"]  # Operands of references
 
         def find(ring):
             return find_item(problem, walk, gmem["lists"], ring)
@@ -328,7 +328,7 @@ def attention_backward_keys(
     def body(gmem, outputs, smem):
         warpgroup = lax.axis_index("warpgroup")
         dk_gmem, dv_gmem = outputs
-        given: Operands = gmem["operands"]
+        given = gmem["operands"]  # Operands of references
 
         def find(ring):
             return find_item(problem, walk, gmem["lists"], ring)

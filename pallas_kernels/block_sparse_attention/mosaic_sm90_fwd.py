@@ -154,7 +154,7 @@ def attention_forward(
                 plgpu.copy_gmem_to_smem(gmem["segments"].at[item.batch, rows], segments_smem, ready)
             if problem.zero_logits:
                 visible_smem = smem["visible"].at[warpgroup]
-                entry = item.batch if num_visible.shape[0] > 1 else 0
+                entry = item.batch if gmem["visible"].shape[0] > 1 else 0
                 plgpu.copy_gmem_to_smem(gmem["visible"].at[entry, rows], visible_smem, ready)
             plgpu.barrier_wait(ready)
             if problem.has_segments:

@@ -341,7 +341,7 @@ def read_entry(lists: TileLists, item: Item, position: Any) -> tuple[Any, Any]:
 
 def make_mask(
     problem: Problem,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     *,
     query_axis: int,
     query_start: Any,
@@ -350,7 +350,7 @@ def make_mask(
     kv_mask: Any = None,
     query_segments: Any = None,
     key_segments: Any = None,
-) -> tuple[jax.Array | None, jax.Array | None]:
+) -> tuple[Any, Any]:
     """Make the mask of one tile of logits.
 
     Args:
@@ -428,7 +428,9 @@ def multiply(lhs_smem: Any, rhs_smem: Any) -> jax.Array:
         plgpu.wgmma(acc, lhs_smem, rhs_smem)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC((lhs_smem.shape[0], rhs_smem.shape[1]), jnp.float32))
+    return pl.run_scoped(
+        run, plgpu.WGMMAAccumulatorRef((lhs_smem.shape[0], rhs_smem.shape[1]), jnp.float32)
+    )
 
 
 def multiply_both(
@@ -454,7 +456,7 @@ def multiply_both(
         used = use_first(plgpu.wgmma_accumulator_load(acc, wait_n=1))
         return used, other_acc[...]
 
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    return pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes))
 
 
 def multiply_add(
@@ -476,7 +478,9 @@ def multiply_add(
             for acc, (_, lhs, rhs_smem) in zip(accs, products, strict=True):
                 plgpu.wgmma(acc, lhs, rhs_smem)
 
-        return tuple(pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc, _, _ in products)))
+        refs = tuple(plgpu.WGMMAAccumulatorRef.init(acc) for acc, _, _ in products)
+        sums: Any = pl.run_state(run)(refs)
+        return tuple(sums)
     results = []
     for acc, lhs, rhs_smem in products:
         staging_smem[...] = lhs
@@ -496,7 +500,10 @@ def matrix_smem(shape: tuple[int, ...], dtype: Any) -> Any:
       scratch type of `plgpu.kernel`.
     """
     swizzle = min(128, 2 * shape[-1])
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    # Type checkers take both classes for abstract.
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, swizzle // 2)), swizzling(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

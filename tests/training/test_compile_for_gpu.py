@@ -46,7 +46,7 @@ _OPTIMIZER = make_optimizer(
 
 
 @functools.cache
-def _compile(sparse, num_devices=1):
+def _compile(sparse, num_devices=1, implementation="xla"):
     phase = Phase("phase", sparse_attention=sparse, pruned_logits="zero" if sparse else "masked")
     recipe = Recipe("recipe", (phase,))
     mesh = aot.make_gpu_mesh(axes={"data": num_devices})
@@ -63,7 +63,9 @@ def _compile(sparse, num_devices=1):
             ("weights", (4,), jnp.float32),
         ]
     }
-    step = make_train_step(make_graphdef(_MODEL), recipe, phase, _OPTIMIZER, implementation="xla")
+    step = make_train_step(
+        make_graphdef(_MODEL), recipe, phase, _OPTIMIZER, implementation=implementation
+    )
     return aot.compile_for(step, state, batch, mesh=mesh, donate_argnums=0)
 
 
@@ -78,6 +80,14 @@ def test_sparse_step_does_not_hold_the_square_of_the_length():
     # One layer's logits of the batch, in bfloat16, are a quarter of this.
     one_map_bytes = 4 * 4 * 4096 * 4096 * 2
     assert _compile(sparse=True).temp_bytes < one_map_bytes < _compile(sparse=False).temp_bytes
+
+
+def test_the_hopper_kernels_are_in_the_step_of_all_layers():
+    report = _compile(sparse=True, implementation="mosaic_sm90")
+    # Layers are scanned over: one kernel forward and two backward, however many layers there are.
+    assert len(report.kernels) == 3
+    assert all(kernel.spill_bytes == 0 for kernel in report.kernels)
+    assert report.temp_bytes < 1.1 * _compile(sparse=True).temp_bytes
 
 
 @pytest.mark.slow
