@@ -109,7 +109,8 @@ def block_sparse_attention(
         block is kept, known while tracing. Has no gradient.
       block_q: int, queries per block; divides T.
       block_kv: int, keys per block; divides S.
-      causal: bool, hide later keys. Blocks above the diagonal cost nothing under "xla".
+      causal: bool, hide later keys. Blocks above the diagonal cost nothing under "xla" and
+        "mosaic_sm90".
       kv_mask: bool[B, S] or None, False removes a key; what it holds, NaN too, has no effect.
       segment_ids: int[B, T] or None, segment of each position; needs S == T.
       scale: float or None, factor of the logits; None is 1 / sqrt(H).
@@ -123,7 +124,8 @@ def block_sparse_attention(
 
     Raises:
       ValueError: if a shape, dtype or option is not as described.
-      NotImplementedError: if `implementation` names a backend that is not there.
+      NotImplementedError: if `implementation` names a backend that does not run on the device,
+        or not with these shapes, types or options; the message says which.
 
     Numerics:
       Products accumulate in f32 and softmax is f32; probabilities are rounded to the dtype of q
