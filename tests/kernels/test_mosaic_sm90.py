@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
@@ -185,6 +185,40 @@ def test_any_mask_agrees_with_the_reference(kept, seed):
         got = _property_run("mosaic_sm90")(inputs, mask)
     exact = _property_run("reference")(tuple(x.astype(jnp.float32) for x in inputs), mask)
     assert max(error(x, y) for x, y in zip(got, exact, strict=True)) < 0.05
+
+
+@st.composite
+def _cases(draw):
+    block_q, block_kv = draw(st.sampled_from([32, 64, 128])), draw(st.sampled_from([32, 64, 128]))
+    group, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    num_queries = draw(st.integers(1, 3)) * max(block_q, 64)
+    segments = draw(st.booleans())
+    num_keys = num_queries if segments else draw(st.integers(1, 3)) * max(block_kv, 64)
+    assume(num_keys % max(block_kv, 64) == 0)
+    batch, num_heads = draw(st.integers(1, 2)), group * kv_heads
+    return dataclasses.replace(
+        _SMALL, batch=batch, num_heads=num_heads, num_kv_heads=kv_heads, num_queries=num_queries,
+        num_keys=num_keys, head_dim=draw(st.sampled_from([32, 64])), block_q=block_q,
+        block_kv=block_kv, mask_batch=draw(st.sampled_from([1, batch])),
+        mask_heads=draw(st.sampled_from([1, num_heads])), causal=draw(st.booleans()),
+        has_kv_mask=draw(st.booleans()), has_segments=segments,
+        pruned_logits=draw(st.sampled_from(["masked", "zero"])),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(case=_cases(), density=st.floats(0, 1), seed=st.integers(0, 99))
+def test_any_shape_agrees_with_the_reference(case, density, seed):
+    grid = (case.num_queries // case.block_q, case.num_keys // case.block_kv)
+    shape = (case.mask_batch, case.mask_heads, *grid)
+    mask = jnp.asarray(np.random.default_rng(seed).random(shape) < density)
+    with hopper():
+        got = compile_case(case, _attend, optimise=False)(case.inputs(), mask)
+    inputs = tuple(x.astype(jnp.float32) for x in case.inputs())
+    reference = compile_case(case, call_implementation("reference"), optimise=False)
+    exact = reference(inputs, mask)
+    assert max(error(x, y) for x, y in zip(got, exact, strict=True)) < 0.08, case
 
 
 _REFUSED = [
