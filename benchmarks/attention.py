@@ -2,168 +2,47 @@
 
     python -m benchmarks.attention [--headline] [--force] [--budget-seconds=N]
 
-Every function of a point computes the same masked attention and is checked against the dense
-implementation. A point with the pattern "full" has no mask to apply: it shows what the fastest
-plain dense attention costs at its length, the number to hold the others against.
+Every function of a point is checked before it is timed: those that apply the block mask against
+the dense implementation, cuDNN and PyTorch's SDPA, which have no use for one, against dense
+attention without it. A point with the pattern "full" has no mask to apply.
+
+On a GPU the block schedule is made beforehand, as in training. Operands of less than 128 MB would
+stay in the 50 to 60 MB of cache that a GPU has, so that later calls would find what a training
+step has to load: there each function is called with several sets of random inputs in turns, as
+many as fill 128 MB.
 """
 
-import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.harness import Case, Point, make_random, parse_arguments, run_points
-from benchmarks.records import Column
-from pallas_kernels import block_sparse_attention, make_block_schedule
-from sparsejax.masks.block_patterns import longformer
+from benchmarks.attention_peers import attention_by_hand, cudnn_attention, jax_attention
+from benchmarks.attention_problems import Problem, headline_problems, sweep_problems
+from benchmarks.attention_report import COLUMNS, evaluate_targets, plot_speedups
+from benchmarks.attention_torch import FLEX, SDPA, make_torch_calls
+from benchmarks.environment import device_name
+from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
+from benchmarks.records import Results
+from benchmarks.timing import make_random
+from pallas_kernels import BlockSchedule, block_sparse_attention, make_block_schedule
 
 # Dense attention keeps several arrays of all logits; beyond this many bytes for one of them a
-# 16 GB machine no longer holds a forward and backward pass.
-MAX_LOGITS_BYTES = 1 << 29
+# machine with 16 GB, or a GPU with 80 GB, no longer holds a forward and backward pass.
+MAX_LOGITS_BYTES = {"cpu": 1 << 29, "gpu": 1 << 33}
+RING_BYTES = 128 * 10**6
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One setting of the op.
-
-    Attributes:
-      length: int, T = S, positions.
-      density: float, fraction of the visible blocks that "random" keeps; other patterns do not
-        use it.
-      pattern: "random", "longformer" (one global block, window of three) or "full".
-      batch: int, B.
-      heads: int, N = K.
-      head_dim: int, H.
-      block: int, block_q = block_kv.
-      causal: bool.
-      backward: bool, whether the gradients of q, k, v are computed too.
-      dtype: str.
-    """
-
-    length: int
-    density: float = 0.11
-    pattern: str = "random"
-    batch: int = 1
-    heads: int = 4
-    head_dim: int = 64
-    block: int = 64
-    causal: bool = False
-    backward: bool = True
-    dtype: str = "float32"
-
-    def make_mask(self) -> jax.Array | None:
-        """Return the block mask, or None if every block is kept.
-
-        Returns:
-          bool[1, 1, I, I] or None.
-
-        Raises:
-          ValueError: if the pattern is unknown.
-        """
-        num_blocks = self.length // self.block
-        if self.pattern == "full":
-            return None
-        if self.pattern == "longformer":
-            return longformer(num_blocks, width=2, num_global=1, causal=self.causal)[None, None]
-        if self.pattern != "random":
-            raise ValueError(f"pattern must be random, longformer or full, got {self.pattern!r}")
-        mask = np.random.default_rng(0).random((num_blocks, num_blocks)) < self.density
-        return jnp.asarray(np.tril(mask) if self.causal else mask)[None, None]
-
-    def kept_share(self) -> float:
-        """Return the fraction of all logits that lie in kept blocks.
-
-        Returns:
-          float in [0, 1].
-        """
-        mask = self.make_mask()
-        if mask is None:
-            return (1 + self.block / self.length) / 2 if self.causal else 1.0
-        return float(mask.mean())
-
-
-def headline_problems() -> list[Problem]:
-    """Return the points that tell most, the most important first.
-
-    Returns:
-      list of Problem.
-    """
-    training = Problem(length=2048, batch=4, head_dim=32, causal=True, density=0.25)
-    problems = [
-        Problem(length=4096),
-        Problem(length=4096, pattern="full", density=1.0),
-        Problem(length=4096, backward=False),
-        Problem(length=4096, pattern="longformer"),
-        training,
-        dataclasses.replace(training, pattern="full", density=1.0),
-        Problem(length=2048, block=32),
-        Problem(length=8192),
-    ]
-    if jax.devices()[0].platform == "cpu":
-        return problems
-    return [*problems, *(dataclasses.replace(p, dtype="bfloat16") for p in problems)]
-
-
-def sweep_problems() -> list[Problem]:
-    """Return the headline points and the density sweep behind them.
-
-    Returns:
-      list of Problem.
-    """
-    sweep = [
-        Problem(length=length, density=density)
-        for length in (1024, 2048, 4096)
-        for density in (0.05, 0.2, 0.4, 0.7)
-    ]
-    return [*headline_problems(), *sweep]
-
-
-def _attention_by_hand(q, k, v, mask, problem):
-    """softmax(Q K^T) V as one writes it down, masked where there is a mask."""
-    s = jnp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(problem.head_dim)
-    attended = _attended(mask, problem)
-    if attended is not None:
-        s = jnp.where(attended, s, -jnp.inf)
-    some = True if attended is None else attended.any(axis=-1, keepdims=True)
-    p = jax.nn.softmax(jnp.where(some, s, 0.0), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", jnp.where(some, p, 0.0), v)
-
-
-def _jax_attention(
-    q, k, v, mask, problem, implementation: Literal["xla", "cudnn"] = "xla"
-) -> jax.Array:
-    attended = None if mask is None else _attended(mask, problem)
-    causal = problem.causal and mask is None
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=attended, is_causal=causal, implementation=implementation
-    )
-    if attended is None:
-        return out
-    return jnp.where(attended.any(axis=-1).swapaxes(1, 2)[..., None], out, 0)
-
-
-def _attended(mask, problem):
-    attended = None
-    if mask is not None:
-        attended = jnp.repeat(jnp.repeat(mask, problem.block, axis=2), problem.block, axis=3)
-    if problem.causal:
-        triangle = jnp.tri(problem.length, dtype=bool)[None, None]
-        attended = triangle if attended is None else attended & triangle
-    return attended
-
-
-def _op(q, k, v, mask, problem, implementation):
+def _op(q, k, v, mask_or_schedule, problem, implementation):
     return block_sparse_attention(
         q,
         k,
         v,
-        mask if mask is None else make_block_schedule(mask),
+        mask_or_schedule,
         block_q=problem.block,
         block_kv=problem.block,
         causal=problem.causal,
@@ -171,17 +50,38 @@ def _op(q, k, v, mask, problem, implementation):
     )
 
 
-def _timed(attention, problem):
-    """Function of (q, k, v, d_out, mask) that is timed: attention, and gradients if asked."""
+def _timed(attention, problem, *, takes_schedule=False, without_mask=False):
+    """Function of (q, k, v, d_out, mask, schedule) that is timed: attention, gradients if asked."""
 
-    def forward(q, k, v, d_out, mask):
-        return attention(q, k, v, mask, problem)
+    def attend(q, k, v, mask, schedule):
+        pattern = None if without_mask else schedule if takes_schedule else mask
+        return attention(q, k, v, pattern, problem)
 
-    def forward_and_backward(q, k, v, d_out, mask):
-        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask, problem), q, k, v)
+    def forward(q, k, v, d_out, mask, schedule):
+        return attend(q, k, v, mask, schedule)
+
+    def forward_and_backward(q, k, v, d_out, mask, schedule):
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, mask, schedule), q, k, v)
         return out, vjp(d_out)
 
     return forward_and_backward if problem.backward else forward
+
+
+def _sparse(problem, implementation, **options):
+    attention = functools.partial(_op, implementation=implementation)
+    return _timed(attention, problem, takes_schedule=implementation != "dense", **options)
+
+
+def count_input_sets(operand_bytes: int) -> int:
+    """Return how many sets of inputs a function is called with in turns.
+
+    Args:
+      operand_bytes: int, of one set.
+
+    Returns:
+      int, 1 if one set exceeds the cache by itself, at most 8.
+    """
+    return min(8, max(1, math.ceil(RING_BYTES / operand_bytes)))
 
 
 def make_case(problem: Problem) -> Case:
@@ -191,91 +91,157 @@ def make_case(problem: Problem) -> Case:
       problem: the setting.
 
     Returns:
-      Case; the dense peers are absent where one array of logits is too large for a CPU.
+      Case; the dense peers are absent where one array of logits is too large for the machine.
     """
-    peers = {"hand-written": _attention_by_hand, "jax.nn": _jax_attention}
-    on_cpu = jax.devices()[0].platform == "cpu"
-    if not on_cpu and problem.dtype == "bfloat16" and problem.pattern == "full":
-        peers["cudnn"] = functools.partial(_jax_attention, implementation="cudnn")
-    sparse = functools.partial(_op, implementation="xla")
-    reference = functools.partial(_op, implementation="dense")
-    absent = {}
-    if on_cpu and 4 * problem.batch * problem.heads * problem.length**2 > MAX_LOGITS_BYTES:
-        absent = dict.fromkeys(peers, "its logits do not fit the machine")
-        peers, reference = {}, sparse
-    shape = (problem.batch, problem.length, problem.heads, problem.head_dim)
-    arrays = make_random((jax.ShapeDtypeStruct(shape, problem.dtype),) * 4)
-    one_product = 2 * problem.batch * problem.heads * problem.length**2 * problem.head_dim
-    # Two products forward; five backward, the logits computed again.
-    flops = one_product * problem.kept_share() * (7 if problem.backward else 2)
-    return Case(
-        functions={name: _timed(f, problem) for name, f in {"xla": sparse, **peers}.items()},
-        args=(*arrays, problem.make_mask()),
-        reference=_timed(reference, problem),
-        tolerance=2e-2 if problem.dtype == "bfloat16" else 1e-3,
-        flops={"xla": flops},
+    if jax.devices()[0].platform != "cpu":
+        return make_gpu_case(problem, compute_capability=jax.devices()[0].compute_capability)
+    peers = {"hand-written": attention_by_hand, "jax.nn": jax_attention}
+    case = _make_common(problem, {name: _timed(f, problem) for name, f in peers.items()}, "cpu")
+    mask = problem.make_mask()
+    # Called with the mask, the op makes the schedule as part of what is timed.
+    return case._replace(args=(*_make_inputs(problem, 1)[0], mask, mask))
+
+
+def make_gpu_case(problem: Problem, *, compute_capability: str) -> Case:
+    """Make the functions that one point compares on a GPU.
+
+    Args:
+      problem: the setting.
+      compute_capability: str, such as "9.0"; the Hopper kernels run on 9.
+
+    Returns:
+      Case.
+    """
+    on_hopper = compute_capability.startswith("9.")
+    blocks = problem.length // problem.block
+    mask = problem.make_mask()
+    schedule = make_block_schedule(jnp.ones((1, 1, blocks, blocks), bool) if mask is None else mask)
+    operand_bytes = (
+        (4 if problem.backward else 3)
+        * problem.batch
+        * problem.length
+        * problem.heads
+        * problem.head_dim
+        * jnp.dtype(problem.dtype).itemsize
+    )
+    ring = _make_inputs(problem, count_input_sets(operand_bytes))
+    all_args = [(*arrays, mask, schedule) for arrays in ring]
+    if problem.measure == "schedule":
+        return _make_schedule_case(problem, all_args, on_hopper=on_hopper)
+
+    case = _make_common(problem, {"jax.nn": _timed(jax_attention, problem)}, "gpu")
+    functions, absent = dict(case.functions), dict(case.absent)
+    foreign = {}
+    if jnp.dtype(problem.dtype).itemsize == 2:
+        if on_hopper:
+            functions["mosaic_sm90"] = _sparse(problem, "mosaic_sm90")
+        else:
+            absent["mosaic_sm90"] = f"needs compute capability 9, found {compute_capability}"
+        functions["cudnn"] = _timed(cudnn_attention, problem)
+        foreign, missing = make_torch_calls(problem, ring, mask)
+        absent |= missing
+    dense_flops = _without_mask(problem).flops()
+    return case._replace(
+        functions=functions,
+        args=all_args[0],
+        more_args=all_args[1:],
+        # These two apply no block mask: dense attention without one is what they compute.
+        references=dict.fromkeys(("cudnn", SDPA), _reference(problem, "gpu", without_mask=True)),
+        foreign=foreign,
+        flops={
+            **dict.fromkeys((*functions, FLEX), problem.flops()),
+            **dict.fromkeys(("jax.nn", "cudnn", SDPA), dense_flops),
+        },
         absent=absent,
     )
 
 
-def _milliseconds(name):
-    return lambda record: f"{1e3 * record['values'][name]['median_seconds']:.1f}"
+def _without_mask(problem):
+    settings = {**problem.key(), "pattern": "full", "measure": "attention"}
+    return Problem(**settings)
 
 
-def _megabytes(name):
-    return lambda record: f"{record['values'][name]['temp_bytes'] / 1e6:.0f}"
+def _make_inputs(problem, count):
+    shape = (problem.batch, problem.length, problem.heads, problem.head_dim)
+    specs = (jax.ShapeDtypeStruct(shape, problem.dtype),) * 4
+    return [make_random(specs, seed=seed) for seed in range(count)]
 
 
-def _speedup(record):
-    seconds = {
-        name: value["median_seconds"]
-        for name, value in record["values"].items()
-        if "median_seconds" in value
-    }
-    own = seconds.pop("xla")
-    return f"{min(seconds.values()) / own:.1f}x" if seconds else None
+def _fits(problem, platform):
+    logits_bytes = 4 * problem.batch * problem.heads * problem.length**2
+    return logits_bytes <= MAX_LOGITS_BYTES[platform]
 
 
-def _setting(name):
-    return lambda record: str(record["key"][name])
+def _reference(problem, platform, *, without_mask=False):
+    dense = _fits(problem, platform)
+    return _sparse(problem, "dense" if dense else "xla", without_mask=without_mask)
 
 
-COLUMNS = (
-    Column("B x N x H", lambda r: "{batch} x {heads} x {head_dim}".format(**r["key"])),
-    *(Column(n, _setting(n)) for n in ("length", "block", "pattern", "causal", "dtype")),
-    Column("kept", lambda r: f"{Problem(**_problem_of(r['key'])).kept_share():.3f}"),
-    Column("pass", lambda r: "forward + backward" if r["key"]["backward"] else "forward"),
-    Column("xla ms", _milliseconds("xla")),
-    Column("hand-written ms", _milliseconds("hand-written")),
-    Column("jax.nn ms", _milliseconds("jax.nn")),
-    Column("cuDNN ms", _milliseconds("cudnn")),
-    Column("xla against fastest", _speedup),
-    Column("xla TFLOP/s", lambda r: f"{r['values']['xla']['tflops_per_second']:.3f}"),
-    Column("xla MB", _megabytes("xla")),
-    Column("jax.nn MB", _megabytes("jax.nn")),
-)
+def _make_common(problem: Problem, peers: dict[str, Callable[..., Any]], platform: str) -> Case:
+    absent = {}
+    if not _fits(problem, platform):
+        absent = dict.fromkeys(peers, "its logits do not fit the machine")
+        peers = {}
+    return Case(
+        functions={"xla": _sparse(problem, "xla"), **peers},
+        args=(),
+        reference=_reference(problem, platform),
+        tolerance=1e-3 if problem.dtype == "float32" else 2e-2,
+        flops={"xla": problem.flops()},
+        absent=absent,
+    )
 
 
-def _problem_of(key):
-    return {name: value for name, value in key.items() if name != "device"}
+def _make_schedule_case(problem, all_args, *, on_hopper):
+    def make_schedule(q, k, v, d_out, mask, schedule):
+        return make_block_schedule(mask)
+
+    def list_by_keys(q, k, v, d_out, mask, schedule):
+        # Kept blocks in order, then pruned ones: keys that are all different sort in one way.
+        def order(mask):
+            size = mask.shape[-1]
+            return jnp.argsort(jnp.where(mask, 0, size) + jnp.arange(size), axis=-1)
+
+        columns = mask.swapaxes(-1, -2)
+        return BlockSchedule(
+            kv_counts=mask.sum(axis=-1),
+            kv_indices=order(mask),
+            q_counts=columns.sum(axis=-1),
+            q_indices=order(columns),
+        )
+
+    served = "mosaic_sm90" if on_hopper else "xla"
+    return Case(
+        functions={served: _sparse(problem, served), "schedule": make_schedule},
+        args=all_args[0],
+        more_args=all_args[1:],
+        reference=_reference(problem, "gpu"),
+        references={"schedule": list_by_keys},
+        tolerance=2e-2,
+        flops={served: problem.flops()},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the points that are missing, write and print the table.
+    """Measure the points that are missing; write and print table, plot and targets.
 
     Args:
       arguments: list of str, `sys.argv[1:]` if None.
 
     Returns:
-      int, exit code: 0 if every function agreed with its reference.
+      int, exit code: 0 if every function agreed with its reference. A missed target is no error.
     """
     parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
-    problems = headline_problems() if parsed.pop("headline") else sweep_problems()
+    choose_problems = headline_problems if parsed.pop("headline") else sweep_problems
     points = [
-        Point(key=dataclasses.asdict(p), make_case=functools.partial(make_case, p))
-        for p in problems
+        Point(key=problem.key(), make_case=functools.partial(make_case, problem))
+        for problem in choose_problems(jax.devices()[0].platform)
     ]
-    return 1 if run_points("attention", points, COLUMNS, **parsed) else 0
+    failures = run_points("attention", points, COLUMNS, **parsed)
+    records = Results(RESULTS / "attention.json").records
+    print(plot_speedups(records, device_name(), RESULTS / "attention_density.png"))
+    print(evaluate_targets(records))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time callables fairly: random data, check before timing, warm up, interleave, take medians.
+"""Check and time the callables of a benchmark, point by point, and keep what came out.
 
 A benchmark is a list of `Point`s. `run_points` measures those that its results file lacks, one
 after the other, and writes each as soon as it is done, so that a run may be cut off anywhere and
@@ -6,6 +6,7 @@ called again.
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 import statistics
@@ -14,12 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.environment import describe_environment, device_name
 from benchmarks.records import Column, Key, Results, make_table
+from benchmarks.timing import relative_error, time_interleaved
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+
+
+class ForeignCall(NamedTuple):
+    """A callable that is not JAX's, on inputs of its own equal to those of the case.
+
+    Attributes:
+      call: function without arguments; its first call computes on the case's `args`.
+      wait: function of what `call` returns, which returns when that has been computed.
+      to_numpy: function of what `call` returns to a pytree like that of the reference.
+    """
+
+    call: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    to_numpy: Callable[[Any], Any]
 
 
 class Case(NamedTuple):
@@ -30,6 +45,10 @@ class Case(NamedTuple):
       args: tuple, what every function is called with; random data, never zeros.
       reference: the function that the others must agree with, evaluated once, not timed.
       tolerance: f32, largest relative error `|y - r| / |r|` (Frobenius norm, per leaf) allowed.
+      references: name -> reference of a function that computes something else than the others.
+      foreign: name -> callable of another framework, checked and timed like the functions.
+      more_args: tuples like `args`; timed calls take them all in turns, so that small operands
+        are not found in the cache by every call.
       flops: name -> floating-point operations of one call; gives TFLOP/s in the record.
       absent: name -> why a function that belongs here is not measured (a peer not installed).
     """
@@ -38,6 +57,9 @@ class Case(NamedTuple):
     args: tuple
     reference: Callable[..., Any]
     tolerance: float
+    references: Mapping[str, Callable[..., Any]] = {}
+    foreign: Mapping[str, ForeignCall] = {}
+    more_args: Sequence[tuple] = ()
     flops: Mapping[str, float] = {}
     absent: Mapping[str, str] = {}
 
@@ -54,105 +76,11 @@ class Point(NamedTuple):
     make_case: Callable[[], Case]
 
 
-def make_random(specs: Any, *, seed: int = 0) -> Any:
-    """Make standard normal arrays.
-
-    Zeros and constants must not be timed: a GPU draws less power on them and clocks higher.
-
-    Args:
-      specs: pytree of `jax.ShapeDtypeStruct`, floating dtypes.
-      seed: int, equal seeds give equal data.
-
-    Returns:
-      pytree of arrays shaped like `specs`.
-    """
-    leaves, treedef = jax.tree.flatten(specs)
-    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
-    arrays = [
-        jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=False)
-    ]
-    return jax.tree.unflatten(treedef, arrays)
-
-
-def relative_error(actual: Any, expected: Any) -> float:
-    """Return the largest relative error over the leaves of two pytrees.
-
-    max over leaves of |actual - expected| / |expected|, Frobenius norms in f32.
-
-    Args:
-      actual: pytree of arrays.
-      expected: pytree of arrays of the same structure and shapes.
-
-    Returns:
-      float; infinite if a leaf holds a NaN or an infinity where `expected` does not.
-
-    Raises:
-      ValueError: if structures or shapes differ.
-    """
-    if jax.tree.structure(actual) != jax.tree.structure(expected):
-        raise ValueError(
-            f"actual has the structure {jax.tree.structure(actual)}, expected one like "
-            f"{jax.tree.structure(expected)}"
-        )
-    errors = [0.0]
-    for y, r in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if y.shape != r.shape:
-            raise ValueError(f"actual has a leaf of shape {y.shape}, expected {r.shape}")
-        y, r = y.astype(jnp.float32), r.astype(jnp.float32)
-        error = float(jnp.linalg.norm(y - r) / jnp.maximum(jnp.linalg.norm(r), 1e-30))
-        errors.append(error if math.isfinite(error) else math.inf)
-    return max(errors)
-
-
-def time_interleaved(
-    calls: Mapping[str, Callable[[], Any]],
-    *,
-    repeats: int = 20,
-    sample_seconds: float = 0.02,
-    limit_seconds: float = 20.0,
-) -> dict[str, list[float]]:
-    """Time callables in turns, so that drift of the machine falls on all of them alike.
-
-    Each round takes one sample of every callable; a sample is as many calls in a row as fill
-    `sample_seconds`, dispatched without waiting in between. An untimed call goes before each
-    sample: what a peer left behind (cold caches, a gigabyte of heap given back to the system) is
-    not the callable's own cost. Every callable is run once before, to compile, and once more, to
-    find how many calls fill a sample.
-
-    Args:
-      calls: name -> function without arguments, returning a pytree of arrays.
-      repeats: int, rounds at most; at least 3 are taken.
-      sample_seconds: float, seconds that one sample should last.
-      limit_seconds: float, seconds after which no further round starts.
-
-    Returns:
-      dict name -> seconds per call, one number per round.
-    """
-    calls_per_sample = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        once = time.perf_counter() - start
-        calls_per_sample[name] = max(1, math.ceil(sample_seconds / max(once, 1e-6)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.perf_counter()
-    for round_index in range(max(repeats, 3)):
-        if round_index >= 3 and time.perf_counter() - began > limit_seconds:
-            break
-        for name, call in calls.items():
-            jax.block_until_ready(call())
-            start = time.perf_counter()
-            for _ in range(calls_per_sample[name]):
-                result = call()
-            jax.block_until_ready(result)
-            samples[name].append((time.perf_counter() - start) / calls_per_sample[name])
-    return samples
-
-
 def measure_case(case: Case, **timing: Any) -> dict[str, dict[str, Any]]:
     """Check every function of a case against its reference, then time those that agree.
+
+    A function that raises has failed; what else the case holds is measured all the same. A
+    foreign callable that raises is absent: what another framework cannot do is no fault here.
 
     Args:
       case: the functions to compare.
@@ -163,21 +91,44 @@ def measure_case(case: Case, **timing: Any) -> dict[str, dict[str, Any]]:
       `temp_bytes` (XLA's temporary memory), `tflops_per_second` if its FLOPs are known; or
       `failed`, why it was not timed, or `absent`.
     """
-    expected = jax.jit(case.reference)(*case.args)
     values: dict[str, dict[str, Any]] = {
         name: {"absent": reason} for name, reason in case.absent.items()
     }
-    calls = {}
-    for name, function in case.functions.items():
-        compiled = jax.jit(function).lower(*case.args).compile()
-        error = relative_error(compiled(*case.args), expected)
+    expected: dict[Callable[..., Any], Any] = {}
+
+    def check(name: str, result: Any) -> bool:
+        reference = case.references.get(name, case.reference)
+        if reference not in expected:
+            expected[reference] = jax.jit(reference)(*case.args)
+        error = relative_error(result, expected[reference])
         values[name] = {"relative_error": float(f"{error:.3g}")}
         if error > case.tolerance:
             values[name] = {"failed": f"relative error {error:.3g} > {case.tolerance:g}"}
+        return error <= case.tolerance
+
+    calls = {}
+    for name, function in case.functions.items():
+        try:
+            compiled = jax.jit(function).lower(*case.args).compile()
+            result = jax.block_until_ready(compiled(*case.args))
+        except Exception as error:
+            values[name] = {"failed": _describe(error)}
             continue
-        memory = compiled.memory_analysis()
-        values[name]["temp_bytes"] = None if memory is None else memory.temp_size_in_bytes
-        calls[name] = lambda compiled=compiled: compiled(*case.args)
+        if check(name, result):
+            memory = compiled.memory_analysis()
+            values[name]["temp_bytes"] = None if memory is None else memory.temp_size_in_bytes
+            calls[name] = _call_in_turns(compiled, [case.args, *case.more_args])
+    for name, foreign in case.foreign.items():
+        try:
+            result = foreign.to_numpy(foreign.call())
+        except Exception as error:
+            values[name] = {"absent": _describe(error)}
+            continue
+        if check(name, result):
+            calls[name] = foreign.call
+    # Gigabytes that the timed functions may need.
+    expected.clear()
+    timing["waits"] = {name: foreign.wait for name, foreign in case.foreign.items()}
     for name, seconds in time_interleaved(calls, **timing).items():
         median = statistics.median(seconds)
         values[name] |= {
@@ -189,6 +140,16 @@ def measure_case(case: Case, **timing: Any) -> dict[str, dict[str, Any]]:
         if name in case.flops:
             values[name]["tflops_per_second"] = case.flops[name] / median / 1e12
     return values
+
+
+def _call_in_turns(function: Callable[..., Any], ring: Sequence[tuple]) -> Callable[[], Any]:
+    turns = itertools.cycle(ring)
+    return lambda: function(*next(turns))
+
+
+def _describe(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def run_points(

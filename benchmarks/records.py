@@ -17,10 +17,12 @@ class Column(NamedTuple):
       title: str, the column's head.
       cell: function from a record `{"key": ..., "values": ..., "environment": ...}` to the text
         of the cell. A missing value (KeyError, or None returned) becomes a dash.
+      optional: whether a device's table leaves the column out if it holds dashes only.
     """
 
     title: str
     cell: Callable[[Mapping[str, Any]], str | None]
+    optional: bool = False
 
 
 class Results:
@@ -117,6 +119,8 @@ def _rows(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> st
         except KeyError:
             return "–"
 
-    lines = [[column.title for column in columns], ["---"] * len(columns)]
-    lines += [[cell(column, record) for column in columns] for record in records]
+    cells = {column: [cell(column, record) for record in records] for column in columns}
+    shown = [c for c in columns if not c.optional or any(text != "–" for text in cells[c])]
+    lines = [[column.title for column in shown], ["---"] * len(shown)]
+    lines += [[cells[column][row] for column in shown] for row in range(len(records))]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -46,6 +46,7 @@ HOMES = {
     "absl": ("train",),
     "tensorboardX": ("sparsejax.training.metrics",),
     "matplotlib": ("sparsejax.training.plots", "benchmarks"),
+    "torch": ("benchmarks.attention_torch",),
     "grain": ("sparsejax.training.data",),
     "array_record": ("sparsejax.training.data",),
     "tensorflow_datasets": ("sparsejax.training.data",),

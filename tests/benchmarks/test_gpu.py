@@ -32,6 +32,12 @@ def test_contracts_run_before_headline_points(commands):
     ran, _ = commands
     assert gpu.main([]) == 0
     assert [command[0] for command in ran] == ["pytest", "benchmarks.attention"]
+    ignored = [option for option in ran[0] if option.startswith("--ignore=")]
+    assert [gpu.ROOT / option.split("=")[1] for option in ignored] == [
+        path
+        for path in sorted((gpu.ROOT / "tests/kernels").glob("test_*.py"))
+        if "aot" in path.name or "compiled" in path.name
+    ]
     assert ran[1][1] == "--headline" and ran[1][2] == "--budget-seconds=540"
 
 

@@ -8,15 +8,14 @@ import pytest
 
 from benchmarks.harness import (
     Case,
+    ForeignCall,
     Point,
-    make_random,
     measure_case,
     parse_arguments,
-    relative_error,
     run_points,
-    time_interleaved,
 )
 from benchmarks.records import Column, Results, make_table
+from benchmarks.timing import make_random, relative_error, time_interleaved
 
 QUICK = {"repeats": 3, "sample_seconds": 0.0}
 COLUMNS = [
@@ -52,6 +51,57 @@ def test_nan_is_an_error_not_a_pass():
     assert relative_error(jnp.array([jnp.nan]), jnp.array([1.0])) == float("inf")
     with pytest.raises(ValueError, match=r"shape \(2,\), expected \(1,\)"):
         relative_error(jnp.ones(2), jnp.ones(1))
+
+
+def test_a_function_that_raises_has_failed_and_the_rest_is_measured():
+    def refuse(x):
+        raise NotImplementedError("no such device\nand more")
+
+    values = measure_case(
+        make_case(functions={"refuse": refuse, "twice": lambda x: 2 * x}), **QUICK
+    )
+    assert values["refuse"] == {"failed": "NotImplementedError: no such device"}
+    assert "median_seconds" in values["twice"]
+
+
+def test_a_function_may_have_a_reference_of_its_own():
+    functions = {"twice": lambda x: 2 * x, "thrice": lambda x: 3 * x}
+    references = {"thrice": lambda x: x + x + x}
+    values = measure_case(make_case(functions=functions, references=references), **QUICK)
+    assert all("median_seconds" in value for value in values.values())
+
+
+def test_timed_calls_take_all_inputs_in_turns():
+    seen = []
+    inputs = [make_random(jax.ShapeDtypeStruct((8,), jnp.float32), seed=s) for s in range(3)]
+
+    def note(x):
+        jax.debug.callback(lambda first: seen.append(float(first)), x[0])
+        return 2 * x
+
+    case = make_case(functions={"twice": note}, more_args=[(x,) for x in inputs[1:]])
+    assert measure_case(case, **QUICK)["twice"]["relative_error"] == 0.0
+    jax.effects_barrier()
+    assert len(set(seen)) == 3 and set(seen) == {float(x[0]) for x in inputs}
+
+
+def test_foreign_calls_are_checked_timed_and_waited_for():
+    case, waited = make_case(), []
+
+    def foreign(factor):
+        return ForeignCall(
+            call=lambda: [factor], wait=waited.append, to_numpy=lambda r: r[0] * case.args[0]
+        )
+
+    def refuse():
+        raise RuntimeError("block too small")
+
+    calls = {"peer": foreign(2), "wrong": foreign(3), "broken": foreign(2)._replace(call=refuse)}
+    values = measure_case(case._replace(foreign=calls, flops={"peer": 1e12}), **QUICK)
+    assert values["peer"]["rounds"] == 3 and values["peer"]["tflops_per_second"] > 0
+    assert waited == [[2]] * 8
+    assert set(values["wrong"]) == {"failed"}
+    assert values["broken"] == {"absent": "RuntimeError: block too small"}
 
 
 def test_calls_are_interleaved():
@@ -107,6 +157,16 @@ def test_table_names_device_driver_and_absent_peers():
     table = make_table([record], COLUMNS)
     assert "**NVIDIA H200**, driver 580.1, jax 0.11.2, Python 3.12.3, 2026-01-02" in table
     assert "| 1 | – | not installed |" in table
+
+
+def test_an_optional_column_without_values_is_left_out():
+    record = {
+        "key": {"size": 1},
+        "values": {},
+        "environment": {"device": "d", "jax": "1", "python": "3", "date": "2026-01-02 03:04"},
+    }
+    columns = [COLUMNS[0], COLUMNS[1]._replace(optional=True), COLUMNS[2]]
+    assert "| size | peer |\n| --- | --- |\n| 1 | – |" in make_table([record], columns)
 
 
 def test_a_file_that_is_not_a_results_file_is_refused(tmp_path):
