@@ -2,7 +2,8 @@
 
 `make gpu` runs the kernels' contract tests and the headline points of each benchmark within nine
 minutes; called again, it measures only what is missing. It needs jax with CUDA, flax, pytest and
-hypothesis. Without a GPU it says so and exits with 2, because nothing was proven.
+hypothesis; PyTorch is measured beside the kernels where it is installed. Without a GPU it says so
+and exits with 2, because nothing was proven.
 """
 
 import argparse
