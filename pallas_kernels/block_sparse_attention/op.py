@@ -131,6 +131,7 @@ def block_sparse_attention(
       Products accumulate in f32 and softmax is f32; probabilities are rounded to the dtype of q
       before they meet the values. Products of f32 follow `jax_default_matmul_precision`, but for
       "reference", which computes in full f32 throughout. A repeated call agrees to the last bit.
+      float16 holds nothing above 65504: gradients of a loss that was scaled up can overflow there.
 
     References:
       SPION, arXiv:2309.12578; SAT, doi:10.1109/ACCESS.2024.3425638 (the "zero" rule). Their code is
