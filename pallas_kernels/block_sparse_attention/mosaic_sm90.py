@@ -1,7 +1,7 @@
 """Block-sparse attention on Hopper GPUs: Pallas kernels, forward and backward.
 
 What the kernels do not do raises NotImplementedError with the reason; `None` as implementation
-then takes another. See `mosaic_sm90_tiles` for how the kernels work.
+then takes another. See `mosaic_sm90_program` for how the kernels work.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
@@ -20,11 +20,11 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_bwd import (
     make_query_walk,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90_fwd import (
-    LOG2_E,
     attention_forward,
     make_forward_walk,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import Problem
+from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import LOG2_E
+from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import Problem
 from pallas_kernels.block_sparse_attention.softmax_rules import count_visible
 from pallas_kernels.block_sparse_attention.tile_lists import (
     make_grain,
@@ -166,6 +166,7 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, problem):
         num_visible = count_visible(
             problem.num_queries, problem.num_keys, causal=problem.causal, segment_ids=segment_ids
         ).astype(jnp.float32)
+        num_visible = jnp.broadcast_to(num_visible, (problem.batch, problem.num_queries))
     lists = make_query_lists(
         schedule, problem.grain, causal=problem.causal, all_masked=problem.all_masked
     )

@@ -1,0 +1,316 @@
+"""How the Hopper attention kernels walk block lists: shapes, work items, steps.
+
+A list belongs to one block of the side that stays in shared memory, the *resident* side: queries
+for the output and dQ, keys for dK and dV. Its entries are blocks of the other side, which are
+*streamed* tile by tile. A step computes one tile.
+
+*Order.* Programs start in the order of `TileLists`: very long lists first, then one head after
+the other with long lists first. The hardware starts a program wherever one has ended, so uneven
+lists leave no processor idle, and a head's keys stay in the cache while it is worked on.
+
+Letters: B T S N K H I J as everywhere (`sparsejax.types`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.block_sparse_attention.tile_lists import BITS, Grain, TileLists
+
+ROWS = 64
+"""Rows of one computing warpgroup: what one tensor-core instruction of Hopper covers."""
+
+NUM_COMPUTE = 2
+SHARED_MEMORY_BYTES = 232_448
+# Barriers, and what Mosaic itself reserves.
+_SPARE_BYTES = 4096
+_MAX_STAGES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Static facts of one call.
+
+    Attributes:
+      batch: int, B.
+      num_queries: int, T.
+      num_keys: int, S.
+      num_heads: int, N.
+      num_kv_heads: int, K.
+      head_dim: int, H.
+      dtype: str, of the operands.
+      grain: Grain, the tile blocks.
+      mask_batch: int, 1 or B, masks over the batch.
+      mask_heads: int, 1 or N, masks over the heads.
+      causal: bool, query t sees keys 0..t.
+      has_kv_mask: bool, keys are removed by position.
+      has_segments: bool, queries see their own segment.
+      scale: float, factor of the logits.
+      zero_logits: bool, pruned visible positions count as logits of 0.
+      in_registers: bool, left operands of products are registers, as on a GPU; the interpreter
+        needs them in shared memory.
+    """
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    grain: Grain
+    mask_batch: int
+    mask_heads: int
+    causal: bool
+    has_kv_mask: bool
+    has_segments: bool
+    scale: float
+    zero_logits: bool
+    in_registers: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def all_masked(self) -> bool:
+        """Whether no tile can do without a mask."""
+        return self.has_kv_mask or self.has_segments or self.grain.rows * self.grain.columns > 1
+
+
+class Walk(NamedTuple):
+    """How one kernel walks its lists.
+
+    Attributes:
+      over_queries: bool, queries are resident and keys streamed, or the reverse.
+      block: int, rows of a resident block, 64 or 128.
+      num_blocks: int, resident blocks.
+      heads: int, heads of the resident side.
+      mask_heads: int, of these, how many have lists of their own.
+      tile: int, positions of a streamed tile.
+      pieces: int, tiles of one list entry.
+      repeats: int, how often a list is walked: once for each query head that reads it.
+      stages: int, tiles of a ring.
+    """
+
+    over_queries: bool
+    block: int
+    num_blocks: int
+    heads: int
+    mask_heads: int
+    tile: int
+    pieces: int
+    repeats: int
+    stages: int
+
+    @property
+    def rings(self) -> int:
+        """Rings of a program: one for each list."""
+        return NUM_COMPUTE if self.block == ROWS else 1
+
+    @property
+    def steps_per_entry(self) -> int:
+        """Steps that one list entry takes."""
+        return self.repeats * self.pieces
+
+    @property
+    def slots(self) -> int:
+        """Tiles that the rings of a program hold together."""
+        return self.rings * self.stages
+
+
+def make_walk(
+    problem: Problem,
+    *,
+    over_queries: bool,
+    resident_bytes: int,
+    streamed_bytes: int,
+    max_tile: int,
+) -> Walk:
+    """Choose tile and ring sizes that fit in shared memory.
+
+    Args:
+      problem: Problem.
+      over_queries: bool, queries are resident and keys streamed, or the reverse.
+      resident_bytes: int, of one row of a computing warpgroup, without what is staged.
+      streamed_bytes: int, of one streamed position.
+      max_tile: int, the widest tile that leaves registers enough.
+
+    Returns:
+      Walk.
+
+    Raises:
+      NotImplementedError: if not even two narrow tiles fit.
+    """
+    grain = problem.grain
+    block, streamed_block = (
+        (grain.block_q, grain.block_kv) if over_queries else (grain.block_kv, grain.block_q)
+    )
+    heads = problem.num_heads if over_queries else problem.num_kv_heads
+    mask_heads = 1 if problem.mask_heads == 1 else heads
+    rings = NUM_COMPUTE if block == ROWS else 1
+    for tile in (128, 64):
+        staging_bytes = 0 if problem.in_registers else 2 * tile
+        free = SHARED_MEMORY_BYTES - _SPARE_BYTES
+        free -= NUM_COMPUTE * ROWS * (resident_bytes + staging_bytes)
+        stages = min(free // (rings * tile * streamed_bytes), _MAX_STAGES)
+        if tile <= min(max_tile, streamed_block) and stages >= 2:
+            return Walk(
+                over_queries=over_queries,
+                block=block,
+                num_blocks=(problem.num_queries if over_queries else problem.num_keys) // block,
+                heads=heads,
+                mask_heads=mask_heads,
+                tile=tile,
+                pieces=streamed_block // tile,
+                repeats=problem.group if not over_queries and problem.mask_heads == 1 else 1,
+                stages=stages,
+            )
+    raise NotImplementedError(
+        f"at head dim {problem.head_dim}, two tiles of 64 positions for each of {rings} lists do "
+        f"not fit in the {SHARED_MEMORY_BYTES} bytes of shared memory; blocks of 128 share a list"
+    )
+
+
+class Item(NamedTuple):
+    """One list and what it belongs to; traced scalars.
+
+    Attributes:
+      valid: bool, False for the place beside the last item of an odd number.
+      unit: int32, which list.
+      batch: int32.
+      head: int32, of the resident side.
+      block: int32, resident block.
+      count: int32, entries on the list; 0 if not valid.
+      num_leading: int32, see `TileLists`.
+    """
+
+    valid: jax.Array
+    unit: jax.Array
+    batch: jax.Array
+    head: jax.Array
+    block: jax.Array
+    count: jax.Array
+    num_leading: jax.Array
+
+
+def count_programs(problem: Problem, walk: Walk) -> int:
+    """Return the size of the grid: one program for each `walk.rings` items.
+
+    Args:
+      problem: Problem.
+      walk: Walk.
+
+    Returns:
+      int.
+    """
+    return -(-problem.batch * walk.heads * walk.num_blocks // walk.rings)
+
+
+def find_item(problem: Problem, walk: Walk, lists: TileLists, ring: Any) -> Item:
+    """Find the item of one ring of this program.
+
+    Args:
+      problem: Problem.
+      walk: Walk.
+      lists: TileLists of references to global memory.
+      ring: int or int32, which ring.
+
+    Returns:
+      Item.
+    """
+    num_units = problem.mask_batch * walk.mask_heads * walk.num_blocks
+    head_copies = walk.heads // walk.mask_heads
+    copies = problem.batch // problem.mask_batch * head_copies
+    index = lax.axis_index("program") * walk.rings + ring
+    valid = index < num_units * copies
+    index = jnp.where(valid, index, 0)
+    num_long = lists.num_long[0]
+    is_long = index < num_long * copies
+    # Copies are batch entries and heads that share their lists: one after the other.
+    span = jnp.where(is_long, num_long, num_units - num_long)
+    offset = jnp.where(is_long, 0, num_long)
+    index = index - offset * copies
+    copy = lax.div(index, span)
+    unit = lists.order[offset + lax.rem(index, span)]
+    mask, block = lax.div(unit, walk.num_blocks), lax.rem(unit, walk.num_blocks)
+    return Item(
+        valid=valid,
+        unit=unit,
+        batch=lax.div(mask, walk.mask_heads) + lax.div(copy, head_copies),
+        head=lax.rem(mask, walk.mask_heads) + lax.rem(copy, head_copies),
+        block=block,
+        count=jnp.where(valid, lists.counts[unit], 0),
+        num_leading=jnp.where(valid, lists.num_leading[unit], 0),
+    )
+
+
+def locate(
+    problem: Problem, walk: Walk, lists: TileLists, item: Item, step: Any
+) -> tuple[Any, Any, Any]:
+    """Find the tile of one step.
+
+    Args:
+      problem: Problem.
+      walk: Walk.
+      lists: TileLists of references to global memory.
+      item: Item.
+      step: int32, of those that `walk_list` takes.
+
+    Returns:
+      tuple of int32, the streamed head, the first position of the tile, and the kept bits of its
+      block.
+    """
+    position, piece = lax.div(step, walk.pieces), lax.rem(step, walk.pieces)
+    member = jnp.int32(0)  # which head of a group of query heads
+    if walk.repeats > 1:
+        # The leading entries of every head come before the others of any.
+        leading = item.num_leading * walk.repeats
+        in_leading = position < leading
+        span = jnp.where(in_leading, item.num_leading, item.count - item.num_leading)
+        span = jnp.maximum(span, 1)
+        offset = jnp.where(in_leading, 0, item.num_leading)
+        position = jnp.where(in_leading, position, position - leading)
+        member = jnp.minimum(lax.div(position, span), walk.repeats - 1)
+        position = offset + lax.rem(position, span)
+    entry = lists.entries[item.unit, position]
+    index, bits = lax.div(entry, BITS), lax.rem(entry, BITS)
+    if walk.over_queries:
+        head = lax.div(item.head, problem.group)
+    else:
+        if walk.repeats < problem.group:
+            # The lists of a group's heads are joined: see `make_key_lists`.
+            num_blocks = problem.num_queries // problem.grain.block_q
+            member, index = lax.div(index, num_blocks), lax.rem(index, num_blocks)
+        head = item.head * problem.group + member
+    return head, (index * walk.pieces + piece) * walk.tile, bits
+
+
+def walk_list(
+    problem: Problem, walk: Walk, item: Item, step: Callable[..., Any], state: Any
+) -> Any:
+    """Take all steps of a list, in one loop with a mask and one without, as far as needed.
+
+    Args:
+      problem: Problem.
+      walk: Walk.
+      item: Item.
+      step: function (int32, state, masked=bool) -> state.
+      state: what the steps carry.
+
+    Returns:
+      state after the last step.
+    """
+    first, last = (n * walk.steps_per_entry for n in (item.num_leading, item.count))
+    for begin, end, leading in ((0, first, True), (first, last, False)):
+        # Lists of query blocks begin with tiles that need no mask, lists of key blocks end so.
+        masked = leading != walk.over_queries
+        if (problem.all_masked or problem.causal) if masked else not problem.all_masked:
+            state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
+    return state
