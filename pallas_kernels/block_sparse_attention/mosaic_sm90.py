@@ -156,7 +156,7 @@ def block_sparse_attention_mosaic_sm90(
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("problem",))
 def _attention(q, k, v, schedule, kv_mask, segment_ids, problem):
-    out, lse_BNT = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
+    out, lse_BNT, _ = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
     return out, lse_BNT.swapaxes(1, 2)
 
 
@@ -167,23 +167,26 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, problem):
             problem.num_queries, problem.num_keys, causal=problem.causal, segment_ids=segment_ids
         ).astype(jnp.float32)
         num_visible = jnp.broadcast_to(num_visible, (problem.batch, problem.num_queries))
-    lists = make_query_lists(
+    query_lists = make_query_lists(
         schedule, problem.grain, causal=problem.causal, all_masked=problem.all_masked
     )
-    return attention_forward(q, k, v, lists, kv_mask, segment_ids, num_visible, problem)
+    out, lse_BNT = attention_forward(
+        q, k, v, query_lists, kv_mask, segment_ids, num_visible, problem
+    )
+    return out, lse_BNT, query_lists
 
 
 def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, problem):
     # Refused here rather than after the forward pass was compiled.
     make_key_walk(problem)
     make_query_walk(problem)
-    out, lse_BNT = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
-    residuals = (q, k, v, schedule, kv_mask, segment_ids, out, lse_BNT)
+    out, lse_BNT, query_lists = _forward(q, k, v, schedule, kv_mask, segment_ids, problem)
+    residuals = (q, k, v, schedule, query_lists, kv_mask, segment_ids, out, lse_BNT)
     return (out, lse_BNT.swapaxes(1, 2)), residuals
 
 
 def _attention_bwd(problem, residuals, cotangents):
-    q, k, v, schedule, kv_mask, segment_ids, out, lse_BNT = residuals
+    q, k, v, schedule, query_lists, kv_mask, segment_ids, out, lse_BNT = residuals
     d_out, d_lse = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     # A row that counted nothing has no probabilities, exp(s - inf) = 0, and takes no gradient,
@@ -199,12 +202,14 @@ def _attention_bwd(problem, residuals, cotangents):
         kv_mask=kv_mask,
         segments=segment_ids,
     )
-    options = {"causal": problem.causal, "all_masked": problem.all_masked}
-    dq = attention_backward_queries(
-        operands, make_query_lists(schedule, problem.grain, **options), problem
+    dq = attention_backward_queries(operands, query_lists, problem)
+    key_lists = make_key_lists(
+        schedule,
+        problem.grain,
+        causal=problem.causal,
+        all_masked=problem.all_masked,
+        group=problem.group if problem.mask_heads > 1 else 1,
     )
-    group = problem.group if problem.mask_heads > 1 else 1
-    key_lists = make_key_lists(schedule, problem.grain, **options, group=group)
     dk, dv = attention_backward_keys(operands, key_lists, problem)
     return dq, dk, dv, None, None, None
 
