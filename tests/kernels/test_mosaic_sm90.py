@@ -17,6 +17,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
     make_problem,
 )
 from sparsejax.masks import flood_fill
+from tests.kernels import interpreter
 from tests.kernels.contract import Case, call_implementation, check_case, compile_case
 from tests.kernels.interpreter import hopper
 from tests.kernels.oracles import error, make_normal
@@ -80,6 +81,16 @@ def test_flood_filled_pattern():
         got = compile_case(case, _attend)(case.inputs(), mask)
     expected = compile_case(case, call_implementation("reference"))(case.inputs(), mask)
     assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.03
+
+
+def test_another_gpu_skips_with_the_reason(monkeypatch):
+    def refuse():
+        raise NotImplementedError("needs a Hopper GPU")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(interpreter, "check_hopper", refuse)
+    with pytest.raises(pytest.skip.Exception, match="needs a Hopper GPU"), hopper():
+        pass
 
 
 def _untransposed_lists(q, k, v, mask, **options):
