@@ -6,13 +6,14 @@ steps without a new compilation.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
 from jax._src import config as _jax_config
 
 type Implementation = Literal["mosaic_sm90", "xla", "dense", "reference"]
-"""Names a caller may pass as `implementation`."""
+"""Names a caller may pass as `implementation` to block-sparse attention."""
 
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation.__value__)
 
@@ -78,6 +79,37 @@ def check_hopper() -> None:
     )
 
 
+def count_processors() -> int:
+    """Return how many streaming multiprocessors traced code will run on.
+
+    Returns:
+      int, of the GPU of the abstract mesh in force before the default one; 2 while kernels are
+      interpreted.
+    """
+    if is_interpreted():
+        return 2
+    abstract_device = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract_device is not None:
+        return abstract_device.num_cores
+    return jax.devices("gpu")[0].core_count
+
+
+def check_implementation(implementation: str, names: Sequence[str]) -> None:
+    """Raise unless an op has an implementation of that name.
+
+    Args:
+      implementation: name the caller passed.
+      names: those the op has.
+
+    Raises:
+      ValueError: with the names there are.
+    """
+    if implementation not in names:
+        raise ValueError(
+            f"implementation must be None or one of {tuple(names)}, got {implementation!r}"
+        )
+
+
 def choose_implementation(
     implementation: Implementation | None = None, *, every_block_kept: bool = False
 ) -> Implementation:
@@ -104,10 +136,7 @@ def choose_implementation(
       'dense'
     """
     if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}"
-            )
+        check_implementation(implementation, IMPLEMENTATIONS)
         return implementation
     chosen: Implementation = "dense" if every_block_kept else "xla"
     _logger.debug("block_sparse_attention: chose %r on %s", chosen, target_platform())

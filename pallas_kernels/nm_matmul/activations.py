@@ -1,0 +1,109 @@
+"""Activations of a feed-forward block that `nm_matmul` applies to its product, with gradients.
+
+A gated activation takes the first half of its last axis as value and the second half as gate.
+
+Letters: M rows   N columns of the product.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = (None, "gelu", "geglu", "swiglu")
+"""Names a caller may pass as `activation`."""
+
+GATED = ("geglu", "swiglu")
+"""Those whose result is half as wide as the product."""
+
+
+def gelu_with_slope(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Compute the tanh form of GELU and its derivative.
+
+    gelu(z) = z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
+
+    Args:
+      z: f32[...].
+
+    Returns:
+      tuple of f32[...], gelu(z), and f32[...], its derivative.
+    """
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    square = z * z
+    tanh = jnp.tanh(scale * z * (1 + cubic * square))
+    half = 0.5 * (1 + tanh)
+    slope = half + 0.5 * z * (1 - tanh * tanh) * scale * (1 + 3 * cubic * square)
+    return z * half, slope
+
+
+def silu_with_slope(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Compute SiLU and its derivative.
+
+    silu(z) = z / (1 + exp(-z))
+
+    Args:
+      z: f32[...].
+
+    Returns:
+      tuple of f32[...], silu(z), and f32[...], its derivative.
+    """
+    sigmoid = 0.5 * (1 + jnp.tanh(0.5 * z))
+    return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+
+
+def _with_slope(z, name):
+    return silu_with_slope(z) if name == "swiglu" else gelu_with_slope(z)
+
+
+def apply_activation(z: jax.Array, name: str | None) -> jax.Array:
+    """Apply an activation by name.
+
+    None: z,  "gelu": gelu(z),  "geglu": value * gelu(gate),  "swiglu": value * silu(gate)
+
+    Args:
+      z: float[..., N], pre-activation; N is even for a gated activation.
+      name: str or None, one of `ACTIVATIONS`.
+
+    Returns:
+      float[..., N], or [..., N / 2] if gated, typed like z.
+
+    Numerics:
+      Computed in f32, rounded to the dtype of z last.
+
+    References:
+      Shazeer, arXiv:2002.05202, for GEGLU and SwiGLU; FST, arXiv:2404.01847, for the order of the
+      halves.
+    """
+    if name is None:
+        return z
+    x = z.astype(jnp.float32)
+    if name not in GATED:
+        return _with_slope(x, name)[0].astype(z.dtype)
+    value, gate = jnp.split(x, 2, axis=-1)
+    return (value * _with_slope(gate, name)[0]).astype(z.dtype)
+
+
+def activation_gradient(z: jax.Array, d_out: jax.Array, name: str | None) -> jax.Array:
+    """Take the gradient of a result back to the pre-activation.
+
+    dz = act'(z) d_out;  gated: dz = [d_out act(gate), d_out value act'(gate)]
+
+    Args:
+      z: float[..., N], pre-activation; not read where `name` is None.
+      d_out: float[..., N], or [..., N / 2] if gated, gradient of the result.
+      name: str or None, one of `ACTIVATIONS`.
+
+    Returns:
+      float[..., N], typed like d_out.
+
+    Numerics:
+      Computed in f32, rounded to the dtype of d_out last.
+    """
+    if name is None:
+        return d_out
+    x, d = z.astype(jnp.float32), d_out.astype(jnp.float32)
+    if name not in GATED:
+        return (d * _with_slope(x, name)[1]).astype(d_out.dtype)
+    value, gate = jnp.split(x, 2, axis=-1)
+    act, slope = _with_slope(gate, name)
+    return jnp.concatenate([d * act, d * value * slope], axis=-1).astype(d_out.dtype)

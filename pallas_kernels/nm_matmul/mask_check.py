@@ -1,0 +1,113 @@
+"""Whether a mask keeps at most n of every m consecutive entries, and where it does not.
+
+Letters: K contracted axis   N columns of the weight.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+
+def check_nm_mask(mask: ArrayLike, *, pattern: tuple[int, int] = (2, 4), axis: int) -> None:
+    """Refuse a mask that keeps too many entries of a group; runs on the host.
+
+    sum_{i < m} mask[m g + i] <= n  for every group g along the axis
+
+    Args:
+      mask: bool[..., K, N], True = kept, with values known: not traced.
+      pattern: (n, m), at most n kept of every m consecutive.
+      axis: 0 for groups along K, 1 for groups along N.
+
+    Raises:
+      ValueError: naming the first group that keeps too many, or what is wrong with the arguments.
+
+    Example:
+      >>> check_nm_mask(jnp.array([[1, 0], [1, 1], [0, 0], [1, 0]], bool), axis=0)
+      Traceback (most recent call last):
+        ...
+      ValueError: mask must keep at most 2 of every 4 consecutive entries of a column; column 0 \
+keeps 3 of rows 0 to 3
+    """
+    check_pattern(pattern)
+    mask = np.asarray(mask)
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis=}")
+    if mask.ndim < 2 or mask.dtype != bool:
+        raise ValueError(f"mask must be bool[..., K, N], got {mask.dtype}{list(mask.shape)}")
+    most, group = pattern
+    if mask.shape[axis - 2] % group:
+        raise ValueError(
+            f"{'KN'[axis]} of mask [..., K, N] must be a multiple of {group} for pattern "
+            f"{pattern}, got {mask.shape=}"
+        )
+    counts = _count_kept(mask, group, axis)
+    if (counts <= most).all():
+        return
+    *matrix, row, column = (int(i) for i in np.argwhere(counts > most)[0])
+    line, start = (column, row * group) if axis == 0 else (row, column * group)
+    raise ValueError(
+        _MESSAGES[axis].format(
+            most=most,
+            group=group,
+            line=line,
+            kept=counts[(*matrix, row, column)],
+            start=start,
+            end=start + group - 1,
+        )
+        + (f" of matrix {matrix}" if matrix else "")
+    )
+
+
+def checkify_nm_mask(mask: jax.Array, *, pattern: tuple[int, int], axis: int) -> None:
+    """Record the error of `check_nm_mask` in a traced program.
+
+    Args:
+      mask: bool[K, N], True = kept.
+      pattern: (n, m), at most n kept of every m consecutive.
+      axis: 0 for groups along K, 1 for groups along N.
+    """
+    most, group = pattern
+    counts = _count_kept(mask, group, axis)
+    row, column = jnp.unravel_index(jnp.argmax((counts > most).reshape(-1)), counts.shape)
+    line, start = (column, row * group) if axis == 0 else (row, column * group)
+    checkify.check(
+        (counts <= most).all(),
+        _MESSAGES[axis],
+        most=jnp.array(most),
+        group=jnp.array(group),
+        line=line,
+        kept=counts[row, column],
+        start=start,
+        end=start + group - 1,
+    )
+
+
+_MESSAGES = tuple(
+    "mask must keep at most {most} of every {group} consecutive entries of a "
+    f"{line}; {line} {{line}} keeps {{kept}} of {others} {{start}} to {{end}}"
+    for line, others in (("column", "rows"), ("row", "columns"))
+)
+
+
+def check_pattern(pattern: tuple[int, int]) -> None:
+    """Refuse what is not an N:M pattern.
+
+    Args:
+      pattern: (n, m), at most n kept of every m consecutive.
+
+    Raises:
+      ValueError: unless it is two ints, 1 <= n <= m.
+    """
+    sane = isinstance(pattern, tuple) and len(pattern) == 2
+    sane = sane and all(isinstance(x, int) and not isinstance(x, bool) for x in pattern)
+    if not sane or not 1 <= pattern[0] <= pattern[1]:
+        raise ValueError(f"pattern must be two ints (n, m), 1 <= n <= m, got {pattern!r}")
+
+
+def _count_kept(mask, group, axis):
+    *leading, rows, columns = mask.shape
+    if axis == 0:
+        return mask.reshape(*leading, rows // group, group, columns).sum(axis=-2)
+    return mask.reshape(*leading, rows, columns // group, group).sum(axis=-1)

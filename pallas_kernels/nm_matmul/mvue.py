@@ -1,0 +1,181 @@
+"""Random 2:4 pruning whose mean is what was pruned: minimum-variance unbiased estimators (MVUE).
+
+Of every group of four, two entries are kept and divided by the probability of being kept. One
+uniform number draws one of the six pairs. Everything is elementwise on the four members of a
+group, so that a compiler fuses it into whatever reads the result.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+GROUP = 4
+
+# Added to each magnitude as a share of the group's sum, so that every member may be drawn.
+_FLOOR = 2.0**-23
+# Groups that sum to less are drawn evenly; their quotients would leave the normal numbers.
+_NEGLIGIBLE = 1e-30
+
+
+def prune_mvue(
+    x: jax.Array, key: jax.Array, *, axis: int, exact: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Keep two of every four consecutive entries, without bias.
+
+    E[pruned] = x,  pruned_i = x_i / P(i is kept) where kept, 0 elsewhere
+
+    Approximate: two draws without replacement with probability proportional to a = |x| + floor,
+      P(i, j kept) = t_i t_j (1 / (1 - t_i) + 1 / (1 - t_j)),  t = a / sum a
+    Exact: for a_1 <= a_2 <= a_3 <= a_4 of sum S, P(i kept) = 2 a_i / S, or, where a_4 exceeds the
+    sum T of the others, P(4 kept) = 1 and P(i kept) = a_i / T.
+
+    Args:
+      x: float[..., 4 G, ...], what is pruned.
+      key: key[], typed random key; equal keys give equal results.
+      axis: int, axis of x in which groups lie; a multiple of 4 long.
+      exact: bool, whether the variance is the least possible; the approximation has 6 % more on
+        Gaussian groups, 2.011 against 1.895 at unit variance, and sorts nothing.
+
+    Returns:
+      tuple of pruned, shaped and typed like x, and mask, bool shaped like x, with exactly two
+      True in every group, also in one of zeros.
+
+    Raises:
+      ValueError: if the axis does not hold whole groups.
+
+    Numerics:
+      f32 inside; rounded to the dtype of x last. A kept value is at most the sum of its group's
+      magnitudes. Probabilities carry an error of 2^-22. A group with NaN or infinity keeps one.
+
+    References:
+      FST, arXiv:2404.01847, section 5; Chmiel et al., arXiv:2203.10991, for the estimator. The
+      floor is 2^-23 in the published kernel; here it is 2^-23 of the group's sum, the same for
+      gradients of order 1 and still small for those of a loss that was not scaled up. The exact
+      probabilities are not those of the published routine, which is biased.
+
+    Example:
+      >>> x = jnp.array([3.0, 0.0, 0.0, -1.0])
+      >>> pruned, mask = prune_mvue(x, jax.random.key(0), axis=0, exact=True)
+      >>> pruned.tolist(), mask.tolist()
+      ([3.0, 0.0, 0.0, -1.0], [True, False, False, True])
+    """
+    axis = range(x.ndim)[axis]
+    if x.shape[axis] % GROUP:
+        raise ValueError(f"axis {axis} of x must be a multiple of {GROUP} long, got {x.shape=}")
+    groups = (*x.shape[:axis], x.shape[axis] // GROUP)
+    grouped = x.reshape(*groups, GROUP, *x.shape[axis + 1 :]).astype(jnp.float32)
+    members = [jax.lax.index_in_dim(grouped, i, axis + 1, keepdims=False) for i in range(GROUP)]
+    bits = jax.random.bits(key, members[0].shape, jnp.uint32)
+    values, kept = prune_group(members, (bits >> 8).astype(jnp.float32) * 2.0**-24, exact=exact)
+    pruned = jnp.stack([v.astype(x.dtype) for v in values], axis=axis + 1)
+    return pruned.reshape(x.shape), jnp.stack(kept, axis=axis + 1).reshape(x.shape)
+
+
+def prune_tokens(dz: jax.Array, key: jax.Array | None, grad_pruning: str) -> jax.Array:
+    """Prune a gradient 2:4 along its tokens as `grad_pruning` says.
+
+    S(dz): groups of four consecutive rows; the last group is filled up with rows of zeros.
+
+    Args:
+      dz: float[M, N], gradient of M tokens.
+      key: key[] or None, typed random key; None where nothing is pruned.
+      grad_pruning: "none", "mvue" or "mvue_exact".
+
+    Returns:
+      float[M, N], typed like dz.
+    """
+    if grad_pruning == "none" or key is None:
+        return dz
+    rows = dz.shape[0]
+    dz = jnp.pad(dz, ((0, -rows % GROUP), (0, 0)))
+    return prune_mvue(dz, key, axis=0, exact=grad_pruning == "mvue_exact")[0][:rows]
+
+
+def prune_group(
+    members: Sequence[jax.Array], uniform: jax.Array, *, exact: bool
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Prune groups given as four arrays, one per member; the arithmetic of `prune_mvue`.
+
+    Args:
+      members: four f32[...], the members of each group.
+      uniform: f32[...], uniform in [0, 1), one number per group.
+      exact: bool, see `prune_mvue`.
+
+    Returns:
+      tuple of four f32[...], pruned members, and four bool[...], which of them were kept.
+    """
+    values, kept = (_exact if exact else _approximate)(members, uniform)
+    return [jnp.where(k, v, 0.0) for k, v in zip(kept, values, strict=True)], kept
+
+
+def _approximate(members, uniform):
+    a = [jnp.abs(x) for x in members]
+    total = (a[0] + a[1]) + (a[2] + a[3])
+    # Written so that NaN takes the second branch and is not lost.
+    t = [jnp.where(total < _NEGLIGIBLE, 1 / GROUP, x / total + _FLOOR) for x in a]
+    # 1 - t_i as a sum: where one member dominates, the difference has no digits left.
+    others = [t[1] + t[2] + t[3], t[0] + t[2] + t[3], t[0] + t[1] + t[3], t[0] + t[1] + t[2]]
+    odds = [1 / x for x in others]
+    p01, p02, p03, p12, p13, p23 = (
+        t[i] * t[j] * (odds[i] + odds[j])
+        for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+    )
+    inclusion = (p01 + p02 + p03, p01 + p12 + p13, p02 + p12 + p23, p03 + p13 + p23)
+    c1 = p01
+    c2 = c1 + p02
+    c3 = c2 + p03
+    c4 = c3 + p12
+    c5 = c4 + p13
+    g1, g2, g3, g4, g5 = (uniform >= c for c in (c1, c2, c3, c4, c5))
+    kept = [
+        ~g3,
+        ~g1 | (g3 & ~g5),
+        (g1 & ~g2) | (g3 & ~g4) | g5,
+        (g2 & ~g3) | g4,
+    ]
+    return [x / p for x, p in zip(members, inclusion, strict=True)], kept
+
+
+def _exact(members, uniform):
+    # NaN counts as the largest, so that ranks stay a permutation and it is kept.
+    a = [jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)) for x in members]
+    # Sorted magnitudes by a network of five comparisons, and the rank of each member.
+    low01, high01 = jnp.minimum(a[0], a[1]), jnp.maximum(a[0], a[1])
+    low23, high23 = jnp.minimum(a[2], a[3]), jnp.maximum(a[2], a[3])
+    a1, x = jnp.minimum(low01, low23), jnp.maximum(low01, low23)
+    y, a4 = jnp.minimum(high01, high23), jnp.maximum(high01, high23)
+    a2, a3 = jnp.minimum(x, y), jnp.maximum(x, y)
+    rank = [
+        sum((a[j] < a[i] if j > i else a[j] <= a[i]).astype(jnp.int32) for j in range(4) if j != i)
+        for i in range(4)
+    ]
+
+    rest = a1 + a2 + a3
+    total = rest + a4
+    dominated = a4 >= rest
+    spread = 2 * a1 + a3 - a4 > 0
+    # Weights of the pairs (1, 3), (1, 4), (2, 3), (2, 4); (3, 4) takes what is left of the whole.
+    w13 = jnp.where(spread, a1 + (a3 - a4) / 2, 0.0)
+    w14 = jnp.where(spread, a1 - (a3 - a4) / 2, 2 * a1)
+    w23 = jnp.where(spread, a2 + (a3 - a4) / 2, rest - a4)
+    w24 = jnp.where(spread, a2 - (a3 - a4) / 2, (a2 - a1) + (a4 - a3))
+    w13, w23 = (jnp.where(dominated, 0.0, w) for w in (w13, w23))
+    w14, w24 = jnp.where(dominated, a1, w14), jnp.where(dominated, a2, w24)
+    drawn = uniform * jnp.where(dominated, rest, total)
+
+    c1 = w13
+    c2 = c1 + w14
+    c3 = c2 + w23
+    c4 = c3 + w24
+    g1, g2, g3, g4 = (drawn >= c for c in (c1, c2, c3, c4))
+    by_rank = (~g2, g2 & ~g4, ~g1 | (g2 & ~g3) | g4, (g1 & ~g2) | g3)
+    kept = [
+        jnp.where(r < 2, jnp.where(r == 0, by_rank[0], by_rank[1]), jnp.where(r == 2, *by_rank[2:]))
+        for r in rank
+    ]
+    values = [
+        jnp.sign(x) * jnp.where(dominated, jnp.where(r == 3, a4, rest), total / 2)
+        for x, r in zip(members, rank, strict=True)
+    ]
+    return values, kept

@@ -1,0 +1,80 @@
+"""The product with an N:M sparse weight as its equation, in f32: the oracle, gradients included.
+
+Letters: M rows (tokens)   K contracted axis   N columns.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nm_matmul.mvue import prune_tokens
+
+_dot = functools.partial(jnp.dot, precision="highest")
+
+
+def nm_matmul_reference(
+    x: jax.Array,
+    w: jax.Array,
+    mask: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    grad_pruning: str = "none",
+) -> jax.Array:
+    """Multiply by a masked weight, straight through to the whole weight in the gradient.
+
+    y = act(x (w * mask) + bias),  dx = dz (w * mask)^T,  dw = x^T S(dz),  dbias = sum dz
+
+    Gradients are those of plain JAX, but for two identities whose cotangents are replaced. S
+    prunes 2:4 along rows, or is the identity.
+
+    Args:
+      x: float[M, K].
+      w: float[K, N], the dense weight.
+      mask: bool[K, N], True = kept. What w holds elsewhere, NaN too, has no effect.
+      key: key[] or None, typed random key of S.
+      bias: float[N] or None.
+      activation: None, "gelu", "geglu" or "swiglu"; the gated ones give half the columns.
+      grad_pruning: "none", "mvue" or "mvue_exact".
+
+    Returns:
+      float[M, N], or [M, N / 2] if gated, typed like x.
+
+    References:
+      FST, arXiv:2404.01847, equations 2 to 4.
+    """
+    x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
+    kept = jax.lax.stop_gradient(jnp.where(mask, w32, 0))
+    # The first product is the value and gives dx; the second is zero and gives dw.
+    straight_through = _dot(jax.lax.stop_gradient(x32), _zeros_with_gradient(w32))
+    z = _dot(x32, kept) + jnp.asarray(_prune_gradient(straight_through, key, grad_pruning))
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)
+    if activation == "gelu":
+        z = jax.nn.gelu(z)
+    elif activation is not None:
+        value, gate = jnp.split(z, 2, axis=-1)
+        z = value * (jax.nn.gelu if activation == "geglu" else jax.nn.silu)(gate)
+    return z.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _zeros_with_gradient(w) -> jax.Array:
+    # Not w - stop_gradient(w), which is NaN where w is.
+    return jnp.zeros_like(w)
+
+
+_zeros_with_gradient.defvjp(lambda w: (jnp.zeros_like(w), None), lambda _, dw: (dw,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _prune_gradient(z, key, grad_pruning) -> jax.Array:
+    return z
+
+
+_prune_gradient.defvjp(
+    lambda z, key, grad_pruning: (z, key),
+    lambda grad_pruning, key, dz: (prune_tokens(dz, key, grad_pruning), None),
+)

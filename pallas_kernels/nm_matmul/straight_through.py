@@ -1,0 +1,95 @@
+"""The gradient rule of `nm_matmul`, stated once for every implementation of its products.
+
+  z = x (w * mask) + bias,  y = act(z)
+  dz = act'(z) dy,  dx = dz (w * mask)^T,  dw = x^T S(dz),  dbias = sum dz
+
+dw is dense: the mask stands in the way of the value and not of the gradient (straight-through).
+
+Letters: M rows (tokens)   K contracted axis   N columns of the product.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.nm_matmul.activations import activation_gradient
+
+
+class Products(NamedTuple):
+    """The three products of one implementation, as pure functions of arrays.
+
+    Attributes:
+      forward: (x[M, K], w[K, N], mask[K, N], packed, bias[N] or None, activation, keeps_z) ->
+        (out, z), with out = act(z) and z[M, N], the pre-activation, both typed like x; z is None
+        unless keeps_z.
+      input_gradient: (dz[M, N], w, mask, packed) -> dx[M, K], typed like dz.
+      weight_gradient: (x[M, K], dz[M, N], key or None, grad_pruning) -> dw[K, N], typed like x,
+        dense; dz pruned along M unless grad_pruning is "none".
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array | None]]
+    input_gradient: Callable[..., jax.Array]
+    weight_gradient: Callable[..., jax.Array]
+
+
+def multiply_straight_through(
+    x: jax.Array,
+    w: jax.Array,
+    mask: jax.Array,
+    packed: Any,
+    bias: jax.Array | None,
+    key: jax.Array | None,
+    *,
+    products: Products,
+    activation: str | None,
+    grad_pruning: str,
+) -> jax.Array:
+    """Multiply with the products of one implementation and differentiate with its others.
+
+    y = act(x (w * mask) + bias); gradients as in the module's docstring.
+
+    Kept for the backward pass: the arguments, and z where there is an activation.
+
+    Args:
+      x: float[M, K].
+      w: float[K, N], the dense weight.
+      mask: bool[K, N], True = kept; no gradient.
+      packed: pytree of arrays or None, handed to the products; no gradient.
+      bias: float[N] or None.
+      key: key[] or None, typed random key of gradient pruning; no gradient.
+      products: Products, static.
+      activation: str or None, static.
+      grad_pruning: "none", "mvue" or "mvue_exact", static.
+
+    Returns:
+      float[M, N], or [M, N / 2] for a gated activation, typed like x.
+    """
+    return _multiply(x, w, mask, packed, bias, key, products, activation, grad_pruning)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _multiply(x, w, mask, packed, bias, key, products, activation, grad_pruning):
+    return products.forward(x, w, mask, packed, bias, activation, False)[0]
+
+
+def _multiply_fwd(x, w, mask, packed, bias, key, products, activation, grad_pruning):
+    keeps_z = activation is not None
+    out, z = products.forward(x, w, mask, packed, bias, activation, keeps_z)
+    return out, (x, w, mask, packed, bias, key, z)
+
+
+def _multiply_bwd(products, activation, grad_pruning, residuals, d_out):
+    x, w, mask, packed, bias, key, z = residuals
+    dz = activation_gradient(z, d_out, activation)
+    dx = products.input_gradient(dz, w, mask, packed)
+    dw = products.weight_gradient(x, dz, key, grad_pruning)
+    d_bias = None
+    if bias is not None:
+        d_bias = dz.sum(axis=0, dtype=jnp.float32).astype(bias.dtype)
+    return dx, dw, None, None, d_bias, None
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)

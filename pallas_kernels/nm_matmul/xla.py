@@ -1,0 +1,41 @@
+"""The products of `nm_matmul` as XLA's own dense dots on the masked weight, on any device.
+
+Any N:M pattern, and no speed from it: this is the dense product that a sparse one has to beat.
+
+Letters: M rows (tokens)   K contracted axis   N columns.
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from pallas_kernels.nm_matmul.activations import apply_activation
+from pallas_kernels.nm_matmul.mvue import prune_tokens
+from pallas_kernels.nm_matmul.straight_through import Products
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _mask_weight(w, mask):
+    # Not a product: NaN * 0 is NaN, and -1 * 0 is -0.
+    return jnp.where(mask, w, jnp.zeros((), w.dtype))
+
+
+def _forward(x, w, mask, packed, bias, activation, keeps_z):
+    z = _einsum("mk,kn->mn", x, _mask_weight(w, mask))
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)
+    out = apply_activation(z, activation).astype(x.dtype)
+    return out, z.astype(x.dtype) if keeps_z else None
+
+
+def _input_gradient(dz, w, mask, packed):
+    return _einsum("mn,kn->mk", dz, _mask_weight(w, mask)).astype(dz.dtype)
+
+
+def _weight_gradient(x, dz, key, grad_pruning):
+    return _einsum("mk,mn->kn", x, prune_tokens(dz, key, grad_pruning)).astype(x.dtype)
+
+
+XLA_PRODUCTS = Products(_forward, _input_gradient, _weight_gradient)
+"""Products by masked dense dots: f32 accumulation, results rounded once to the dtype of x."""
