@@ -291,12 +291,21 @@ def test_what_the_kernels_do_not_do_is_refused_with_the_reason(change, options, 
         )
 
 
+def test_a_wide_head_runs_forward():
+    case = _change(head_dim=256, block_q=128, num_queries=128, num_keys=256)
+    inputs, mask = case.inputs(), jnp.array([[[[True, False, True, True]]]])
+    with hopper():
+        got = jax.jit(functools.partial(_attend, **case.options))(*inputs, mask)
+    inputs = (x.astype(jnp.float32) for x in inputs)
+    expected = call_implementation("reference")(*inputs, mask, **case.options)
+    assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.01
+
+
 def test_a_wide_head_has_no_gradient_and_says_so():
     case = _change(head_dim=256, block_q=128, block_kv=128, num_queries=128, num_keys=128)
     q, k, v = case.inputs()
     schedule = make_block_schedule(jnp.ones((1, 1, 1, 1), bool))
     options = case.options | {"scale": 0.1}
-    # As on a GPU: what the interpreter stages in shared memory would not fit at this width.
     problem = make_problem(q, k, (1, 1), has_kv_mask=False, has_segments=False, **options)
 
     def loss(q):
