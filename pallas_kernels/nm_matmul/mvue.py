@@ -68,8 +68,13 @@ def prune_mvue(
     members = [jax.lax.index_in_dim(grouped, i, axis + 1, keepdims=False) for i in range(GROUP)]
     bits = jax.random.bits(key, members[0].shape, jnp.uint32)
     values, kept = prune_group(members, (bits >> 8).astype(jnp.float32) * 2.0**-24, exact=exact)
-    pruned = jnp.stack([v.astype(x.dtype) for v in values], axis=axis + 1)
-    return pruned.reshape(x.shape), jnp.stack(kept, axis=axis + 1).reshape(x.shape)
+    values = [v.astype(x.dtype) for v in values]
+    if not exact:
+        # Interleaving ends XLA's fusion on a GPU: without the barrier, the f32 quotients and
+        # probabilities cross memory instead of the rounded results.
+        values, kept = jax.lax.optimization_barrier((values, kept))
+    pruned, mask = (jnp.stack(parts, axis=axis + 1).reshape(x.shape) for parts in (values, kept))
+    return pruned, mask
 
 
 def prune_tokens(dz: jax.Array, key: jax.Array | None, grad_pruning: str) -> jax.Array:

@@ -25,6 +25,11 @@ GROUPS = {
 }
 
 
+@functools.cache
+def _jit(axis, exact):
+    return jax.jit(functools.partial(prune_mvue, axis=axis, exact=exact))
+
+
 def _inclusion(group, exact):
     """Probability of being kept, in f64, by the published closed forms."""
     a = np.abs(np.asarray(group, np.float64))
@@ -89,7 +94,7 @@ def test_variance_on_gaussian_groups(exact, variance):
     """Numbers by f64 Monte Carlo over the closed forms, 16 million groups, error 0.0001."""
     num_groups = 400_000
     x = jax.random.normal(jax.random.key(1), (4, num_groups))
-    prune = jax.jit(functools.partial(prune_mvue, axis=0, exact=exact))
+    prune = _jit(0, exact)
     squares = np.asarray(((prune(x, jax.random.key(2))[0] - x) ** 2).sum(axis=0), np.float64)
     deviation = squares.std() / np.sqrt(num_groups)
     assert deviation < 0.02 * variance
@@ -100,7 +105,7 @@ def test_variance_on_gaussian_groups(exact, variance):
 def test_empty_and_single_groups(exact):
     x = jnp.zeros((5, 4)).at[jnp.arange(4), jnp.arange(4)].set(jnp.array([3.0, -1.0, 1e-8, 1e20]))
     prune = jax.vmap(functools.partial(prune_mvue, axis=1, exact=exact), (None, 0))
-    pruned, mask = prune(x, jax.random.split(jax.random.key(0), 50))
+    pruned, mask = jax.jit(prune)(x, jax.random.split(jax.random.key(0), 50))
     assert (mask.sum(axis=-1) == 2).all()
     np.testing.assert_allclose(pruned, np.broadcast_to(x, pruned.shape), rtol=1e-6)
 
@@ -109,8 +114,9 @@ def test_empty_and_single_groups(exact):
 def test_the_scale_of_a_gradient_does_not_matter(exact):
     (x,) = np.random.default_rng(0).standard_normal((1, 64, 8)).astype(np.float32)
     key = jax.random.key(3)
-    pruned, mask = prune_mvue(jnp.asarray(x), key, axis=0, exact=exact)
-    small, same = prune_mvue(jnp.asarray(x * 2.0**-40), key, axis=0, exact=exact)
+    prune = _jit(0, exact)
+    pruned, mask = prune(x, key)
+    small, same = prune(x * np.float32(2.0**-40), key)
     np.testing.assert_array_equal(mask, same)
     np.testing.assert_array_equal(pruned * 2.0**-40, small)
 
@@ -119,7 +125,7 @@ def test_the_scale_of_a_gradient_does_not_matter(exact):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible(exact, bad):
     x = jnp.where(jnp.eye(4, dtype=bool), bad, 1.0)
-    pruned, mask = prune_mvue(x, jax.random.key(0), axis=1, exact=exact)
+    pruned, mask = _jit(1, exact)(x, jax.random.key(0))
     assert (mask.sum(axis=1) == 2).all()
     assert not jnp.isfinite(pruned).all(axis=1).any()
 
@@ -129,12 +135,13 @@ def test_axes_and_dtypes(exact):
     x = np.random.default_rng(0).standard_normal((3, 8, 5)).astype(np.float32)
     key = jax.random.key(0)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        pruned, mask = prune_mvue(jnp.asarray(x, dtype), key, axis=-2, exact=exact)
+        low = jnp.asarray(x, dtype)
+        pruned, mask = _jit(-2, exact)(low, key)
         assert pruned.dtype == dtype and mask.dtype == bool
         assert (mask.reshape(3, 2, 4, 5).sum(axis=2) == 2).all()
         assert not pruned[~mask].any()
         # Rounded once, at the end.
-        full, _ = prune_mvue(jnp.asarray(x, dtype).astype(jnp.float32), key, axis=1, exact=exact)
+        full, _ = _jit(-2, exact)(low.astype(jnp.float32), key)
         np.testing.assert_array_equal(pruned, full.astype(dtype))
 
 
