@@ -1,0 +1,131 @@
+"""The products of `nm_matmul` on Hopper's sparse tensor cores.
+
+  y = x w        A = w^T, packed along K       y[M, N]  = (A x^T)^T
+  dx = dz w^T    A = w, packed along N         dx[M, K] = (A dz^T)^T    if the mask is transposable
+  dw = x^T S(dz) A = S(dz)^T, packed along M   dw[K, N] = (A x)^T       if dz is pruned
+
+Other products are XLA's dense ones. What the kernel does not do raises NotImplementedError with the
+reason. See `mosaic_sm90_kernel` for how it works.
+
+Letters: M rows (tokens)   K contracted axis   N columns of the weight.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import count_processors, is_interpreted
+from pallas_kernels.nm_matmul.activations import GATED
+from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, multiply_sparse
+from pallas_kernels.nm_matmul.mvue import GROUP, prune_mvue
+from pallas_kernels.nm_matmul.pack import pack_nm
+from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
+from pallas_kernels.nm_matmul.straight_through import Products
+from pallas_kernels.nm_matmul.tile_config import default_config
+from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
+
+
+def make_products(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    transposable: bool,
+    grad_pruning: str,
+    activation: str | None,
+    has_bias: bool,
+) -> Products:
+    """Collect the products of a call, and refuse what the kernel does not do.
+
+    Args:
+      x: [M, K].
+      w: [K, N].
+      transposable: bool, dx is a sparse product as well.
+      grad_pruning: "none", "mvue" or "mvue_exact"; dw is a sparse product unless "none".
+      activation: str or None.
+      has_bias: bool.
+
+    Returns:
+      Products, the same for the same facts.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    del x, has_bias
+    if w.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {w.dtype}")
+    halves = 2 if activation in GATED else 1
+    if w.shape[0] % TILE or w.shape[1] % (halves * TILE):
+        raise NotImplementedError(
+            f"the Hopper kernel takes weights [K, N] of multiples of {TILE}, and of "
+            f"{2 * TILE} columns with a gate, got {w.shape=}, {activation=}; pad them"
+        )
+    return Products(
+        forward=_forward,
+        input_gradient=_input_gradient if transposable else XLA_PRODUCTS.input_gradient,
+        weight_gradient=XLA_PRODUCTS.weight_gradient
+        if grad_pruning == "none"
+        else _weight_gradient,
+    )
+
+
+def _forward(x, w, mask, packed: PackedNM, bias, activation, keeps_z):
+    assert packed.along_k is not None, "checked by the op"
+    out, *z = _multiply(packed.along_k, x, bias=bias, activation=activation, keeps_inputs=keeps_z)
+    return out, z[0] if keeps_z else None
+
+
+def _input_gradient(dz, w, mask, packed: PackedNM):
+    assert packed.along_n is not None, "checked by the op"
+    return _multiply(packed.along_n, dz)[0]
+
+
+def _weight_gradient(x, dz, key, grad_pruning):
+    # Filled up to whole groups first, so that every implementation draws the same numbers.
+    pruned, mask = prune_mvue(_pad_rows(dz, GROUP), key, axis=0, exact=grad_pruning == "mvue_exact")
+    pruned, mask = (_pad_rows(array, TILE) for array in (pruned, mask))
+    sparse = pack_nm(pruned, mask, implementation="mosaic_sm90").along_k
+    assert sparse is not None, "packed along the tokens"
+    return _multiply(sparse, _pad_rows(x, TILE), dense_is_transposed=False)[0]
+
+
+def _multiply(
+    sparse: Compressed,
+    dense: jax.Array,
+    *,
+    dense_is_transposed: bool = True,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    keeps_inputs: bool = False,
+) -> list[jax.Array]:
+    """Return (A B)^T, with bias and activation, and what the activation was applied to."""
+    rows, contraction = sparse.shape
+    num_columns = dense.shape[0 if dense_is_transposed else 1]
+    num_programs = count_processors()
+    tiles = default_config(
+        rows,
+        contraction,
+        num_columns,
+        dense.dtype.name,
+        num_programs=num_programs,
+        is_gated=activation in GATED,
+        pads_columns=dense_is_transposed,
+    )
+    if dense_is_transposed:
+        dense = _pad_rows(dense, tiles.columns)
+    problem = Problem(
+        rows=rows,
+        contraction=contraction,
+        columns=dense.shape[0 if dense_is_transposed else 1],
+        dtype=dense.dtype.name,
+        dense_is_transposed=dense_is_transposed,
+        has_bias=bias is not None,
+        activation=activation,
+        keeps_inputs=keeps_inputs,
+        interpreted=is_interpreted(),
+    )
+    results = multiply_sparse(sparse, dense, bias, problem, tiles, num_programs=num_programs)
+    return [result[:num_columns] for result in results]
+
+
+def _pad_rows(array: jax.Array, multiple: int) -> jax.Array:
+    missing = -array.shape[0] % multiple
+    return jnp.pad(array, ((0, missing), (0, 0))) if missing else array

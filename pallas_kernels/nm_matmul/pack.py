@@ -1,0 +1,117 @@
+"""Packing a weight for `nm_matmul`, and back.
+
+Letters: K N as in `nm_matmul`.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from pallas_kernels.dispatch import check_hopper, check_implementation, is_interpreted
+from pallas_kernels.nm_matmul.mask_check import check_nm_mask
+from pallas_kernels.nm_matmul.pack_sm90 import pack_on_gpu
+from pallas_kernels.nm_matmul.packing import TILE, PackedNM, compress, decompress
+
+type PackAxis = Literal[0, 1, "both"]
+type PackImplementation = Literal["mosaic_sm90", "xla"]
+
+_DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def pack_nm(
+    w: jax.Array,
+    mask: jax.Array,
+    *,
+    axis: PackAxis = 0,
+    implementation: PackImplementation | None = None,
+) -> PackedNM:
+    """Pack a 2:4 sparse weight for Hopper's sparse tensor cores.
+
+    Pack once per optimizer step, after `w` or `mask` changed, and pass the result as
+    `nm_matmul(..., packed=)` for every micro-batch.
+
+    A group with fewer than two kept entries is filled up with zeros. Kept zeros of either sign, and
+    NaN, are kept as they are; what w holds where the mask is False has no effect.
+
+    Args:
+      w: bf16 or f16[..., K, N], K and N multiples of 64.
+      mask: bool, shaped like w, at most two of every four consecutive True along each packed axis.
+      axis: 0 packs along K for the forward product; 1 along N; "both", of a transposable mask, for
+        forward and backward.
+      implementation: "mosaic_sm90", one kernel that reads w and mask once; "xla"; or None, which is
+        "xla" as long as the kernel has not been proven on a GPU. Both return the same bits.
+
+    Returns:
+      PackedNM, for each packed axis K*N/2 values and K*N/8 bytes of metadata.
+
+    Raises:
+      ValueError: if shape, dtype or an option is not as above, or if the values of the mask are
+        known while tracing and a group keeps too many; of a traced mask, the first two are kept.
+      NotImplementedError: if the kernel is named and the device is no Hopper GPU.
+
+    Example:
+      >>> w = jnp.ones((64, 128), jnp.bfloat16)
+      >>> mask = jnp.arange(64)[:, None] % 4 < jnp.full(128, 2)
+      >>> pack_nm(w, mask).along_k.values.shape
+      (128, 32)
+    """
+    _check(w, mask, axis)
+    if implementation is not None:
+        check_implementation(implementation, ("mosaic_sm90", "xla"))
+    if implementation == "mosaic_sm90":
+        check_hopper()
+    along_k, along_n = axis in (0, "both"), axis in (1, "both")
+    if not isinstance(mask, Tracer):
+        for packed_axis in [0] * along_k + [1] * along_n:
+            check_nm_mask(mask, axis=packed_axis)
+
+    def pack(w, mask):
+        if implementation == "mosaic_sm90":
+            options = {"along_k": along_k, "along_n": along_n}
+            return PackedNM(*pack_on_gpu(w, mask, **options, interpreted=is_interpreted()))
+        return PackedNM(
+            compress(w.T, mask.T) if along_k else None, compress(w, mask) if along_n else None
+        )
+
+    for _ in w.shape[:-2]:
+        pack = jax.vmap(pack)
+    return pack(w, mask)
+
+
+def unpack_nm(packed: PackedNM) -> jax.Array:
+    """Return the sparse weight that was packed: `jnp.where(mask, w, 0)`, exactly.
+
+    Args:
+      packed: PackedNM of weights [..., K, N].
+
+    Returns:
+      array[..., K, N].
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
+      >>> mask = jnp.arange(64)[:, None] % 4 < jnp.full(64, 2)
+      >>> bool((unpack_nm(pack_nm(w, mask)) == jnp.where(mask, w, 0)).all())
+      True
+    """
+
+    def unpack(packed):
+        if packed.along_n is not None:
+            return decompress(packed.along_n)
+        return decompress(packed.along_k).T
+
+    for _ in packed.shape[:-2]:
+        unpack = jax.vmap(unpack)
+    return unpack(packed)
+
+
+def _check(w: jax.Array, mask: jax.Array, axis: PackAxis) -> None:
+    if axis not in (0, 1, "both"):
+        raise ValueError(f"axis must be 0, 1 or 'both', got {axis!r}")
+    if w.dtype not in _DTYPES:
+        raise ValueError(f"w must be bfloat16 or float16, got {w.dtype=}")
+    if w.ndim < 2 or w.shape[-2] % TILE or w.shape[-1] % TILE or 0 in w.shape:
+        raise ValueError(f"w must be [..., K, N], K and N multiples of {TILE}, got {w.shape=}")
+    if mask.shape != w.shape or mask.dtype != jnp.bool_:
+        raise ValueError(f"mask must be bool{list(w.shape)}, got {mask.dtype}{list(mask.shape)}")

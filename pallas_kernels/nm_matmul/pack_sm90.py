@@ -1,0 +1,167 @@
+"""Packing on a GPU: one kernel reads weight and mask once and packs one or both orientations.
+
+A program has one warpgroup and a tile of 64 rows (K) and 64 or 128 columns (N). Each thread holds
+blocks of four by four neighbours, which are whole groups along either axis. Values go to global
+memory as they are selected. Positions go to shared memory, from which each thread gathers the eight
+groups of one word of metadata.
+
+Letters: K N as in `nm_matmul`.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.nm_matmul.packing import TILE, Compressed, select_two
+from pallas_kernels.nm_matmul.thread_words import (
+    NUM_THREADS,
+    Window,
+    load_words,
+    store_words,
+    thread_index,
+)
+
+_GROUP = 4
+
+
+def pack_on_gpu(
+    w: jax.Array, mask: jax.Array, *, along_k: bool, along_n: bool, interpreted: bool
+) -> tuple[Compressed | None, Compressed | None]:
+    """Launch the kernel.
+
+    Args:
+      w: bf16 or f16[K, N], K and N multiples of 64.
+      mask: bool[K, N].
+      along_k: bool, pack w^T [N, K].
+      along_n: bool, pack w [K, N].
+      interpreted: bool.
+
+    Returns:
+      tuple of both Compressed, None where not asked for.
+    """
+    num_rows, num_columns = w.shape
+    width = 2 * TILE if num_columns % (2 * TILE) == 0 else TILE
+    across = width // _GROUP  # blocks of a tile along N, 16 along K
+    blocks = TILE // _GROUP * across // NUM_THREADS  # blocks of a thread, along K
+    halves = width // TILE
+    options = {"interpreted": interpreted}
+
+    def body(w_gmem, mask_gmem, *refs):
+        outs, scratch_refs = refs[: len(out_type)], refs[len(out_type) :]
+        nibbles = dict(zip(scratch, scratch_refs, strict=True))
+        tile_k, tile_n = jax.lax.axis_index("k"), jax.lax.axis_index("n")
+        place = {"row": tile_k * TILE, "column": tile_n * width}
+        w_tile = Window(w_gmem, (TILE, width), **place)
+        mask_tile = Window(mask_gmem, (TILE, width), **place)
+
+        thread = thread_index()
+        block_n, first_block_k = thread % across, thread // across * blocks
+        column = block_n * _GROUP
+        entries, kept = [], []  # [rows of the blocks][columns]
+        for block in range(blocks):
+            for i in range(_GROUP):
+                row = (first_block_k + block) * _GROUP + i
+                pairs = load_words(w_tile, row, column, count=2, **options)
+                (flags,) = load_words(mask_tile, row, column, **options)
+                entries.append([_half(pairs[j // 2], j % 2) for j in range(_GROUP)])
+                kept.append([(flags >> (8 * j)) & 1 for j in range(_GROUP)])
+
+        if along_n:
+            values_n = Window(
+                outs[-2], (TILE, width // 2), row=tile_k * TILE, column=tile_n * (width // 2)
+            )
+            nibbles_n = Window(nibbles["n"], (TILE, across))
+            for line in range(blocks * _GROUP):
+                row = first_block_k * _GROUP + line
+                first, second, nibble = select_two(entries[line], kept[line])
+                store_words(values_n, row, 2 * block_n, [first | second << 16], **options)
+                store_words(nibbles_n, row, block_n, [nibble], **options)
+        if along_k:
+            values_k = Window(
+                outs[0], (width, TILE // 2), row=tile_n * width, column=tile_k * (TILE // 2)
+            )
+            nibbles_k = Window(nibbles["k"], (TILE // _GROUP, width))
+            for j in range(_GROUP):
+                words = []
+                for block in range(blocks):
+                    lines = range(block * _GROUP, (block + 1) * _GROUP)
+                    first, second, nibble = select_two(
+                        [entries[line][j] for line in lines], [kept[line][j] for line in lines]
+                    )
+                    words.append(first | second << 16)
+                    # Beside the nibbles of its neighbours' columns, so that no banks conflict.
+                    place = j * across + block_n
+                    store_words(nibbles_k, first_block_k + block, place, [nibble], **options)
+                store_words(values_k, column + j, 2 * first_block_k, words, **options)
+
+        # All nibbles are there.
+        plgpu.commit_smem()
+        first_line, quarter = thread // 32 * 16 + thread % 32 // 4, thread % 4
+        for half in range(halves):
+            if along_n:
+                column = half * (TILE // _GROUP) + quarter * _GROUP
+                nibbles = [
+                    load_words(nibbles_n, first_line + 8 * i, column, count=4, **options)
+                    for i in range(2)
+                ]
+                row = tile_k * (num_columns // TILE) + tile_n * halves + half
+                metadata_n = Window(outs[-1], (1, NUM_THREADS), row=row)
+                store_words(metadata_n, thread >> 7, thread, [_word(nibbles)], **options)
+            if along_k:
+                nibbles = []
+                for i in range(2):
+                    line = half * TILE + first_line + 8 * i
+                    column = line % _GROUP * across + line // _GROUP
+                    nibbles.append(
+                        [
+                            load_words(nibbles_k, quarter * _GROUP + i, column, **options)[0]
+                            for i in range(_GROUP)
+                        ]
+                    )
+                row = (tile_n * halves + half) * (num_rows // TILE) + tile_k
+                metadata_k = Window(outs[1], (1, NUM_THREADS), row=row)
+                store_words(metadata_k, thread >> 7, thread, [_word(nibbles)], **options)
+
+    scratch: dict[str, Any] = {}
+    out_type = []
+    if along_k:
+        scratch["k"] = plgpu.SMEM((TILE // _GROUP, width), jnp.uint32)
+        out_type += _describe(num_columns, num_rows, w.dtype)
+    if along_n:
+        scratch["n"] = plgpu.SMEM((TILE, across), jnp.uint32)
+        out_type += _describe(num_rows, num_columns, w.dtype)
+    body.__name__ = "pack_nm"
+    outs = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=list(scratch.values()),
+        grid=(num_rows // TILE, num_columns // width),
+        grid_names=("k", "n"),
+    )(w, mask)
+    along = [
+        Compressed(values, metadata.reshape(-1, 2 * values.shape[1] // TILE, NUM_THREADS))
+        for values, metadata in zip(outs[::2], outs[1::2], strict=True)
+    ]
+    return along[0] if along_k else None, along[-1] if along_n else None
+
+
+def _describe(rows: int, columns: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    return [
+        jax.ShapeDtypeStruct((rows, columns // 2), dtype),
+        jax.ShapeDtypeStruct((rows // TILE * (columns // TILE), NUM_THREADS), jnp.uint32),
+    ]
+
+
+def _half(word: jax.Array, index: int) -> jax.Array:
+    return word >> 16 if index else word & 0xFFFF
+
+
+def _word(nibbles: list[Any]) -> jax.Array:
+    """Join the nibbles of two rows, four groups each, to a word of metadata."""
+    word = jnp.zeros_like(nibbles[0][0])
+    for half, groups in enumerate(nibbles):
+        for i, nibble in enumerate(groups):
+            word |= nibble << (16 * half + 4 * i)
+    return word

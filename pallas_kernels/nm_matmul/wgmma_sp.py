@@ -1,0 +1,236 @@
+"""Hopper's sparse tensor-core instruction, `wgmma.mma_async.sp`, and what it computes.
+
+One instruction multiplies 64 rows of a 2:4 sparse matrix, 32 columns wide and 16 values as stored,
+with a dense matrix of 32 rows: D[64, P] += A[64, 32] B[32, P], for P up to 256. Pallas has no
+operation for it, so that it is written as inline PTX, in the way Mosaic writes the dense one. The
+interpreter cannot run that: there, the same operands, metadata included, are multiplied by
+`emulate_multiply_add`.
+
+Letters: R rows, C columns of the sparse operand, P columns of the dense one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import mma_utils, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
+
+from pallas_kernels.nm_matmul.packing import TILE, Compressed, decompress
+
+# How a sum lies in registers: one value in each, which LLVM leaves alone between instructions.
+ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT  # noqa: SLF001
+
+# Type checkers take the decorated function for one that still wants the launch context.
+_inline: Any = plgpu.inline_mgpu
+
+_STEP = 32  # columns of the sparse operand that one instruction covers
+
+
+def zero_sums(shape: tuple[int, int], count: int) -> tuple[jax.Array, ...]:
+    """Make sums to start from.
+
+    Args:
+      shape: (64, P).
+      count: int, how many.
+
+    Returns:
+      tuple of f32[64, P] laid out as ACCUMULATOR.
+    """
+
+    @_inline(return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=ACCUMULATOR))
+    def make(_):
+        zero = utils.c(0.0, ir.F32Type.get())
+        return fa.FragmentedArray.splat(zero, shape, fa.WGMMA_LAYOUT_ACC_32BIT)
+
+    return tuple(make() for _ in range(count))
+
+
+def start_multiply_add(
+    accs: Sequence[jax.Array],
+    values_smem: Sequence[Any],
+    metadata_smem: Sequence[Any],
+    dense_smem: Any,
+    *,
+    values_transforms: tuple[Any, ...],
+    dense_transforms: tuple[Any, ...],
+    dense_is_transposed: bool,
+) -> tuple[jax.Array, ...]:
+    """Start D += A B for blocks of 64 rows, and wait for what was started by the call before.
+
+    The sums are complete after `finish_multiply_add`; until then nothing else may touch them.
+
+    Args:
+      accs: D of each block, f32[64, P] laid out as ACCUMULATOR.
+      values_smem: reference [64, C/2] of each block.
+      metadata_smem: reference uint32[C/64, 128] of each block.
+      dense_smem: reference [P, C] if transposed, else [C, P].
+      values_transforms: tiling and swizzle of the references to values.
+      dense_transforms: tiling and swizzle of the dense reference.
+      dense_is_transposed: bool.
+
+    Returns:
+      tuple of new D.
+    """
+    types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=ACCUMULATOR) for x in accs)
+    every = range(len(accs))
+
+    @_inline(
+        arg_types=(
+            tuple(ACCUMULATOR for _ in every),
+            tuple(plgpu.RefType(values_transforms) for _ in every),
+            tuple(plgpu.RefType() for _ in every),
+            plgpu.RefType(dense_transforms),
+        ),
+        return_type=types,
+    )
+    def start(_, accs, values, metadata, dense):
+        if dense_is_transposed:
+            dense = utils.memref_transpose(dense, (1, 0, 3, 2))
+        nvvm.wgmma_fence_aligned()
+        started = tuple(map(_issue, accs, values, metadata, [dense] * len(accs)))
+        nvvm.wgmma_commit_group_sync_aligned()
+        nvvm.wgmma_wait_group_sync_aligned(1)
+        return started
+
+    return start(tuple(accs), tuple(values_smem), tuple(metadata_smem), dense_smem)
+
+
+def finish_multiply_add(accs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Wait until all sums are complete.
+
+    Args:
+      accs: what `start_multiply_add` returned last.
+
+    Returns:
+      tuple of f32[64, P], to be used as any array.
+    """
+    types = tuple(plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=plgpu.Layout.WGMMA) for x in accs)
+
+    @_inline(arg_types=(tuple(ACCUMULATOR for _ in accs),), return_type=types)
+    def finish(_, accs):
+        nvvm.wgmma_wait_group_sync_aligned(0)
+        # Nothing that reads the sums may move above the wait, which does not mention them.
+        return tuple(fa.optimization_barrier(acc).to_layout(fa.WGMMA_LAYOUT) for acc in accs)
+
+    return finish(tuple(accs))
+
+
+def emulate_multiply_add(
+    accs: Sequence[jax.Array],
+    values_smem: Sequence[Any],
+    metadata_smem: Sequence[Any],
+    dense_smem: Any,
+    *,
+    dense_is_transposed: bool,
+) -> tuple[jax.Array, ...]:
+    """Compute D += A B for blocks of 64 rows from the same operands, under the interpreter.
+
+    Args:
+      accs: D of each block, f32[64, P].
+      values_smem: reference [64, C/2] of each block.
+      metadata_smem: reference uint32[C/64, 128] of each block.
+      dense_smem: reference [P, C] if transposed, else [C, P].
+      dense_is_transposed: bool.
+
+    Returns:
+      tuple of new D.
+    """
+    dense = dense_smem[...].astype(jnp.float32)
+    dense_CP = dense.T if dense_is_transposed else dense
+    blocks = [
+        decompress(Compressed(values[...], metadata[...][None])).astype(jnp.float32)
+        for values, metadata in zip(values_smem, metadata_smem, strict=True)
+    ]
+    # Tensor cores read through the same proxy that copies write through; these loads do not.
+    plgpu.commit_smem()
+    return tuple(acc + jnp.dot(block, dense_CP) for acc, block in zip(accs, blocks, strict=True))
+
+
+def _issue(acc, values, metadata, dense):
+    """Issue the instructions of one block of rows; all arguments are values of the compiler."""
+    (_, columns), dtype = mma_utils.tiled_memref_shape(dense)
+    (_, half_contraction), _ = mma_utils.tiled_memref_shape(values)
+    values_swizzle = 2 * ir.MemRefType(values.type).shape[3]
+    dense_tile = ir.MemRefType(dense.type).shape
+    dense_swizzle = 2 * max(dense_tile[2:])
+    (values_base, (_, values_strides)), _, _ = mma_utils.create_descriptor(
+        values,
+        swizzle=values_swizzle,
+        group_size=(TILE, half_contraction),
+        logical_k_major=False,
+    )
+    # The dense operand is walked twice as fast: 32 rows an instruction, 64 bytes.
+    contraction_tile = dense_swizzle // 2
+    (dense_base, (_, dense_strides)), (_, tile_stride), fastest = mma_utils.create_descriptor(
+        dense,
+        swizzle=dense_swizzle,
+        group_size=(contraction_tile, columns),
+        logical_k_major=True,
+        mma_bytewidth_k=2 * _STEP,
+    )
+    steps_of_tile = contraction_tile // _STEP
+    registers = list(acc.registers.flat)
+    for step in range(2 * half_contraction // _STEP):
+        if step % 2 == 0:
+            word = _load_word(metadata, step // 2)
+        tile, inner = divmod(step, steps_of_tile)
+        registers = _instruction(
+            registers,
+            _advance(values_base, step * values_strides[-1]),
+            _advance(dense_base, tile * tile_stride + inner * dense_strides[-1]),
+            word,
+            selector=step % 2,
+            columns=columns,
+            dtype=str(dtype),
+            dense_is_row_major=fastest is mma_utils.Dim.MN,
+        )
+    return fa.FragmentedArray(
+        _registers=np.array(registers, dtype=object).reshape(acc.registers.shape),
+        _layout=acc.layout,
+        _is_signed=acc.is_signed,
+    )
+
+
+def _load_word(metadata, tile):
+    """Load the metadata of this thread for 64 columns."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.remui(utils.thread_idx(), utils.c(utils.WARPGROUP_SIZE, i32))
+    index = ir.IndexType.get()
+    return memref.load(metadata, [utils.c(tile, index), arith.index_cast(index, thread)])
+
+
+def _advance(descriptor, num_bytes):
+    """Move the address in an operand's descriptor."""
+    offset = utils.c(mma_utils.encode_addr(num_bytes), ir.IntegerType.get_signless(64))
+    return llvm.add(descriptor, offset, overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def _instruction(registers, values, dense, word, *, selector, columns, dtype, dense_is_row_major):
+    """Emit one instruction; sums are tied, so that each stays in its register."""
+    count = len(registers)
+    sums = ", ".join(f"${i}" for i in range(count))
+    values_at, dense_at, word_at = (f"${2 * count + i}" for i in range(3))
+    # After the metadata: which lanes supply them, that sums are added to, the signs of A and B,
+    # whether A and B lie with their contraction outside.
+    ptx = (
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+        f"wgmma.mma_async.sp.sync.aligned.m64n{columns}k{_STEP}.f32.{dtype}.{dtype} "
+        f"{{{sums}}}, {values_at}, {dense_at}, {word_at}, {selector}, p, 1, 1, 0, "
+        f"{int(dense_is_row_major)}; }}"
+    )
+    types = llvm.StructType.get_literal([register.type for register in registers])
+    results = llvm.inline_asm(
+        types,
+        [*registers, values, dense, word],
+        ptx,
+        ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r"]),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(r.type, results, [i]) for i, r in enumerate(registers)]
