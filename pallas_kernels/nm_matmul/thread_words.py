@@ -42,7 +42,11 @@ class Window(NamedTuple):
     column: Any = 0
 
     def at(self):
-        """Return the reference to the part."""
+        """Return the reference to the part.
+
+        Returns:
+          reference, of the shape.
+        """
         return self.ref.at[pl.ds(self.row, self.shape[0]), pl.ds(self.column, self.shape[1])]
 
     @property

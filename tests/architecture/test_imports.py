@@ -38,6 +38,8 @@ ARROWS = {
 # Where each package from outside may be imported.
 HOMES = {
     "jax": ("pallas_kernels", "sparsejax", "benchmarks"),
+    # Instructions that Pallas does not have are written with the compiler that JAX brings along.
+    "jaxlib": ("pallas_kernels.nm_matmul.wgmma_sp", "pallas_kernels.nm_matmul.thread_words"),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
     "flax": ("sparsejax.models", "sparsejax.training"),
     "optax": ("sparsejax.training",),
@@ -56,7 +58,7 @@ HOMES = {
 
 # Whole steps must run on a machine that has no more than these.
 STEP_MODULES = tuple(f"sparsejax.training.{name}" for name in ("state", "step", "flops"))
-STEP_NEEDS = {"jax", "flax", "optax", "numpy"}
+STEP_NEEDS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 
 
 def find_imports(source):

@@ -1,0 +1,283 @@
+"""What every implementation of `nm_matmul` must do, stated once.
+
+A case fixes shapes and static options; each of its masks goes through one compiled program. Results
+are compared with the reference in f32, and a second program shows the pruned gradient by itself.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import nm_matmul, prune_mvue
+from tests.kernels.oracles import error, make_normal
+
+NAMES = ("y", "dx", "dw", "dbias")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NMCase:
+    """Shapes and static options of one compiled program."""
+
+    leading: tuple[int, ...] = (24,)
+    inner: int = 32
+    columns: int = 24
+    has_bias: bool = False
+    activation: str | None = None
+    transposable: bool = False
+    grad_pruning: str = "none"
+    pattern: tuple[int, int] = (2, 4)
+    dtype: str = "float32"
+    mask_names: tuple[str, ...] = ("whole", "underfull", "empty")
+
+    @property
+    def options(self):
+        names = ("activation", "transposable", "grad_pruning", "pattern")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def key(self):
+        return None if self.grad_pruning == "none" else jax.random.key(7)
+
+    @property
+    def out_columns(self):
+        return self.columns // 2 if self.activation in ("geglu", "swiglu") else self.columns
+
+    def masks(self):
+        masks = make_nm_masks(
+            (self.inner, self.columns), self.pattern, transposable=self.transposable
+        )
+        return {name: jnp.asarray(masks[name]) for name in self.mask_names}
+
+    def inputs(self):
+        """Return x, w and bias, typed as the case says."""
+        x, w, bias = make_normal(
+            ((*self.leading, self.inner), (self.inner, self.columns), (self.columns,))
+        )
+        w = w * math.sqrt(2 / self.inner)
+        return tuple(a.astype(self.dtype) for a in (x, w, bias))
+
+    def cotangent(self):
+        """Return dy in bf16, so that every dtype sees the same values."""
+        (dy,) = make_normal(((*self.leading, self.out_columns),), jnp.bfloat16, seed=1)
+        return dy
+
+
+# Every option meets another one; rows are not whole groups, tiles or both in most cases.
+NM_CASES = {
+    "plain": NMCase(),
+    "batch_dims_bias": NMCase(leading=(2, 3, 5), has_bias=True),
+    "transposable": NMCase(transposable=True, has_bias=True, activation="gelu"),
+    "geglu": NMCase(activation="geglu", has_bias=True, leading=(3, 7)),
+    "swiglu": NMCase(activation="swiglu"),
+    "one_of_four": NMCase(pattern=(1, 4), activation="gelu"),
+    "two_of_eight": NMCase(pattern=(2, 8), transposable=True),
+    "mvue": NMCase(grad_pruning="mvue", has_bias=True, leading=(30,)),
+    "mvue_exact": NMCase(grad_pruning="mvue_exact", transposable=True, leading=(2, 11)),
+    "bf16": NMCase(dtype="bfloat16", has_bias=True),
+    "bf16_geglu": NMCase(dtype="bfloat16", activation="geglu", transposable=True),
+    "bf16_swiglu": NMCase(dtype="bfloat16", activation="swiglu", has_bias=True, leading=(2, 9)),
+    "bf16_mvue": NMCase(dtype="bfloat16", grad_pruning="mvue", transposable=True, leading=(26,)),
+    "f16_gelu": NMCase(dtype="float16", activation="gelu", has_bias=True),
+    "f16_mvue_exact": NMCase(dtype="float16", grad_pruning="mvue_exact", leading=(2, 15)),
+}
+
+# What the Hopper kernels take: 16 bits, 2:4, whole tiles of weights, any number of rows.
+_SMALL = {"inner": 128, "columns": 128, "mask_names": ("whole", "underfull")}
+NM_KERNEL_CASES = {
+    "bf16": NMCase(leading=(64,), dtype="bfloat16", **_SMALL),
+    "bf16_transposable_bias": NMCase(
+        leading=(2, 50), dtype="bfloat16", transposable=True, has_bias=True, **_SMALL
+    ),
+    "bf16_geglu": NMCase(
+        leading=(192,), dtype="bfloat16", activation="geglu", transposable=True, **_SMALL
+    ),
+    "bf16_swiglu_bias": NMCase(
+        leading=(65,), dtype="bfloat16", activation="swiglu", has_bias=True, **_SMALL
+    ),
+    "f16_gelu_bias": NMCase(
+        leading=(3, 33), dtype="float16", activation="gelu", has_bias=True, **_SMALL
+    ),
+    "bf16_mvue": NMCase(
+        leading=(128,), dtype="bfloat16", grad_pruning="mvue", transposable=True, **_SMALL
+    ),
+    "bf16_mvue_odd_rows": NMCase(
+        leading=(2, 45), dtype="bfloat16", grad_pruning="mvue", has_bias=True, **_SMALL
+    ),
+    "f16_mvue_exact_swiglu": NMCase(
+        leading=(64,),
+        dtype="float16",
+        grad_pruning="mvue_exact",
+        activation="swiglu",
+        transposable=True,
+        **_SMALL,
+    ),
+}
+
+
+def make_nm_masks(shape, pattern, *, transposable=False, seed=0):
+    """Return name -> bool mask that keeps at most n of m, one for each way it can be difficult.
+
+    "whole" keeps exactly n in every group, "underfull" any smaller number in some, "empty" drops
+    whole columns and whole rows of groups.
+    """
+    rng = np.random.default_rng(seed)
+    most, group = pattern
+    if transposable:
+        # n of m in rows and columns: a circulant with n diagonals, rows and columns shuffled.
+        base = (np.arange(group)[:, None] - np.arange(group)) % group < most
+        whole = np.zeros(shape, bool)
+        for i in range(0, shape[0], group):
+            for j in range(0, shape[1], group):
+                tile = base[rng.permutation(group)][:, rng.permutation(group)]
+                whole[i : i + group, j : j + group] = tile
+    else:
+        rank = rng.random((shape[0] // group, group, shape[1])).argsort(axis=1).argsort(axis=1)
+        whole = (rank < most).reshape(shape)
+    underfull = whole & (rng.random(shape) < 0.6)
+    empty = whole.copy()
+    empty[:, : shape[1] // 3] = False
+    empty[-group:] = False
+    return {"whole": whole, "underfull": underfull, "empty": empty}
+
+
+def call_nm(implementation):
+    """Return nm_matmul of a named implementation, or the function that was given."""
+    if callable(implementation):
+        return implementation
+    return functools.partial(nm_matmul, implementation=implementation)
+
+
+def plain_nm_matmul(x, w, mask, bias, dy, key, *, activation, grad_pruning):
+    """Compute y, dx, dw, dbias in the dtype of x, as a user would without care for rounding."""
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    kept = w * mask
+    z = x2 @ kept
+    if bias is not None:
+        z = z + bias
+
+    def act(z):
+        if activation in (None, "gelu"):
+            return z if activation is None else jax.nn.gelu(z)
+        value, gate = jnp.split(z, 2, axis=-1)
+        return value * (jax.nn.gelu if activation == "geglu" else jax.nn.silu)(gate)
+
+    y, back = jax.vjp(act, z)
+    (dz,) = back(dy2)
+    pruned = dz
+    if grad_pruning != "none":
+        padded = jnp.pad(dz, ((0, -len(dz) % 4), (0, 0)))
+        pruned, _ = prune_mvue(padded, key, axis=0, exact=grad_pruning == "mvue_exact")
+        pruned = pruned[: len(dz)]
+    d_bias = None if bias is None else dz.sum(axis=0)
+    return y.reshape(dy.shape), (dz @ kept.T).reshape(x.shape), x2.T @ pruned, d_bias
+
+
+def compile_nm_case(case, matmul, *, optimise=True):
+    """Return a jitted function of (x, w, bias, mask) -> y, dx, dw, dbias.
+
+    What is under test is compiled as for a user, the rest without optimisation, in half the time.
+    """
+    level = 3 if optimise else 0
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": level})
+    def run(x, w, bias, mask):
+        def apply(x, w, bias):
+            bias = bias if case.has_bias else None
+            return matmul(x, w, mask, bias=bias, key=case.key, **case.options)
+
+        # GPUs would otherwise round f32 operands to TF32.
+        with jax.default_matmul_precision("highest"):
+            y, back = jax.vjp(apply, x, w, bias)
+            return y, *back(case.cotangent().astype(y.dtype))
+
+    return run
+
+
+def comparable(case):
+    """Return the names of results that depend on no random draw near a threshold.
+
+    Behind an activation dz differs in its last bits between implementations, and a draw may then
+    fall on another pair; `check_pruned_gradient` compares such dw.
+    """
+    hidden = case.grad_pruning != "none" and case.activation is not None
+    return tuple(name for name in NAMES if not (hidden and name == "dw"))
+
+
+@functools.cache
+def expected_nm_results(case):
+    """Return mask name -> (f32 oracle, error of the bf16 baseline), each by result name."""
+    oracle = compile_nm_case(case, call_nm("reference"), optimise=False)
+    # Both see the values that the dtype of the case can hold: only arithmetic is compared.
+    inputs = tuple(a.astype(jnp.float32) for a in case.inputs())
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def baseline(x, w, bias, mask):
+        x, w, bias = (a.astype(jnp.bfloat16) for a in (x, w, bias))
+        options = {"activation": case.activation, "grad_pruning": case.grad_pruning}
+        bias = bias if case.has_bias else None
+        return plain_nm_matmul(x, w, mask, bias, case.cotangent(), case.key, **options)
+
+    results = {}
+    for name, mask in case.masks().items():
+        exact = dict(zip(NAMES, oracle(*inputs, mask), strict=True))
+        rough = dict(zip(NAMES, baseline(*inputs, mask), strict=True))
+        if rough["dbias"] is None:
+            rough["dbias"] = exact["dbias"]
+        results[name] = exact, {n: error(rough[n], exact[n]) for n in NAMES}
+    return results
+
+
+def check_nm_case(case, implementation, *, optimise=True):
+    """Assert that an implementation, named or given, meets the error bounds on every mask."""
+    traces = []
+    matmul = call_nm(implementation)
+
+    def count_traces(*args, **options):
+        traces.append(args)
+        return matmul(*args, **options)
+
+    run = compile_nm_case(case, count_traces, optimise=optimise)
+    inputs = case.inputs()
+    for mask_name, (exact, baseline_error) in expected_nm_results(case).items():
+        actual = dict(zip(NAMES, run(*inputs, case.masks()[mask_name]), strict=True))
+        for name in comparable(case):
+            assert actual[name].shape == exact[name].shape, f"{case}: shape of {name}"
+            assert actual[name].dtype == jnp.dtype(case.dtype), f"{case}: dtype of {name}"
+            rounding = 2e-6 * (1 + float(jnp.abs(exact[name]).max()))
+            bound = rounding
+            if case.dtype != "float32":
+                bound += (2 if name == "y" else 3) * baseline_error[name]
+            got = error(actual[name], exact[name])
+            assert got <= bound, f"{case}, mask {mask_name}: {name} off by {got}, bound {bound}"
+    assert len(traces) == 1, "a new mask compiled a new program"
+
+
+def check_pruned_gradient(case, implementation, *, optimise=True):
+    """Assert that dw is made from exactly two of four tokens of this implementation's own dz.
+
+    With the identity as x, dw = x^T dz is dz itself, rounded as the implementation rounds it. So
+    whatever the activation and the dtype, dw of the pruning call must equal `prune_mvue` of dw
+    of the plain call to the last bit.
+    """
+    rows = math.prod(case.leading)
+    assert rows <= case.inner, "the identity needs as many columns as there are tokens"
+    _, w, bias = case.inputs()
+    x = jnp.eye(rows, case.inner, dtype=case.dtype).reshape(*case.leading, case.inner)
+    mask = case.masks()["whole"]
+    plain = dataclasses.replace(case, grad_pruning="none")
+    dz, pruned = (
+        compile_nm_case(c, call_nm(implementation), optimise=optimise)(x, w, bias, mask)[2]
+        for c in (plain, case)
+    )
+    padded = rows + -rows % 4
+    assert not dz[rows:].any() and not pruned[rows:].any(), f"{case}: dw of absent tokens"
+    dz = jnp.zeros((padded, case.columns), dz.dtype).at[:rows].set(dz[:rows])
+    exact = case.grad_pruning == "mvue_exact"
+    prune = jax.jit(functools.partial(prune_mvue, axis=0, exact=exact))
+    expected, _ = prune(dz, case.key)
+    off = error(pruned[:rows], expected[:rows])
+    assert off == 0, f"{case}: pruned gradient off by {off}"
