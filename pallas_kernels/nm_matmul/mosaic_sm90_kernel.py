@@ -159,6 +159,9 @@ def multiply_sparse(
     # A tile that reaches over the end is copied in halves, each from where there is something.
     chunk = NUM_COMPUTE * TILE if stride % (NUM_COMPUTE * TILE) == 0 == problem.rows % 128 else TILE
     store_columns = _store_columns(tiles)
+    # Waits count what was stored. In a last tile only some of the blocks may be.
+    all_or_none = problem.is_gated or blocks == 1 or problem.rows % tiles.rows == 0
+    outstanding = _STORE_SLOTS - 1 if all_or_none else 0
     dtype = jnp.dtype(problem.dtype)
     values_transforms = _transforms(contraction // 2)
     dense_shape = (columns, contraction) if problem.dense_is_transposed else (contraction, columns)
@@ -310,7 +313,7 @@ def multiply_sparse(
                     for out_gmem, result, block in results:
                         start = starts[block]
                         staging = smem["staging"].at[warpgroup, num_stores % _STORE_SLOTS]
-                        plgpu.wait_smem_to_gmem(_STORE_SLOTS - 1, wait_read_only=True)
+                        plgpu.wait_smem_to_gmem(outstanding, wait_read_only=True)
                         staging.T[...] = result.astype(dtype)
                         plgpu.commit_smem()
 
@@ -322,10 +325,8 @@ def multiply_sparse(
                             target = out_gmem.at[
                                 pl.ds(column + first, store_columns), pl.ds(start, TILE)
                             ]
-                            plgpu.copy_smem_to_gmem(staging, target, commit_group=False)
+                            plgpu.copy_smem_to_gmem(staging, target)
 
-                        # Also where nothing was stored: the waits count groups.
-                        plgpu.commit_smem_to_gmem_group()
                         num_stores += 1
                 return used
 

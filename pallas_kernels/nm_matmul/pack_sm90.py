@@ -8,6 +8,8 @@ groups of one word of metadata.
 Letters: K N as in `nm_matmul`.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.nm_matmul.packing import TILE, Compressed, select_two
 from pallas_kernels.nm_matmul.thread_words import (
     NUM_THREADS,
+    Place,
     Window,
     load_words,
     store_words,
@@ -59,70 +62,69 @@ def pack_on_gpu(
         thread = thread_index()
         block_n, first_block_k = thread % across, thread // across * blocks
         column = block_n * _GROUP
-        entries, kept = [], []  # [rows of the blocks][columns]
-        for block in range(blocks):
-            for i in range(_GROUP):
-                row = (first_block_k + block) * _GROUP + i
-                pairs = load_words(w_tile, row, column, count=2, **options)
-                (flags,) = load_words(mask_tile, row, column, **options)
-                entries.append([_half(pairs[j // 2], j % 2) for j in range(_GROUP)])
-                kept.append([(flags >> (8 * j)) & 1 for j in range(_GROUP)])
+        rows = [first_block_k * _GROUP + line for line in range(blocks * _GROUP)]
+        places = [Place(row, column) for row in rows]
+        # [rows of the blocks][columns]
+        entries = [
+            [_half(pair[j // 2], j % 2) for j in range(_GROUP)]
+            for pair in load_words(w_tile, places, count=2, **options)
+        ]
+        kept = [
+            [(flags >> (8 * j)) & 1 for j in range(_GROUP)]
+            for (flags,) in load_words(mask_tile, places, **options)
+        ]
 
+        # Stored bit by bit, so that little is held in registers.
         if along_n:
             values_n = Window(
                 outs[-2], (TILE, width // 2), row=tile_k * TILE, column=tile_n * (width // 2)
             )
             nibbles_n = Window(nibbles["n"], (TILE, across))
-            for line in range(blocks * _GROUP):
-                row = first_block_k * _GROUP + line
-                first, second, nibble = select_two(entries[line], kept[line])
-                store_words(values_n, row, 2 * block_n, [first | second << 16], **options)
-                store_words(nibbles_n, row, block_n, [nibble], **options)
+            for lines in itertools.batched(range(len(rows)), _GROUP):
+                words, codes = zip(*(_select(entries[x], kept[x]) for x in lines), strict=True)
+                places = [Place(rows[x], 2 * block_n) for x in lines]
+                store_words(values_n, places, [[word] for word in words], **options)
+                places = [Place(rows[x], block_n) for x in lines]
+                store_words(nibbles_n, places, [[code] for code in codes], **options)
         if along_k:
             values_k = Window(
                 outs[0], (width, TILE // 2), row=tile_n * width, column=tile_k * (TILE // 2)
             )
             nibbles_k = Window(nibbles["k"], (TILE // _GROUP, width))
             for j in range(_GROUP):
-                words = []
-                for block in range(blocks):
-                    lines = range(block * _GROUP, (block + 1) * _GROUP)
-                    first, second, nibble = select_two(
-                        [entries[line][j] for line in lines], [kept[line][j] for line in lines]
-                    )
-                    words.append(first | second << 16)
-                    # Beside the nibbles of its neighbours' columns, so that no banks conflict.
-                    place = j * across + block_n
-                    store_words(nibbles_k, first_block_k + block, place, [nibble], **options)
-                store_words(values_k, column + j, 2 * first_block_k, words, **options)
+                columns = ([line[j] for line in lines] for lines in (entries, kept))
+                groups = zip(*(itertools.batched(x, _GROUP) for x in columns), strict=True)
+                words, codes = zip(*(_select(*group) for group in groups), strict=True)
+                store_words(values_k, [Place(column + j, 2 * first_block_k)], [words], **options)
+                # Beside the nibbles of its neighbours' columns, so that no banks conflict.
+                at = j * across + block_n
+                places = [Place(first_block_k + i, at) for i in range(blocks)]
+                store_words(nibbles_k, places, [[code] for code in codes], **options)
 
         # All nibbles are there.
         plgpu.commit_smem()
-        first_line, quarter = thread // 32 * 16 + thread % 32 // 4, thread % 4
+        line, quarter = thread // 32 * 16 + thread % 32 // 4, thread % 4
+        # Zero, in a form that is not folded to a constant, which has no layout.
+        only_row = thread >> 7
         for half in range(halves):
             if along_n:
                 column = half * (TILE // _GROUP) + quarter * _GROUP
-                nibbles = [
-                    load_words(nibbles_n, first_line + 8 * i, column, count=4, **options)
-                    for i in range(2)
-                ]
+                places = [Place(line + 8 * i, column) for i in range(2)]
+                word = _join(load_words(nibbles_n, places, count=4, **options))
                 row = tile_k * (num_columns // TILE) + tile_n * halves + half
                 metadata_n = Window(outs[-1], (1, NUM_THREADS), row=row)
-                store_words(metadata_n, thread >> 7, thread, [_word(nibbles)], **options)
+                store_words(metadata_n, [Place(only_row, thread)], [[word]], **options)
             if along_k:
-                nibbles = []
+                places = []
                 for i in range(2):
-                    line = half * TILE + first_line + 8 * i
-                    column = line % _GROUP * across + line // _GROUP
-                    nibbles.append(
-                        [
-                            load_words(nibbles_k, quarter * _GROUP + i, column, **options)[0]
-                            for i in range(_GROUP)
-                        ]
-                    )
+                    n = half * TILE + line + 8 * i
+                    column = n % _GROUP * across + n // _GROUP
+                    places += [Place(quarter * _GROUP + group, column) for group in range(_GROUP)]
+                loaded = [nibble for (nibble,) in load_words(nibbles_k, places, **options)]
+                word = _join([loaded[:_GROUP], loaded[_GROUP:]])
                 row = (tile_n * halves + half) * (num_rows // TILE) + tile_k
                 metadata_k = Window(outs[1], (1, NUM_THREADS), row=row)
-                store_words(metadata_k, thread >> 7, thread, [_word(nibbles)], **options)
+                store_words(metadata_k, [Place(only_row, thread)], [[word]], **options)
 
     scratch: dict[str, Any] = {}
     out_type = []
@@ -154,11 +156,17 @@ def _describe(rows: int, columns: int, dtype: Any) -> list[jax.ShapeDtypeStruct]
     ]
 
 
+def _select(entries: Sequence[jax.Array], kept: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return the two kept entries of a group as one word, and where they were."""
+    first, second, code = select_two(entries, kept)
+    return first | second << 16, code
+
+
 def _half(word: jax.Array, index: int) -> jax.Array:
     return word >> 16 if index else word & 0xFFFF
 
 
-def _word(nibbles: list[Any]) -> jax.Array:
+def _join(nibbles: Sequence[Sequence[jax.Array]]) -> jax.Array:
     """Join the nibbles of two rows, four groups each, to a word of metadata."""
     word = jnp.zeros_like(nibbles[0][0])
     for half, groups in enumerate(nibbles):

@@ -18,6 +18,7 @@ Letters: K N as in `nm_matmul`; R rows, C columns of the sparse operand.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax

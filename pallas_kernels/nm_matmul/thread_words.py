@@ -6,6 +6,7 @@ in each thread; where it is read or written is an array too. What is computed be
 code, which the interpreter runs as the GPU does; only these two functions have a twin for it.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,18 @@ class Window(NamedTuple):
         return 4 // self.ref.dtype.itemsize
 
 
+class Place(NamedTuple):
+    """Where each thread reads or writes in a window.
+
+    Attributes:
+      row: int32[128].
+      column: int32[128], of the first element.
+    """
+
+    row: Any
+    column: Any
+
+
 def thread_index() -> jax.Array:
     """Return the index of each thread in its warpgroup.
 
@@ -65,67 +78,82 @@ def thread_index() -> jax.Array:
 
 
 def load_words(
-    window: Window, row: jax.Array, column: jax.Array, *, count: int = 1, interpreted: bool
-) -> tuple[jax.Array, ...]:
-    """Read consecutive words of a row.
+    window: Window, places: Sequence[Place], *, count: int = 1, interpreted: bool
+) -> list[tuple[jax.Array, ...]]:
+    """Read consecutive words of a row at each of some places.
 
     Args:
       window: Window.
-      row: int32[128], of each thread, in the window.
-      column: int32[128], of the first element; what is read is aligned to its size.
+      places: of each thread, aligned to what is read.
       count: int, 1, 2 or 4 words.
       interpreted: bool.
 
     Returns:
-      tuple of uint32[128]; the first element of a row is in the low bits.
+      list of tuples of uint32[128]; the first element of a row is in the low bits.
     """
     if interpreted:
         words = _as_words(window.at()[...])
-        first = column // window.elements_of_word
-        return tuple(words[row, first + i] for i in range(count))
+        return [
+            tuple(words[row, column // window.elements_of_word + i] for i in range(count))
+            for row, column in places
+        ]
 
-    @_inline(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT), return_type=(_WORD,) * count)
-    def load(_, ref, row, column):
+    @_inline(
+        arg_types=(plgpu.RefType(), (Place(_LAYOUT, _LAYOUT),) * len(places)),
+        return_type=(_WORD,) * (count * len(places)),
+    )
+    def load(_, ref, places):
         words = ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
-        loaded = llvm.load(words, _address(ref, row, column), alignment=4 * count)
-        return tuple(_as_array(_element(loaded, i)) for i in range(count))
+        loaded = [llvm.load(words, _address(ref, place), alignment=4 * count) for place in places]
+        return tuple(_as_array(_element(x, i)) for x in loaded for i in range(count))
 
-    return load(window.ref, row + window.row, column + window.column)
+    loaded = load(window.ref, _shift(window, places))
+    return list(itertools.batched(loaded, count))
 
 
 def store_words(
     window: Window,
-    row: jax.Array,
-    column: jax.Array,
-    words: Sequence[jax.Array],
+    places: Sequence[Place],
+    words: Sequence[Sequence[jax.Array]],
     *,
     interpreted: bool,
 ) -> None:
-    """Write consecutive words of a row; no two threads write to the same place.
+    """Write consecutive words of a row at each of some places; no two threads write to the same.
 
     Args:
       window: Window, not of bool.
-      row: int32[128], of each thread, in the window.
-      column: int32[128], of the first element; what is written is aligned to its size.
-      words: uint32[128] each, 1, 2 or 4; the low bits go to the first element.
+      places: of each thread, aligned to what is written.
+      words: for each place, 1, 2 or 4 uint32[128]; the low bits go to the first element.
       interpreted: bool.
     """
     if interpreted:
         matrix = _as_words(window.at()[...])
-        first = column // window.elements_of_word
-        for i, word in enumerate(words):
-            matrix = matrix.at[row, first + i].set(word)
+        for (row, column), row_words in zip(places, words, strict=True):
+            for i, word in enumerate(row_words):
+                matrix = matrix.at[row, column // window.elements_of_word + i].set(word)
         matrix = jax.lax.bitcast_convert_type(matrix, window.ref.dtype)
         window.at()[...] = matrix.reshape(window.shape)
         return
+    words = tuple(tuple(row_words) for row_words in words)
 
-    @_inline(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT, (_LAYOUT,) * len(words)))
-    def store(_, ref, row, column, words):
-        types = ir.VectorType.get((len(words),), ir.IntegerType.get_signless(32))
-        joined = vector.from_elements(types, [_scalar(word) for word in words])
-        llvm.store(joined, _address(ref, row, column), alignment=4 * len(words))
+    @_inline(
+        arg_types=(
+            plgpu.RefType(),
+            (Place(_LAYOUT, _LAYOUT),) * len(places),
+            jax.tree.map(lambda _: _LAYOUT, words),
+        )
+    )
+    def store(_, ref, places, words):
+        for place, row_words in zip(places, words, strict=True):
+            types = ir.VectorType.get((len(row_words),), ir.IntegerType.get_signless(32))
+            joined = vector.from_elements(types, [_scalar(word) for word in row_words])
+            llvm.store(joined, _address(ref, place), alignment=4 * len(row_words))
 
-    store(window.ref, row + window.row, column + window.column, tuple(words))
+    store(window.ref, _shift(window, places), words)
+
+
+def _shift(window, places):
+    return tuple(Place(place.row + window.row, place.column + window.column) for place in places)
 
 
 def _as_words(matrix: jax.Array) -> jax.Array:
@@ -138,13 +166,13 @@ def _as_words(matrix: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(grouped, jnp.uint32)
 
 
-def _address(ref, row, column):
+def _address(ref, place):
     """Return the address of each thread's element, a pointer of the compiler."""
     ref_type = ir.MemRefType(ref.type)
     (row_stride, column_stride), _ = ref_type.get_strides_and_offset()
     assert column_stride == 1, f"rows are contiguous, got {ref_type}"
     i64 = ir.IntegerType.get_signless(64)
-    row, column = (arith.extsi(i64, _scalar(x)) for x in (row, column))
+    row, column = (arith.extsi(i64, _scalar(x)) for x in place)
     element = arith.addi(arith.muli(row, utils.c(row_stride, i64)), column)
     offset = arith.muli(element, utils.c(max(utils.bitwidth(ref_type.element_type) // 8, 1), i64))
     return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))

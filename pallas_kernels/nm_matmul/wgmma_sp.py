@@ -152,6 +152,38 @@ def emulate_multiply_add(
     return tuple(acc + jnp.dot(block, dense_CP) for acc, block in zip(accs, blocks, strict=True))
 
 
+def operand_offsets(
+    num_steps: int,
+    *,
+    values_stride: int,
+    dense_stride: int,
+    steps_of_tile: int,
+    tile_stride: int,
+) -> list[tuple[int, int]]:
+    """Return where the operands of each instruction of a step start.
+
+    Values of one block of rows lie in one tile, at most as wide as a swizzle. The dense operand has
+    tiles of the contraction, each as wide.
+
+    Args:
+      num_steps: int, instructions, each of 32 columns of the sparse operand.
+      values_stride: int, bytes from one instruction to the next, inside a tile.
+      dense_stride: int, bytes from one instruction to the next, inside a tile.
+      steps_of_tile: int, instructions that one tile of the dense operand serves.
+      tile_stride: int, bytes from one tile of the dense operand to the next.
+
+    Returns:
+      list of (values, dense), bytes.
+    """
+    return [
+        (
+            step * values_stride,
+            step // steps_of_tile * tile_stride + step % steps_of_tile * dense_stride,
+        )
+        for step in range(num_steps)
+    ]
+
+
 def _issue(acc, values, metadata, dense):
     """Issue the instructions of one block of rows; all arguments are values of the compiler."""
     (_, columns), dtype = mma_utils.tiled_memref_shape(dense)
@@ -174,16 +206,21 @@ def _issue(acc, values, metadata, dense):
         logical_k_major=True,
         mma_bytewidth_k=2 * _STEP,
     )
-    steps_of_tile = contraction_tile // _STEP
+    offsets = operand_offsets(
+        2 * half_contraction // _STEP,
+        values_stride=values_strides[-1],
+        dense_stride=dense_strides[-1],
+        steps_of_tile=contraction_tile // _STEP,
+        tile_stride=tile_stride,
+    )
     registers = list(acc.registers.flat)
-    for step in range(2 * half_contraction // _STEP):
+    for step, (values_offset, dense_offset) in enumerate(offsets):
         if step % 2 == 0:
             word = _load_word(metadata, step // 2)
-        tile, inner = divmod(step, steps_of_tile)
         registers = _instruction(
             registers,
-            _advance(values_base, step * values_strides[-1]),
-            _advance(dense_base, tile * tile_stride + inner * dense_strides[-1]),
+            _advance(values_base, values_offset),
+            _advance(dense_base, dense_offset),
             word,
             selector=step % 2,
             columns=columns,

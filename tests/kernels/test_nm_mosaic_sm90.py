@@ -1,0 +1,289 @@
+"""The Hopper kernel of `nm_matmul`: interpreted, or on a GPU where there is one.
+
+Under the interpreter one instruction is emulated, from the operands that it reads on a GPU, and
+everything else runs: copies, ring, order of tiles, epilogue, stores, packing.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import nm_matmul, pack_nm
+from pallas_kernels.dispatch import is_interpreted
+from pallas_kernels.nm_matmul import tile_config
+from pallas_kernels.nm_matmul.activations import apply_activation
+from pallas_kernels.nm_matmul.mosaic_sm90_kernel import (
+    SHARED_MEMORY_BYTES,
+    Problem,
+    Tiles,
+    count_shared_bytes,
+    multiply_sparse,
+)
+from pallas_kernels.nm_matmul.packing import Compressed
+from pallas_kernels.nm_matmul.tile_config import default_config
+from tests.kernels.interpreter import hopper
+from tests.kernels.nm_contract import (
+    NM_KERNEL_CASES,
+    check_nm_case,
+    check_pruned_gradient,
+    make_nm_masks,
+)
+from tests.kernels.oracles import error, make_normal
+
+_CASES = {
+    name: dataclasses.replace(
+        case,
+        inner=64,
+        columns=64 if case.activation is None else 128,
+        mask_names=("underfull",) if case.activation else case.mask_names,
+    )
+    for name, case in NM_KERNEL_CASES.items()
+}
+
+
+def packed_beforehand(x, w, mask, **options):
+    """Multiply with a weight that XLA packed, to the same bits in a fraction of the time."""
+    axis = "both" if options["transposable"] else 0
+    packed = pack_nm(jax.lax.stop_gradient(w), mask, axis=axis, implementation="xla")
+    return nm_matmul(x, w, mask, packed=packed, implementation="mosaic_sm90", **options)
+
+
+@pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
+def test_contract(case):
+    with hopper():
+        check_nm_case(case, packed_beforehand, optimise=False)
+
+
+@pytest.mark.parametrize("name", ["bf16_mvue_odd_rows"])
+def test_two_of_four_tokens_make_the_weight_gradient(name):
+    case = dataclasses.replace(_CASES[name], leading=(50,))
+    with hopper():
+        check_pruned_gradient(case, packed_beforehand, optimise=False)
+
+
+def make_operands(problem, *, seed=0):
+    shape = (problem.columns, problem.contraction)
+    dense_shape = shape if problem.dense_is_transposed else shape[::-1]
+    a, dense, bias = make_normal(
+        ((problem.rows, problem.contraction), dense_shape, (problem.rows,)),
+        problem.dtype,
+        seed=seed,
+    )
+    mask = jnp.asarray(make_nm_masks(a.T.shape, (2, 4), seed=seed)["underfull"].T)
+    sparse = pack_nm(a, mask, axis=1).along_n
+    return a, mask, sparse, dense, bias if problem.has_bias else None
+
+
+def run(problem, tiles, sparse, dense, bias, *, num_programs=2):
+    def multiply(sparse, dense, bias):
+        # Traced inside `hopper`, so that a GPU runs the instruction and a CPU emulates it.
+        here = dataclasses.replace(problem, interpreted=is_interpreted())
+        return multiply_sparse(sparse, dense, bias, here, tiles, num_programs=num_programs)
+
+    return jax.jit(multiply)(sparse, dense, bias)
+
+
+def check(problem, tiles, **options):
+    a, mask, sparse, dense, bias = make_operands(problem)
+    with hopper():
+        out, *inputs = run(problem, tiles, sparse, dense, bias, **options)
+    dense_CP = dense.T if problem.dense_is_transposed else dense
+    f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        z = (f32(jnp.where(mask, a, 0)) @ f32(dense_CP)).T
+    z = z if bias is None else z + f32(bias)
+    assert len(inputs) == problem.keeps_inputs
+    # Results are f32 sums of at most a few dozen values, rounded once.
+    for got, expected in zip([out, *inputs], [apply_activation(z, problem.activation), z]):
+        assert got.shape == expected.shape and got.dtype == jnp.dtype(problem.dtype)
+        assert error(got, expected) <= 2.0**-8 * float(jnp.abs(expected).max())
+
+
+_BASE = Problem(rows=128, contraction=128, columns=128, dtype="bfloat16", dense_is_transposed=True)
+_change = functools.partial(dataclasses.replace, _BASE)
+
+CUTS = {
+    "one_step_a_tile": (_change(contraction=64), Tiles(1, 64, 64, 2)),
+    "many_tiles_a_program": (_change(rows=256, columns=256), Tiles(1, 64, 64, 3)),
+    "ring_longer_than_a_tile": (_change(rows=256), Tiles(1, 64, 64, 5)),
+    "wide_steps": (_change(contraction=256), Tiles(1, 128, 128, 2)),
+    "two_blocks": (_change(rows=256), Tiles(2, 64, 64, 3)),
+    "last_tile_half_full": (_change(rows=192), Tiles(1, 64, 64, 2)),
+    "last_tile_a_quarter_full": (_change(rows=320), Tiles(2, 64, 64, 2)),
+    "tile_larger_than_the_rows": (_change(rows=128), Tiles(2, 64, 64, 2)),
+    "narrow_tile": (_change(columns=96), Tiles(1, 96, 64, 2)),
+    "contraction_outside": (_change(dense_is_transposed=False), Tiles(1, 128, 64, 2)),
+    "contraction_outside_narrow": (
+        _change(dense_is_transposed=False, columns=96, rows=192),
+        Tiles(2, 96, 128, 2),
+    ),
+    "bias_gelu_f16": (
+        _change(rows=192, has_bias=True, activation="gelu", dtype="float16", keeps_inputs=True),
+        Tiles(1, 64, 64, 2),
+    ),
+    "geglu_half_full": (
+        _change(rows=384, has_bias=True, activation="geglu", keeps_inputs=True),
+        Tiles(2, 64, 64, 2),
+    ),
+    "swiglu": (_change(rows=256, activation="swiglu"), Tiles(2, 64, 64, 2)),
+}
+
+
+@pytest.mark.parametrize(("problem", "tiles"), CUTS.values(), ids=CUTS.keys())
+def test_every_cut_gives_the_product(problem, tiles):
+    check(problem, tiles)
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 64])
+def test_any_number_of_programs(num_programs):
+    check(_change(rows=256), Tiles(1, 64, 64, 2), num_programs=num_programs)
+
+
+def test_repeat_is_bit_equal():
+    problem, tiles = CUTS["geglu_half_full"]
+    operands = make_operands(problem)[2:]
+    with hopper():
+        first, second = run(problem, tiles, *operands), run(problem, tiles, *operands)
+    for x, y in zip(first, second, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_packed_weights_serve_several_calls():
+    (x, w) = make_normal(((2, 64, 64), (64, 64)), "bfloat16")
+    mask = jnp.asarray(make_nm_masks((64, 64), (2, 4), transposable=True)["whole"])
+    with hopper():
+        packed = jax.jit(functools.partial(pack_nm, axis="both", implementation="mosaic_sm90"))(
+            w, mask
+        )
+
+        @jax.jit
+        def gradient(x, packed):
+            def loss(x, w):
+                y = nm_matmul(
+                    x, w, mask, transposable=True, packed=packed, implementation="mosaic_sm90"
+                )
+                return (y.astype(jnp.float32) ** 2).sum()
+
+            return jax.grad(loss, argnums=(0, 1))(x, w)
+
+        got = [gradient(x[i], packed) for i in range(2)]
+        # What was packed counts for y and dx; w itself would give another dx.
+        halved = gradient(x[0], jax.tree.map(lambda a: a / 2 if a.dtype == w.dtype else a, packed))
+    assert error(4 * halved[0], got[0][0]) < 0.02 * float(jnp.abs(got[0][0]).max())
+
+    def dense_loss(x, w):
+        return ((x @ jnp.where(mask, w, 0)).astype(jnp.float32) ** 2).sum()
+
+    for i in range(2):
+        expected = jax.grad(dense_loss)(x[i], w)
+        assert error(got[i][0], expected) < 0.02 * float(jnp.abs(expected).max())
+
+
+def test_eager_vmap_and_scan_agree_with_jit():
+    (x, w) = make_normal(((2, 64, 64), (2, 64, 64)), "bfloat16")
+    mask = jnp.asarray(make_nm_masks((64, 64), (2, 4))["whole"])
+    multiply = functools.partial(nm_matmul, implementation="mosaic_sm90")
+    with hopper():
+        one_by_one = jnp.stack([multiply(x[i], w[i], mask) for i in range(2)])
+        together = jax.jit(jax.vmap(lambda x, w: multiply(x, w, mask)))(x, w)
+        _, scanned = jax.lax.scan(lambda _, xw: (None, multiply(*xw, mask)), None, (x, w))
+    np.testing.assert_array_equal(one_by_one, together)
+    np.testing.assert_array_equal(one_by_one, scanned)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
+@pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
+def test_a_missing_barrier_is_noticed(missing, monkeypatch):
+    # Barriers are awaited in the order: a slot that the copying warpgroup uses again, all slots at
+    # its end, a tile of a computing one.
+    waits = []
+    barrier_wait = plgpu.barrier_wait
+
+    def wait_but_once(barrier):
+        waits.append(barrier)
+        if len(waits) - 1 != missing:
+            barrier_wait(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check(_change(contraction=256), Tiles(1, 64, 64, 2), num_programs=1)
+
+
+def test_contract_rejects_metadata_of_another_row(monkeypatch):
+    case = _CASES["bf16"]
+
+    def shifted(x, w, mask, **options):
+        packed = pack_nm(w, mask)
+        values, metadata = packed.along_k
+        packed = dataclasses.replace(
+            packed, along_k=Compressed(values, jnp.roll(metadata, 4, axis=-1))
+        )
+        return nm_matmul(x, w, mask, packed=packed, implementation="mosaic_sm90", **options)
+
+    with pytest.raises(AssertionError, match="y off by"), hopper():
+        check_nm_case(case, shifted)
+
+
+_SHAPES = [
+    *itertools.product((768, 1024, 1280, 1600, 4096), (3072, 6400, 14336), (1024, 16384)),
+    *itertools.product((3072, 6400, 28672), (768, 1600, 4096), (192, 8192)),
+    (64, 64, 32), (1024, 1024, 1024), (16384, 16384, 16384),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("pads_columns", [False, True])
+def test_chosen_tiles_fit(is_gated, pads_columns):
+    for rows, contraction, columns in _SHAPES:
+        tiles = default_config(
+            rows, contraction, columns, "bfloat16", num_programs=132, is_gated=is_gated,
+            pads_columns=pads_columns,
+        )  # fmt: skip
+        problem = _change(rows=rows, contraction=contraction, columns=columns, has_bias=True)
+        assert count_shared_bytes(problem, tiles) <= SHARED_MEMORY_BYTES
+        assert tiles.stages >= 3 and contraction % tiles.contraction == 0
+        assert pads_columns or columns % tiles.columns == 0
+        assert tiles.columns % 32 == 0 and tiles.columns * tiles.blocks <= 256
+        assert tiles.blocks == 2 or not is_gated
+
+
+def test_tiles_keep_processors_busy():
+    # 1024 x 1024 has 32 of the widest tiles; smaller ones give more of 132 processors work.
+    tiles = default_config(1024, 1024, 1024, "bfloat16", num_programs=132)
+    assert 64 <= (1024 // tiles.rows) * (1024 // tiles.columns) <= 132
+
+
+def test_a_measured_choice_comes_first(monkeypatch):
+    measured = Tiles(2, 64, 64, 2)
+    monkeypatch.setitem(tile_config.TUNED, (1024, 1024, 1024, False), measured)
+    assert default_config(1024, 1024, 1024, "bfloat16", num_programs=132) == measured
+    assert default_config(1024, 1024, 2048, "bfloat16", num_programs=132) != measured
+
+
+def test_no_tile_divides_the_columns():
+    with pytest.raises(NotImplementedError, match="32 columns and more, which do not divide 80"):
+        default_config(64, 64, 80, "bfloat16", num_programs=132, pads_columns=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((64, 32), {}, r"multiples of 64, .* got w.shape=\(64, 32\)"),
+        ((64, 64), {"activation": "geglu"}, "128 columns with a gate, .* activation='geglu'"),
+        ((64, 64), {"dtype": "float32"}, "bfloat16 and float16, got float32"),
+        ((64, 64), {"pattern": (1, 4)}, r"takes pattern \(2, 4\), got \(1, 4\)"),
+    ],
+)
+def test_what_the_kernel_does_not_do_is_refused_with_the_reason(shape, options, message):
+    options = dict(options)
+    dtype = options.pop("dtype", "bfloat16")
+    x, w = make_normal(((8, shape[0]), shape), dtype)
+    mask = jnp.asarray(make_nm_masks(shape, (1, 4))["whole"])
+    with hopper(), pytest.raises(NotImplementedError, match=message):
+        nm_matmul(x, w, mask, implementation="mosaic_sm90", **options)
