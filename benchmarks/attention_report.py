@@ -1,14 +1,12 @@
 """What the records of the attention benchmark say: a table, shares, a plot, and targets."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 from benchmarks.attention_problems import Problem
 from benchmarks.attention_torch import FLEX, SDPA
 from benchmarks.records import Column
-
-type Record = Mapping[str, Any]
+from benchmarks.targets import Record, Target, evaluate, times_faster
 
 HOPPER = "mosaic_sm90"
 # Dense bf16 of an H100 or H200 SXM, from NVIDIA's data sheets, without sparsity.
@@ -29,21 +27,6 @@ def share_of_cudnn(record: Record, name: str) -> float | None:
     """
     rates = [record["values"].get(n, {}).get("tflops_per_second") for n in (name, "cudnn")]
     return None if None in rates else rates[0] / rates[1]
-
-
-def times_faster(record: Record, name: str, peer: str) -> float | None:
-    """Return how many times faster a function is than another of the same point.
-
-    Args:
-      record: of one point.
-      name: str, the function.
-      peer: str, the other.
-
-    Returns:
-      float, time of the peer over time of the function, or None if one was not measured.
-    """
-    seconds = [record["values"].get(n, {}).get("median_seconds") for n in (name, peer)]
-    return None if None in seconds else seconds[1] / seconds[0]
 
 
 def read_problem(record: Record) -> Problem:
@@ -123,23 +106,6 @@ COLUMNS = (
 )
 
 
-class Target(NamedTuple):
-    """A number to reach in every point it speaks of.
-
-    Attributes:
-      name: str, what is claimed.
-      value: function of a record to the number, None where the target does not speak of it or a
-        function was not measured.
-      holds: function of the number: whether the target is met there.
-      worst: `min` or `max`, which of the numbers is farthest from holding.
-    """
-
-    name: str
-    value: Callable[[Record], float | None]
-    holds: Callable[[float], bool]
-    worst: Callable[[Sequence[float]], float] = min
-
-
 def _where(chosen, value):
     return lambda record: value(record) if chosen(read_problem(record)) else None
 
@@ -193,22 +159,7 @@ def evaluate_targets(records: Sequence[Record]) -> str:
     Returns:
       str, a line per target, and per device where the target was measured.
     """
-    lines = []
-    for target in TARGETS:
-        by_device: dict[str, list[float]] = {}
-        for record in records:
-            value = target.value(record)
-            if value is not None:
-                by_device.setdefault(record["key"]["device"], []).append(value)
-        for device, values in by_device.items():
-            worst = target.worst(values)
-            outcome = "met" if target.holds(worst) else "missed"
-            lines.append(
-                f"{outcome}: {target.name} (worst of {len(values)}: {worst:.3g}, {device})"
-            )
-        if not by_device:
-            lines.append(f"not measured: {target.name}")
-    return "\n".join(lines)
+    return evaluate(TARGETS, records)
 
 
 def collect_speedups(records: Sequence[Record], device: str) -> dict[str, dict[float, float]]:

@@ -44,13 +44,16 @@ class Case(NamedTuple):
       functions: name -> function of `args` returning a pytree of arrays; `run_points` jits them.
       args: tuple, what every function is called with; random data, never zeros.
       reference: the function that the others must agree with, evaluated once, not timed.
-      tolerance: f32, largest relative error `|y - r| / |r|` (Frobenius norm, per leaf) allowed.
+      tolerance: float, largest error allowed.
       references: name -> reference of a function that computes something else than the others.
       foreign: name -> callable of another framework, checked and timed like the functions.
       more_args: tuples like `args`; timed calls take them all in turns, so that small operands
         are not found in the cache by every call.
-      flops: name -> floating-point operations of one call; gives TFLOP/s in the record.
+      flops: name -> floating-point operations of one unit; gives TFLOP/s in the record.
       absent: name -> why a function that belongs here is not measured (a peer not installed).
+      error: function of a result and its reference to a float; by default the relative error
+        `|y - r| / |r|` (Frobenius norm, largest of the leaves).
+      units: int, one call does what is measured so many times; times and rates are those of one.
     """
 
     functions: Mapping[str, Callable[..., Any]]
@@ -62,6 +65,8 @@ class Case(NamedTuple):
     more_args: Sequence[tuple] = ()
     flops: Mapping[str, float] = {}
     absent: Mapping[str, str] = {}
+    error: Callable[[Any, Any], float] = relative_error
+    units: int = 1
 
 
 class Point(NamedTuple):
@@ -100,10 +105,10 @@ def measure_case(case: Case, **timing: Any) -> dict[str, dict[str, Any]]:
         reference = case.references.get(name, case.reference)
         if reference not in expected:
             expected[reference] = jax.jit(reference)(*case.args)
-        error = relative_error(result, expected[reference])
+        error = case.error(result, expected[reference])
         values[name] = {"relative_error": float(f"{error:.3g}")}
         if error > case.tolerance:
-            values[name] = {"failed": f"relative error {error:.3g} > {case.tolerance:g}"}
+            values[name] = {"failed": f"error {error:.3g} > {case.tolerance:g}"}
         return error <= case.tolerance
 
     calls = {}
@@ -130,6 +135,7 @@ def measure_case(case: Case, **timing: Any) -> dict[str, dict[str, Any]]:
     expected.clear()
     timing["waits"] = {name: foreign.wait for name, foreign in case.foreign.items()}
     for name, seconds in time_interleaved(calls, **timing).items():
+        seconds = [once / case.units for once in seconds]
         median = statistics.median(seconds)
         values[name] |= {
             "median_seconds": median,

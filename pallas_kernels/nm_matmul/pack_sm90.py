@@ -1,9 +1,10 @@
 """Packing on a GPU: one kernel reads weight and mask once and packs one or both orientations.
 
-A program has one warpgroup and a tile of 64 rows (K) and 64 or 128 columns (N). Each thread holds
+A program has one warpgroup and a tile of 64 rows (K) and 64 columns (N). Each thread holds two
 blocks of four by four neighbours, which are whole groups along either axis. Values go to global
 memory as they are selected. Positions go to shared memory, from which each thread gathers the eight
-groups of one word of metadata.
+groups of one word of metadata. Larger tiles would read longer rows, and need registers that cost
+half of the threads in flight.
 
 Letters: K N as in `nm_matmul`.
 """
@@ -27,6 +28,8 @@ from pallas_kernels.nm_matmul.thread_words import (
 )
 
 _GROUP = 4
+_ACROSS = TILE // _GROUP  # blocks of a tile along either axis
+_BLOCKS = _ACROSS * _ACROSS // NUM_THREADS  # blocks of a thread, one below the other
 
 
 def pack_on_gpu(
@@ -45,24 +48,20 @@ def pack_on_gpu(
       tuple of both Compressed, None where not asked for.
     """
     num_rows, num_columns = w.shape
-    width = 2 * TILE if num_columns % (2 * TILE) == 0 else TILE
-    across = width // _GROUP  # blocks of a tile along N, 16 along K
-    blocks = TILE // _GROUP * across // NUM_THREADS  # blocks of a thread, along K
-    halves = width // TILE
     options = {"interpreted": interpreted}
 
     def body(w_gmem, mask_gmem, *refs):
         outs, scratch_refs = refs[: len(out_type)], refs[len(out_type) :]
         nibbles = dict(zip(scratch, scratch_refs, strict=True))
         tile_k, tile_n = jax.lax.axis_index("k"), jax.lax.axis_index("n")
-        place = {"row": tile_k * TILE, "column": tile_n * width}
-        w_tile = Window(w_gmem, (TILE, width), **place)
-        mask_tile = Window(mask_gmem, (TILE, width), **place)
+        place = {"row": tile_k * TILE, "column": tile_n * TILE}
+        w_tile = Window(w_gmem, (TILE, TILE), **place)
+        mask_tile = Window(mask_gmem, (TILE, TILE), **place)
 
         thread = thread_index()
-        block_n, first_block_k = thread % across, thread // across * blocks
+        block_n, first_block_k = thread % _ACROSS, thread // _ACROSS * _BLOCKS
         column = block_n * _GROUP
-        rows = [first_block_k * _GROUP + line for line in range(blocks * _GROUP)]
+        rows = [first_block_k * _GROUP + line for line in range(_BLOCKS * _GROUP)]
         places = [Place(row, column) for row in rows]
         # [rows of the blocks][columns]
         entries = [
@@ -77,9 +76,9 @@ def pack_on_gpu(
         # Stored bit by bit, so that little is held in registers.
         if along_n:
             values_n = Window(
-                outs[-2], (TILE, width // 2), row=tile_k * TILE, column=tile_n * (width // 2)
+                outs[-2], (TILE, TILE // 2), row=tile_k * TILE, column=tile_n * (TILE // 2)
             )
-            nibbles_n = Window(nibbles["n"], (TILE, across))
+            nibbles_n = Window(nibbles["n"], (TILE, _ACROSS))
             for lines in itertools.batched(range(len(rows)), _GROUP):
                 words, codes = zip(*(_select(entries[x], kept[x]) for x in lines), strict=True)
                 places = [Place(rows[x], 2 * block_n) for x in lines]
@@ -88,58 +87,56 @@ def pack_on_gpu(
                 store_words(nibbles_n, places, [[code] for code in codes], **options)
         if along_k:
             values_k = Window(
-                outs[0], (width, TILE // 2), row=tile_n * width, column=tile_k * (TILE // 2)
+                outs[0], (TILE, TILE // 2), row=tile_n * TILE, column=tile_k * (TILE // 2)
             )
-            nibbles_k = Window(nibbles["k"], (TILE // _GROUP, width))
+            nibbles_k = Window(nibbles["k"], (_ACROSS, TILE))
             for j in range(_GROUP):
                 columns = ([line[j] for line in lines] for lines in (entries, kept))
                 groups = zip(*(itertools.batched(x, _GROUP) for x in columns), strict=True)
                 words, codes = zip(*(_select(*group) for group in groups), strict=True)
                 store_words(values_k, [Place(column + j, 2 * first_block_k)], [words], **options)
                 # Beside the nibbles of its neighbours' columns, so that no banks conflict.
-                at = j * across + block_n
-                places = [Place(first_block_k + i, at) for i in range(blocks)]
+                at = j * _ACROSS + block_n
+                places = [Place(first_block_k + i, at) for i in range(_BLOCKS)]
                 store_words(nibbles_k, places, [[code] for code in codes], **options)
 
-        # All nibbles are there.
+        # All positions are there.
         plgpu.commit_smem()
         line, quarter = thread // 32 * 16 + thread % 32 // 4, thread % 4
         # Zero, in a form that is not folded to a constant, which has no layout.
         only_row = thread >> 7
-        for half in range(halves):
-            if along_n:
-                column = half * (TILE // _GROUP) + quarter * _GROUP
-                places = [Place(line + 8 * i, column) for i in range(2)]
-                word = _join(load_words(nibbles_n, places, count=4, **options))
-                row = tile_k * (num_columns // TILE) + tile_n * halves + half
-                metadata_n = Window(outs[-1], (1, NUM_THREADS), row=row)
-                store_words(metadata_n, [Place(only_row, thread)], [[word]], **options)
-            if along_k:
-                places = []
-                for i in range(2):
-                    n = half * TILE + line + 8 * i
-                    column = n % _GROUP * across + n // _GROUP
-                    places += [Place(quarter * _GROUP + group, column) for group in range(_GROUP)]
-                loaded = [nibble for (nibble,) in load_words(nibbles_k, places, **options)]
-                word = _join([loaded[:_GROUP], loaded[_GROUP:]])
-                row = (tile_n * halves + half) * (num_rows // TILE) + tile_k
-                metadata_k = Window(outs[1], (1, NUM_THREADS), row=row)
-                store_words(metadata_k, [Place(only_row, thread)], [[word]], **options)
+        if along_n:
+            places = [Place(line + 8 * i, quarter * _GROUP) for i in range(2)]
+            word = _join(load_words(nibbles_n, places, count=4, **options))
+            metadata_n = Window(
+                outs[-1], (1, NUM_THREADS), row=tile_k * (num_columns // TILE) + tile_n
+            )
+            store_words(metadata_n, [Place(only_row, thread)], [[word]], **options)
+        if along_k:
+            places = []
+            for i in range(2):
+                n = line + 8 * i
+                at = n % _GROUP * _ACROSS + n // _GROUP
+                places += [Place(quarter * _GROUP + group, at) for group in range(_GROUP)]
+            loaded = [code for (code,) in load_words(nibbles_k, places, **options)]
+            word = _join([loaded[:_GROUP], loaded[_GROUP:]])
+            metadata_k = Window(outs[1], (1, NUM_THREADS), row=tile_n * (num_rows // TILE) + tile_k)
+            store_words(metadata_k, [Place(only_row, thread)], [[word]], **options)
 
     scratch: dict[str, Any] = {}
     out_type = []
     if along_k:
-        scratch["k"] = plgpu.SMEM((TILE // _GROUP, width), jnp.uint32)
+        scratch["k"] = plgpu.SMEM((_ACROSS, TILE), jnp.uint32)
         out_type += _describe(num_columns, num_rows, w.dtype)
     if along_n:
-        scratch["n"] = plgpu.SMEM((TILE, across), jnp.uint32)
+        scratch["n"] = plgpu.SMEM((TILE, _ACROSS), jnp.uint32)
         out_type += _describe(num_rows, num_columns, w.dtype)
     body.__name__ = "pack_nm"
     outs = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=list(scratch.values()),
-        grid=(num_rows // TILE, num_columns // width),
+        grid=(num_rows // TILE, num_columns // TILE),
         grid_names=("k", "n"),
     )(w, mask)
     along = [

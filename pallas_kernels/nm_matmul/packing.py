@@ -104,7 +104,9 @@ def compress(w_RC: jax.Array, mask_RC: jax.Array) -> Compressed:
     return Compressed(values, metadata)
 
 
-def select_two(w: list[jax.Array], kept: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def select_two(
+    w: Sequence[jax.Array], kept: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Select the two kept values of groups of four, elementwise.
 
     Args:

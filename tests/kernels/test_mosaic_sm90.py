@@ -189,6 +189,23 @@ def test_nothing_leaks_from_removed_keys():
         np.testing.assert_array_equal(x, y)
 
 
+def test_a_row_that_counts_nothing_takes_no_gradient_whatever_its_cotangent():
+    case = _change(num_queries=64, num_keys=64)
+    options = case.options | {"kv_mask": jnp.zeros((1, 64), bool)}
+    mask = jnp.ones((1, 1, 1, 1), bool)
+
+    @jax.jit
+    def gradients(q, k, v):
+        (out, lse), vjp = jax.vjp(lambda *qkv: _attend(*qkv, mask, **options), q, k, v)
+        # What comes back along -inf is often not a number.
+        return vjp((jnp.ones_like(out), jnp.full_like(lse, jnp.nan)))
+
+    with hopper():
+        got = gradients(*case.inputs())
+    for x in got:
+        np.testing.assert_array_equal(x, jnp.zeros_like(x))
+
+
 def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     case = _SMALL
     inputs, mask = case.inputs(), case.masks()["random"]

@@ -98,9 +98,9 @@ def check(problem, tiles, **options):
     with jax.default_matmul_precision("highest"):
         z = (f32(jnp.where(mask, a, 0)) @ f32(dense_CP)).T
     z = z if bias is None else z + f32(bias)
-    assert len(inputs) == problem.keeps_inputs
+    expected_results = [apply_activation(z, problem.activation)] + [z] * problem.keeps_inputs
     # Results are f32 sums of at most a few dozen values, rounded once.
-    for got, expected in zip([out, *inputs], [apply_activation(z, problem.activation), z]):
+    for got, expected in zip([out, *inputs], expected_results, strict=True):
         assert got.shape == expected.shape and got.dtype == jnp.dtype(problem.dtype)
         assert error(got, expected) <= 2.0**-8 * float(jnp.abs(expected).max())
 

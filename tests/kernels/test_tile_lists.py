@@ -1,11 +1,15 @@
-"""Lists as the Hopper kernels read them, against masks written out."""
+"""Lists as the Hopper kernels read and walk them, against masks written out."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import make_block_schedule
 from pallas_kernels.block_sparse_attention.block_schedule import drop_blocks_above_diagonal
+from pallas_kernels.block_sparse_attention.mosaic_sm90 import make_problem
+from pallas_kernels.block_sparse_attention.mosaic_sm90_fwd import make_forward_walk
+from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import count_programs, find_item
 from pallas_kernels.block_sparse_attention.tile_lists import (
     BITS,
     make_grain,
@@ -90,3 +94,37 @@ def test_much_longer_lists_are_found():
     order, num_long = make_order(jnp.array([3] * 30 + [64, 65]))
     assert order.tolist()[:3] == [30, 31, 0]
     assert num_long.tolist() == [2]
+
+
+@pytest.mark.parametrize("masks", [(1, 1), (1, 3), (3, 1), (3, 3)])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_programs_find_every_list_once_and_start_with_the_long_ones(masks, block_q):
+    mask = np.random.default_rng(0).random((*masks, 17, 40)) < 0.05
+    mask[:, :, 5] = True
+    q, k = (jax.ShapeDtypeStruct((3, n, 3, 64), jnp.bfloat16) for n in (17 * block_q, 40 * 64))
+    problem = make_problem(
+        q, k, masks, block_q=block_q, block_kv=64, causal=False, has_kv_mask=False,
+        has_segments=False, scale=1.0, pruned_logits="masked",
+    )  # fmt: skip
+    walk = make_forward_walk(problem)
+    options = {"causal": False, "all_masked": False}
+    lists = make_query_lists(make_block_schedule(jnp.asarray(mask)), problem.grain, **options)
+
+    def find(_):
+        items = [find_item(problem, walk, lists, ring) for ring in range(walk.rings)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *items)
+
+    found = jax.vmap(find, axis_name="program")(jnp.arange(count_programs(problem, walk)))
+    found = jax.tree.map(lambda x: np.asarray(x).reshape(-1), found)
+    # 153 items: the last program of two lists has one.
+    assert found.count[~found.valid].tolist() == [0] * (block_q == 64)
+    places = (found.batch, found.head, found.block)
+    items = list(zip(*(x[found.valid].tolist() for x in places), strict=True))
+    assert len(items) == len(set(items)) == 3 * 3 * 17
+    kept = np.broadcast_to(mask.sum(-1), (3, 3, 17))
+    counts = found.count[found.valid]
+    assert counts.tolist() == [kept[item] for item in items]
+    assert all(block == 5 for _, _, block in items[:9])
+    copies = 9 // (masks[0] * masks[1])
+    for classes in np.ceil(np.log2(counts[9:] + 1)).reshape(copies, -1):
+        assert (np.diff(classes) <= 0).all()
