@@ -129,6 +129,8 @@ class KernelReport:
       stack_bytes: int, per thread.
       spill_bytes: int, stored to and loaded from local memory per thread, together.
       shared_memory_bytes: int, per block: scratch buffers and barriers.
+      is_serialized: bool, ptxas made tensor-core instructions wait for one another, because
+        something else touches their sums while they run.
       ptx: str, the program given to ptxas.
       sass: str, the machine program, with its scheduling control codes.
     """
@@ -138,6 +140,7 @@ class KernelReport:
     stack_bytes: int
     spill_bytes: int
     shared_memory_bytes: int
+    is_serialized: bool
     ptx: str = dataclasses.field(repr=False)
     sass: str = dataclasses.field(repr=False)
 
@@ -361,6 +364,7 @@ def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
         stack_bytes=stack,
         spill_bytes=stores + loads,
         shared_memory_bytes=scratch + sum(8 * int(size) * int(count) for size, count in barriers),
+        is_serialized="wgmma.mma_async instructions are serialized" in report,
         ptx=ptxas.with_suffix(".ptx").read_text(),
         sass=ptxas.with_suffix(".sass_ctrl").read_text(),
     )

@@ -1,0 +1,198 @@
+"""The kernels of `nm_matmul` compiled for an H200 without one: sparse tensor cores, no spills."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot, choose_nm_implementation, nm_matmul, pack_nm
+from pallas_kernels.nm_matmul import mosaic_sm90_kernel
+from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.packing import Compressed
+from pallas_kernels.nm_matmul.tile_config import default_config
+
+NUM_PROCESSORS = 132
+
+
+def _struct(shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _check(kernel):
+    assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
+    assert kernel.shared_memory_bytes <= aot.H200.shared_memory_per_block_bytes, kernel
+    assert not kernel.is_serialized, kernel
+
+
+def _compile(problem, tiles):
+    sparse = Compressed(
+        _struct((problem.rows, problem.contraction // 2), problem.dtype),
+        _struct((problem.rows // 64, problem.contraction // 64, 128), "uint32"),
+    )
+    dense = (problem.columns, problem.contraction)
+    dense = _struct(dense if problem.dense_is_transposed else dense[::-1], problem.dtype)
+    bias = _struct((problem.rows,), problem.dtype) if problem.has_bias else None
+
+    def multiply(sparse, dense, bias):
+        return multiply_sparse(sparse, dense, bias, problem, tiles, num_programs=NUM_PROCESSORS)
+
+    report = aot.compile_for(multiply, sparse, dense, bias)
+    (kernel,) = report.kernels
+    assert report.temp_bytes < 4096, "the product is one kernel and nothing besides"
+    return kernel
+
+
+def _check_product(problem, tiles):
+    kernel = _compile(problem, tiles)
+    _check(kernel)
+    # One instruction for 64 rows and 32 columns of the sparse operand. The first step of a tile is
+    # apart from the loop, if it releases no slot there.
+    dtype = {"bfloat16": "BF16", "float16": "F16"}[problem.dtype]
+    found = collections.Counter(re.findall(r"\bHGMMA\S*", kernel.sass))
+    wanted = f"HGMMA.SP.64x{tiles.columns}x32.F32" + (".BF16" if dtype == "BF16" else "")
+    assert list(found) == [wanted], found
+    of_step = tiles.blocks * tiles.contraction // 32
+    assert found[wanted] in (of_step, 2 * of_step), (found, of_step)
+    # One group of instructions stays in flight over a step; all are awaited before the epilogue.
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\S+)", kernel.sass)
+    assert waits == ["0x1"] * (found[wanted] // of_step) + ["0x0"], waits
+    # Operands are copied by the hardware, results are turned around on the way to memory.
+    assert "UTMALDG" in kernel.sass and "UTMASTG" in kernel.sass
+    assert re.search(r"STSM\S*MT88", kernel.sass), "results are not stored transposed"
+
+
+# Whole transformers' products; every option of the kernel meets every tile it can have.
+PRODUCTS = {
+    "square": dict(rows=4096, contraction=4096, columns=4096),
+    "square_f16": dict(rows=4096, contraction=4096, columns=4096, dtype="float16"),
+    "gpt2_124m_up": dict(
+        rows=3072, contraction=768, columns=16384, has_bias=True, activation="gelu",
+        keeps_inputs=True,
+    ),
+    "gpt2_1558m_up": dict(
+        rows=6400, contraction=1600, columns=16384, has_bias=True, activation="gelu"
+    ),
+    "gpt2_1558m_down": dict(rows=1600, contraction=6400, columns=16384, has_bias=True),
+    "gpt2_1558m_dw": dict(rows=6400, contraction=16384, columns=1600, dense_is_transposed=False),
+    "llama_up": dict(
+        rows=2 * 14336, contraction=4096, columns=8192, activation="swiglu", keeps_inputs=True
+    ),
+    "llama_dw": dict(rows=28672, contraction=8192, columns=4096, dense_is_transposed=False),
+    "geglu_bias": dict(
+        rows=4096, contraction=1024, columns=8192, activation="geglu", has_bias=True,
+        keeps_inputs=True,
+    ),
+    "small": dict(rows=1024, contraction=1024, columns=1024),
+}  # fmt: skip
+
+
+def _make_problem(product):
+    defaults = {"dtype": "bfloat16", "dense_is_transposed": True}
+    return Problem(**defaults | product)
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS.keys())
+def test_products_of_transformers(product):
+    problem = _make_problem(product)
+    tiles = default_config(
+        problem.rows,
+        problem.contraction,
+        problem.columns,
+        problem.dtype,
+        num_programs=NUM_PROCESSORS,
+        is_gated=problem.is_gated,
+        pads_columns=problem.dense_is_transposed,
+    )
+    _check_product(problem, tiles)
+
+
+_TILES = [
+    Tiles(blocks, columns, contraction, 3)
+    for blocks in (1, 2)
+    for columns in (256, 224, 192, 160, 128, 96, 64, 32)
+    for contraction in (64, 128)
+    if blocks * columns <= 256 and columns * contraction < 256 * 128
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "contraction_outside", "gelu", "swiglu", "f16_geglu"])
+@pytest.mark.parametrize("tiles", _TILES, ids=str)
+def test_every_tile(tiles, kind):
+    product = dict(rows=4096, contraction=4096, columns=tiles.columns * 12)
+    if kind == "contraction_outside":
+        product |= dict(dense_is_transposed=False)
+    elif kind != "plain":
+        dtype, name = ("float16", "geglu") if kind == "f16_geglu" else ("bfloat16", kind)
+        product |= dict(activation=name, has_bias=True, keeps_inputs=True, dtype=dtype)
+    problem = _make_problem(product)
+    if problem.is_gated and tiles.blocks == 1:
+        pytest.skip("value and gate are two blocks")
+    _check_product(problem, tiles)
+
+
+def test_a_sum_that_is_touched_too_early_is_noticed(monkeypatch):
+    start = mosaic_sm90_kernel.start_multiply_add
+    monkeypatch.setattr(
+        mosaic_sm90_kernel,
+        "start_multiply_add",
+        lambda *args, **options: tuple(acc + 1.0 for acc in start(*args, **options)),
+    )
+    problem = _make_problem(dict(rows=256, contraction=256, columns=256))
+    assert _compile(problem, Tiles(1, 128, 64, 3)).is_serialized
+
+
+@pytest.mark.parametrize("axis", [0, 1, "both"])
+def test_packing_is_one_kernel_that_reads_once(axis):
+    def pack(w, mask):
+        return pack_nm(w, mask, axis=axis, implementation="mosaic_sm90")
+
+    report = aot.compile_for(pack, _struct((1600, 6400)), _struct((1600, 6400), bool))
+    (kernel,) = report.kernels
+    _check(kernel)
+    assert report.temp_bytes < 4096 and "fusion(" not in report.hlo
+    # Eight rows of four by four blocks: one load of four values and one of four flags for each.
+    loads = collections.Counter(re.findall(r"\bLDG\S*", kernel.sass))
+    assert sum(loads.values()) == 16 and loads["LDG.E.64"] == 8, loads
+    assert kernel.registers <= 128, "fewer than four programs share a processor"
+
+
+def _ffn(x, up, down, masks, d_out, *, activation, grad_pruning):
+    key = None if grad_pruning == "none" else jax.random.key(0)
+    options = dict(
+        transposable=True, grad_pruning=grad_pruning, key=key, implementation="mosaic_sm90"
+    )
+
+    def apply(x, up, down):
+        hidden = nm_matmul(x, up, masks[0], activation=activation, **options)
+        return nm_matmul(hidden, down, masks[1], **options)
+
+    y, back = jax.vjp(apply, x, up, down)
+    return y, back(d_out)
+
+
+@pytest.mark.parametrize("grad_pruning", ["none", "mvue"])
+def test_a_feed_forward_block_with_its_gradient(grad_pruning):
+    tokens, width, hidden = 4096, 1024, 2816
+    shapes = (width, 2 * hidden), (hidden, width)
+    x = _struct((tokens, width))
+    report = aot.compile_for(
+        lambda *args: _ffn(*args, activation="swiglu", grad_pruning=grad_pruning),
+        x, *map(_struct, shapes), [_struct(shape, bool) for shape in shapes], x,
+    )  # fmt: skip
+    for kernel in report.kernels:
+        _check(kernel)
+    count = collections.Counter(kernel.name.rsplit("_", 1)[0] for kernel in report.kernels)
+    # Two layers: y and dx of each, and dw if pruned; packed once for both, and pruned gradients.
+    pruned = 2 if grad_pruning == "mvue" else 0
+    assert count == {"nm_matmul": 4 + pruned, "pack_nm": 2 + pruned}, count
+    dense = re.findall(r'custom_call_target="__cublas\S*"', report.hlo)
+    assert len(dense) == (0 if pruned else 2), "products left to cuBLAS: dw, unless pruned"
+
+
+def test_an_unproven_kernel_is_not_chosen():
+    chosen = choose_nm_implementation(rows=16384, inner=4096, columns=4096, dtype=jnp.bfloat16)
+    assert chosen == "xla"
+
