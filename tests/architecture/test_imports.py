@@ -48,7 +48,7 @@ HOMES = {
     "absl": ("train",),
     "tensorboardX": ("sparsejax.training.metrics",),
     "matplotlib": ("sparsejax.training.plots", "benchmarks"),
-    "torch": ("benchmarks.attention_torch",),
+    "torch": ("benchmarks.attention_torch", "benchmarks.nm_matmul_torch"),
     "grain": ("sparsejax.training.data",),
     "array_record": ("sparsejax.training.data",),
     "tensorflow_datasets": ("sparsejax.training.data",),

@@ -1,0 +1,214 @@
+"""What the records of the benchmark of N:M products say: a table, break-even sizes and targets."""
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.nm_matmul_problems import Problem
+from benchmarks.nm_matmul_torch import CUSPARSELT
+from benchmarks.records import Column
+from benchmarks.targets import Record, Target, evaluate, times_faster
+from pallas_kernels import aot
+from pallas_kernels.nm_matmul.break_even import Measurement
+
+HOPPER, XLA, DENSE = "mosaic_sm90", "xla", "dense"
+
+
+def read_problem(record: Record) -> Problem:
+    """Return the setting that a record measured.
+
+    Args:
+      record: of one point.
+
+    Returns:
+      Problem.
+    """
+    return Problem(**{name: value for name, value in record["key"].items() if name != "device"})
+
+
+def packing_floor_seconds(record: Record) -> float | None:
+    """Return the time that the memory of the device needs for what packing has to move.
+
+    Args:
+      record: of one point.
+
+    Returns:
+      float, or None if it is no packing or the memory's bandwidth is not known here.
+    """
+    problem = read_problem(record)
+    if problem.measure != "pack":
+        return None
+    for gpu in (aot.H200, aot.H100):
+        if record["key"]["device"].startswith(gpu.name.split(" 80GB")[0]):
+            return problem.packing_bytes() / gpu.memory_bytes_per_second
+    return None
+
+
+def list_break_even(records: Sequence[Record], device: str) -> list[Measurement]:
+    """List the products that were measured beside dense ones, as `break_even.MEASURED` has them.
+
+    Args:
+      records: of all devices.
+      device: str, the one to list.
+
+    Returns:
+      list of Measurement, smallest product first.
+    """
+    rows = []
+    for record in records:
+        problem = read_problem(record)
+        ratio = times_faster(record, DENSE, HOPPER)
+        if record["key"]["device"] == device and problem.measure == "gemm" and ratio is not None:
+            shape = (problem.rows, problem.inner, problem.columns)
+            rows.append(Measurement(*shape, problem.dtype, round(ratio, 3)))
+    return sorted(rows, key=lambda m: (m.rows * m.inner * m.columns, m))
+
+
+def describe_break_even(records: Sequence[Record]) -> str:
+    """Write the rows of `break_even.MEASURED`, and which of them the sparse product wins.
+
+    Args:
+      records: of all devices.
+
+    Returns:
+      str in Markdown, empty if nothing was measured on a Hopper GPU.
+    """
+    text = ""
+    for device in dict.fromkeys(record["key"]["device"] for record in records):
+        rows = list_break_even(records, device)
+        if not rows:
+            continue
+        wins = sum(row.time_ratio < 1 for row in rows)
+        text += (
+            f"\nBreak-even on {device}: the sparse product, packed beforehand, is faster than the "
+            f"dense one at {wins} of {len(rows)} shapes. Rows for `MEASURED` in "
+            "`pallas_kernels/nm_matmul/break_even.py`:\n\n```python\n"
+        )
+        text += "".join(
+            f'Measurement({r.rows}, {r.inner}, {r.columns}, "{r.dtype}", {r.time_ratio}),\n'
+            for r in rows
+        )
+        text += "```\n"
+    return text
+
+
+def _microseconds(name):
+    return lambda record: f"{1e6 * record['values'][name]['median_seconds']:.1f}"
+
+
+def _tflops(name):
+    def cell(record):
+        rate = record["values"][name]["tflops_per_second"]
+        return f"{rate:.0f}" if rate >= 10 else f"{rate:.3f}"
+
+    return cell
+
+
+def _megabytes(name):
+    return lambda record: f"{record['values'][name]['temp_bytes'] / 1e6:.0f}"
+
+
+def _gigabytes_per_second(name):
+    def cell(record):
+        problem = read_problem(record)
+        seconds = record["values"][name]["median_seconds"]
+        return f"{problem.packing_bytes() / seconds / 1e9:.3g}" if _is_packing(problem) else None
+
+    return cell
+
+
+def _is_packing(problem):
+    return problem.measure == "pack"
+
+
+def _floor(record):
+    seconds = packing_floor_seconds(record)
+    return None if seconds is None else f"{1e6 * seconds:.1f}"
+
+
+def _ratio(name, peer):
+    def cell(record):
+        ratio = times_faster(record, name, peer)
+        return None if ratio is None else f"{ratio:.2f}x"
+
+    return cell
+
+
+def _option(name):
+    return lambda record: record["key"].get(name)
+
+
+COLUMNS = (
+    Column("measure", lambda r: r["key"]["measure"]),
+    Column("tokens", lambda r: None if _is_packing(read_problem(r)) else str(r["key"]["rows"])),
+    Column("K x N", lambda r: "{inner} x {columns}".format(**r["key"])),
+    *(Column(n.replace("_", " "), _option(n)) for n in ("activation", "grad_pruning", "dtype")),
+    Column("Hopper us", _microseconds(HOPPER), optional=True),
+    Column("xla us", _microseconds(XLA), optional=True),
+    Column("dense us", _microseconds(DENSE)),
+    Column("cuSPARSELt us", _microseconds(CUSPARSELT), optional=True),
+    Column("Hopper TFLOP/s", _tflops(HOPPER), optional=True),
+    Column("xla TFLOP/s", _tflops(XLA), optional=True),
+    Column("dense TFLOP/s", _tflops(DENSE)),
+    Column("cuSPARSELt TFLOP/s", _tflops(CUSPARSELT), optional=True),
+    Column("Hopper against dense", _ratio(HOPPER, DENSE), optional=True),
+    Column("xla against dense", _ratio(XLA, DENSE), optional=True),
+    Column("Hopper against cuSPARSELt", _ratio(HOPPER, CUSPARSELT), optional=True),
+    Column("Hopper GB/s", _gigabytes_per_second(HOPPER), optional=True),
+    Column("xla GB/s", _gigabytes_per_second(XLA), optional=True),
+    Column("floor us", _floor, optional=True),
+    Column("Hopper MB", _megabytes(HOPPER), optional=True),
+    Column("xla MB", _megabytes(XLA), optional=True),
+    Column("dense MB", _megabytes(DENSE)),
+)
+
+
+def _where(
+    chosen: Callable[[Problem], bool], value: Callable[[Record], float | None]
+) -> Callable[[Record], float | None]:
+    return lambda record: value(record) if chosen(read_problem(record)) else None
+
+
+def _is_large_product(problem):
+    return problem.measure == "gemm" and min(problem.rows, problem.inner, problem.columns) >= 4096
+
+
+TARGETS = (
+    Target(
+        "product at least 1.5x cuBLAS, 4096 x 4096 x 4096 and above",
+        _where(_is_large_product, lambda r: times_faster(r, HOPPER, DENSE)),
+        lambda ratio: ratio >= 1.5,
+    ),
+    Target(
+        "product at least as fast as cuSPARSELt, same shapes",
+        _where(_is_large_product, lambda r: times_faster(r, HOPPER, CUSPARSELT)),
+        lambda ratio: ratio >= 1.0,
+    ),
+    Target(
+        "packing 4096 x 4096 along both axes in less than 25 us",
+        _where(
+            lambda p: _is_packing(p) and (p.inner, p.columns) == (4096, 4096),
+            lambda r: r["values"].get(HOPPER, {}).get("median_seconds"),
+        ),
+        lambda seconds: seconds < 25e-6,
+        max,
+    ),
+    Target(
+        "FFN forward + backward with packing and MVUE at least 1.3x dense, width >= 2048",
+        _where(
+            lambda p: p.measure == "ffn" and p.grad_pruning == "mvue" and p.inner >= 2048,
+            lambda r: times_faster(r, HOPPER, DENSE),
+        ),
+        lambda ratio: ratio >= 1.3,
+    ),
+)
+
+
+def evaluate_targets(records: Sequence[Record]) -> str:
+    """Say of each target whether the records meet it.
+
+    Args:
+      records: of all devices.
+
+    Returns:
+      str, a line per target, and per device where the target was measured.
+    """
+    return evaluate(TARGETS, records)
