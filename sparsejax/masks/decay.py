@@ -1,0 +1,47 @@
+"""Decay of the weights that a mask prunes."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.types import PyTree
+
+
+def masked_decay(w: PyTree, mask: PyTree, rate: jax.typing.ArrayLike) -> PyTree:
+    """Return the pull of pruned weights towards zero, to be added to a gradient.
+
+    d = rate (1 - mask) w
+
+    FST adds it after the gradient was clipped and before the optimizer: through Adam's division
+    its strength follows the size of the gradient, while a decay of the weights themselves, as in
+    SR-STE, does not. d is exactly zero where the mask keeps, whatever w holds there.
+
+    Args:
+      w: floating[...], or a pytree of them.
+      mask: bool[...], True = kept, shape of w; or a pytree like w with None for a leaf that is
+        never sparse.
+      rate: f32[], lambda_W, per step; a traced value does not recompile.
+
+    Returns:
+      Like w; all zero for a leaf whose mask is None.
+
+    Raises:
+      ValueError: if a mask is not boolean or not shaped like its weight, or the trees differ.
+
+    References:
+      Hu et al., FST, arXiv:2404.01847, masked decay. SR-STE: Zhou et al., arXiv:2102.04010.
+
+    Example:
+      >>> masked_decay(jnp.array([2.0, -3]), jnp.array([True, False]), 0.5)
+      Array([ 0. , -1.5], dtype=float32)
+    """
+    return jax.tree.map(
+        lambda mask, w: _decay(w, mask, rate), mask, w, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def _decay(w, mask, rate):
+    if mask is None:
+        return jnp.zeros_like(w)
+    if mask.dtype != jnp.bool_ or mask.shape != w.shape:
+        raise ValueError(f"mask must be bool{list(w.shape)}, got {mask.dtype}{list(mask.shape)}")
+    return jnp.where(mask, 0, rate * w).astype(w.dtype)
