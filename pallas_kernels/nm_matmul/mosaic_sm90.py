@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import count_processors, is_interpreted
 from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, multiply_sparse
-from pallas_kernels.nm_matmul.mvue import GROUP, prune_mvue
-from pallas_kernels.nm_matmul.pack import pack_nm
+from pallas_kernels.nm_matmul.mvue import GROUP
+from pallas_kernels.nm_matmul.pack_sm90 import prune_on_gpu
 from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
 from pallas_kernels.nm_matmul.straight_through import Products
 from pallas_kernels.nm_matmul.tile_config import default_config
@@ -79,12 +79,12 @@ def _input_gradient(dz, w, mask, packed: PackedNM):
 
 
 def _weight_gradient(x, dz, key, grad_pruning):
-    # Filled up to whole groups first, so that every implementation draws the same numbers.
-    pruned, mask = prune_mvue(_pad_rows(dz, GROUP), key, axis=0, exact=grad_pruning == "mvue_exact")
-    pruned, mask = (_pad_rows(array, TILE) for array in (pruned, mask))
-    sparse = pack_nm(pruned, mask, implementation="mosaic_sm90").along_k
-    assert sparse is not None, "packed along the tokens"
-    return _multiply(sparse, _pad_rows(x, TILE), dense_is_transposed=False)[0]
+    # Equal keys draw equal bits for equal tokens, however many are filled up.
+    dz, x = (_pad_rows(array, TILE) for array in (dz, x))
+    bits = jax.random.bits(key, (dz.shape[0] // GROUP, dz.shape[1]), jnp.uint32)
+    exact = grad_pruning == "mvue_exact"
+    sparse = prune_on_gpu(dz, bits, exact=exact, interpreted=is_interpreted())
+    return _multiply(sparse, x, dense_is_transposed=False)[0]
 
 
 def _multiply(

@@ -67,7 +67,7 @@ def prune_mvue(
     grouped = x.reshape(*groups, GROUP, *x.shape[axis + 1 :]).astype(jnp.float32)
     members = [jax.lax.index_in_dim(grouped, i, axis + 1, keepdims=False) for i in range(GROUP)]
     bits = jax.random.bits(key, members[0].shape, jnp.uint32)
-    values, kept = prune_group(members, (bits >> 8).astype(jnp.float32) * 2.0**-24, exact=exact)
+    values, kept = prune_group(members, as_uniform(bits), exact=exact)
     values = [v.astype(x.dtype) for v in values]
     if not exact:
         # Interleaving ends XLA's fusion on a GPU: without the barrier, the f32 quotients and
@@ -97,6 +97,18 @@ def prune_tokens(dz: jax.Array, key: jax.Array | None, grad_pruning: str) -> jax
     return prune_mvue(dz, key, axis=0, exact=grad_pruning == "mvue_exact")[0][:rows]
 
 
+def as_uniform(bits: jax.Array) -> jax.Array:
+    """Make uniform numbers of random bits.
+
+    Args:
+      bits: uint32[...].
+
+    Returns:
+      f32[...], multiples of 2^-24 in [0, 1).
+    """
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+
 def prune_group(
     members: Sequence[jax.Array], uniform: jax.Array, *, exact: bool
 ) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -112,6 +124,11 @@ def prune_group(
     """
     values, kept = (_exact if exact else _approximate)(members, uniform)
     return [jnp.where(k, v, 0.0) for k, v in zip(kept, values, strict=True)], kept
+
+
+def _not(flag):
+    # Kernels for GPUs have no negation of bool.
+    return flag ^ True
 
 
 def _approximate(members, uniform):
@@ -134,10 +151,10 @@ def _approximate(members, uniform):
     c5 = c4 + p13
     g1, g2, g3, g4, g5 = (uniform >= c for c in (c1, c2, c3, c4, c5))
     kept = [
-        ~g3,
-        ~g1 | (g3 & ~g5),
-        (g1 & ~g2) | (g3 & ~g4) | g5,
-        (g2 & ~g3) | g4,
+        _not(g3),
+        _not(g1) | (g3 & _not(g5)),
+        (g1 & _not(g2)) | (g3 & _not(g4)) | g5,
+        (g2 & _not(g3)) | g4,
     ]
     return [x / p for x, p in zip(members, inclusion, strict=True)], kept
 
@@ -174,7 +191,12 @@ def _exact(members, uniform):
     c3 = c2 + w23
     c4 = c3 + w24
     g1, g2, g3, g4 = (drawn >= c for c in (c1, c2, c3, c4))
-    by_rank = (~g2, g2 & ~g4, ~g1 | (g2 & ~g3) | g4, (g1 & ~g2) | g3)
+    by_rank = (
+        _not(g2),
+        g2 & _not(g4),
+        _not(g1) | (g2 & _not(g3)) | g4,
+        (g1 & _not(g2)) | g3,
+    )
     kept = [
         jnp.where(r < 2, jnp.where(r == 0, by_rank[0], by_rank[1]), jnp.where(r == 2, *by_rank[2:]))
         for r in rank

@@ -1,12 +1,12 @@
-"""Words of 32 bits that each thread of a warpgroup reads and writes at a place of its own.
+"""Words of 32 bits that each thread of a warpgroup reads and writes at places of its own.
 
 Pallas moves whole tiles, whose elements lie in threads as a layout has it. Packing needs every
-thread to hold four by four neighbours of a matrix. Here an array [128] of a kernel has one element
-in each thread; where it is read or written is an array too. What is computed between is ordinary
-code, which the interpreter runs as the GPU does; only these two functions have a twin for it.
+thread to hold four by four neighbours of a matrix. Here an array [128 n] of a kernel, called a
+stack, has n elements in each thread, and where they are read or written are arrays too. What is
+computed between is ordinary code, which the interpreter runs as the GPU does; only the functions
+that read, write and rearrange stacks have a twin for it.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +21,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 NUM_THREADS = 128
-_LAYOUT = plgpu.Layout.WG_STRIDED((NUM_THREADS,), vec_size=1)
 # Type checkers take the decorated function for one that still wants the launch context.
 _inline: Any = plgpu.inline_mgpu
-_WORD = plgpu.ShapeDtypeStruct((NUM_THREADS,), jnp.uint32, layout=_LAYOUT)
 
 
 class Window(NamedTuple):
@@ -74,12 +72,12 @@ def thread_index() -> jax.Array:
     Returns:
       int32[128], 0 to 127.
     """
-    return plgpu.broadcasted_iota(jnp.int32, (NUM_THREADS,), 0, layout=_LAYOUT)
+    return plgpu.broadcasted_iota(jnp.int32, (NUM_THREADS,), 0, layout=_layout(1))
 
 
 def load_words(
     window: Window, places: Sequence[Place], *, count: int = 1, interpreted: bool
-) -> list[tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, ...]:
     """Read consecutive words of a row at each of some places.
 
     Args:
@@ -89,32 +87,31 @@ def load_words(
       interpreted: bool.
 
     Returns:
-      list of tuples of uint32[128]; the first element of a row is in the low bits.
+      tuple of stacks uint32[128 * places], the first words of all places, the second, and so on;
+      the first element of a row is in the low bits.
     """
     if interpreted:
         words = _as_words(window.at()[...])
-        return [
-            tuple(words[row, column // window.elements_of_word + i] for i in range(count))
-            for row, column in places
-        ]
+        rows, columns = (jnp.concatenate(x) for x in zip(*places, strict=True))
+        columns = columns // window.elements_of_word
+        return tuple(words[rows, columns + i] for i in range(count))
 
     @_inline(
-        arg_types=(plgpu.RefType(), (Place(_LAYOUT, _LAYOUT),) * len(places)),
-        return_type=(_WORD,) * (count * len(places)),
+        arg_types=(plgpu.RefType(), (Place(_layout(1), _layout(1)),) * len(places)),
+        return_type=(_word(len(places)),) * count,
     )
     def load(_, ref, places):
         words = ir.VectorType.get((count,), ir.IntegerType.get_signless(32))
         loaded = [llvm.load(words, _address(ref, place), alignment=4 * count) for place in places]
-        return tuple(_as_array(_element(x, i)) for x in loaded for i in range(count))
+        return tuple(_as_stack([_element(x, i) for x in loaded]) for i in range(count))
 
-    loaded = load(window.ref, _shift(window, places))
-    return list(itertools.batched(loaded, count))
+    return load(window.ref, _shift(window, places))
 
 
 def store_words(
     window: Window,
     places: Sequence[Place],
-    words: Sequence[Sequence[jax.Array]],
+    words: Sequence[jax.Array],
     *,
     interpreted: bool,
 ) -> None:
@@ -123,33 +120,66 @@ def store_words(
     Args:
       window: Window, not of bool.
       places: of each thread, aligned to what is written.
-      words: for each place, 1, 2 or 4 uint32[128]; the low bits go to the first element.
+      words: 1, 2 or 4 stacks uint32[128 * places], laid out as `load_words` returns them.
       interpreted: bool.
     """
     if interpreted:
         matrix = _as_words(window.at()[...])
-        for (row, column), row_words in zip(places, words, strict=True):
-            for i, word in enumerate(row_words):
-                matrix = matrix.at[row, column // window.elements_of_word + i].set(word)
+        rows, columns = (jnp.concatenate(x) for x in zip(*places, strict=True))
+        columns = columns // window.elements_of_word
+        for i, stack in enumerate(words):
+            matrix = matrix.at[rows, columns + i].set(stack)
         matrix = jax.lax.bitcast_convert_type(matrix, window.ref.dtype)
         window.at()[...] = matrix.reshape(window.shape)
         return
-    words = tuple(tuple(row_words) for row_words in words)
 
     @_inline(
         arg_types=(
             plgpu.RefType(),
-            (Place(_LAYOUT, _LAYOUT),) * len(places),
-            jax.tree.map(lambda _: _LAYOUT, words),
+            (Place(_layout(1), _layout(1)),) * len(places),
+            (_layout(len(places)),) * len(words),
         )
     )
     def store(_, ref, places, words):
-        for place, row_words in zip(places, words, strict=True):
-            types = ir.VectorType.get((len(row_words),), ir.IntegerType.get_signless(32))
-            joined = vector.from_elements(types, [_scalar(word) for word in row_words])
-            llvm.store(joined, _address(ref, place), alignment=4 * len(row_words))
+        of_place = zip(*(stack.registers.flat for stack in words), strict=True)
+        types = ir.VectorType.get((len(words),), ir.IntegerType.get_signless(32))
+        for place, registers in zip(places, of_place, strict=True):
+            joined = vector.from_elements(types, [_element(x, 0) for x in registers])
+            llvm.store(joined, _address(ref, place), alignment=4 * len(words))
 
-    store(window.ref, _shift(window, places), words)
+    store(window.ref, _shift(window, places), tuple(words))
+
+
+def rearrange(
+    stacks: Sequence[jax.Array], picks: Sequence[tuple[int, int]], *, interpreted: bool
+) -> jax.Array:
+    """Make a stack of elements of others, which costs nothing on a GPU.
+
+    Args:
+      stacks: uint32[128 n], all of one size.
+      picks: for each element of a thread, which stack and which of its elements.
+      interpreted: bool.
+
+    Returns:
+      uint32[128 * picks].
+    """
+    size = stacks[0].shape[0] // NUM_THREADS
+    if interpreted:
+        return jnp.concatenate([stacks[i].reshape(size, NUM_THREADS)[at] for i, at in picks])
+
+    @_inline(arg_types=((_layout(size),) * len(stacks),), return_type=_word(len(picks)))
+    def pick(_, stacks):
+        return _as_stack([_element(stacks[i].registers.flat[at], 0) for i, at in picks])
+
+    return pick(tuple(stacks))
+
+
+def _layout(size):
+    return plgpu.Layout.WG_STRIDED((size * NUM_THREADS,), vec_size=1)
+
+
+def _word(size):
+    return plgpu.ShapeDtypeStruct((size * NUM_THREADS,), jnp.uint32, layout=_layout(size))
 
 
 def _shift(window, places):
@@ -172,16 +202,10 @@ def _address(ref, place):
     (row_stride, column_stride), _ = ref_type.get_strides_and_offset()
     assert column_stride == 1, f"rows are contiguous, got {ref_type}"
     i64 = ir.IntegerType.get_signless(64)
-    row, column = (arith.extsi(i64, _scalar(x)) for x in place)
+    row, column = (arith.extsi(i64, _element(x.registers.flat[0], 0)) for x in place)
     element = arith.addi(arith.muli(row, utils.c(row_stride, i64)), column)
     offset = arith.muli(element, utils.c(max(utils.bitwidth(ref_type.element_type) // 8, 1), i64))
     return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
-
-
-def _scalar(array):
-    """Return this thread's element of an array."""
-    (register,) = array.registers.flat
-    return _element(register, 0)
 
 
 def _element(register, index):
@@ -189,11 +213,11 @@ def _element(register, index):
     return vector.extract(register, dynamic_position=[], static_position=position)
 
 
-def _as_array(scalar):
-    """Return the array of which each thread holds one element."""
-    register = vector.from_elements(ir.VectorType.get((1,), scalar.type), [scalar])
+def _as_stack(scalars):
+    """Return the stack of which each thread holds these."""
+    one = ir.VectorType.get((1,), scalars[0].type)
     return fa.FragmentedArray(
-        _registers=np.array([register], dtype=object),
-        _layout=fa.WGStridedFragLayout((NUM_THREADS,), vec_size=1),
+        _registers=np.array([vector.from_elements(one, [x]) for x in scalars], dtype=object),
+        _layout=fa.WGStridedFragLayout((len(scalars) * NUM_THREADS,), vec_size=1),
         _is_signed=False,
     )

@@ -173,7 +173,7 @@ def _ffn(x, up, down, masks, d_out, *, activation, grad_pruning):
     return y, back(d_out)
 
 
-@pytest.mark.parametrize("grad_pruning", ["none", "mvue"])
+@pytest.mark.parametrize("grad_pruning", [pytest.param("none", marks=pytest.mark.slow), "mvue"])
 def test_a_feed_forward_block_with_its_gradient(grad_pruning):
     tokens, width, hidden = 4096, 1024, 2816
     shapes = (width, 2 * hidden), (hidden, width)
@@ -195,4 +195,3 @@ def test_a_feed_forward_block_with_its_gradient(grad_pruning):
 def test_an_unproven_kernel_is_not_chosen():
     chosen = choose_nm_implementation(rows=16384, inner=4096, columns=4096, dtype=jnp.bfloat16)
     assert chosen == "xla"
-

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import PackedNM, pack_nm, unpack_nm
+from pallas_kernels import PackedNM, pack_nm, prune_mvue, unpack_nm
+from pallas_kernels.dispatch import is_interpreted
+from pallas_kernels.nm_matmul.pack_sm90 import prune_on_gpu
+from pallas_kernels.nm_matmul.packing import compress
 from pallas_kernels.nm_matmul.wgmma_sp import operand_offsets
 from tests.kernels.interpreter import hopper
 from tests.kernels.nm_contract import make_nm_masks
@@ -155,6 +158,20 @@ def test_the_kernel_packs_the_same_bits(shape, axis):
         actual = pack(w, masks["underfull"])
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("bfloat16", False), ("float16", True)])
+def test_the_kernel_prunes_and_packs_the_same_bits(dtype, exact):
+    (dz,) = make_normal(((128, 64),), dtype)
+    dz = dz.at[:8].set(0)
+    key = jax.random.key(2)
+    pruned, mask = prune_mvue(dz, key, axis=0, exact=exact)
+    bits = jax.random.bits(key, (32, 64), jnp.uint32)
+    with hopper():
+        actual = jax.jit(
+            lambda dz, bits: prune_on_gpu(dz, bits, exact=exact, interpreted=is_interpreted())
+        )(dz, bits)
+    assert_same_bits(actual, compress(pruned.T, mask.T))
 
 
 def _swap_pairs(packed):
