@@ -85,7 +85,7 @@ def make_dense(problem: Problem) -> Callable[[Inputs], Any]:
 
     def ffn(s: Inputs):
         return _with_gradients(
-            lambda x, w_up, w_down: _activate(x @ w_up, problem.activation) @ w_down, s
+            lambda x, w_up, w_down: activate(x @ w_up, problem.activation) @ w_down, s
         )
 
     return {
@@ -189,7 +189,16 @@ def _select(results: list[dict[str, jax.Array]], names: tuple[str, ...]) -> list
     return [{name: result[name] for name in names} for result in results]
 
 
-def _activate(z: jax.Array, activation: str | None) -> jax.Array:
+def activate(z: jax.Array, activation: str | None) -> jax.Array:
+    """Apply an activation as one writes it in JAX.
+
+    Args:
+      z: float[..., N].
+      activation: None, "gelu", or "geglu" and "swiglu", which halve the last axis.
+
+    Returns:
+      float[..., N] or [..., N / 2].
+    """
     if activation in (None, "gelu"):
         return z if activation is None else jax.nn.gelu(z)
     value, gate = jnp.split(z, 2, axis=-1)

@@ -57,7 +57,8 @@ def summarise(report: aot.AotReport) -> dict[str, int]:
 
     Returns:
       dict of bytes and counts. `kernels` counts launches of Mosaic kernels, `sparse_instructions`
-      HGMMA.SP in the programs of the different ones.
+      HGMMA.SP in the programs of the different ones, `serialized_kernels` those of which ptxas
+      made products wait for each other.
     """
     return {
         "argument_bytes": report.argument_bytes,
@@ -67,6 +68,7 @@ def summarise(report: aot.AotReport) -> dict[str, int]:
         "kernels": len(re.findall(r"kernel_hash = ", report.hlo)),
         "sparse_instructions": sum(k.sass.count("HGMMA.SP") for k in report.kernels),
         "spill_bytes": sum(k.spill_bytes for k in report.kernels),
+        "serialized_kernels": sum(k.is_serialized for k in report.kernels),
     }
 
 
@@ -100,6 +102,7 @@ COLUMNS = (
     Column("launches", _count("kernels")),
     Column("HGMMA.SP", _count("sparse_instructions")),
     Column("spilled bytes", _count("spill_bytes")),
+    Column("serialized", _count("serialized_kernels")),
 )
 
 
@@ -110,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: list of str, `sys.argv[1:]` if None.
 
     Returns:
-      int, exit code: 0 if no kernel spills registers.
+      int, exit code: 0 if no kernel spills registers or is serialized.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--force", action="store_true", help="compile blocks already recorded")
@@ -128,10 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = make_table(results.records, COLUMNS)
     (RESULTS / "nm_matmul_memory_h200.md").write_text(table)
     print("\n" + table)
-    spilled = [
-        value["spill_bytes"] for record in results.records for value in record["values"].values()
+    faults = [
+        value[name]
+        for record in results.records
+        for value in record["values"].values()
+        for name in ("spill_bytes", "serialized_kernels")
     ]
-    return 1 if any(spilled) else 0
+    return 1 if any(faults) else 0
 
 
 if __name__ == "__main__":

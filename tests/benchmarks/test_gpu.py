@@ -31,26 +31,43 @@ def test_without_a_gpu_it_says_so_and_is_no_success(capfd, monkeypatch):
 def test_contracts_run_before_headline_points(commands):
     ran, _ = commands
     assert gpu.main([]) == 0
-    assert [command[0] for command in ran] == ["pytest", "benchmarks.attention"]
-    ignored = [option for option in ran[0] if option.startswith("--ignore=")]
-    assert [gpu.ROOT / option.split("=")[1] for option in ignored] == [
-        path
-        for path in sorted((gpu.ROOT / "tests/kernels").glob("test_*.py"))
-        if "aot" in path.name or "compiled" in path.name
+    assert [command[0] for command in ran] == [
+        "pytest",
+        "benchmarks.attention",
+        "benchmarks.nm_matmul",
     ]
-    assert ran[1][1] == "--headline" and ran[1][2] == "--budget-seconds=540"
+    ignored = [option.split("=")[1] for option in ran[0] if option.startswith("--ignore-glob=")]
+    assert {path for pattern in ignored for path in gpu.ROOT.glob(pattern)} == {
+        path
+        for path in (gpu.ROOT / "tests/kernels").glob("test_*.py")
+        if "aot" in path.name or "compiled" in path.name
+    }
+    # The last part may take all that the others left.
+    assert ran[1][1:] == ["--headline", "--budget-seconds=270"]
+    assert ran[2][1:] == ["--headline", "--budget-seconds=540"]
 
 
 def test_failed_contracts_fail_the_run_and_points_are_still_measured(commands):
     ran, codes = commands
     codes["pytest"] = 1
     assert gpu.main([]) == 1
-    assert len(ran) == 2
+    assert len(ran) == 1 + len(gpu.PARTS)
+
+
+def test_no_point_starts_when_time_is_up(commands, monkeypatch):
+    ran, _ = commands
+    monkeypatch.setattr(gpu, "BUDGET_SECONDS", -1.0)
+    assert gpu.main([]) == 0
+    assert {command[2] for command in ran[1:]} == {"--budget-seconds=0"}
 
 
 def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
     ran, _ = commands
     assert gpu.main(["--sweep", "attention"]) == 0
-    assert ran == [["benchmarks.attention"]]
+    assert gpu.main(["--sweep", "nm_matmul_tiles"]) == 0
+    assert ran == [["benchmarks.attention"], ["benchmarks.nm_matmul_tiles"]]
     assert gpu.main(["--sweep", ""]) == 2
-    assert "PART must be one of attention, got ''" in capsys.readouterr().err
+    assert (
+        "PART must be one of attention, nm_matmul, nm_matmul_tiles, got ''"
+        in capsys.readouterr().err
+    )

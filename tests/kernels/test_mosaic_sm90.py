@@ -34,6 +34,8 @@ _PAIRED = ("random", "empty_columns")
 
 CASES = {
     "every_mask": _change(mask_names=None),
+    # More tiles than a ring holds, in every kernel: slots are used again.
+    "long_lists": _change(num_queries=320, num_keys=320, head_dim=32, mask_names=("full",)),
     "causal_per_head": _change(
         causal=True, num_heads=2, num_kv_heads=2, mask_heads=2, head_dim=32,
         mask_names=("full", "random"),
