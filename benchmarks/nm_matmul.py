@@ -71,9 +71,7 @@ def make_case(problem: Problem, *, kernel: str, on_cpu: bool) -> Case:
       Case.
     """
     count = 1 if on_cpu else problem.count_sets()
-    make = jax.jit(
-        functools.partial(make_inputs, problem, packs=kernel == HOPPER), static_argnums=0
-    )
+    make = jax.jit(functools.partial(make_inputs, problem, packs=kernel == HOPPER))
     sets = tuple(make(seed) for seed in range(count))
     error, tolerance = make_error(problem)
     case = Case(

@@ -155,12 +155,12 @@ class Inputs(NamedTuple):
     key: Any = None
 
 
-def make_inputs(problem: Problem, seed: int, *, packs: bool) -> Inputs:
+def make_inputs(problem: Problem, seed: jax.typing.ArrayLike, *, packs: bool) -> Inputs:
     """Make random inputs; jit it, or `jax.eval_shape` it for their shapes.
 
     Args:
       problem: Problem.
-      seed: int.
+      seed: int, may be traced, so that one program makes all sets.
       packs: bool, whether what is measured takes a packed weight.
 
     Returns:
