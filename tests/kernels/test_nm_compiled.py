@@ -160,6 +160,10 @@ def test_packing_is_one_kernel_that_reads_once(axis):
     loads = collections.Counter(re.findall(r"\bLDG\S*", kernel.sass))
     assert sum(loads.values()) == 16 and loads["LDG.E.64"] == 8, loads
     assert kernel.registers <= 128, "fewer than four programs share a processor"
+    # Positions that other threads wrote are read behind a barrier.
+    order = re.findall(r"\b(STS|BAR\.SYNC|LDS)\b", kernel.sass)
+    between = order[len(order) - order[::-1].index("STS") : order.index("LDS")]
+    assert "BAR.SYNC" in between, order
 
 
 def _ffn(x, up, down, masks, d_out, *, activation, grad_pruning):
