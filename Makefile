@@ -14,8 +14,9 @@ export PYTHON VENV
 help:
 	@echo "make train      train the quickstart model, or resume it"
 	@echo "make test       lint and the fast tests       make test-all   every test"
-	@echo "make lint       ruff and pyright              make bench      the op's benchmark and its table"
-	@echo "make gpu        contracts and headline benchmarks on a GPU; make gpu-sweep PART=attention: all points"
+	@echo "make lint       ruff and pyright              make bench      the ops' benchmarks and their tables"
+	@echo "make gpu        contracts and headline benchmarks on a GPU"
+	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 
@@ -37,6 +38,7 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/train.stamp
 	$(PY) -m benchmarks.attention
+	$(PY) -m benchmarks.nm_matmul
 
 plan: $(VENV)/train.stamp $(VENV)/compile.stamp
 	PYTHONPATH=$(VENV)/compile $(PY) train.py --mode=plan --config=$(CONFIG) --target=$(TARGET) $(FLAGS)
