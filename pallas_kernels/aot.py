@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.mosaic.gpu import constraints
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -260,7 +261,11 @@ def compile_for(
     fresh = jax.jit(lambda *inner: function(*inner), **jit_options)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{os.environ.get('PATH', '')}{os.pathsep}{_find_cuda() / 'bin'}"
-        with _environment(MOSAIC_GPU_DUMP_TO=folder, PATH=path), _no_persistent_cache():
+        with (
+            _environment(MOSAIC_GPU_DUMP_TO=folder, PATH=path),
+            _no_persistent_cache(),
+            _no_constraint_texts(),
+        ):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = fresh.lower(*args)
             compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
@@ -335,6 +340,20 @@ def _no_persistent_cache() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _no_constraint_texts() -> Iterator[None]:
+    """Keep Mosaic from writing the constraints of its layouts among the files it dumps.
+
+    Nothing reads them here, and writing them takes longer than compiling a kernel.
+    """
+    write = constraints.ConstraintSystem.__str__
+    constraints.ConstraintSystem.__str__ = lambda self: ""
+    try:
+        yield
+    finally:
+        constraints.ConstraintSystem.__str__ = write
 
 
 def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:

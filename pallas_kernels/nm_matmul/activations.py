@@ -106,4 +106,6 @@ def activation_gradient(z: jax.Array, d_out: jax.Array, name: str | None) -> jax
         return (d * _with_slope(x, name)[1]).astype(d_out.dtype)
     value, gate = jnp.split(x, 2, axis=-1)
     act, slope = _with_slope(gate, name)
-    return jnp.concatenate([d * act, d * value * slope], axis=-1).astype(d_out.dtype)
+    halves = tuple(half.astype(d_out.dtype) for half in (d * act, d * value * slope))
+    # Joining ends XLA's fusion on a GPU: without the barrier, f32 halves cross its memory.
+    return jnp.concatenate(jax.lax.optimization_barrier(halves), axis=-1)

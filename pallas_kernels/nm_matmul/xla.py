@@ -5,15 +5,11 @@ Any N:M pattern, and no speed from it: this is the dense product that a sparse o
 Letters: M rows (tokens)   K contracted axis   N columns.
 """
 
-import functools
-
 import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.activations import apply_activation
 from pallas_kernels.nm_matmul.mvue import prune_tokens
 from pallas_kernels.nm_matmul.straight_through import Products
-
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _mask_weight(w, mask):
@@ -22,7 +18,7 @@ def _mask_weight(w, mask):
 
 
 def _forward(x, w, mask, packed, bias, activation, keeps_z):
-    z = _einsum("mk,kn->mn", x, _mask_weight(w, mask))
+    z = jnp.einsum("mk,kn->mn", x, _mask_weight(w, mask), preferred_element_type=jnp.float32)
     if bias is not None:
         z = z + bias.astype(jnp.float32)
     out = apply_activation(z, activation).astype(x.dtype)
@@ -30,11 +26,13 @@ def _forward(x, w, mask, packed, bias, activation, keeps_z):
 
 
 def _input_gradient(dz, w, mask, packed):
-    return _einsum("mn,kn->mk", dz, _mask_weight(w, mask)).astype(dz.dtype)
+    # Rounded by the product itself, which accumulates in f32 all the same: asked for f32, cuBLAS
+    # would write that, and another pass would round it.
+    return jnp.einsum("mn,kn->mk", dz, _mask_weight(w, mask))
 
 
 def _weight_gradient(x, dz, key, grad_pruning):
-    return _einsum("mk,mn->kn", x, prune_tokens(dz, key, grad_pruning)).astype(x.dtype)
+    return jnp.einsum("mk,mn->kn", x, prune_tokens(dz, key, grad_pruning))
 
 
 XLA_PRODUCTS = Products(_forward, _input_gradient, _weight_gradient)
