@@ -241,8 +241,7 @@ def multiply_sparse(
             own = [block * NUM_COMPUTE + warpgroup for block in range(blocks)]
 
             def multiply_step(step, state):
-                accs, used = state
-                slot = lax.rem(used, jnp.int32(tiles.stages))
+                accs, slot = state
                 plgpu.barrier_wait(smem["full"].at[slot])
                 operands = (
                     accs,
@@ -267,9 +266,9 @@ def multiply_sparse(
                 def _():
                     plgpu.barrier_arrive(smem["free"].at[_before(slot, tiles.stages)])
 
-                return accs, used + 1
+                return accs, _after(slot, tiles.stages)
 
-            def compute_tile(place, used):
+            def compute_tile(place, slot):
                 row, column = place
                 starts = [
                     pl.multiple_of(row + block * stride + warpgroup * TILE, TILE)
@@ -287,10 +286,10 @@ def multiply_sparse(
                     accs = (jnp.zeros(shape, jnp.float32),) * blocks
                 else:
                     accs = zero_sums(shape, blocks)
-                accs, used = lax.fori_loop(0, num_steps, multiply_step, (accs, used))
+                accs, slot = lax.fori_loop(0, num_steps, multiply_step, (accs, slot))
                 if not problem.interpreted:
                     accs = finish_multiply_add(accs)
-                plgpu.barrier_arrive(smem["free"].at[lax.rem(used - 1, jnp.int32(tiles.stages))])
+                plgpu.barrier_arrive(smem["free"].at[_before(slot, tiles.stages)])
                 biases = [None] * blocks
                 if problem.has_bias:
                     plgpu.barrier_wait(smem["bias_full"].at[warpgroup])
@@ -328,7 +327,7 @@ def multiply_sparse(
                             plgpu.copy_smem_to_gmem(staging, target)
 
                         num_stores += 1
-                return used
+                return slot
 
             for_each_tile(compute_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
@@ -368,6 +367,11 @@ def multiply_sparse(
 
 def _store_columns(tiles: Tiles) -> int:
     return TILE if tiles.columns % TILE == 0 else TILE // 2
+
+
+def _after(slot, stages):
+    # Not a remainder, which costs registers.
+    return jnp.where(slot == stages - 1, 0, slot + 1)
 
 
 def _before(slot, stages):
