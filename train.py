@@ -1,11 +1,12 @@
-"""Train or evaluate a model, or say what training it needs on a GPU that need not be there.
+"""Train or evaluate a model, or find out what to train it with.
 
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=eval
   python train.py --config=configs/quickstart.py --mode=plan --target=h200
+  python train.py --config=configs/fst_small.py --mode=find_decay --workdir=runs/decay
 
 Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them. The same workdir
-resumes. Exit code 2 means that a setting has to be changed; the message says which.
+resumes. Exit code 2: a setting has to be changed; the message says which.
 """
 
 import ast
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
 _TARGET = flags.DEFINE_enum("target", "h200", ["h200", "h100"], "GPU of --mode=plan.")
 _NUM_CLASSES = flags.DEFINE_integer(
     "plan_num_classes", None, "Labels of a tfds: or idx: source, which --mode=plan does not read."
@@ -45,25 +46,21 @@ def main(argv: list[str]) -> int:
         return _fail(f"--workdir must be a folder for --mode={_MODE.value}, got none")
     # Imported here so that --help does not wait for JAX.
     from sparsejax.training.checkpoint import CheckpointError
-    from sparsejax.training.config import ConfigError, parse_config
-    from sparsejax.training.evaluation import evaluate
-    from sparsejax.training.loop import NonFiniteError, train_and_evaluate
-    from sparsejax.training.plan import format_plan, make_plan
+    from sparsejax.training.loop import NonFiniteError
+    from sparsejax.training.modes import run_mode
+    from sparsejax.training.settings import ConfigError
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    settings, workdir = _CONFIG.value.to_dict(), _WORKDIR.value or ""
     try:
-        config = parse_config(settings)
-        if _MODE.value == "plan":
-            plan = make_plan(config, target=_TARGET.value, num_classes=_NUM_CLASSES.value)
-            print(format_plan(plan))
-        elif _MODE.value == "eval":
-            for name, value in evaluate(config, settings, workdir).items():
-                print(f"{name}: {value}")
-        else:
-            command = shlex.join([sys.executable, *sys.argv])
-            train_and_evaluate(config, settings, workdir, resume_command=command)
+        run_mode(
+            _MODE.value,
+            _CONFIG.value.to_dict(),
+            workdir=_WORKDIR.value or "",
+            command=shlex.join([sys.executable, *sys.argv]),
+            target=_TARGET.value,
+            num_classes=_NUM_CLASSES.value,
+        )
     except ConfigError as error:
         return _fail(str(error))
     except (NonFiniteError, CheckpointError, OSError) as error:

@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.num_heads = 4
     model.num_kv_heads = 0  # 0 = num_heads
     model.mlp_dim = 512
+    model.mlp_activation = "gelu"  # or "geglu", "swiglu": gated, of which mlp_dim is one half
     model.positions = "learned"  # or "rotary"
     model.dropout_rate = 0.0
     model.init_std = config_dict.placeholder(float)  # None = LeCun-normal kernels
@@ -35,6 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.block_size = 64  # side of an attention block, positions
     # None = the best kernel for the device: "mosaic_sm90", "xla", "dense" or "reference"
     model.attention_implementation = config_dict.placeholder(str)
+    # None = the best kernel for sparse weights: "mosaic_sm90", "xla" or "reference"
+    model.weight_implementation = config_dict.placeholder(str)
 
     data = config.data = ml_collections.ConfigDict()
     # stdlib | text:/path | listops | listops:short | idx:/folder | tfds:name | aan:/folder
@@ -67,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.clip_value = config_dict.placeholder(float)  # None = off
 
     recipe = config.recipe = ml_collections.ConfigDict()
-    recipe.name = "dense"  # or "spion", "static_attention"
+    recipe.name = "dense"  # or "spion", "static_attention", "fst", "sste"
 
     spion = recipe.spion = ml_collections.ConfigDict()
     spion.variant = "cf"  # "cf", "c" or "f"
@@ -87,6 +90,22 @@ def get_config() -> ml_collections.ConfigDict:
     static.density = 0.1  # fraction of visible blocks kept
     static.dense_steps = 0  # dense steps before the pattern applies
     static.pruned_logits = "masked"  # or "zero"
+
+    fst = recipe.fst = ml_collections.ConfigDict()
+    fst.variant = "fst"  # or its rivals "sr_ste", "ste"; "dense" prunes nothing, follows masks
+    # Ordered "regex=pattern; regex=pattern" over attention/qkv, attention/out, mlp/up, mlp/down
+    fst.sparse_weights = "mlp/.*=2:4 transposable"
+    fst.decay_rate = 6e-5  # lambda_W, pull of pruned weights to zero, in gradient units
+    # Rates that --mode=find_decay tries
+    fst.decay_candidates = "1e-6 2e-6 6e-6 1e-5 2e-5 6e-5 1e-4 2e-4 6e-4 1e-3 2e-3 6e-3"
+    fst.refresh_steps = 40  # steps between two searches for masks
+    fst.grad_pruning = "none"  # or "mvue", "mvue_exact": sparse dW
+    fst.dense_fraction = 1 / 6  # share of the steps, at the end, that train densely
+
+    sste = recipe.sste = ml_collections.ConfigDict()
+    sste.sparse_weights = "mlp/.*=2:4"  # as in fst
+    sste.grad_pruning = "none"  # or "mvue", "mvue_exact": sparse dW
+    sste.flip_interval_steps = 40  # steps between the masks that a flip rate compares
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 100

@@ -13,11 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import BlockSchedule, Implementation, block_sparse_attention
-from sparsejax.patterns import BlockPattern
-
-
-class SparsityMask(nnx.Variable):
-    """bool array, True = kept; a model's forward pass reads it and never writes it."""
+from sparsejax.models.linear import (
+    SPARSE_LINEAR,
+    LinearMode,
+    apply_linear,
+    make_linear,
+    split_or_none,
+)
+from sparsejax.models.variables import SparsityMask
+from sparsejax.patterns import BlockPattern, NMPattern
 
 
 class AttentionMode(NamedTuple):
@@ -44,8 +48,8 @@ class BlockSparseAttention(nnx.Module):
     y = concat_n softmax(q_n k_n^T / sqrt(H)) v_n W_o,  restricted to kept blocks
 
     Attributes:
-      qkv: nnx.Linear, f32[D, (N + 2K) H].
-      out: nnx.Linear, f32[N H, D].
+      qkv: linear layer, f32[D, (N + 2K) H].
+      out: linear layer, f32[N H, D].
       block_mask: SparsityMask bool[1, 1, I, J], all True at first; assign to it (outside a
         trace) to prune.
     """
@@ -60,6 +64,8 @@ class BlockSparseAttention(nnx.Module):
         num_kv_heads: int | None = None,
         causal: bool = False,
         rotary: bool = False,
+        qkv_pattern: NMPattern | None = None,
+        out_pattern: NMPattern | None = None,
         dtype=jnp.float32,
         kernel_init=_KERNEL_INIT,
         out_kernel_init=_KERNEL_INIT,
@@ -75,6 +81,8 @@ class BlockSparseAttention(nnx.Module):
           num_kv_heads: int, key/value heads K, default N.
           causal: bool, attend to the past only.
           rotary: bool, rotate queries and keys by position.
+          qkv_pattern: NMPattern of a mask of the weights of `qkv`, None = no mask.
+          out_pattern: NMPattern of a mask of the weights of `out`, None = no mask.
           dtype: type of activations; parameters are float32.
           kernel_init: initializer of the query, key and value weights.
           out_kernel_init: initializer of the output weights.
@@ -94,9 +102,21 @@ class BlockSparseAttention(nnx.Module):
         self.head_dim = model_dim // num_heads
         self.block, self.causal, self.rotary = block, causal, rotary
         width = (num_heads + 2 * num_kv_heads) * self.head_dim
-        self.qkv = nnx.Linear(model_dim, width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
-        self.out = nnx.Linear(
-            model_dim, model_dim, dtype=dtype, kernel_init=out_kernel_init, rngs=rngs
+        self.qkv = make_linear(
+            model_dim,
+            width,
+            pattern=qkv_pattern,
+            dtype=dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        self.out = make_linear(
+            model_dim,
+            model_dim,
+            pattern=out_pattern,
+            dtype=dtype,
+            kernel_init=out_kernel_init,
+            rngs=rngs,
         )
         self.block_mask = SparsityMask(jnp.ones((1, 1, *block.grid(max_length)), bool))
 
@@ -107,6 +127,8 @@ class BlockSparseAttention(nnx.Module):
         kv_mask_BT: jax.Array | None = None,
         schedule: BlockSchedule | None = None,
         mode: AttentionMode = SPARSE,
+        linear_mode: LinearMode = SPARSE_LINEAR,
+        pruning_key: jax.Array | None = None,
         probe: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Attend and project.
@@ -117,6 +139,8 @@ class BlockSparseAttention(nnx.Module):
           schedule: what `make_block_schedule` made of the block mask, to share its cost; None
             builds it here. Only for T equal to `max_length`.
           mode: AttentionMode, static.
+          linear_mode: LinearMode of the projections, static.
+          pruning_key: typed key, where the gradients of projections are pruned.
           probe: bool, static; also return the attention map.
 
         Returns:
@@ -131,11 +155,15 @@ class BlockSparseAttention(nnx.Module):
                 f"x_BTD must have at most max_length={self.max_length} positions, "
                 f"got {x_BTD.shape=}"
             )
+        qkv_key, out_key = split_or_none(pruning_key)
+        project = functools.partial(apply_linear, mode=linear_mode, pruning_key=pruning_key)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BTNH, k_BSKH, v_BSKH = (
             part.reshape(B, T, -1, self.head_dim)
             for part in jnp.split(
-                self.qkv(x_BTD), [sum(heads[:n]) * self.head_dim for n in (1, 2)], axis=-1
+                apply_linear(self.qkv, x_BTD, mode=linear_mode, key=qkv_key),
+                [sum(heads[:n]) * self.head_dim for n in (1, 2)],
+                axis=-1,
             )
         )
         if self.rotary:
@@ -184,7 +212,8 @@ class BlockSparseAttention(nnx.Module):
                 pruned_logits=mode.pruned_logits,
                 implementation=mode.implementation,
             )[:, :T]
-        return self.out(y_BTNH.reshape(B, T, -1)), attention_map_TS
+        y_BTD = y_BTNH.reshape(B, T, -1)
+        return apply_linear(self.out, y_BTD, mode=linear_mode, key=out_key), attention_map_TS
 
 
 def _pad_to_blocks(x_BTNH: jax.Array, block: BlockPattern) -> jax.Array:

@@ -12,7 +12,8 @@ from flax import nnx
 
 from pallas_kernels import make_block_schedule
 from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
-from sparsejax.models.config import TransformerConfig
+from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
+from sparsejax.models.linear import MLP, SPARSE_LINEAR, LinearMode, split_or_none
 
 
 class ModelOutput(NamedTuple):
@@ -25,42 +26,6 @@ class ModelOutput(NamedTuple):
 
     logits: jax.Array
     attention_maps: jax.Array | None
-
-
-class MLP(nnx.Module):
-    """Feed-forward layer, y = gelu(x W_in) W_out.
-
-    Attributes:
-      up: nnx.Linear, f32[D, F].
-      down: nnx.Linear, f32[F, D].
-    """
-
-    def __init__(self, model_dim, mlp_dim, *, dtype, kernel_init, out_kernel_init, rngs: nnx.Rngs):
-        """Create both projections.
-
-        Args:
-          model_dim: int, D.
-          mlp_dim: int, F.
-          dtype: type of activations.
-          kernel_init: initializer of `up`.
-          out_kernel_init: initializer of `down`.
-          rngs: nnx.Rngs with a `params` stream.
-        """
-        self.up = nnx.Linear(model_dim, mlp_dim, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
-        self.down = nnx.Linear(
-            mlp_dim, model_dim, dtype=dtype, kernel_init=out_kernel_init, rngs=rngs
-        )
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Apply the layer.
-
-        Args:
-          x_BTD: float[B, T, D].
-
-        Returns:
-          float[B, T, D].
-        """
-        return self.down(nnx.gelu(self.up(x_BTD)))
 
 
 class Block(nnx.Module):
@@ -92,6 +57,7 @@ class Block(nnx.Module):
             "out_kernel_init": out_kernel_init,
             "rngs": rngs,
         }
+        patterns = sparse_weight_patterns(config)
         self.attention_norm = _layer_norm(config, rngs)
         self.attention = BlockSparseAttention(
             config.model_dim,
@@ -101,12 +67,23 @@ class Block(nnx.Module):
             block=config.block,
             causal=config.causal,
             rotary=config.positions == "rotary",
+            qkv_pattern=patterns.get("attention/qkv"),
+            out_pattern=patterns.get("attention/out"),
             **shared,
         )
         self.mlp_norm = _layer_norm(config, rngs)
-        self.mlp = MLP(config.model_dim, config.mlp_dim, **shared)
+        self.mlp = MLP(
+            config.model_dim,
+            config.mlp_dim,
+            activation=config.mlp_activation,
+            up_pattern=patterns.get("mlp/up"),
+            down_pattern=patterns.get("mlp/down"),
+            **shared,
+        )
 
-    def __call__(self, x_BTD, *, schedule, kv_mask_BT, dropout_key, mode, probe):
+    def __call__(
+        self, x_BTD, *, schedule, kv_mask_BT, dropout_key, mode, linear_mode, pruning_key, probe
+    ):
         """Apply attention and feed-forward, each around a residual connection.
 
         Args:
@@ -115,21 +92,26 @@ class Block(nnx.Module):
           kv_mask_BT: bool[B, T], True = real token, or None.
           dropout_key: typed key, or None for no dropout.
           mode: AttentionMode, static.
+          linear_mode: LinearMode, static.
+          pruning_key: typed key of gradient pruning, or None.
           probe: bool, static; also return the attention map.
 
         Returns:
           float[B, T, D] and f32[T, T] or None.
         """
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        keys = split_or_none(dropout_key)
+        attention_key, mlp_key = split_or_none(pruning_key)
         branch, attention_map = self.attention(
             self.attention_norm(x_BTD),
             kv_mask_BT=kv_mask_BT,
             schedule=schedule,
             mode=mode,
+            linear_mode=linear_mode,
+            pruning_key=attention_key,
             probe=probe,
         )
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
-        branch = self.mlp(self.mlp_norm(x_BTD))
+        branch = self.mlp(self.mlp_norm(x_BTD), mode=linear_mode, key=mlp_key)
         return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
 
 
@@ -187,6 +169,8 @@ class Transformer(nnx.Module):
         mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         mode: AttentionMode = SPARSE,
+        linear_mode: LinearMode = SPARSE_LINEAR,
+        pruning_key: jax.Array | None = None,
         probe: bool = False,
     ) -> ModelOutput:
         """Compute logits.
@@ -196,6 +180,8 @@ class Transformer(nnx.Module):
           mask: bool, shape of `tokens`, True = real token; None = all real.
           dropout_key: typed key; None switches dropout off.
           mode: AttentionMode, static.
+          linear_mode: LinearMode of layers with masks, static.
+          pruning_key: typed key; given where `linear_mode` prunes gradients.
           probe: bool, static; also return each layer's mean attention map.
 
         Returns:
@@ -220,7 +206,14 @@ class Transformer(nnx.Module):
         if dropout_key is not None:
             embedding_key, block_key = jax.random.split(dropout_key)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
-        x_BTD, attention_maps = self._apply_blocks(x_BTD, mask_BT, block_key, mode, probe)
+        x_BTD, attention_maps = self._apply_blocks(
+            x_BTD,
+            mask_BT,
+            (block_key, pruning_key),
+            mode=mode,
+            linear_mode=linear_mode,
+            probe=probe,
+        )
         x_BTD = self.final_norm(x_BTD)
         if not config.num_classes:
             return ModelOutput(self.embedding.attend(x_BTD).astype(jnp.float32), attention_maps)
@@ -234,24 +227,26 @@ class Transformer(nnx.Module):
         logits_BC = self.classifier(nnx.relu(self.hidden(pooled_BD)))
         return ModelOutput(logits_BC.astype(jnp.float32), attention_maps)
 
-    def _apply_blocks(self, x_BTD, mask_BT, dropout_key, mode, probe):
+    def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, probe):
         config = self.config
         graphdef, blocks = nnx.split(self.blocks)
         schedules = None
         if mode.sparse and x_BTD.shape[1] == config.max_length:
             schedules = make_block_schedule(self.blocks.attention.block_mask[...])
-        dropout_keys = None
-        if dropout_key is not None:
-            dropout_keys = jax.random.split(dropout_key, config.num_layers)
+        layer_keys = tuple(
+            None if key is None else jax.random.split(key, config.num_layers) for key in keys
+        )
 
         def apply_block(x_BTD, layer):
-            block, schedule, key = layer
+            block, schedule, (dropout_key, pruning_key) = layer
             return nnx.merge(graphdef, block)(
                 x_BTD,
                 schedule=schedule,
                 kv_mask_BT=mask_BT,
-                dropout_key=key,
+                dropout_key=dropout_key,
                 mode=mode,
+                linear_mode=linear_mode,
+                pruning_key=pruning_key,
                 probe=probe,
             )
 
@@ -260,7 +255,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(
             apply_block,
             x_BTD,
-            (blocks, schedules, dropout_keys),
+            (blocks, schedules, layer_keys),
             unroll=1 if config.scan_layers else config.num_layers,
         )
 

@@ -6,11 +6,16 @@ from sparsejax.recipes.attention_masks import (
 from sparsejax.recipes.attention_masks import get_attention_masks as get_attention_masks
 from sparsejax.recipes.attention_masks import set_attention_masks as set_attention_masks
 from sparsejax.recipes.dense import make_dense as make_dense
+from sparsejax.recipes.fst import FSTConfig as FSTConfig
+from sparsejax.recipes.fst import make_fst as make_fst
 from sparsejax.recipes.recipe import Observation as Observation
 from sparsejax.recipes.recipe import Phase as Phase
 from sparsejax.recipes.recipe import Recipe as Recipe
 from sparsejax.recipes.recipe import Sparsity as Sparsity
 from sparsejax.recipes.spion import SpionConfig as SpionConfig
 from sparsejax.recipes.spion import make_spion as make_spion
+from sparsejax.recipes.sste import SSTEConfig as SSTEConfig
+from sparsejax.recipes.sste import make_sste as make_sste
 from sparsejax.recipes.static_attention import StaticAttentionConfig as StaticAttentionConfig
 from sparsejax.recipes.static_attention import make_static_attention as make_static_attention
+from sparsejax.recipes.weight_masks import get_weight_masks as get_weight_masks

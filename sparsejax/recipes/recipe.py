@@ -5,7 +5,7 @@ runs through its phases in order; a phase is static, so each one compiles its ow
 function has an identity default, so a method states only what it does:
 
   inside every step        transform_params -> forward -> auxiliary_loss -> clip ->
-                           transform_gradients -> skip_optimizer -> optimizer -> update
+                           transform_gradients -> skip_optimizer -> optimizer -> update -> metrics
   at a probing step        observe, which may ask for the next phase
   between two phases       enter_phase
 """
@@ -27,6 +27,9 @@ class Phase(NamedTuple):
       name: str, unique in the recipe; recorded in checkpoints.
       sparse_attention: bool, False attends everywhere.
       pruned_logits: "masked" or "zero", how pruned attention blocks count in the softmax.
+      sparse_weights: bool, False ignores the masks of weights.
+      grad_pruning: "none", "mvue" or "mvue_exact", how gradients are pruned for the gradient of
+        sparse weights.
       last_step: int, the phase ends after this many steps of the run at the latest; None = no
         limit.
       probe_every_steps: int, `observe` is called on the training batch of these steps; None =
@@ -41,6 +44,8 @@ class Phase(NamedTuple):
     name: str
     sparse_attention: bool = False
     pruned_logits: Literal["masked", "zero"] = "masked"
+    sparse_weights: bool = False
+    grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
     last_step: int | None = None
     probe_every_steps: int | None = None
     maps_in_step: bool = False
@@ -79,8 +84,8 @@ class Observation(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-def _init(masks: PyTree, key: jax.Array) -> Sparsity:
-    del key
+def _init(masks: PyTree, params: PyTree, key: jax.Array) -> Sparsity:
+    del params, key
     return Sparsity(masks=masks, params={}, statistics={}, phase_start_step=jnp.int32(0))
 
 
@@ -104,9 +109,14 @@ def _skip_optimizer(step: jax.Array, phase: Phase) -> jax.Array:
     return jnp.bool_(False)
 
 
-def _update(sparsity, params, opt_state, grads, *, step, key, phase):
-    del grads, step, key, phase
+def _update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
+    del grads, step, key, phase, learning_rate
     return sparsity, params, opt_state
+
+
+def _metrics(sparsity: Sparsity, phase: Phase) -> dict[str, jax.Array]:
+    del sparsity, phase
+    return {}
 
 
 def _observe(sparsity: Sparsity, attention_maps: jax.Array, phase: Phase):
@@ -125,15 +135,16 @@ class Recipe(NamedTuple):
     Attributes:
       name: str.
       phases: tuple of Phase, in the order of training.
-      init: (masks, key) -> Sparsity, before the first step; masks are all True.
+      init: (masks, params, key) -> Sparsity, before the first step; masks are all True.
       transform_params: (params, sparsity, phase) -> params that the forward pass sees.
       auxiliary_loss: (sparsity, attention_maps, phase) -> f32[], added to the loss. Gradients
         flow to `sparsity.params` only.
       transform_gradients: (grads, params, sparsity, phase) -> grads, after clipping and before
         the optimizer.
       skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.
-      update: (sparsity, params, opt_state, grads, *, step, key, phase) -> (sparsity, params,
-        opt_state), the method's own changes at the end of a step.
+      update: (sparsity, params, opt_state, grads, *, step, key, phase, learning_rate) ->
+        (sparsity, params, opt_state), the method's own changes at the end of a step.
+      metrics: (sparsity, phase) -> dict of f32 arrays, logged with every step, after it.
       observe: (sparsity, attention_maps, phase) -> (sparsity, Observation). Maps are
         f32[L, T, T], averaged over batch and heads of the step's training batch.
       enter_phase: (sparsity, phase) -> sparsity, on entering any phase but the first; may
@@ -148,5 +159,6 @@ class Recipe(NamedTuple):
     transform_gradients: Callable = _transform_gradients
     skip_optimizer: Callable = _skip_optimizer
     update: Callable = _update
+    metrics: Callable = _metrics
     observe: Callable = _observe
     enter_phase: Callable = _enter_phase

@@ -121,8 +121,8 @@ def make_spion(config: SpionConfig) -> Recipe:
     num_blocks = config.length // config.block_size
     L, T, I = config.num_layers, config.length, num_blocks  # noqa: E741
 
-    def init(masks, key):
-        del key
+    def init(masks, params, key):
+        del params, key
         statistics = {
             "num_checks": jnp.int32(0),
             "map_before": jnp.zeros((L, T, T), jnp.float32),

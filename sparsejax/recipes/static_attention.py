@@ -82,7 +82,8 @@ def make_static_attention(config: StaticAttentionConfig) -> Recipe:
         patterns = jnp.broadcast_to(pattern, (config.num_layers, *pattern.shape))
         return dataclasses.replace(sparsity, masks=set_attention_masks(sparsity.masks, patterns))
 
-    def init(masks, key):
+    def init(masks, params, key):
+        del params
         sparsity = Sparsity(
             masks=masks, params={}, statistics={"key": key}, phase_start_step=jnp.int32(0)
         )

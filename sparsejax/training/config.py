@@ -1,31 +1,41 @@
 """From the mapping a user edits to frozen, checked settings; the only reader of that mapping."""
 
 import dataclasses
-import difflib
 import os
-import types
-import typing
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.models import Implementation, TransformerConfig
-from sparsejax.patterns import BlockPattern
+from sparsejax.models import (
+    Implementation,
+    NMImplementation,
+    TransformerConfig,
+    sparse_weight_patterns,
+)
+from sparsejax.patterns import BlockPattern, NMPattern
 from sparsejax.recipes import (
+    FSTConfig,
     Recipe,
     SpionConfig,
+    SSTEConfig,
     StaticAttentionConfig,
     make_dense,
+    make_fst,
     make_spion,
+    make_sste,
     make_static_attention,
 )
 from sparsejax.training.data import DataConfig
 from sparsejax.training.optimizer import OptimizerConfig, make_optimizer
+from sparsejax.training.settings import (
+    ConfigError,
+    build_settings,
+    cast_value,
+    check_keys,
+    check_setting,
+)
 
-_RECIPES = ("dense", "spion", "static_attention")
-
-
-class ConfigError(ValueError):
-    """A setting that a user has to change: the message names key, value and expectation."""
+_RECIPES = ("dense", "spion", "static_attention", "fst", "sste")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,7 @@ class ModelSettings:
     num_heads: int
     num_kv_heads: int
     mlp_dim: int
+    mlp_activation: str
     positions: str
     dropout_rate: float
     init_std: float | None
@@ -49,6 +60,7 @@ class ModelSettings:
     scan_layers: bool
     block_size: int
     attention_implementation: Implementation | None
+    weight_implementation: NMImplementation | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,14 +128,16 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
         for field in dataclasses.fields(TrainConfig)
         if field.name not in ("data", *sections, "recipe_name", "recipe_settings")
     ]
-    _check_keys(mapping, (*top, *sections, "data", "recipe"), "")
+    check_keys(mapping, (*top, *sections, "data", "recipe"), "")
     try:
-        values = {name: _cast(mapping[name], int, name) for name in top}
-        built = {name: _build(cls, mapping[name], name) for name, cls in sections.items()}
+        values = {name: cast_value(mapping[name], int, name) for name in top}
+        built = {name: build_settings(cls, mapping[name], name) for name, cls in sections.items()}
         data = _build_data(mapping["data"], values["seed"])
         recipe = mapping["recipe"]
-        _check_keys(recipe, ("name", *_RECIPES[1:]), "recipe.")
-        _check(recipe["name"] in _RECIPES, "recipe.name", recipe["name"], f"one of {_RECIPES}")
+        check_keys(recipe, ("name", *_RECIPES[1:]), "recipe.")
+        check_setting(
+            recipe["name"] in _RECIPES, "recipe.name", recipe["name"], f"one of {_RECIPES}"
+        )
         settings = dict(recipe[recipe["name"]]) if recipe["name"] != "dense" else {}
         config = TrainConfig(
             **values, **built, data=data, recipe_name=recipe["name"], recipe_settings=settings
@@ -138,35 +152,43 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
 
 def _check_relations(config: TrainConfig):
     for name in ("num_steps", "eval_every_steps", "log_every_steps", "num_micro_batches"):
-        _check(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+        check_setting(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     for name in ("num_eval_batches", "max_consecutive_skips", "seed"):
-        _check(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+        check_setting(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
     for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
         value = getattr(config.checkpoint, name)
-        _check(value >= least, f"checkpoint.{name}", value, f"at least {least}")
-    _check(
+        check_setting(value >= least, f"checkpoint.{name}", value, f"at least {least}")
+    check_setting(
         config.data.batch_size % config.num_micro_batches == 0,
         "num_micro_batches",
         config.num_micro_batches,
         f"a divisor of data.batch_size={config.data.batch_size}",
     )
-    _check(config.model.vocab_size >= 0, "model.vocab_size", config.model.vocab_size, "at least 0")
+    check_setting(
+        config.model.vocab_size >= 0, "model.vocab_size", config.model.vocab_size, "at least 0"
+    )
     # A stand-in for what the data will say: everything else can be refused before reading it.
     # Of an encoder, because a causal pattern has fewer blocks to choose from.
     model = make_transformer_config(config, task="classification", vocab_size=1, num_classes=2)
     phases = make_recipe(config, model).phases
     for phase in phases[:-1]:
-        _check(
+        check_setting(
             phase.last_step is None or phase.last_step < config.num_steps,
             "num_steps",
             config.num_steps,
             f"above {phase.last_step}, the step at which phase {phase.name!r} ends",
         )
-    _check(
+    check_setting(
         config.model.attention_implementation is None or any(p.sparse_attention for p in phases),
         "model.attention_implementation",
         config.model.attention_implementation,
         f"None in recipe {config.recipe_name!r}, which has no sparse attention",
+    )
+    check_setting(
+        config.model.weight_implementation is None or any(p.sparse_weights for p in phases),
+        "model.weight_implementation",
+        config.model.weight_implementation,
+        f"None in recipe {config.recipe_name!r}, which has no sparse weights",
     )
     make_optimizer(config.optimizer, num_steps=config.num_steps)
 
@@ -190,14 +212,14 @@ def make_transformer_config(
         contradict each other.
     """
     model = config.model
-    _check(
+    check_setting(
         model.vocab_size == 0 or model.vocab_size >= vocab_size,
         "model.vocab_size",
         model.vocab_size,
         f"0 or at least the {vocab_size} token ids of data.source={config.data.source!r}",
     )
     size, length = model.block_size, config.data.sequence_length
-    _check(
+    check_setting(
         size >= 1 and length % size == 0,
         "model.block_size",
         size,
@@ -207,8 +229,15 @@ def make_transformer_config(
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(ModelSettings)
         if field.name
-        not in ("vocab_size", "num_kv_heads", "block_size", "attention_implementation")
+        not in (
+            "vocab_size",
+            "num_kv_heads",
+            "block_size",
+            "attention_implementation",
+            "weight_implementation",
+        )
     }
+    sparse_weights = _parse_sparse_weights(config)
     try:
         return TransformerConfig(
             **shared,
@@ -219,9 +248,26 @@ def make_transformer_config(
             num_classes=num_classes,
             num_towers=2 if task == "matching" else 1,
             block=BlockPattern(block_q=model.block_size, block_kv=model.block_size),
+            sparse_weights=sparse_weights,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _parse_sparse_weights(config: TrainConfig) -> tuple[tuple[str, NMPattern], ...]:
+    """Read "regex=pattern; regex=pattern" of a recipe that prunes weights."""
+    text = config.recipe_settings.get("sparse_weights", "")
+    name = f"recipe.{config.recipe_name}.sparse_weights"
+    pairs = []
+    for entry in filter(None, (part.strip() for part in cast_value(text, str, name).split(";"))):
+        regex, equals, pattern = entry.rpartition("=")
+        check_setting(equals == "=" and bool(regex), name, text, "'regex=pattern; regex=pattern'")
+        try:
+            re.compile(regex)
+            pairs.append((regex.strip(), NMPattern.parse(pattern)))
+        except (ValueError, re.error) as error:
+            raise ConfigError(f"{name}: {entry!r}: {error}") from error
+    return tuple(pairs)
 
 
 def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
@@ -243,10 +289,27 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     try:
         if config.recipe_name == "spion":
             shape |= {"block_size": block_size, "length": model.max_length}
-            return make_spion(_build(SpionConfig, settings, prefix, **shape))
+            return make_spion(build_settings(SpionConfig, settings, prefix, **shape))
         if config.recipe_name == "static_attention":
             shape["num_blocks"] = model.max_length // block_size
-            return make_static_attention(_build(StaticAttentionConfig, settings, prefix, **shape))
+            return make_static_attention(
+                build_settings(StaticAttentionConfig, settings, prefix, **shape)
+            )
+        if config.recipe_name in ("fst", "sste"):
+            patterns = sparse_weight_patterns(model)
+            check_setting(
+                bool(patterns),
+                f"{prefix}.sparse_weights",
+                settings.get("sparse_weights"),
+                "'regex=pattern' of at least one weight",
+            )
+            # Those of the model, and of the search for a decay rate.
+            others = ("sparse_weights", "decay_candidates")
+            settings = {name: x for name, x in settings.items() if name not in others}
+            if config.recipe_name == "sste":
+                return make_sste(build_settings(SSTEConfig, settings, prefix, patterns=patterns))
+            known = {"patterns": patterns, "num_steps": config.num_steps}
+            return make_fst(build_settings(FSTConfig, settings, prefix, **known))
     except ConfigError:
         raise
     except ValueError as error:
@@ -254,29 +317,34 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     return make_dense()
 
 
-def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List the settings in which two nested mappings differ.
+def step_options(config: TrainConfig) -> dict[str, Any]:
+    """Return what the functions that make steps need to know of the settings.
 
     Args:
-      old: nested mapping.
-      new: nested mapping.
-      prefix: str, put before each key.
+      config: TrainConfig.
 
     Returns:
-      list of str like "optimizer.learning_rate: 0.001 -> 0.002", sorted by key.
-
-    Example:
-      >>> find_differences({"a": {"b": 1}}, {"a": {"b": 2}})
-      ['a.b: 1 -> 2']
+      dict of keyword arguments of `make_train_step` and its siblings.
     """
-    lines = []
-    for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += find_differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return lines
+    return {
+        "implementation": config.model.attention_implementation,
+        "weight_implementation": config.model.weight_implementation,
+        "num_micro_batches": config.num_micro_batches,
+    }
+
+
+def name_kernels(config: TrainConfig) -> str:
+    """Write the kernels that the settings name, for a message.
+
+    Args:
+      config: TrainConfig.
+
+    Returns:
+      str such as "model.attention_implementation='xla'"; empty if none is named.
+    """
+    names = ("attention_implementation", "weight_implementation")
+    values = {name: getattr(config.model, name) for name in names}
+    return " and ".join(f"model.{n}={x!r}" for n, x in values.items() if x is not None)
 
 
 def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
@@ -286,49 +354,9 @@ def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
             kind, colon, path = mapping[key].rpartition(":")
             mapping[key] = kind + colon + os.path.expanduser(path)
     try:
-        return _build(DataConfig, mapping, "data", seed=seed)
+        return build_settings(DataConfig, mapping, "data", seed=seed)
     except ConfigError:
         raise
     except ValueError as error:
         # The data layer names its own fields.
         raise ConfigError(f"data.{error}") from error
-
-
-def _build(cls, mapping: Mapping[str, Any], section: str, **known):
-    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in known}
-    _check_keys(mapping, tuple(hints), f"{section}.")
-    values = {name: _cast(mapping[name], hint, f"{section}.{name}") for name, hint in hints.items()}
-    return cls(**values, **known)
-
-
-def _check_keys(mapping: Mapping[str, Any], expected: tuple[str, ...], prefix: str):
-    for key in mapping:
-        if key not in expected:
-            near = difflib.get_close_matches(key, expected, 1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {list(expected)}"
-            raise ConfigError(f"unknown key {prefix}{key}{hint}")
-    for key in expected:
-        if key not in mapping:
-            raise ConfigError(f"missing key {prefix}{key}")
-
-
-def _cast(value: Any, hint: Any, name: str) -> Any:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if isinstance(hint, typing.TypeAliasType):
-        hint = hint.__value__
-    if typing.get_origin(hint) is typing.Literal:
-        _check(value in typing.get_args(hint), name, value, f"one of {typing.get_args(hint)}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
-    return value
-
-
-def _check(ok: bool, name: str, value: Any, expected: str):
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")

@@ -10,9 +10,10 @@ import numpy as np
 
 from sparsejax.recipes import Phase, compute_attention_density
 from sparsejax.training.checkpoint import restore
-from sparsejax.training.config import ConfigError, TrainConfig
+from sparsejax.training.config import TrainConfig
 from sparsejax.training.progress import say
 from sparsejax.training.run import Run, compile_evaluation, prepare_run
+from sparsejax.training.settings import ConfigError
 from sparsejax.training.state import TrainState
 from sparsejax.training.workdir import check_same_run, describe_run, find_newest_checkpoint
 

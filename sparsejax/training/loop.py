@@ -18,10 +18,11 @@ from sparsejax.training.checkpoint import (
     find_checkpoints,
     restore,
 )
-from sparsejax.training.config import ConfigError, TrainConfig
+from sparsejax.training.config import TrainConfig
 from sparsejax.training.evaluation import compute_density, compute_validation, find_phase
 from sparsejax.training.flops import count_transformer_flops
 from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
+from sparsejax.training.plot_flips import has_flip_rates, plot_flip_rates
 from sparsejax.training.plots import plot_attention_patterns, plot_training
 from sparsejax.training.progress import (
     StepTimer,
@@ -31,6 +32,7 @@ from sparsejax.training.progress import (
     summarise,
 )
 from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
+from sparsejax.training.settings import ConfigError
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.state import TrainState
 from sparsejax.training.step import Batch
@@ -353,6 +355,8 @@ def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
     (workdir / "summary.json").write_text(dump_json(summary) + "\n")
     switches = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase" and row["step"]}
     plot_training(rows, switch_steps=switches, path=workdir / "training.png")
+    if has_flip_rates(rows):
+        plot_flip_rates(rows, path=workdir / "flip_rates.png")
     say(format_summary(summary, phases=phases))
     return summary
 

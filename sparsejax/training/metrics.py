@@ -173,37 +173,40 @@ class MetricsWriter:
         self.close()
 
 
-type Fetched = tuple[int, dict[str, float | int | bool]]
+type Fetched = tuple[int, dict[str, Any]]
 
 
 class DeferredMetrics:
-    """Fetch device scalars one step late, so that the host never waits for the running step."""
+    """Fetch small arrays one step late, so that the host never waits for the running step."""
 
     def __init__(self):
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> Fetched | None:
-        """Start copying this step's scalars to the host and return those of the step before.
+        """Start copying this step's metrics to the host and return those of the step before.
 
         Args:
           step: int, optimiser steps done.
-          metrics: scalar arrays by name.
+          metrics: scalars by name, or vectors with an entry for each layer.
 
         Returns:
-          (step, values) of the previous call, as Python numbers, or None if there was none.
+          (step, values) of the previous call, as Python numbers and lists of them, or None if
+          there was none.
 
         Raises:
-          ValueError: if an array is not a scalar.
+          ValueError: if an array has more than one axis.
         """
         for name, array in metrics.items():
-            if array.shape:
-                raise ValueError(f"metrics[{name!r}] must be a scalar, got shape {array.shape}")
+            if array.ndim > 1:
+                raise ValueError(
+                    f"metrics[{name!r}] must be a scalar or a vector, got shape {array.shape}"
+                )
             array.copy_to_host_async()
         previous, self._pending = self._pending, (step, metrics)
         return _fetch(previous)
 
     def flush(self) -> Fetched | None:
-        """Wait for the scalars still on their way and return them.
+        """Wait for the metrics still on their way and return them.
 
         Returns:
           (step, values) of the last `push`, or None if they were already returned.
@@ -216,4 +219,4 @@ def _fetch(pending: tuple[int, Mapping[str, jax.Array]] | None) -> Fetched | Non
     if pending is None:
         return None
     step, metrics = pending
-    return step, {name: array.item() for name, array in metrics.items()}
+    return step, {name: array.tolist() for name, array in metrics.items()}

@@ -7,17 +7,23 @@ computed and no data is read. Legend: B batch, T position.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import aot
 from sparsejax.recipes import Phase
-from sparsejax.training.config import ConfigError, TrainConfig, make_recipe, make_transformer_config
+from sparsejax.training.config import (
+    TrainConfig,
+    make_recipe,
+    make_transformer_config,
+    name_kernels,
+    step_options,
+)
 from sparsejax.training.data import Facts, find_facts
 from sparsejax.training.optimizer import make_optimizer
 from sparsejax.training.progress import say
+from sparsejax.training.settings import ConfigError
 from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_probe_step, make_train_step
 from sparsejax.types import PyTree
@@ -145,10 +151,7 @@ def compile_programs(
     model = _make_model(config, facts)
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    options: dict[str, Any] = {
-        "implementation": config.model.attention_implementation,
-        "num_micro_batches": config.num_micro_batches,
-    }
+    options = step_options(config)
     steps = {
         _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **options),
         _EVALUATION: make_eval_step(graphdef, recipe, phase, **options),
@@ -277,10 +280,8 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
         train = programs[_TRAIN]
         twice = compile_programs(doubled, facts, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
     except NotImplementedError as error:
-        raise ConfigError(
-            f"model.attention_implementation must run on one {plan.target.name}, got "
-            f"{config.model.attention_implementation!r}: {error}"
-        ) from error
+        named = name_kernels(config)
+        raise ConfigError(f"{named} must run on one {plan.target.name}: {error}") from error
     return PhasePlan(
         name=phase.name,
         parts=_measure_parts(config, facts, phase, train),

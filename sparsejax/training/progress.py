@@ -45,7 +45,8 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
     """Write one progress line.
 
     Args:
-      row: metrics of a training step: step, phase, loss, tokens_per_second, density.
+      row: metrics of a training step: step, phase, loss, tokens_per_second, density; flip_rate of
+        a recipe that has one.
       num_steps: int, steps of the whole run.
       step_seconds: float or None, recent seconds per step.
 
@@ -63,6 +64,8 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
         f"loss {row['loss']:.4f}",
         f"attention density {row['density']:.3f}",
     ]
+    if "flip_rate" in row:
+        parts.append(f"flip rate {row['flip_rate']:.4f}")
     if step_seconds:
         parts.append(f"{_format_rate(row['tokens_per_step'] / step_seconds)} tokens/s")
         parts.append(f"{_format_duration((num_steps - row['step']) * step_seconds)} left")

@@ -13,9 +13,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparsejax.models import TransformerConfig
 from sparsejax.recipes import Phase, Recipe
-from sparsejax.training.config import ConfigError, TrainConfig, make_recipe, make_transformer_config
+from sparsejax.training.config import (
+    TrainConfig,
+    make_recipe,
+    make_transformer_config,
+    name_kernels,
+    step_options,
+)
 from sparsejax.training.data import Data, make_data
 from sparsejax.training.optimizer import Optimizer, make_optimizer
+from sparsejax.training.settings import ConfigError
 from sparsejax.training.state import (
     TrainState,
     create_train_state,
@@ -160,19 +167,17 @@ def _choose_devices(config: TrainConfig) -> list[Any]:
 
 def _check_implementation(run: Run) -> None:
     """Trace every phase, so that a kernel that is not there is missed now and not at the switch."""
-    implementation = run.config.model.attention_implementation
-    if implementation is None:
+    named = name_kernels(run.config)
+    if not named:
         return
     batch = next(run.data.validation(1))
+    options: dict[str, Any] = {**step_options(run.config), "num_micro_batches": 1}
     for phase in run.recipe.phases:
-        step = make_eval_step(run.graphdef, run.recipe, phase, implementation=implementation)
+        step = make_eval_step(run.graphdef, run.recipe, phase, **options)
         try:
             jax.eval_shape(step, run.make_abstract_state(phase.name), batch)
         except NotImplementedError as error:
-            raise ConfigError(
-                f"model.attention_implementation must run on this device, got "
-                f"{implementation!r}: {error}"
-            ) from error
+            raise ConfigError(f"{named} must run on this device: {error}") from error
 
 
 class Programs(NamedTuple):
@@ -204,13 +209,7 @@ def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
     Returns:
       Function (state, batch) -> totals.
     """
-    step = make_eval_step(
-        run.graphdef,
-        run.recipe,
-        phase,
-        implementation=run.config.model.attention_implementation,
-        num_micro_batches=run.config.num_micro_batches,
-    )
+    step = make_eval_step(run.graphdef, run.recipe, phase, **step_options(run.config))
     jitted = jax.jit(step, out_shardings=run.replicated)
     return jitted.lower(run.make_abstract_state(phase.name), batch).compile()
 
@@ -228,11 +227,7 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """
     start = time.perf_counter()
     state = run.make_abstract_state(phase.name)
-    implementation = run.config.model.attention_implementation
-    build: dict[str, Any] = {
-        "implementation": implementation,
-        "num_micro_batches": run.config.num_micro_batches,
-    }
+    build = step_options(run.config)
 
     def compile_step(step):
         # Whatever a step returns stays replicated, so that it fits the next step's program.

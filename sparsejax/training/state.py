@@ -76,7 +76,7 @@ def create_train_state(
     model = Transformer(config, rngs=nnx.Rngs(params=jax.random.fold_in(key, 0)))
     _, params, masks = nnx.split(model, nnx.Param, SparsityMask)
     params, masks = nnx.to_pure_dict(params), nnx.to_pure_dict(masks)
-    sparsity = recipe.init(masks, jax.random.fold_in(key, 1))
+    sparsity = recipe.init(masks, params, jax.random.fold_in(key, 1))
     return TrainState(
         step=jnp.int32(0),
         params=params,

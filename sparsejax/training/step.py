@@ -4,6 +4,7 @@ Legend: B batch, T position, V vocabulary, C classes, L layers.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -11,13 +12,22 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sparsejax.models import AttentionMode, Implementation, ModelOutput
+from sparsejax.models import (
+    AttentionMode,
+    Implementation,
+    LinearMode,
+    ModelOutput,
+    NMImplementation,
+)
 from sparsejax.recipes import Observation, Phase, Recipe
 from sparsejax.training.optimizer import Optimizer, compute_learning_rate
 from sparsejax.training.state import TrainState, trainable
 
 type Batch = dict[str, jax.Array]
 type Metrics = dict[str, jax.Array]
+
+# Folded into the key of a step: pruned gradients draw other numbers than dropout.
+_PRUNING = zlib.crc32(b"pruning")
 
 
 def make_train_step(
@@ -27,6 +37,7 @@ def make_train_step(
     optimizer: Optimizer,
     *,
     implementation: Implementation | None = None,
+    weight_implementation: NMImplementation | None = None,
     num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Return the step of one phase: loss, gradient, recipe, optimizer, recipe.
@@ -40,19 +51,21 @@ def make_train_step(
       phase: Phase, static.
       optimizer: Optimizer.
       implementation: kernel of sparse attention, None for the best on the device.
+      weight_implementation: kernel of sparse weights, None for the best on the device.
       num_micro_batches: int, the batch is split into so many parts whose gradients are averaged.
 
     Returns:
       Function (state, batch) -> (state, metrics), to be jitted with the state donated. Metrics
-      are f32[]: loss, accuracy, grad_norm, learning_rate, skipped (0 or 1).
+      are f32[]: loss, accuracy, grad_norm, learning_rate, skipped (0 or 1); and those of the
+      recipe.
     """
-    mode = _attention_mode(phase, implementation)
+    modes = _make_modes(phase, implementation, weight_implementation)
 
     def compute_loss(weights, state, batch, key):
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
         seen_params = recipe.transform_params(weights["model"], sparsity, phase)
         output = _apply(
-            graphdef, seen_params, sparsity, batch, mode, dropout_key=key, probe=phase.maps_in_step
+            graphdef, seen_params, sparsity, batch, modes, key=key, probe=phase.maps_in_step
         )
         totals = compute_totals(output, batch)
         loss = totals["loss"] / totals["count"]
@@ -82,13 +95,21 @@ def make_train_step(
 
         sparsity = dataclasses.replace(state.sparsity, params=new_weights["recipe"])
         sparsity, params, opt_state = recipe.update(
-            sparsity, new_weights["model"], opt_state, grads, step=state.step, key=key, phase=phase
+            sparsity,
+            new_weights["model"],
+            opt_state,
+            grads,
+            step=state.step,
+            key=key,
+            phase=phase,
+            learning_rate=rate,
         )
         new = (sparsity, params, opt_state)
         old = (state.sparsity, state.params, state.opt_state)
         sparsity, params, opt_state = _select(finite, new, old)
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+        metrics |= recipe.metrics(sparsity, phase)
         return TrainState(
             step=state.step + 1,
             params=params,
@@ -106,6 +127,7 @@ def make_eval_step(
     phase: Phase,
     *,
     implementation: Implementation | None = None,
+    weight_implementation: NMImplementation | None = None,
     num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Return the function that sums loss and correct answers over one batch.
@@ -115,18 +137,19 @@ def make_eval_step(
       recipe: Recipe.
       phase: Phase, static.
       implementation: kernel of sparse attention, None for the best on the device.
+      weight_implementation: kernel of sparse weights, None for the best on the device.
       num_micro_batches: int, parts that the batch is split into to save memory.
 
     Returns:
       Function (state, batch) -> {"loss", "correct", "count"}, f32[] sums.
     """
-    mode = _attention_mode(phase, implementation)
+    modes = _make_modes(phase, implementation, weight_implementation)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         params = recipe.transform_params(state.params, state.sparsity, phase)
 
         def evaluate(part, _):
-            return compute_totals(_apply(graphdef, params, state.sparsity, part, mode), part)
+            return compute_totals(_apply(graphdef, params, state.sparsity, part, modes), part)
 
         return _sum_over_parts(evaluate, batch, state.key, num_micro_batches)
 
@@ -139,6 +162,7 @@ def make_probe_step(
     phase: Phase,
     *,
     implementation: Implementation | None = None,
+    weight_implementation: NMImplementation | None = None,
     num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Observation]]:
     """Return the function that shows the recipe the attention maps of a training batch.
@@ -151,12 +175,13 @@ def make_probe_step(
       recipe: Recipe.
       phase: Phase, static.
       implementation: kernel of sparse attention, None for the best on the device.
+      weight_implementation: kernel of sparse weights, None for the best on the device.
       num_micro_batches: int, as in the step, so that dropout is the same.
 
     Returns:
       Function (state, batch) -> (state, Observation).
     """
-    mode = _attention_mode(phase, implementation)
+    modes = _make_modes(phase, implementation, weight_implementation)
 
     def probe_step(state: TrainState, batch: Batch) -> tuple[TrainState, Observation]:
         key = jax.random.fold_in(state.key, state.step)
@@ -164,7 +189,7 @@ def make_probe_step(
 
         def look(part, part_key):
             return _apply(
-                graphdef, params, state.sparsity, part, mode, dropout_key=part_key, probe=True
+                graphdef, params, state.sparsity, part, modes, key=part_key, probe=True
             ).attention_maps
 
         maps = _sum_over_parts(look, batch, key, num_micro_batches) / num_micro_batches
@@ -201,21 +226,38 @@ def compute_totals(output: ModelOutput, batch: Batch) -> Metrics:
     }
 
 
-def _attention_mode(phase: Phase, implementation: Implementation | None) -> AttentionMode:
-    return AttentionMode(
-        sparse=phase.sparse_attention,
-        pruned_logits=phase.pruned_logits,
-        implementation=implementation,
+def _make_modes(phase, implementation, weight_implementation):
+    """Return what the phase means for attention and for linear layers."""
+    return (
+        AttentionMode(
+            sparse=phase.sparse_attention,
+            pruned_logits=phase.pruned_logits,
+            implementation=implementation,
+        ),
+        LinearMode(
+            sparse=phase.sparse_weights,
+            grad_pruning=phase.grad_pruning,
+            implementation=weight_implementation,
+        ),
     )
 
 
-def _apply(graphdef, params, sparsity, batch, mode, *, dropout_key=None, probe=False):
+def _apply(graphdef, params, sparsity, batch, modes, *, key=None, probe=False):
+    """Run the model; without a key, without dropout and without gradients to be pruned."""
     model = nnx.merge(graphdef, params, sparsity.masks)
+    mode, linear_mode = modes
+    pruning_key = None
+    if key is None:
+        linear_mode = linear_mode._replace(grad_pruning="none")
+    elif linear_mode.grad_pruning != "none":
+        pruning_key = jax.random.fold_in(key, _PRUNING)
     return model(
         batch["inputs"],
         mask=batch.get("mask"),
-        dropout_key=dropout_key,
+        dropout_key=key,
         mode=mode,
+        linear_mode=linear_mode,
+        pruning_key=pruning_key,
         probe=probe,
     )
 

@@ -13,7 +13,7 @@ import jax
 
 from sparsejax.training.checkpoint import CheckpointInfo, find_checkpoints, read_run_metadata
 from sparsejax.training.checkpoint_files import parse_order
-from sparsejax.training.config import ConfigError, find_differences
+from sparsejax.training.settings import ConfigError, find_differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

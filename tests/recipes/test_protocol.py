@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.models import ModelOutput, SparsityMask, TransformerConfig
+from sparsejax.models import LinearMode, ModelOutput, SparsityMask, TransformerConfig
 from sparsejax.patterns import BlockPattern
 from sparsejax.recipes import (
     Observation,
@@ -55,6 +55,9 @@ DESCENT = Optimizer(
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+SEEN = []  # what each traced call was told about linear layers
+
+
 class Bigram(nnx.Module):
     """Logits looked up by token, 0 where the mask prunes them."""
 
@@ -62,7 +65,8 @@ class Bigram(nnx.Module):
         self.table = nnx.Param(jnp.zeros((VOCAB, VOCAB)))
         self.kept = SparsityMask(jnp.ones((VOCAB, VOCAB), bool))
 
-    def __call__(self, tokens, *, mask, dropout_key, mode, probe):
+    def __call__(self, tokens, *, mask, dropout_key, mode, linear_mode, pruning_key, probe):
+        SEEN.append((linear_mode, pruning_key is not None))
         logits = jnp.where(self.kept[...], self.table[...], 0.0)[tokens]
         return ModelOutput(logits, jnp.asarray(MAPS) if probe else None)
 
@@ -70,8 +74,8 @@ class Bigram(nnx.Module):
 GRAPHDEF = nnx.split(Bigram(), nnx.Param, SparsityMask)[0]
 
 
-def init(masks, key):
-    del key
+def init(masks, params, key):
+    del params, key
     return Sparsity(
         masks=masks,
         params={"scale": jnp.float32(SCALE), "sum_of_maps": jnp.float32(2)},
@@ -84,7 +88,7 @@ def scale_params(params, sparsity, phase):
     return {"table": params["table"] * sparsity.params["scale"]}
 
 
-def count_update(sparsity, params, opt_state, grads, *, step, key, phase):
+def count_update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
     statistics = {"updates": sparsity.statistics["updates"] + 1}
     return dataclasses.replace(sparsity, statistics=statistics), params, opt_state
 
@@ -94,8 +98,8 @@ def make_recipe(*phases, **hooks):
 
 
 def make_state(recipe, step=0):
-    sparsity = recipe.init({"kept": jnp.ones((VOCAB, VOCAB), bool)}, jax.random.key(1))
     params = {"table": jnp.asarray(TABLE)}
+    sparsity = recipe.init({"kept": jnp.ones((VOCAB, VOCAB), bool)}, params, jax.random.key(1))
     return TrainState(
         step=jnp.int32(step),
         params=params,
@@ -181,7 +185,7 @@ def test_a_skipped_optimizer_leaves_weights_and_moments_but_the_update_runs():
 
 
 def test_the_update_may_change_masks_weights_and_moments():
-    def regrow(sparsity, params, opt_state, grads, *, step, key, phase):
+    def regrow(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
         noise = jax.random.normal(key, (VOCAB,))
         changed = dataclasses.replace(
             sparsity,
@@ -315,3 +319,41 @@ def test_a_step_keeps_the_structure_of_its_phase():
 
     with pytest.raises(ValueError, match=r"one of \['dense', 'sparse'\] in recipe 'spion-cf'"):
         make_abstract_state(config, recipe, DESCENT, "finish")
+
+
+def test_masks_are_made_of_the_parameters():
+    def init_from_weights(masks, params, key):
+        del key
+        masks = {"kept": masks["kept"] & (params["table"] > 0)}
+        return init(masks, params, None)
+
+    state = make_state(Recipe(name="toy", phases=(PHASE,), init=init_from_weights))
+    np.testing.assert_array_equal(state.sparsity.masks["kept"], TABLE > 0)
+
+
+def test_update_learns_the_rate_and_metrics_are_logged():
+    def pull(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
+        return sparsity, {"table": params["table"] * 0 + learning_rate}, opt_state
+
+    recipe = make_recipe(
+        Phase("only"),
+        update=pull,
+        metrics=lambda sparsity, phase: {"rates": sparsity.params["scale"] * jnp.arange(2.0)},
+    )
+    state, metrics = run_step(recipe)
+    np.testing.assert_allclose(state.params["table"], metrics["learning_rate"])
+    np.testing.assert_allclose(metrics["rates"], state.sparsity.params["scale"] * np.arange(2.0))
+
+
+@pytest.mark.parametrize("grad_pruning", ["none", "mvue"])
+def test_linear_layers_learn_the_phase(grad_pruning):
+    phase = Phase("only", sparse_weights=True, grad_pruning=grad_pruning)
+    recipe = make_recipe(phase)
+    SEEN.clear()
+    run_step(recipe)
+    evaluate = make_eval_step(GRAPHDEF, recipe, phase, weight_implementation="xla")
+    jit(evaluate)(make_state(recipe), BATCH)
+    training, evaluation = SEEN[0], SEEN[-1]
+    assert training == (LinearMode(grad_pruning=grad_pruning), grad_pruning != "none")
+    # Nothing is drawn where nothing is differentiated.
+    assert evaluation == (LinearMode(implementation="xla"), False)

@@ -37,7 +37,7 @@ def make_maps(*levels):
 
 def run_checks(config, *levels):
     """Show the recipe one map after the other; a level is a number or one per layer."""
-    sparsity = make_spion(config).init(MASKS, jax.random.key(0))
+    sparsity = make_spion(config).init(MASKS, {}, jax.random.key(0))
     observations = []
     for level in levels:
         maps = make_maps(*np.broadcast_to(level, LAYERS))
@@ -108,7 +108,7 @@ def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
     settings = {"quantile": None, "density": 0.8} if variant == "c" else {}
     config = dataclasses.replace(BASE, variant=variant, causal=causal, **settings)
     recipe = make_spion(config)
-    sparsity = recipe.init(MASKS, jax.random.key(0))
+    sparsity = recipe.init(MASKS, {}, jax.random.key(0))
     for seed in (1, 2):
         sparsity, _ = observe_jitted(config)(sparsity, draw_maps(seed, causal))
     pooled = sparsity.statistics["pooled"]

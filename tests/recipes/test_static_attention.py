@@ -26,7 +26,7 @@ def test_without_dense_steps_the_pattern_applies_from_the_start():
     (phase,) = recipe.phases
     assert (phase.name, phase.sparse_attention, phase.pruned_logits) == ("sparse", True, "masked")
     key = jax.random.key(3)
-    sparsity = recipe.init(MASKS, key)
+    sparsity = recipe.init(MASKS, {}, key)
     expected = pattern_at_density("bigbird", 8, density=0.5, key=key)
     for layer in get_attention_masks(sparsity.masks):
         np.testing.assert_array_equal(layer, expected)
@@ -38,9 +38,9 @@ def test_after_dense_steps_the_pattern_applies_in_the_second_phase():
     assert (dense.name, dense.sparse_attention, dense.last_step) == ("dense", False, 20)
     assert (sparse.name, sparse.sparse_attention, sparse.last_step) == ("sparse", True, None)
     assert sparse.pruned_logits == "zero"
-    sparsity = recipe.init(MASKS, jax.random.key(3))
+    sparsity = recipe.init(MASKS, {}, jax.random.key(3))
     assert get_attention_masks(sparsity.masks).all()
-    at_once = make_static_attention(BASE).init(MASKS, jax.random.key(3))
+    at_once = make_static_attention(BASE).init(MASKS, {}, jax.random.key(3))
     later = recipe.enter_phase(sparsity, sparse)
     np.testing.assert_array_equal(*(get_attention_masks(s.masks) for s in (later, at_once)))
 
@@ -49,7 +49,7 @@ def test_after_dense_steps_the_pattern_applies_in_the_second_phase():
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_density_is_the_one_asked_for(pattern, causal):
     config = dataclasses.replace(BASE, pattern=pattern, causal=causal)
-    sparsity = make_static_attention(config).init(MASKS, jax.random.key(0))
+    sparsity = make_static_attention(config).init(MASKS, {}, jax.random.key(0))
     np.testing.assert_array_equal(compute_attention_density(sparsity.masks, causal=causal), 0.5)
     if causal:
         masks = get_attention_masks(sparsity.masks)
@@ -58,7 +58,7 @@ def test_the_density_is_the_one_asked_for(pattern, causal):
 
 def test_the_key_decides_the_random_blocks():
     def masks(seed):
-        sparsity = make_static_attention(BASE).init(MASKS, jax.random.key(seed))
+        sparsity = make_static_attention(BASE).init(MASKS, {}, jax.random.key(seed))
         return np.asarray(get_attention_masks(sparsity.masks))
 
     np.testing.assert_array_equal(masks(0), masks(0))
@@ -96,7 +96,7 @@ def test_a_bad_setting_is_named(settings, message):
 def test_the_smallest_density_keeps_the_diagonal():
     for causal, smallest in ((False, 1 / 8), (True, 2 / 9)):
         config = dataclasses.replace(BASE, density=smallest, causal=causal)
-        sparsity = make_static_attention(config).init(MASKS, jax.random.key(0))
+        sparsity = make_static_attention(config).init(MASKS, {}, jax.random.key(0))
         np.testing.assert_array_equal(get_attention_masks(sparsity.masks)[0], np.eye(8))
 
 
@@ -126,4 +126,4 @@ def test_a_pattern_that_does_not_fit_is_refused():
 def test_the_dense_recipe_never_prunes():
     (phase,) = make_dense().phases
     assert not phase.sparse_attention and phase.probe_every_steps is None
-    assert make_dense().init(MASKS, jax.random.key(0)).masks is MASKS
+    assert make_dense().init(MASKS, {}, jax.random.key(0)).masks is MASKS

@@ -5,12 +5,8 @@ import importlib
 import pytest
 
 from configs import base, spion_image
-from sparsejax.training.config import (
-    ConfigError,
-    find_differences,
-    make_transformer_config,
-    parse_config,
-)
+from sparsejax.training.config import make_transformer_config, parse_config
+from sparsejax.training.settings import ConfigError, find_differences
 
 
 def _settings(**changes):

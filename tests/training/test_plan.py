@@ -9,7 +9,7 @@ import pytest
 
 import train
 from pallas_kernels import aot
-from sparsejax.training.config import ConfigError, parse_config
+from sparsejax.training.config import parse_config
 from sparsejax.training.data import find_facts, make_data
 from sparsejax.training.plan import (
     TARGETS,
@@ -18,6 +18,7 @@ from sparsejax.training.plan import (
     make_abstract_batch,
     make_plan,
 )
+from sparsejax.training.settings import ConfigError
 from tests.training.runs import make_settings
 
 _ROOT = pathlib.Path(__file__).parents[2]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from sparsejax.training.checkpoint import find_checkpoints, restore
-from sparsejax.training.config import ConfigError, parse_config
+from sparsejax.training.config import parse_config
 from sparsejax.training.evaluation import evaluate
 from sparsejax.training.metrics import read_metrics
 from sparsejax.training.run import prepare_run
+from sparsejax.training.settings import ConfigError
 from tests.training.runs import NUM_STEPS, make_settings, train
 
 _ROOT = pathlib.Path(__file__).parents[2]

@@ -1,0 +1,39 @@
+"""FST on the standard library's own sources: 2:4 sparse feed-forward layers, dense at the end.
+
+Command:   python train.py --config=configs/fst_small.py --workdir=runs/fst_small
+Hardware:  2 CPU cores, where sparse weights save no time: the products are dense ones of masked
+           weights
+Source:    arXiv:2404.01847, scaled down; decay_rate is that of GPT-2 124M times 10, for a run a
+           thousand times as short
+"""
+
+from configs import base
+
+
+def get_config():
+    """Return the settings.
+
+    Returns:
+      ConfigDict.
+    """
+    config = base.get_config()
+    config.num_steps = 600
+    config.eval_every_steps = 100
+    config.num_eval_batches = 8
+
+    config.model.num_layers = 4
+    config.model.model_dim = 128
+    config.model.num_heads = 4
+    config.model.mlp_dim = 512
+    config.model.positions = "rotary"
+
+    config.data.sequence_length = 256
+    config.data.batch_size = 8
+
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 50
+
+    config.recipe.name = "fst"
+    config.recipe.fst.decay_rate = 6e-4
+    config.recipe.fst.refresh_steps = 10
+    return config

@@ -1,0 +1,249 @@
+"""A linear layer that ignores the weights its mask prunes, in place of `nnx.Linear`.
+
+Legend: K contracted axis, N columns of the kernel.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from pallas_kernels import choose_nm_implementation, nm_matmul
+from pallas_kernels.nm_matmul.op import Activation, GradPruning, NMImplementation
+from sparsejax.models.variables import SparsityMask
+from sparsejax.patterns import NMPattern
+
+
+class LinearMode(NamedTuple):
+    """Static choices of one training phase about layers with sparse weights.
+
+    Attributes:
+      sparse: bool, False ignores the masks and everything below.
+      grad_pruning: "none"; or "mvue" or "mvue_exact", the gradient of a weight comes from two of
+        every four tokens, drawn without bias.
+      implementation: which kernel runs the product, None for the best on the device.
+    """
+
+    sparse: bool = True
+    grad_pruning: GradPruning = "none"
+    implementation: NMImplementation | None = None
+
+
+DENSE_LINEAR = LinearMode(sparse=False)
+_GATES = {"geglu": nnx.gelu, "swiglu": nnx.silu}
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
+
+class SparseLinear(nnx.Module):
+    """Linear layer with a mask on its kernel, trained straight-through.
+
+    y = act(x (kernel * mask) + bias);  the gradient of the kernel is dense, that of x is masked
+
+    Layers that nothing has pruned yet are dense, for masks keep everything at first. Assign to
+    `kernel_mask`, outside a trace, to prune.
+
+    Attributes:
+      kernel: nnx.Param f32[K, N], all weights, pruned ones too.
+      bias: nnx.Param f32[N], or None.
+      kernel_mask: SparsityMask bool[K, N], True = kept.
+
+    Example:
+      >>> layer = SparseLinear(8, 3, rngs=nnx.Rngs(0))
+      >>> layer.kernel_mask[...] = jnp.arange(8)[:, None] % 4 < jnp.full(3, 2)
+      >>> layer(jnp.ones((5, 8))).shape
+      (5, 3)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        pattern: NMPattern = NMPattern(2, 4),  # noqa: B008, frozen
+        dtype=None,
+        kernel_init=_KERNEL_INIT,
+        bias_init=nnx.initializers.zeros_init(),  # noqa: B008, a pure function
+        rngs: nnx.Rngs,
+    ):
+        """Create the parameters, those of an `nnx.Linear` with these `rngs`, and a full mask.
+
+        Args:
+          in_features: int, K; a multiple of the pattern's m.
+          out_features: int, N; a multiple of m if the pattern is transposable.
+          use_bias: bool, add a bias.
+          pattern: NMPattern that masks are to follow.
+          dtype: type of the product, None for that of input and parameters together; parameters
+            are float32.
+          kernel_init: initializer of the kernel.
+          bias_init: initializer of the bias.
+          rngs: nnx.Rngs with a `params` stream.
+
+        Raises:
+          ValueError: if the groups of the pattern do not fill an axis.
+        """
+        sizes = {"in_features": in_features}
+        if pattern.transposable:
+            sizes["out_features"] = out_features
+        for name, size in sizes.items():
+            if size % pattern.m:
+                raise ValueError(
+                    f"{name} must be a multiple of {pattern.m} for pattern {pattern}, "
+                    f"got {name}={size}"
+                )
+        self.in_features, self.out_features = in_features, out_features
+        self.pattern, self.dtype = pattern, dtype
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        self.bias: nnx.Param[jax.Array] | None
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32))
+        else:
+            self.bias = nnx.data(None)
+        self.kernel_mask = SparsityMask(jnp.ones(shape, bool))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mode: LinearMode = LinearMode(),  # noqa: B008, immutable
+        key: jax.Array | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """Apply the layer and an activation.
+
+        Args:
+          x: float[..., K].
+          mode: LinearMode, static.
+          key: typed key; needed where the mode prunes gradients, without effect elsewhere.
+          activation: None; "gelu" (tanh form); or "geglu", "swiglu": the first half of the
+            columns is multiplied with the activated second half.
+
+        Returns:
+          float[..., N], or [..., N / 2] for a gated activation.
+
+        Raises:
+          ValueError: if a shape or option is not as described, or a key is missing.
+          NotImplementedError: if the mode names a kernel that does not run here.
+
+        Numerics:
+          With a dense mode, those of `nnx.Linear` and then `activate`, bit for bit; otherwise
+          those of `pallas_kernels.nm_matmul`.
+        """
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        x, kernel, bias = promote_dtype((x, kernel, bias), dtype=self.dtype)
+        if not mode.sparse:
+            y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+            if bias is not None:
+                y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+            return activate(y, activation)
+        pattern = (self.pattern.n, self.pattern.m)
+        chosen = choose_nm_implementation(
+            mode.implementation,
+            rows=math.prod(x.shape[:-1]),
+            inner=self.in_features,
+            columns=self.out_features,
+            dtype=x.dtype,
+            pattern=pattern,
+            activation=activation,
+        )
+        if chosen != "mosaic_sm90":
+            # The portable product takes any mask, also that of a layer not pruned yet.
+            pattern = (self.pattern.m, self.pattern.m)
+        return nm_matmul(
+            x,
+            kernel,
+            self.kernel_mask[...],
+            transposable=self.pattern.transposable,
+            grad_pruning=mode.grad_pruning,
+            key=None if mode.grad_pruning == "none" else key,
+            bias=bias,
+            activation=activation,
+            pattern=pattern,
+            implementation=chosen,
+        )
+
+
+def activate(z: jax.Array, activation: Activation | None) -> jax.Array:
+    """Apply the activation of a feed-forward layer.
+
+    None: z,  "gelu": gelu(z),  "geglu": value * gelu(gate),  "swiglu": value * silu(gate)
+
+    Args:
+      z: float[..., N]; N is even for a gated activation, the first half is the value.
+      activation: None, "gelu" (tanh form), "geglu" or "swiglu".
+
+    Returns:
+      float[..., N], or [..., N / 2] if gated, typed like z, in whose type it is computed.
+
+    Raises:
+      ValueError: if the activation is unknown, or N odd for a gated one.
+
+    References:
+      Shazeer, arXiv:2002.05202.
+    """
+    if activation is None:
+        return z
+    if activation == "gelu":
+        return nnx.gelu(z)
+    if activation not in _GATES:
+        raise ValueError(
+            f"activation must be None, 'gelu', 'geglu' or 'swiglu', got {activation!r}"
+        )
+    if z.shape[-1] % 2:
+        raise ValueError(f"{activation=} needs an even number of columns, got {z.shape=}")
+    value, gate = jnp.split(z, 2, axis=-1)
+    return value * _GATES[activation](gate)
+
+
+def make_linear(
+    in_features: int, out_features: int, *, pattern: NMPattern | None, **options
+) -> nnx.Linear | SparseLinear:
+    """Create the linear layer of a weight that may be sparse.
+
+    Args:
+      in_features: int.
+      out_features: int.
+      pattern: NMPattern of a sparse weight, None for `nnx.Linear`.
+      **options: what both take.
+
+    Returns:
+      SparseLinear or nnx.Linear, with equal parameters.
+    """
+    if pattern is None:
+        return nnx.Linear(in_features, out_features, **options)
+    return SparseLinear(in_features, out_features, pattern=pattern, **options)
+
+
+def apply_linear(
+    layer: nnx.Linear | SparseLinear,
+    x: jax.Array,
+    *,
+    name: str,
+    mode: LinearMode,
+    pruning_key: jax.Array | None,
+    activation: Activation | None = None,
+) -> jax.Array:
+    """Apply a linear layer of a block, of either kind, and an activation.
+
+    Args:
+      layer: nnx.Linear or SparseLinear.
+      x: float[..., K].
+      name: str, of the layer in its block; layers of other names draw other numbers.
+      mode: LinearMode, static.
+      pruning_key: typed key of the block, or None where no gradient is pruned.
+      activation: as of `SparseLinear`.
+
+    Returns:
+      float[..., N], or [..., N / 2] for a gated activation.
+    """
+    if not isinstance(layer, SparseLinear):
+        return activate(layer(x), activation)
+    key = None
+    if pruning_key is not None:
+        key = jax.random.fold_in(pruning_key, zlib.crc32(name.encode()))
+    return layer(x, mode=mode, key=key, activation=activation)

@@ -1,0 +1,99 @@
+"""The feed-forward layer of a transformer, plain or gated, dense or sparse.
+
+Legend: B batch, T position, D model width, F feed-forward width.
+"""
+
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from sparsejax.models.linear import LinearMode, apply_linear, make_linear
+from sparsejax.patterns import NMPattern
+
+type MLPActivation = Literal["gelu", "geglu", "swiglu"]
+
+
+class MLP(nnx.Module):
+    """Feed-forward layer.
+
+    y = act(x W_in) W_out;  gelu: act(z) = gelu(z),  geglu: act([v, g]) = v gelu(g),
+    swiglu: act([v, g]) = v silu(g)
+
+    Attributes:
+      up: nnx.Linear or SparseLinear, f32[D, F]; f32[D, 2 F] if gated, values first.
+      down: nnx.Linear or SparseLinear, f32[F, D].
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        mlp_dim: int,
+        *,
+        activation: MLPActivation = "gelu",
+        up_pattern: NMPattern | None = None,
+        down_pattern: NMPattern | None = None,
+        dtype,
+        kernel_init,
+        out_kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        """Create both projections.
+
+        Args:
+          model_dim: int, D.
+          mlp_dim: int, F.
+          activation: "gelu", or the gated "geglu" or "swiglu".
+          up_pattern: NMPattern of the first weight, None if it is dense.
+          down_pattern: NMPattern of the second weight, None if it is dense.
+          dtype: type of activations.
+          kernel_init: initializer of `up`.
+          out_kernel_init: initializer of `down`.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        self.activation: MLPActivation = activation
+        self.up = make_linear(
+            model_dim,
+            mlp_dim if activation == "gelu" else 2 * mlp_dim,
+            pattern=up_pattern,
+            dtype=dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        self.down = make_linear(
+            mlp_dim,
+            model_dim,
+            pattern=down_pattern,
+            dtype=dtype,
+            kernel_init=out_kernel_init,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        mode: LinearMode = LinearMode(),  # noqa: B008, immutable
+        pruning_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Apply the layer.
+
+        Args:
+          x_BTD: float[B, T, D].
+          mode: LinearMode of sparse weights, static.
+          pruning_key: typed key; needed where the mode prunes gradients of sparse weights.
+
+        Returns:
+          float[B, T, D].
+        """
+        hidden_BTF = apply_linear(
+            self.up,
+            x_BTD,
+            name="mlp/up",
+            mode=mode,
+            pruning_key=pruning_key,
+            activation=self.activation,
+        )
+        return apply_linear(
+            self.down, hidden_BTF, name="mlp/down", mode=mode, pruning_key=pruning_key
+        )

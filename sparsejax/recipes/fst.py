@@ -1,0 +1,192 @@
+"""FST: train with 2:4 sparse feed-forward weights, then densely.
+
+Masks keep two of four along both axes of a weight, so that y = x (W * M) and dx = dy (W * M)^T are
+sparse products; dW is dense, or sparse too where its dy is pruned by an unbiased estimator. Every
+few steps masks are found anew in the weights as they are. Pruned weights go on being trained: the
+gradient reaches them too (straight-through), and a decay pulls them to zero, so that masks settle.
+
+Legend: L layers, K contracted axis, N columns of a weight.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.masks import (
+    flip_rate,
+    magnitude_nm_mask,
+    masked_decay,
+    total_flip_rate,
+    transposable_mask,
+)
+from sparsejax.patterns import NMPattern
+from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
+from sparsejax.recipes.weight_masks import (
+    get_weight_masks,
+    map_sparse_weights,
+    map_weight_masks,
+)
+
+type FSTVariant = Literal["fst", "ste", "sr_ste", "dense"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FSTConfig:
+    """Settings of FST and of the methods it is compared with.
+
+    Attributes:
+      variant: "fst"; "sr_ste", the decay acts on the weights after the optimizer instead of on the
+        gradient; "ste", no decay; "dense", nothing is pruned and the masks that would have been
+        used are followed.
+      decay_rate: float, lambda_W of the decay of pruned weights; 0 for "ste" and "dense".
+      refresh_steps: int, steps between two searches for masks.
+      grad_pruning: "none", "mvue" or "mvue_exact", how dy is pruned for dW.
+      dense_fraction: float in [0, 1), share of the steps, at the end, that train densely.
+      num_steps: int, steps of the run.
+      patterns: layer name -> NMPattern of its weight.
+
+    Raises:
+      ValueError: if a setting is out of range or contradicts another.
+    """
+
+    variant: FSTVariant = "fst"
+    decay_rate: float
+    refresh_steps: int = 40
+    grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
+    dense_fraction: float = 1 / 6
+    num_steps: int
+    patterns: Mapping[str, NMPattern]
+
+    def __post_init__(self):
+        def check(ok, name, expected):
+            if not ok:
+                raise ValueError(
+                    f"recipe.fst.{name} must be {expected}, got {getattr(self, name)!r}"
+                )
+
+        variants = ("fst", "ste", "sr_ste", "dense")
+        check(self.variant in variants, "variant", f"one of {variants}")
+        check(self.refresh_steps >= 1, "refresh_steps", "at least 1")
+        prunings = ("none", "mvue", "mvue_exact")
+        check(self.grad_pruning in prunings, "grad_pruning", f"one of {prunings}")
+        check(0 <= self.dense_fraction < 1, "dense_fraction", "in [0, 1)")
+        if self.variant in ("ste", "dense"):
+            check(self.decay_rate == 0, "decay_rate", f"0 for variant {self.variant!r}")
+        else:
+            check(self.decay_rate >= 0, "decay_rate", "at least 0")
+        check(
+            self.variant != "dense" or self.grad_pruning == "none",
+            "grad_pruning",
+            "'none' for variant 'dense'",
+        )
+        check(bool(self.patterns), "patterns", "that of at least one weight")
+        check(self.sparse_steps >= 1, "dense_fraction", "small enough to leave a sparse step")
+
+    @property
+    def sparse_steps(self) -> int:
+        """Steps before the dense finish."""
+        return self.num_steps - round(self.num_steps * self.dense_fraction)
+
+
+def make_fst(config: FSTConfig) -> Recipe:
+    """Return FST with the phases "sparse" and "dense finish", or one of its rivals.
+
+    Args:
+      config: FSTConfig.
+
+    Returns:
+      Recipe. Statistics: "flip_rates", layer name -> f32[L], share of mask entries that changed at
+      the last search; "flip_rate", f32[], over all weights; "decay_rate", f32[], read in every
+      step, so that one compiled step serves all rates.
+
+    References:
+      Hu et al., Accelerating Transformer Pre-training with 2:4 Sparsity, arXiv:2404.01847. SR-STE:
+      Zhou et al., arXiv:2102.04010.
+    """
+
+    def search(masks, params):
+        def find(name, mask, w):
+            del mask
+            pattern = config.patterns[name]
+            if pattern.transposable:
+                return transposable_mask(w)
+            return magnitude_nm_mask(w, n=pattern.n, m=pattern.m, axis=-2)
+
+        return map_weight_masks(find, masks, params)
+
+    def init(masks, params, key):
+        del key
+        found = search(masks, params)
+        by_name = get_weight_masks(found)
+        statistics = {
+            "flip_rates": {
+                name: jnp.zeros(len(mask), jnp.float32) for name, mask in by_name.items()
+            },
+            "flip_rate": jnp.float32(0),
+            "decay_rate": jnp.float32(config.decay_rate),
+        }
+        return Sparsity(
+            masks=found, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
+        )
+
+    def transform_gradients(grads, weights, sparsity, phase):
+        if config.variant != "fst" or not phase.sparse_weights:
+            return grads
+
+        def add_decay(name, mask, w, grad):
+            del name
+            return grad + masked_decay(w, mask, sparsity.statistics["decay_rate"])
+
+        model = map_sparse_weights(add_decay, weights["model"], sparsity.masks, grads["model"])
+        return grads | {"model": model}
+
+    def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
+        del grads, key
+        if config.variant == "sr_ste" and phase.sparse_weights:
+            pull = learning_rate * sparsity.statistics["decay_rate"]
+            params = map_sparse_weights(
+                lambda name, mask, w: w - masked_decay(w, mask, pull), params, sparsity.masks
+            )
+        if phase.name == _FINISH:
+            return sparsity, params, opt_state
+
+        def refresh(sparsity):
+            masks = search(sparsity.masks, params)
+            old, new = get_weight_masks(sparsity.masks), get_weight_masks(masks)
+            statistics = sparsity.statistics | {
+                "flip_rates": {name: flip_rate(old[name], new[name]) for name in new},
+                "flip_rate": total_flip_rate(old, new),
+            }
+            return dataclasses.replace(sparsity, masks=masks, statistics=statistics)
+
+        due = (step + 1) % config.refresh_steps == 0
+        return jax.lax.cond(due, refresh, lambda sparsity: sparsity, sparsity), params, opt_state
+
+    def metrics(sparsity, phase):
+        if phase.name == _FINISH:
+            return {}
+        rates = sparsity.statistics["flip_rates"]
+        return {"flip_rate": sparsity.statistics["flip_rate"]} | {
+            f"flip_rate/{name}": rate for name, rate in rates.items()
+        }
+
+    first = Phase(
+        "dense" if config.variant == "dense" else "sparse",
+        sparse_weights=config.variant != "dense",
+        grad_pruning=config.grad_pruning,
+        last_step=config.sparse_steps if config.dense_fraction else None,
+    )
+    return Recipe(
+        name=config.variant,
+        phases=(first, Phase(_FINISH)) if config.dense_fraction else (first,),
+        init=init,
+        transform_gradients=transform_gradients,
+        update=update,
+        metrics=metrics,
+    )
+
+
+_FINISH = "dense finish"

@@ -1,0 +1,111 @@
+"""Draw how fast the masks of weights change: in a run, and as the decay rate has it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_PREFIX = "flip_rate/"
+_DPI = 150
+
+
+def has_flip_rates(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a run recorded how its masks of weights change.
+
+    Args:
+      rows: lines of `read_metrics`.
+
+    Returns:
+      bool.
+    """
+    return any("flip_rate" in row for row in rows)
+
+
+def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLike) -> None:
+    """Draw the flip rate over the steps, and below it that of every layer as a heat map.
+
+    Args:
+      rows: lines of `read_metrics`; drawn are "flip_rate" and "flip_rate/NAME", a value for each
+        layer. A value that repeats the step before, between two searches, is drawn once.
+      path: PNG file to write.
+
+    Raises:
+      ValueError: if no row has a flip rate.
+    """
+    rows = [row for row in rows if "flip_rate" in row]
+    if not rows:
+        raise ValueError("rows must contain 'flip_rate'")
+    names = sorted(name for name in rows[0] if name.startswith(_PREFIX))
+
+    def values(row):
+        return [row["flip_rate"], *(x for name in names for x in row[name])]
+
+    # The first search compares the masks with those before it; until then there is nothing.
+    searches = [b for a, b in zip(rows, rows[1:], strict=False) if values(a) != values(b)]
+    searches = searches or rows[-1:]
+    steps = [row["step"] for row in searches]
+    figure = Figure(figsize=(8, 3 + 1.8 * len(names)), dpi=_DPI, layout="constrained")
+    ratios = [3] + [2] * len(names)
+    panels = figure.subplots(len(ratios), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[
+        :, 0
+    ]
+    panels[0].plot(steps, [row["flip_rate"] for row in searches], color="#0072B2", linewidth=1)
+    panels[0].set_ylabel("flip rate, all weights")
+    panels[0].set_ylim(bottom=0)
+    panels[0].grid(alpha=0.3)
+    panels[0].spines[["top", "right"]].set_visible(False)
+    highest = max((x for row in searches for name in names for x in row[name]), default=0) or 1
+    image = None
+    for name, panel in zip(names, panels[1:], strict=True):
+        rates = np.array([row[name] for row in searches]).T
+        extent = (steps[0], steps[-1] + 1, len(rates) - 0.5, -0.5)
+        image = panel.imshow(
+            rates, aspect="auto", vmin=0, vmax=highest, extent=extent, interpolation="nearest"
+        )
+        panel.set_ylabel(f"layer of {name.removeprefix(_PREFIX)}")
+        panel.locator_params(axis="y", integer=True)
+    for panel in panels:
+        panel.set_xlim(steps[0], steps[-1] + 1)
+        panel.locator_params(axis="x", integer=True)
+    panels[-1].set_xlabel("optimiser step")
+    if image is not None:
+        figure.colorbar(image, ax=list(panels[1:]), label="share of a mask that changed")
+    figure.savefig(path)
+
+
+def plot_decay_search(
+    relative_rates: Mapping[float, float],
+    *,
+    accepted: tuple[float, float],
+    chosen: float | None,
+    path: str | os.PathLike,
+) -> None:
+    """Draw flip rates relative to a dense run over the decay rate.
+
+    Args:
+      relative_rates: decay rate -> flip rate / that of a dense run.
+      accepted: (lowest, highest) that is accepted.
+      chosen: float or None, the decay rate to mark.
+      path: PNG file to write.
+
+    Raises:
+      ValueError: if there is nothing to draw.
+    """
+    if not relative_rates:
+        raise ValueError("relative_rates must not be empty")
+    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
+    panel = figure.subplots()
+    panel.axhspan(*accepted, color="#009E73", alpha=0.15, label="accepted")
+    panel.plot(*zip(*relative_rates.items(), strict=True), "o-", color="#0072B2", linewidth=1)
+    if chosen is not None:
+        panel.plot([chosen], [relative_rates[chosen]], "o", color="#D55E00", label="chosen")
+    panel.set_xscale("log")
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("decay rate")
+    panel.set_ylabel("flip rate / that of a dense run")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path)
