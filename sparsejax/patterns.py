@@ -48,53 +48,6 @@ class BlockPattern:
 
 @dataclasses.dataclass(frozen=True)
 class NMPattern:
-    """Weights of which at most n of every m consecutive are kept along the contracted axis.
-
-    Attributes:
-      n: int, kept of each group.
-      m: int, size of a group.
-      transposable: bool, along the other axis as well.
-
-    Raises:
-      ValueError: if not 1 <= n <= m.
-    """
-
-    n: int = 2
-    m: int = 4
-    transposable: bool = False
-
-    def __post_init__(self):
-        if not 1 <= self.n <= self.m:
-            raise ValueError(f"n and m must satisfy 1 <= n <= m, got n={self.n}, m={self.m}")
-
-    @classmethod
-    def parse(cls, text: str) -> "NMPattern":
-        """Read a pattern as `str` writes it.
-
-        Args:
-          text: str, "2:4" or "2:4 transposable".
-
-        Returns:
-          NMPattern.
-
-        Raises:
-          ValueError: if it is written otherwise.
-
-        Example:
-          >>> NMPattern.parse("2:4 transposable")
-          NMPattern(n=2, m=4, transposable=True)
-        """
-        match = re.fullmatch(r"(\d+):(\d+)( transposable)?", text.strip())
-        if not match:
-            raise ValueError(f"a pattern must be like '2:4' or '2:4 transposable', got {text!r}")
-        return cls(int(match[1]), int(match[2]), match[3] is not None)
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}" + (" transposable" if self.transposable else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class NMPattern:
     """Weights of which at most n of every m consecutive ones are kept.
 
     Groups run along the contracted axis, the first of a kernel [in, out]. Written "2:4", or
@@ -144,5 +97,5 @@ class NMPattern:
         """
         match = re.fullmatch(r"([0-9]+):([0-9]+)( +transposable)?", text.strip())
         if match is None:
-            raise ValueError(f"an N:M pattern must be 'n:m' or 'n:m transposable', got {text!r}")
+            raise ValueError(f"a pattern must be like '2:4' or '2:4 transposable', got {text!r}")
         return cls(int(match[1]), int(match[2]), transposable=match[3] is not None)

@@ -1,16 +1,17 @@
 """flax.nnx modules that call the sparse ops."""
 
 from pallas_kernels import Implementation as Implementation
+from pallas_kernels.nm_matmul.op import NMImplementation as NMImplementation
 from sparsejax.models.attention import AttentionMode as AttentionMode
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.attention import apply_rotary as apply_rotary
 from sparsejax.models.attention import mean_attention_map as mean_attention_map
 from sparsejax.models.config import TransformerConfig as TransformerConfig
 from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patterns
-from sparsejax.models.linear import MLP as MLP
+from sparsejax.models.linear import DENSE_LINEAR as DENSE_LINEAR
 from sparsejax.models.linear import LinearMode as LinearMode
-from sparsejax.models.linear import NMImplementation as NMImplementation
 from sparsejax.models.linear import SparseLinear as SparseLinear
+from sparsejax.models.mlp import MLP as MLP
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer
 from sparsejax.models.variables import SparsityMask as SparsityMask

@@ -13,13 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import BlockSchedule, Implementation, block_sparse_attention
-from sparsejax.models.linear import (
-    SPARSE_LINEAR,
-    LinearMode,
-    apply_linear,
-    make_linear,
-    split_or_none,
-)
+from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import BlockPattern, NMPattern
 
@@ -48,8 +42,8 @@ class BlockSparseAttention(nnx.Module):
     y = concat_n softmax(q_n k_n^T / sqrt(H)) v_n W_o,  restricted to kept blocks
 
     Attributes:
-      qkv: linear layer, f32[D, (N + 2K) H].
-      out: linear layer, f32[N H, D].
+      qkv: nnx.Linear or SparseLinear, f32[D, (N + 2K) H].
+      out: nnx.Linear or SparseLinear, f32[N H, D].
       block_mask: SparsityMask bool[1, 1, I, J], all True at first; assign to it (outside a
         trace) to prune.
     """
@@ -81,8 +75,8 @@ class BlockSparseAttention(nnx.Module):
           num_kv_heads: int, key/value heads K, default N.
           causal: bool, attend to the past only.
           rotary: bool, rotate queries and keys by position.
-          qkv_pattern: NMPattern of a mask of the weights of `qkv`, None = no mask.
-          out_pattern: NMPattern of a mask of the weights of `out`, None = no mask.
+          qkv_pattern: NMPattern of the weights of `qkv`, None if they are dense.
+          out_pattern: NMPattern of the weights of `out`, None if they are dense.
           dtype: type of activations; parameters are float32.
           kernel_init: initializer of the query, key and value weights.
           out_kernel_init: initializer of the output weights.
@@ -139,8 +133,8 @@ class BlockSparseAttention(nnx.Module):
           schedule: what `make_block_schedule` made of the block mask, to share its cost; None
             builds it here. Only for T equal to `max_length`.
           mode: AttentionMode, static.
-          linear_mode: LinearMode of the projections, static.
-          pruning_key: typed key, where the gradients of projections are pruned.
+          linear_mode: LinearMode of sparse projections, static.
+          pruning_key: typed key; needed where `linear_mode` prunes gradients of sparse weights.
           probe: bool, static; also return the attention map.
 
         Returns:
@@ -155,13 +149,12 @@ class BlockSparseAttention(nnx.Module):
                 f"x_BTD must have at most max_length={self.max_length} positions, "
                 f"got {x_BTD.shape=}"
             )
-        qkv_key, out_key = split_or_none(pruning_key)
         project = functools.partial(apply_linear, mode=linear_mode, pruning_key=pruning_key)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BTNH, k_BSKH, v_BSKH = (
             part.reshape(B, T, -1, self.head_dim)
             for part in jnp.split(
-                apply_linear(self.qkv, x_BTD, mode=linear_mode, key=qkv_key),
+                project(self.qkv, x_BTD, name="attention/qkv"),
                 [sum(heads[:n]) * self.head_dim for n in (1, 2)],
                 axis=-1,
             )
@@ -212,8 +205,8 @@ class BlockSparseAttention(nnx.Module):
                 pruned_logits=mode.pruned_logits,
                 implementation=mode.implementation,
             )[:, :T]
-        y_BTD = y_BTNH.reshape(B, T, -1)
-        return apply_linear(self.out, y_BTD, mode=linear_mode, key=out_key), attention_map_TS
+        y_BTD = project(self.out, y_BTNH.reshape(B, T, -1), name="attention/out")
+        return y_BTD, attention_map_TS
 
 
 def _pad_to_blocks(x_BTNH: jax.Array, block: BlockPattern) -> jax.Array:

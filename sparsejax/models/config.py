@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, get_args
 
+from sparsejax.models.mlp import MLPActivation
 from sparsejax.patterns import BlockPattern, NMPattern
 
 LINEAR_LAYERS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
-"""Names of the linear layers of a block."""
+"""The linear layers of a block, whose weights may be sparse."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,19 +23,16 @@ class TransformerConfig:
       num_kv_heads: int, key/value heads; divides `num_heads` (grouped queries when smaller).
       mlp_dim: int, hidden width of the feed-forward layer; a gated one computes twice as many
         values, half of them gates.
-      mlp_activation: "gelu"; or "geglu", "swiglu", gated, with mlp_dim values and as many gates.
       max_length: int, positions; the block pattern divides it.
       causal: bool, True for a decoder language model, False for an encoder.
       num_classes: int, 0 gives next-token logits, otherwise the model pools and classifies.
       num_towers: int, documents per example; 2 compares two (document matching).
       mlp_activation: "gelu", or the gated "geglu" or "swiglu".
       sparse_weights: pairs of a regular expression and an NMPattern. A linear layer of a block,
-        one of `LINEAR_NAMES`, takes the pattern of the first expression that matches its whole
+        one of `LINEAR_LAYERS`, takes the pattern of the first expression that matches its whole
         name, and is dense if none does.
       positions: "learned" table or "rotary" embedding.
       block: BlockPattern of the attention mask.
-      sparse_weights: tuple of (regex, NMPattern), which linear layers of a block have masks: the
-        first regex that matches all of a name of `LINEAR_LAYERS` decides.
       dropout_rate: float in [0, 1), applied to embeddings and residual branches.
       init_std: float or None, standard deviation of weight matrices; residual outputs get it
         divided by sqrt(2 num_layers) as in GPT-2. None takes LeCun-normal kernels.
@@ -54,7 +52,6 @@ class TransformerConfig:
     num_heads: int
     num_kv_heads: int
     mlp_dim: int
-    mlp_activation: Literal["gelu", "geglu", "swiglu"] = "gelu"
     max_length: int
     causal: bool
     num_classes: int = 0
@@ -63,7 +60,6 @@ class TransformerConfig:
     sparse_weights: tuple[tuple[str, NMPattern], ...] = ()
     positions: Literal["learned", "rotary"] = "learned"
     block: BlockPattern
-    sparse_weights: tuple[tuple[str, NMPattern], ...] = ()
     dropout_rate: float = 0.0
     init_std: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -122,7 +118,7 @@ class TransformerConfig:
         )
         _check(self.init_std is None or self.init_std > 0, "init_std", self.init_std, "positive")
         self.block.grid(self.max_length)
-        activations = ("gelu", "geglu", "swiglu")
+        activations = get_args(MLPActivation.__value__)
         _check(
             self.mlp_activation in activations,
             "mlp_activation",
@@ -132,7 +128,7 @@ class TransformerConfig:
         for regex, _ in self.sparse_weights:
             if not any(re.fullmatch(regex, name) for name in LINEAR_LAYERS):
                 raise ValueError(
-                    f"sparse_weights must match linear layers {LINEAR_LAYERS}, but {regex!r} "
+                    f"model.sparse_weights must match linear layers {LINEAR_LAYERS}, but {regex!r} "
                     "matches none"
                 )
 
@@ -147,31 +143,13 @@ class TransformerConfig:
 
 
 def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
-    """Return which linear layers of a block have masks.
-
-    Args:
-      config: TransformerConfig.
-
-    Returns:
-      dict name of `LINEAR_LAYERS` -> NMPattern, in their order.
-    """
-    patterns = {}
-    for name in LINEAR_LAYERS:
-        matches = (pattern for regex, pattern in config.sparse_weights if re.fullmatch(regex, name))
-        pattern = next(matches, None)
-        if pattern is not None:
-            patterns[name] = pattern
-    return patterns
-
-
-def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
     """Return which linear layers of a block have sparse weights, and their patterns.
 
     Args:
       config: TransformerConfig.
 
     Returns:
-      dict from names out of `LINEAR_NAMES`, in that order, to NMPattern.
+      dict from names out of `LINEAR_LAYERS`, in that order, to NMPattern.
 
     Example:
       >>> from sparsejax.patterns import BlockPattern
@@ -182,7 +160,7 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
       ['mlp/up=2:4', 'mlp/down=2:4']
     """
     found = {}
-    for name in LINEAR_NAMES:
+    for name in LINEAR_LAYERS:
         for regex, pattern in config.sparse_weights:
             if re.fullmatch(regex, name):
                 found[name] = pattern

@@ -33,9 +33,12 @@ class LinearMode(NamedTuple):
     implementation: NMImplementation | None = None
 
 
+SPARSE_LINEAR = LinearMode()
 DENSE_LINEAR = LinearMode(sparse=False)
+_TWO_OF_FOUR = NMPattern(2, 4)
 _GATES = {"geglu": nnx.gelu, "swiglu": nnx.silu}
 _KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
 
 
 class SparseLinear(nnx.Module):
@@ -64,10 +67,10 @@ class SparseLinear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        pattern: NMPattern = NMPattern(2, 4),  # noqa: B008, frozen
+        pattern: NMPattern = _TWO_OF_FOUR,
         dtype=None,
         kernel_init=_KERNEL_INIT,
-        bias_init=nnx.initializers.zeros_init(),  # noqa: B008, a pure function
+        bias_init=_BIAS_INIT,
         rngs: nnx.Rngs,
     ):
         """Create the parameters, those of an `nnx.Linear` with these `rngs`, and a full mask.
@@ -92,8 +95,8 @@ class SparseLinear(nnx.Module):
         for name, size in sizes.items():
             if size % pattern.m:
                 raise ValueError(
-                    f"{name} must be a multiple of {pattern.m} for pattern {pattern}, "
-                    f"got {name}={size}"
+                    f"{name} must be a multiple of {pattern.m} for the pattern '{pattern}', "
+                    f"got {size}"
                 )
         self.in_features, self.out_features = in_features, out_features
         self.pattern, self.dtype = pattern, dtype
@@ -110,7 +113,7 @@ class SparseLinear(nnx.Module):
         self,
         x: jax.Array,
         *,
-        mode: LinearMode = LinearMode(),  # noqa: B008, immutable
+        mode: LinearMode = SPARSE_LINEAR,
         key: jax.Array | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:

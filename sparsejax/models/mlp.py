@@ -8,10 +8,12 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from sparsejax.models.linear import LinearMode, apply_linear, make_linear
+from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
 from sparsejax.patterns import NMPattern
 
 type MLPActivation = Literal["gelu", "geglu", "swiglu"]
+
+_KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
 class MLP(nnx.Module):
@@ -33,9 +35,9 @@ class MLP(nnx.Module):
         activation: MLPActivation = "gelu",
         up_pattern: NMPattern | None = None,
         down_pattern: NMPattern | None = None,
-        dtype,
-        kernel_init,
-        out_kernel_init,
+        dtype=None,
+        kernel_init=_KERNEL_INIT,
+        out_kernel_init=_KERNEL_INIT,
         rngs: nnx.Rngs,
     ):
         """Create both projections.
@@ -46,7 +48,7 @@ class MLP(nnx.Module):
           activation: "gelu", or the gated "geglu" or "swiglu".
           up_pattern: NMPattern of the first weight, None if it is dense.
           down_pattern: NMPattern of the second weight, None if it is dense.
-          dtype: type of activations.
+          dtype: type of activations, None for that of input and parameters together.
           kernel_init: initializer of `up`.
           out_kernel_init: initializer of `down`.
           rngs: nnx.Rngs with a `params` stream.
@@ -73,7 +75,7 @@ class MLP(nnx.Module):
         self,
         x_BTD: jax.Array,
         *,
-        mode: LinearMode = LinearMode(),  # noqa: B008, immutable
+        mode: LinearMode = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
     ) -> jax.Array:
         """Apply the layer.

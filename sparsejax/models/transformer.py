@@ -1,7 +1,6 @@
 """Pre-norm transformer: a decoder language model or an encoder that classifies.
 
-Legend: B batch, T position, D model width, F feed-forward width, V vocabulary, C classes,
-L layers.
+Legend: B batch, T position, D model width, V vocabulary, C classes, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +12,8 @@ from flax import nnx
 from pallas_kernels import make_block_schedule
 from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
-from sparsejax.models.linear import MLP, SPARSE_LINEAR, LinearMode, split_or_none
+from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
+from sparsejax.models.mlp import MLP
 
 
 class ModelOutput(NamedTuple):
@@ -93,25 +93,24 @@ class Block(nnx.Module):
           dropout_key: typed key, or None for no dropout.
           mode: AttentionMode, static.
           linear_mode: LinearMode, static.
-          pruning_key: typed key of gradient pruning, or None.
+          pruning_key: typed key, or None where no gradient is pruned.
           probe: bool, static; also return the attention map.
 
         Returns:
           float[B, T, D] and f32[T, T] or None.
         """
-        keys = split_or_none(dropout_key)
-        attention_key, mlp_key = split_or_none(pruning_key)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         branch, attention_map = self.attention(
             self.attention_norm(x_BTD),
             kv_mask_BT=kv_mask_BT,
             schedule=schedule,
             mode=mode,
             linear_mode=linear_mode,
-            pruning_key=attention_key,
+            pruning_key=pruning_key,
             probe=probe,
         )
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
-        branch = self.mlp(self.mlp_norm(x_BTD), mode=linear_mode, key=mlp_key)
+        branch = self.mlp(self.mlp_norm(x_BTD), mode=linear_mode, pruning_key=pruning_key)
         return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
 
 
@@ -180,21 +179,30 @@ class Transformer(nnx.Module):
           mask: bool, shape of `tokens`, True = real token; None = all real.
           dropout_key: typed key; None switches dropout off.
           mode: AttentionMode, static.
-          linear_mode: LinearMode of layers with masks, static.
-          pruning_key: typed key; given where `linear_mode` prunes gradients.
+          linear_mode: LinearMode of sparse weights, static.
+          pruning_key: typed key; needed where `linear_mode` prunes gradients and there are sparse
+            weights, without effect elsewhere.
           probe: bool, static; also return each layer's mean attention map.
 
         Returns:
           ModelOutput.
 
         Raises:
-          ValueError: if `tokens` has the wrong rank or is longer than `max_length`.
+          ValueError: if `tokens` has the wrong rank or is longer than `max_length`, or
+            `pruning_key` is missing.
         """
         config = self.config
         if tokens.ndim != config.num_towers + 1 or tokens.shape[-1] > config.max_length:
             raise ValueError(
                 f"tokens must be [B, {'2, ' if config.num_towers == 2 else ''}T] with T at most "
                 f"max_length={config.max_length}, got shape {tokens.shape}"
+            )
+        draws = linear_mode.sparse and linear_mode.grad_pruning != "none"
+        if not (draws and config.sparse_weights):
+            pruning_key = None
+        elif pruning_key is None:
+            raise ValueError(
+                f"pruning_key must be given where grad_pruning={linear_mode.grad_pruning!r}"
             )
         tokens_BT = tokens.reshape(-1, tokens.shape[-1])
         mask_BT = None if mask is None else mask.reshape(tokens_BT.shape)
