@@ -96,7 +96,12 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
         f"large enough for {last} sparse steps: the warm-up and {_NUM_SEARCHES} searches",
     )
     begin = run.data.train.get_state()
-    dense_settings = {**config.recipe_settings, "variant": "dense", "decay_rate": 0.0}
+    dense_settings = {
+        **config.recipe_settings,
+        "variant": "dense",
+        "decay_rate": 0.0,
+        "grad_pruning": "none",
+    }
     dense_run = dataclasses.replace(
         prepare_run(dataclasses.replace(config, recipe_settings=dense_settings)), data=run.data
     )
