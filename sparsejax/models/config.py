@@ -126,7 +126,13 @@ class TransformerConfig:
             f"one of {activations}",
         )
         for regex, _ in self.sparse_weights:
-            if not any(re.fullmatch(regex, name) for name in LINEAR_LAYERS):
+            try:
+                matches = any(re.fullmatch(regex, name) for name in LINEAR_LAYERS)
+            except re.error as error:
+                raise ValueError(
+                    f"model.sparse_weights must be regular expressions, but {regex!r}: {error}"
+                ) from error
+            if not matches:
                 raise ValueError(
                     f"model.sparse_weights must match linear layers {LINEAR_LAYERS}, but {regex!r} "
                     "matches none"

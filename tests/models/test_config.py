@@ -3,7 +3,7 @@
 import pytest
 
 from sparsejax.models import TransformerConfig
-from sparsejax.patterns import BlockPattern
+from sparsejax.patterns import BlockPattern, NMPattern
 
 GOOD = dict(
     vocab_size=32,
@@ -55,6 +55,20 @@ def test_a_good_config_passes():
             "model.num_classes must be at least 2 in an encoder, got 1",
         ),
         ({"init_std": 0.0}, "model.init_std must be positive, got 0.0"),
+        (
+            {"mlp_activation": "relu"},
+            "model.mlp_activation must be one of ('gelu', 'geglu', 'swiglu'), got 'relu'",
+        ),
+        (
+            {"sparse_weights": (("mlp/.*", NMPattern()), ("mlp/gate", NMPattern()))},
+            "model.sparse_weights must match linear layers ('attention/qkv', 'attention/out', "
+            "'mlp/up', 'mlp/down'), but 'mlp/gate' matches none",
+        ),
+        (
+            {"sparse_weights": (("mlp/(", NMPattern()),)},
+            "model.sparse_weights must be regular expressions, but 'mlp/(': "
+            "missing ), unterminated subpattern at position 4",
+        ),
         ({"max_length": 48}, "block_kv=32 must divide the sequence length, got length=48"),
         ({"max_length": 40}, "block_q=16 must divide the sequence length, got length=40"),
     ],
@@ -70,3 +84,30 @@ def test_a_bad_setting_is_named(settings, message):
 def test_a_block_holds_a_position(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {name}=0"):
         BlockPattern(**{"block_q": 16, "block_kv": 16, name: 0})
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("2:4", NMPattern()),
+        ("2:4 transposable", NMPattern(2, 4, transposable=True)),
+        ("1:16", NMPattern(1, 16)),
+    ],
+)
+def test_weight_patterns_are_read_as_they_are_written(text, pattern):
+    assert NMPattern.parse(text) == pattern and str(pattern) == text
+    assert NMPattern.parse(f" {text} ") == pattern
+
+
+@pytest.mark.parametrize("text", ["", "2-4", "2:4 twice", "2:4transposable", "-1:4", "x2:4"])
+def test_what_is_no_weight_pattern_is_refused(text):
+    with pytest.raises(ValueError, match="a pattern must be like '2:4' or '2:4 transposable'"):
+        NMPattern.parse(text)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (5, 4), (-1, 4), (2.0, 4), (True, 4)])
+def test_a_weight_pattern_keeps_some_of_a_group(sizes):
+    with pytest.raises(ValueError, match="n and m must be ints, 1 <= n <= m, got n="):
+        NMPattern(*sizes)
+    with pytest.raises(ValueError, match="transposable must be a bool, got 'yes'"):
+        NMPattern(2, 4, "yes")  # type: ignore
