@@ -1,0 +1,45 @@
+"""Does 2:4 pre-training of feed-forward layers cost quality, and what of FST matters?
+
+    python -m benchmarks.fst_small
+
+Model, data and number of steps are those of `configs/fst_small.py`. Dense training is the control,
+and a dense model with feed-forward layers of half the width the rival that needs as few FLOPs there.
+"STE" has masks along one axis, no decay and no dense finish; "FST, no decay" is FST otherwise.
+"""
+
+from benchmarks.experiments import Experiment, Setting, run_experiment
+
+_CONFIG = "configs/fst_small.py"
+
+
+def _fst(**overrides) -> Setting:
+    return Setting(
+        config=_CONFIG, overrides={f"recipe.fst.{k}": value for k, value in overrides.items()}
+    )
+
+
+_PLAIN = {"dense_fraction": 0.0, "sparse_weights": "mlp/.*=2:4"}
+
+EXPERIMENT = Experiment(
+    name="fst_small",
+    kind="quality",
+    settings={
+        "dense": Setting(config=_CONFIG, overrides={"recipe.name": "dense"}),
+        "FST": _fst(),
+        "FST, no decay": _fst(decay_rate=0.0),
+        "STE": _fst(variant="ste", decay_rate=0.0, **_PLAIN),
+        "S-STE": Setting(config=_CONFIG, overrides={"recipe.name": "sste"}),
+        "half width": Setting(
+            config=_CONFIG, overrides={"recipe.name": "dense", "model.mlp_dim": 256}
+        ),
+    },
+    seeds=(0, 1, 2),
+    columns={
+        "validation loss": "validation_loss",
+        "best validation loss": "best_validation_loss",
+        "accuracy": "validation_accuracy",
+    },
+)
+
+if __name__ == "__main__":
+    run_experiment(EXPERIMENT)
