@@ -17,6 +17,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
     block_sparse_attention_mosaic_sm90,
     make_problem,
 )
+from pallas_kernels.block_sparse_attention.mosaic_sm90_program import Group
 from sparsejax.masks import flood_fill
 from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
 from sparsejax.patterns import BlockPattern
@@ -176,6 +177,27 @@ def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
     mask = jnp.ones((1, 1, 1, 10), bool)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
         jax.block_until_ready(jax.jit(functools.partial(_attend, **case.options))(q, k, v, mask))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU reports no races")
+def test_contract_rejects_a_tile_given_back_before_it_is_multiplied(monkeypatch):
+    give_back, wait = Group.give_back, Group.wait
+
+    def give_back_and_use(group, slot):
+        tiles = wait(group, slot)
+        give_back(group, slot)
+        return tiles
+
+    case = CASES["long_lists"]
+    (mask,) = case.masks().values()
+    run = functools.partial(_attend, **case.options)
+    with pytest.raises(AssertionError, match="saw a race"), hopper():
+        with monkeypatch.context() as patch:
+            patch.setattr(Group, "wait", give_back_and_use)
+            patch.setattr(Group, "give_back", lambda *_: None)
+            jax.block_until_ready(jax.jit(run)(*case.inputs(), mask))
+        # A sound kernel that runs later must not hide it.
+        jax.block_until_ready(jax.jit(lambda *inputs: run(*inputs))(*case.inputs(), mask))
 
 
 def test_nothing_leaks_from_removed_keys():
