@@ -3,7 +3,8 @@
     python -m benchmarks.fst_small
 
 Model, data and number of steps are those of `configs/fst_small.py`. Dense training is the control,
-and a dense model with feed-forward layers of half the width a rival that is as cheap. "STE" has masks along one axis, no decay and no dense finish; "FST, no decay" is FST otherwise.
+and a dense model with feed-forward layers of half the width a rival that is as cheap. "STE" has
+masks along one axis, no decay and no dense finish; "FST, no decay" is FST otherwise.
 """
 
 from benchmarks.experiments import Experiment, Setting, run_experiment
