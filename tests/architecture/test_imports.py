@@ -29,6 +29,8 @@ ARROWS = {
         "sparsejax.types",
         "pallas_kernels.aot",
     ),
+    # Where the modes of train.py part, planning among them.
+    "sparsejax.training.modes": ("sparsejax.training", "sparsejax.training.plan"),
     "sparsejax": (),
     "configs": (),
     "train": ("sparsejax.training",),
