@@ -228,9 +228,12 @@ def test_the_hopper_kernel_runs_where_it_is_named():
         programs = {name: str(look.trace(name, params, x).jaxpr) for name in ("xla", "mosaic_sm90")}
         assert "gmem" in programs["mosaic_sm90"] and "gmem" not in programs["xla"]
         got = look("mosaic_sm90", params, x)
-        with pytest.raises(ValueError, match="mask must keep at most 2 of every 4"):
+        with pytest.raises(ValueError, match="^mask must keep at most 2 of every 4"):
             unpruned = make_layer(sizes=(64, 64), dtype=jnp.bfloat16)
             unpruned(x, mode=LinearMode(implementation="mosaic_sm90"))
+        with pytest.raises(ValueError, match="transposable=True, but mask must keep at most 2"):
+            layer.kernel_mask[...] = make_mask((64, 64), PLAIN, "whole")
+            layer(x, mode=LinearMode(implementation="mosaic_sm90"))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
         np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
