@@ -94,32 +94,45 @@ def test_arguments_are_refused_while_tracing():
 
 _W64 = jnp.ones((64, 128), jnp.bfloat16)
 _MASK64 = (jnp.arange(64)[:, None] + jnp.arange(128)) % 2 == 0
-_BOTH = pack_nm(_W64, _MASK64, axis="both")
+
+
+# Functions: what a module computes is compiled by all workers at once.
+def _pack(**options):
+    return lambda: pack_nm(_W64, _MASK64, **options)
+
+
+def _pack_two():
+    return pack_nm(jnp.stack([_W64] * 2), jnp.stack([_MASK64] * 2))
 
 
 @pytest.mark.parametrize(
-    ("packed", "changes", "message"),
+    ("make_packed", "changes", "message"),
     [
-        (pack_nm(_W64, _MASK64, axis=1), {}, r"pack_nm\(axis=0\).*along_k=None, along_n=packed"),
+        (_pack(axis=1), {}, r"pack_nm\(axis=0\).*along_k=None, along_n=packed"),
         (
-            pack_nm(_W64, _MASK64, axis=0),
+            _pack(axis=0),
             {"transposable": True},
             r"pack_nm\(axis='both'\) for transposable=True.*along_n=None",
         ),
-        (_BOTH, {"w": _W64[:, :64]}, r"packed.shape=\(64, 128\), .* w.shape=\(64, 64\)"),
         (
-            pack_nm(jnp.stack([_W64] * 2), jnp.stack([_MASK64] * 2)),
+            _pack(axis="both"),
+            {"w": _W64[:, :64]},
+            r"packed.shape=\(64, 128\), .* w.shape=\(64, 64\)",
+        ),
+        (
+            _pack_two,
             {},
             r"packed.shape=\(2, 64, 128\)",
         ),
         (
-            _BOTH,
+            _pack(axis="both"),
             {"dtype": jnp.float16},
             "must have the shape and dtype of w.*w.dtype=dtype.'float16'",
         ),
     ],
 )
-def test_a_packed_weight_that_does_not_fit_is_refused(packed, changes, message):
+def test_a_packed_weight_that_does_not_fit_is_refused(make_packed, changes, message):
+    packed = make_packed()
     w = changes.get("w", _W64).astype(changes.get("dtype", jnp.bfloat16))
     mask = _MASK64[: w.shape[0], : w.shape[1]]
     x = jnp.ones((2, 64), w.dtype)
@@ -130,7 +143,9 @@ def test_a_packed_weight_that_does_not_fit_is_refused(packed, changes, message):
 def test_portable_implementations_accept_a_packed_weight():
     x = jnp.ones((2, 64), jnp.bfloat16)
     without = nm_matmul(x, _W64, _MASK64, transposable=True)
-    packed = nm_matmul(x, _W64, _MASK64, transposable=True, packed=_BOTH)
+    packed = nm_matmul(
+        x, _W64, _MASK64, transposable=True, packed=pack_nm(_W64, _MASK64, axis="both")
+    )
     np.testing.assert_array_equal(without, packed)
 
 
