@@ -151,28 +151,3 @@ def decompress(compressed: Compressed) -> jax.Array:
     dense = jnp.where((nibbles & 3) == position, first, jnp.zeros_like(first))
     dense = jnp.where((nibbles >> 2) == position, second, dense)
     return dense.reshape(rows, columns)
-
-
-def unpack_nm(packed: PackedNM) -> jax.Array:
-    """Return the sparse weight that was packed: `jnp.where(mask, w, 0)`, exactly.
-
-    Args:
-      packed: PackedNM of weights [..., K, N].
-
-    Returns:
-      array[..., K, N].
-
-    Example:
-      >>> w = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
-      >>> mask = jnp.arange(64)[:, None] % 4 < jnp.full(64, 2)
-      >>> bool((unpack_nm(pack_nm(w, mask)) == jnp.where(mask, w, 0)).all())
-      True
-    """
-    if packed.along_n is not None:
-        restore, compressed = decompress, packed.along_n
-    else:
-        assert packed.along_k is not None, "pack_nm packs at least one axis"
-        restore, compressed = lambda compressed: decompress(compressed).T, packed.along_k
-    for _ in range(compressed.values.ndim - 2):
-        restore = jax.vmap(restore)
-    return restore(compressed)

@@ -197,7 +197,7 @@ class DeferredMetrics:
           ValueError: if an array has more than one axis.
         """
         for name, array in metrics.items():
-            if array.ndim > 1:
+            if len(array.shape) > 1:
                 raise ValueError(
                     f"metrics[{name!r}] must be a scalar or a vector, got shape {array.shape}"
                 )

@@ -156,7 +156,7 @@ class RunningScalar:
     def copy_to_host_async(self):
         self.calls.append("copy")
 
-    def item(self):
+    def tolist(self):
         self.calls.append("wait")
         return 0.5
 
@@ -169,8 +169,11 @@ def test_pushing_starts_the_copy_and_does_not_wait_for_the_step_that_runs():
     assert scalar.calls == ["copy", "wait"]
 
 
-def test_an_array_is_not_a_scalar():
+def test_a_vector_is_a_list_and_a_matrix_is_refused():
+    deferred = DeferredMetrics()
+    deferred.push(1, {"density": jnp.arange(3.0)})
+    assert deferred.flush() == (1, {"density": [0.0, 1.0, 2.0]})
     with pytest.raises(
-        ValueError, match=r"metrics\['density'\] must be a scalar, got shape \(3,\)"
+        ValueError, match=r"metrics\['map'\] must be a scalar or a vector, got shape \(3, 3\)"
     ):
-        DeferredMetrics().push(1, {"density": jnp.ones(3)})
+        deferred.push(1, {"map": jnp.ones((3, 3))})

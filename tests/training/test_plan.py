@@ -91,6 +91,7 @@ def test_kernels_are_listed_with_what_ptxas_made_of_them(plan):
         stack_bytes=0,
         spill_bytes=12,
         shared_memory_bytes=151_824,
+        is_serialized=False,
         ptx="",
         sass="",
     )
@@ -128,7 +129,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
                 "model__attention_implementation": "mosaic_sm90",
             },
             {},
-            r"model.attention_implementation must run on one NVIDIA H200, got 'mosaic_sm90': .*f",
+            "model.attention_implementation='mosaic_sm90' must run on one NVIDIA H200: .*float32",
         ),
     ],
     ids=["target", "contradiction", "missing", "range", "kernel"],
