@@ -25,23 +25,15 @@ from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
 
 
 def make_products(
-    x: jax.Array,
-    w: jax.Array,
-    *,
-    transposable: bool,
-    grad_pruning: str,
-    activation: str | None,
-    has_bias: bool,
+    w: jax.Array, *, transposable: bool, grad_pruning: str, activation: str | None
 ) -> Products:
     """Collect the products of a call, and refuse what the kernel does not do.
 
     Args:
-      x: [M, K].
       w: [K, N].
       transposable: bool, dx is a sparse product as well.
       grad_pruning: "none", "mvue" or "mvue_exact"; dw is a sparse product unless "none".
       activation: str or None.
-      has_bias: bool.
 
     Returns:
       Products, the same for the same facts.
@@ -49,7 +41,6 @@ def make_products(
     Raises:
       NotImplementedError: with the reason.
     """
-    del x, has_bias
     if w.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {w.dtype}")
     halves = 2 if activation in GATED else 1

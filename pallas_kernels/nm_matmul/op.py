@@ -139,9 +139,7 @@ def nm_matmul(
             raise NotImplementedError(
                 f"implementation='mosaic_sm90' takes pattern (2, 4), got {pattern}; 'xla' takes all"
             )
-        products = make_products(
-            x_MK, w, transposable=transposable, has_bias=bias is not None, **options
-        )
+        products = make_products(w, transposable=transposable, **options)
         if packed is None:
             axis = "both" if transposable else 0
             packed = pack_nm(

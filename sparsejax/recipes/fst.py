@@ -15,20 +15,18 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsejax.masks import (
-    flip_rate,
-    magnitude_nm_mask,
-    masked_decay,
-    total_flip_rate,
-    transposable_mask,
-)
+from sparsejax.masks import magnitude_nm_mask, masked_decay, transposable_mask
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
+    compare_weight_masks,
+    flip_metrics,
     get_weight_masks,
     map_sparse_weights,
     map_weight_masks,
 )
+
+_FINISH = "dense finish"
 
 type FSTVariant = Literal["fst", "ste", "sr_ste", "dense"]
 
@@ -121,13 +119,8 @@ def make_fst(config: FSTConfig) -> Recipe:
         del key
         found = search(masks, params)
         by_name = get_weight_masks(found)
-        statistics = {
-            "flip_rates": {
-                name: jnp.zeros(len(mask), jnp.float32) for name, mask in by_name.items()
-            },
-            "flip_rate": jnp.float32(0),
-            "decay_rate": jnp.float32(config.decay_rate),
-        }
+        statistics = compare_weight_masks(by_name, by_name)
+        statistics["decay_rate"] = jnp.float32(config.decay_rate)
         return Sparsity(
             masks=found, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
         )
@@ -136,11 +129,11 @@ def make_fst(config: FSTConfig) -> Recipe:
         if config.variant != "fst" or not phase.sparse_weights:
             return grads
 
-        def add_decay(name, mask, w, grad):
+        def add_decay(name, mask, grad, w):
             del name
             return grad + masked_decay(w, mask, sparsity.statistics["decay_rate"])
 
-        model = map_sparse_weights(add_decay, weights["model"], sparsity.masks, grads["model"])
+        model = map_sparse_weights(add_decay, sparsity.masks, grads["model"], weights["model"])
         return grads | {"model": model}
 
     def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
@@ -148,7 +141,7 @@ def make_fst(config: FSTConfig) -> Recipe:
         if config.variant == "sr_ste" and phase.sparse_weights:
             pull = learning_rate * sparsity.statistics["decay_rate"]
             params = map_sparse_weights(
-                lambda name, mask, w: w - masked_decay(w, mask, pull), params, sparsity.masks
+                lambda name, mask, w: w - masked_decay(w, mask, pull), sparsity.masks, params
             )
         if phase.name == _FINISH:
             return sparsity, params, opt_state
@@ -156,22 +149,14 @@ def make_fst(config: FSTConfig) -> Recipe:
         def refresh(sparsity):
             masks = search(sparsity.masks, params)
             old, new = get_weight_masks(sparsity.masks), get_weight_masks(masks)
-            statistics = sparsity.statistics | {
-                "flip_rates": {name: flip_rate(old[name], new[name]) for name in new},
-                "flip_rate": total_flip_rate(old, new),
-            }
+            statistics = sparsity.statistics | compare_weight_masks(old, new)
             return dataclasses.replace(sparsity, masks=masks, statistics=statistics)
 
         due = (step + 1) % config.refresh_steps == 0
         return jax.lax.cond(due, refresh, lambda sparsity: sparsity, sparsity), params, opt_state
 
     def metrics(sparsity, phase):
-        if phase.name == _FINISH:
-            return {}
-        rates = sparsity.statistics["flip_rates"]
-        return {"flip_rate": sparsity.statistics["flip_rate"]} | {
-            f"flip_rate/{name}": rate for name, rate in rates.items()
-        }
+        return {} if phase.name == _FINISH else flip_metrics(sparsity.statistics)
 
     first = Phase(
         "dense" if config.variant == "dense" else "sparse",
@@ -187,6 +172,3 @@ def make_fst(config: FSTConfig) -> Recipe:
         update=update,
         metrics=metrics,
     )
-
-
-_FINISH = "dense finish"

@@ -15,16 +15,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsejax.masks import (
-    flip_rate,
-    soft_threshold_mask,
-    soft_threshold_scale,
-    soft_threshold_ste,
-    total_flip_rate,
-)
+from sparsejax.masks import soft_threshold_mask, soft_threshold_scale, soft_threshold_ste
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
+    compare_weight_masks,
+    flip_metrics,
     get_weight_masks,
     map_sparse_weights,
     map_weight_masks,
@@ -103,9 +99,7 @@ def make_sste(config: SSTEConfig) -> Recipe:
             "beta": beta,
             # A copy: donated buffers must not be shared.
             "masks_before": jax.tree.map(jnp.copy, by_name),
-            "flip_rates": {name: jnp.zeros_like(x) for name, x in beta.items()},
-            "flip_rate": jnp.float32(0),
-        }
+        } | compare_weight_masks(by_name, by_name)
         return Sparsity(
             masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
         )
@@ -115,8 +109,8 @@ def make_sste(config: SSTEConfig) -> Recipe:
         beta = sparsity.statistics["beta"]
         return map_sparse_weights(
             lambda name, mask, w: soft_threshold_ste(w, beta[name], axis=_AXIS),
-            params,
             sparsity.masks,
+            params,
         )
 
     def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
@@ -125,11 +119,7 @@ def make_sste(config: SSTEConfig) -> Recipe:
         old, new = sparsity.statistics["masks_before"], get_weight_masks(masks)
 
         def compare(statistics):
-            return statistics | {
-                "masks_before": new,
-                "flip_rates": {name: flip_rate(old[name], new[name]) for name in new},
-                "flip_rate": total_flip_rate(old, new),
-            }
+            return statistics | {"masks_before": new} | compare_weight_masks(old, new)
 
         due = (step + 1) % config.flip_interval_steps == 0
         statistics = jax.lax.cond(due, compare, lambda x: x, sparsity.statistics)
@@ -138,10 +128,7 @@ def make_sste(config: SSTEConfig) -> Recipe:
 
     def metrics(sparsity, phase):
         del phase
-        rates = sparsity.statistics["flip_rates"]
-        return {"flip_rate": sparsity.statistics["flip_rate"]} | {
-            f"flip_rate/{name}": rate for name, rate in rates.items()
-        }
+        return flip_metrics(sparsity.statistics)
 
     phase = Phase("sparse", sparse_weights=True, grad_pruning=config.grad_pruning)
     return Recipe(

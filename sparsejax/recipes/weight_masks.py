@@ -4,9 +4,11 @@ Legend: L layers, K contracted axis, N columns of a weight.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
+from sparsejax.masks import flip_rate, total_flip_rate
 from sparsejax.types import PyTree
 
 _MASK, _WEIGHT = "kernel_mask", "kernel"
@@ -28,10 +30,12 @@ def map_weight_masks(
     """
 
     def replace(path, mask):
-        keys = [entry.key for entry in path]
-        if keys[-1] != _MASK:
+        if path[-1].key != _MASK:
             return mask
-        return function("/".join(keys[1:-1]), mask, _look_up(params, (*keys[:-1], _WEIGHT)))
+        layer = params
+        for entry in path[:-1]:
+            layer = layer[entry.key]
+        return function(_layer_name(path), mask, layer[_WEIGHT])
 
     return jax.tree_util.tree_map_with_path(replace, masks)
 
@@ -46,45 +50,67 @@ def get_weight_masks(masks: PyTree) -> dict[str, jax.Array]:
       dict of bool[L, K, N], such as {"mlp/up": ...}; empty if no weight is sparse.
     """
     return {
-        "/".join(entry.key for entry in path[1:-1]): mask
+        _layer_name(path): mask
         for path, mask in jax.tree_util.tree_leaves_with_path(masks)
         if path[-1].key == _MASK
     }
 
 
 def map_sparse_weights(
-    function: Callable[..., jax.Array],
-    params: PyTree,
-    masks: PyTree,
-    other: PyTree | None = None,
+    function: Callable[..., jax.Array], masks: PyTree, tree: PyTree, *rest: PyTree
 ) -> PyTree:
-    """Replace every weight that has a mask by a function of name, mask and weight.
+    """Replace every leaf that belongs to a weight with a mask.
 
     Args:
-      function: (name, mask bool[L, K, N], weight float[L, K, N]) -> array like the weight.
-      params: nested dict of the model's parameters.
+      function: (name, mask bool[L, K, N], leaf of `tree`, leaves of `rest`) -> array like the leaf.
       masks: nested dict of the model's masks.
-      other: nested dict like `params` whose leaves are replaced instead, or None for `params`:
-        the function then gets (name, mask, weight, leaf).
+      tree: nested dict like the model's parameters: those, or their gradients.
+      *rest: nested dicts like `tree`.
 
     Returns:
-      Nested dict like `params`; other leaves stay.
+      Nested dict like `tree`; other leaves stay.
     """
     by_name = get_weight_masks(masks)
 
-    def replace(path, leaf, *weight):
-        keys = [entry.key for entry in path]
-        name = "/".join(keys[1:-1])
-        if keys[-1] != _WEIGHT or name not in by_name:
-            return leaf
-        return function(name, by_name[name], *weight, leaf)
+    def replace(path, *leaves):
+        name = _layer_name(path)
+        if path[-1].key != _WEIGHT or name not in by_name:
+            return leaves[0]
+        return function(name, by_name[name], *leaves)
 
-    if other is None:
-        return jax.tree_util.tree_map_with_path(replace, params)
-    return jax.tree_util.tree_map_with_path(replace, other, params)
+    return jax.tree_util.tree_map_with_path(replace, tree, *rest)
 
 
-def _look_up(tree: PyTree, keys: tuple[str, ...]) -> jax.Array:
-    for key in keys:
-        tree = tree[key]
-    return tree
+def compare_weight_masks(
+    old: dict[str, jax.Array], new: dict[str, jax.Array]
+) -> dict[str, dict[str, jax.Array] | jax.Array]:
+    """Say how much masks have changed, as statistics of a recipe.
+
+    Args:
+      old: name -> bool[L, K, N].
+      new: the same later.
+
+    Returns:
+      dict with "flip_rates", name -> f32[L], and "flip_rate", f32[], over all weights.
+    """
+    return {
+        "flip_rates": {name: flip_rate(old[name], new[name]) for name in new},
+        "flip_rate": total_flip_rate(old, new),
+    }
+
+
+def flip_metrics(statistics: dict[str, Any]) -> dict[str, jax.Array]:
+    """Return what `compare_weight_masks` found, for the log.
+
+    Args:
+      statistics: dict with "flip_rates" and "flip_rate".
+
+    Returns:
+      dict with "flip_rate", f32[], and "flip_rate/NAME", f32[L].
+    """
+    rates = {f"flip_rate/{name}": rate for name, rate in statistics["flip_rates"].items()}
+    return {"flip_rate": statistics["flip_rate"]} | rates
+
+
+def _layer_name(path: tuple[Any, ...]) -> str:
+    return "/".join(entry.key for entry in path[1:-1])

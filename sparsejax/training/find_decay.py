@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.training.config import TrainConfig
+from sparsejax.training.config import TrainConfig, make_recipe
 from sparsejax.training.metrics import dump_json
 from sparsejax.training.plot_flips import plot_decay_search
 from sparsejax.training.progress import say
@@ -102,8 +102,9 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
         "decay_rate": 0.0,
         "grad_pruning": "none",
     }
+    dense_config = dataclasses.replace(config, recipe_settings=dense_settings)
     dense_run = dataclasses.replace(
-        prepare_run(dataclasses.replace(config, recipe_settings=dense_settings)), data=run.data
+        run, config=dense_config, recipe=make_recipe(dense_config, run.model)
     )
     (dense,) = _measure(dense_run, begin, (first, last, refresh), [0.0])
     if dense == 0:

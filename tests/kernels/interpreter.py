@@ -113,3 +113,16 @@ def _settle():
 
     kernel = plgpu.kernel(copy, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
     jax.block_until_ready(jax.jit(kernel)(jnp.ones(128)))
+
+
+def miss_barrier(monkeypatch, number):
+    """Leave out the barrier that is awaited as the `number`th while kernels are traced."""
+    waits = []
+    barrier_wait = plgpu.barrier_wait
+
+    def wait_but_once(barrier):
+        waits.append(barrier)
+        if len(waits) - 1 != number:
+            barrier_wait(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)

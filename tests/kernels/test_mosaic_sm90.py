@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
 from sparsejax.patterns import BlockPattern
 from tests.kernels import interpreter
 from tests.kernels.contract import Case, call_implementation, check_case, compile_case
-from tests.kernels.interpreter import hopper
+from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
 
 _SMALL = Case(
@@ -163,15 +162,7 @@ def test_contract_rejects_broken_lists_and_scale(broken):
 def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
     # In a program with one ring, barriers are awaited in the order: two of the copying
     # warpgroup for slots it uses again; queries, keys and values of a computing one.
-    waits = []
-    barrier_wait = plgpu.barrier_wait
-
-    def wait_but_once(barrier):
-        waits.append(barrier)
-        if len(waits) - 1 != missing:
-            barrier_wait(barrier)
-
-    monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)
+    miss_barrier(monkeypatch, missing)
     case = _change(block_q=128, num_queries=128, num_keys=640)
     q, k, v = case.inputs()
     mask = jnp.ones((1, 1, 1, 10), bool)

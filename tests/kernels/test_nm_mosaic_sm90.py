@@ -9,7 +9,6 @@ import functools
 import itertools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from pallas_kernels.nm_matmul.mosaic_sm90_kernel import (
 )
 from pallas_kernels.nm_matmul.packing import Compressed
 from pallas_kernels.nm_matmul.tile_config import default_config
-from tests.kernels.interpreter import hopper
+from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.nm_contract import (
     NM_KERNEL_CASES,
     check_nm_case,
@@ -202,15 +201,7 @@ def test_eager_vmap_and_scan_agree_with_jit():
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
     # Barriers are awaited in the order: a slot that the copying warpgroup uses again, all slots at
     # its end, a tile of a computing one.
-    waits = []
-    barrier_wait = plgpu.barrier_wait
-
-    def wait_but_once(barrier):
-        waits.append(barrier)
-        if len(waits) - 1 != missing:
-            barrier_wait(barrier)
-
-    monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)
+    miss_barrier(monkeypatch, missing)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
         check(_change(contraction=256), Tiles(1, 64, 64, 2), num_programs=1)
 

@@ -108,7 +108,7 @@ def test_a_sparse_step_is_one_of_masked_weights_trained_straight_through():
             del name
             return w + jax.lax.stop_gradient(jnp.where(mask, w, 0) - w)
 
-        return map_sparse_weights(mask_straight_through, params, sparsity.masks)
+        return map_sparse_weights(mask_straight_through, sparsity.masks, params)
 
     plain = Recipe("plain", (Phase("dense"),), transform_params=mask_weights)
     got, metrics = _step(recipe)(state, _batch())
