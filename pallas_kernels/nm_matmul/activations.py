@@ -101,11 +101,20 @@ def activation_gradient(z: jax.Array, d_out: jax.Array, name: str | None) -> jax
     """
     if name is None:
         return d_out
-    x, d = z.astype(jnp.float32), d_out.astype(jnp.float32)
     if name not in GATED:
-        return (d * _with_slope(x, name)[1]).astype(d_out.dtype)
-    value, gate = jnp.split(x, 2, axis=-1)
-    act, slope = _with_slope(gate, name)
-    halves = tuple(half.astype(d_out.dtype) for half in (d * act, d * value * slope))
-    # Joining ends XLA's fusion on a GPU: without the barrier, f32 halves cross its memory.
-    return jnp.concatenate(jax.lax.optimization_barrier(halves), axis=-1)
+        slope = _with_slope(z.astype(jnp.float32), name)[1]
+        return (d_out.astype(jnp.float32) * slope).astype(d_out.dtype)
+
+    def of_value(z, d_out):
+        _, gate = jnp.split(z.astype(jnp.float32), 2, axis=-1)
+        return (d_out.astype(jnp.float32) * _with_slope(gate, name)[0]).astype(d_out.dtype)
+
+    def of_gate(z, d_out):
+        value, gate = jnp.split(z.astype(jnp.float32), 2, axis=-1)
+        slope = _with_slope(gate, name)[1]
+        return (d_out.astype(jnp.float32) * value * slope).astype(d_out.dtype)
+
+    # Behind a barrier the halves share nothing, and XLA makes both and joins them in one pass over
+    # a GPU's memory; what they shared would be written first.
+    again = jax.lax.optimization_barrier((z, d_out))
+    return jnp.concatenate([of_value(z, d_out), of_gate(*again)], axis=-1)

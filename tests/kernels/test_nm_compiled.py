@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import aot, choose_nm_implementation, nm_matmul, pack_nm
 from pallas_kernels.nm_matmul import mosaic_sm90_kernel
+from pallas_kernels.nm_matmul.activations import activation_gradient
 from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.packing import Compressed
 from pallas_kernels.nm_matmul.tile_config import default_config
@@ -197,6 +198,18 @@ def test_a_feed_forward_block_with_its_gradient(grad_pruning):
     assert count == {"nm_matmul": 4 + pruned, "pack_nm": 2 + pruned}, count
     dense = re.findall(r'custom_call_target="__cublas\S*"', report.hlo)
     assert len(dense) == (0 if pruned else 2), "products left to cuBLAS: dw, unless pruned"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
+def test_the_gradient_of_an_activation_is_one_pass(activation):
+    halves = 1 if activation == "gelu" else 2
+
+    def gradient(z, d_out):
+        return activation_gradient(z, d_out, activation)
+
+    report = aot.compile_for(gradient, _struct((4096, halves * 2048)), _struct((4096, 2048)))
+    assert report.temp_bytes < 4096, "something is written in between"
+    assert len(re.findall(r" fusion\(", report.hlo[report.hlo.index("ENTRY") :])) == 1
 
 
 def test_an_unproven_kernel_is_not_chosen():
