@@ -20,8 +20,6 @@ from typing import Any, Literal
 from benchmarks.environment import ROOT
 from benchmarks.records import Results
 
-_CURVE = "validation_loss"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -47,6 +45,7 @@ class Experiment:
       seeds: tuple of int. The runs of one seed come one after the other, so the settings of a
         timing experiment take turns and drift of the machine falls on all of them.
       columns: column title -> key of `summary.json`.
+      curves: axis title -> key of `metrics.jsonl`, each a panel of the plot.
       max_busy_cores: float, cores in use by others above which a timing run does not start.
     """
 
@@ -55,6 +54,9 @@ class Experiment:
     settings: Mapping[str, Setting]
     seeds: tuple[int, ...]
     columns: Mapping[str, str]
+    curves: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"validation loss": "validation_loss"}
+    )
     max_busy_cores: float = 0.2
 
 
@@ -74,7 +76,7 @@ def run_experiment(
       trainer: command of the trainer, run in the root of the repository.
 
     Returns:
-      Results, one record per row and seed: `values` holds the run's `summary` and `curve`.
+      Results, one record per row and seed: `values` holds the run's `summary` and `curves`.
 
     Raises:
       RuntimeError: if a run fails, or if a timing run finds the machine busy.
@@ -90,7 +92,7 @@ def run_experiment(
             workdir = runs_dir / experiment.name / f"{row}-{seed}"
             print(f"{experiment.name}: {row}, seed {seed}, in {workdir}", flush=True)
             _train(setting, seed, workdir, trainer)
-            results.record(key, _collect(workdir), _describe_environment())
+            results.record(key, _collect(experiment, workdir), _describe_environment())
     (results_dir / f"{experiment.name}.md").write_text(make_experiment_table(experiment, results))
     plot_curves(experiment, results, results_dir / f"{experiment.name}.png")
     return results
@@ -130,7 +132,7 @@ def make_experiment_table(experiment: Experiment, results: Results) -> str:
 
 
 def plot_curves(experiment: Experiment, results: Results, path: pathlib.Path) -> None:
-    """Draw validation loss over steps: mean over seeds, shaded from least to most.
+    """Draw curves over steps: mean over seeds, shaded from least to most.
 
     Args:
       experiment: names the rows.
@@ -140,16 +142,23 @@ def plot_curves(experiment: Experiment, results: Results, path: pathlib.Path) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="validation loss", title=experiment.name)
-    for row, records in _group_by_row(experiment, results).items():
-        curves = [record["values"]["curve"] for record in records]
-        steps = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-        losses = [[dict(map(tuple, curve))[step] for curve in curves] for step in steps]
-        (line,) = axes.plot(steps, [statistics.fmean(values) for values in losses], label=row)
-        lowest, highest = [min(v) for v in losses], [max(v) for v in losses]
-        axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(7, 4 * len(experiment.curves)), layout="constrained")
+    figure.suptitle(experiment.name)
+    panels = figure.subplots(len(experiment.curves), 1, squeeze=False)[:, 0]
+    for (title, metric), axes in zip(experiment.curves.items(), panels, strict=True):
+        axes.set(xlabel="step", ylabel=title)
+        for index, (row, records) in enumerate(_group_by_row(experiment, results).items()):
+            # A row without the metric keeps its colour free, so that panels agree.
+            color = f"C{index}"
+            curves = [dict(map(tuple, record["values"]["curves"][metric])) for record in records]
+            steps = sorted(set.intersection(*map(set, curves)))
+            if not steps:
+                continue
+            values = [[curve[step] for curve in curves] for step in steps]
+            axes.plot(steps, [statistics.fmean(v) for v in values], color=color, label=row)
+            lowest, highest = [min(v) for v in values], [max(v) for v in values]
+            axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        axes.legend(frameon=False)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -169,12 +178,16 @@ def _train(setting: Setting, seed: int, workdir: pathlib.Path, trainer: Sequence
         )
 
 
-def _collect(workdir: pathlib.Path) -> dict[str, Any]:
+def _collect(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     summary = json.loads((workdir / "summary.json").read_text())
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    curves = {
+        metric: [[row["step"], row[metric]] for row in rows if metric in row]
+        for metric in experiment.curves.values()
+    }
     # Paths say nothing about the result and differ between machines.
     kept = {key: value for key, value in summary.items() if key not in ("workdir", "checkpoint")}
-    return {"summary": kept, "curve": [[row["step"], row[_CURVE]] for row in rows if _CURVE in row]}
+    return {"summary": kept, "curves": curves}
 
 
 def _describe_environment() -> dict[str, str]:

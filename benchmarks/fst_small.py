@@ -2,9 +2,11 @@
 
     python -m benchmarks.fst_small
 
-Model, data and number of steps are those of `configs/fst_small.py`. Dense training is the control,
-and a dense model with feed-forward layers of half the width a rival that is as cheap. "STE" has
-masks along one axis, no decay and no dense finish; "FST, no decay" is FST otherwise.
+Model, data and number of steps are those of `configs/fst_small.py`. Dense training is the control:
+it follows the masks that FST would have, which leaves the training as it is, to know how fast they
+flip. A dense model with feed-forward layers of half the width is a rival that is as cheap. "STE"
+has masks along one axis, no decay and no dense finish, and "SR-STE" a decay of its published rate
+on the weights besides; "FST, no decay" is FST otherwise.
 """
 
 from benchmarks.experiments import Experiment, Setting, run_experiment
@@ -24,11 +26,15 @@ EXPERIMENT = Experiment(
     name="fst_small",
     kind="quality",
     settings={
-        "dense": Setting(config=_CONFIG, overrides={"recipe.name": "dense"}),
+        "dense": _fst(variant="dense", decay_rate=0.0, dense_fraction=0.0),
         "FST": _fst(),
         "FST, no decay": _fst(decay_rate=0.0),
         "STE": _fst(variant="ste", decay_rate=0.0, **_PLAIN),
-        "S-STE": Setting(config=_CONFIG, overrides={"recipe.name": "sste"}),
+        "SR-STE": _fst(variant="sr_ste", decay_rate=2e-4, **_PLAIN),
+        "S-STE": Setting(
+            config=_CONFIG,
+            overrides={"recipe.name": "sste", "recipe.sste.flip_interval_steps": 10},
+        ),
         "half width": Setting(
             config=_CONFIG, overrides={"recipe.name": "dense", "model.mlp_dim": 256}
         ),
@@ -39,6 +45,7 @@ EXPERIMENT = Experiment(
         "best validation loss": "best_validation_loss",
         "accuracy": "validation_accuracy",
     },
+    curves={"validation loss": "validation_loss", "flip rate of masks": "flip_rate"},
 )
 
 if __name__ == "__main__":

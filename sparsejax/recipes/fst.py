@@ -136,6 +136,9 @@ def make_fst(config: FSTConfig) -> Recipe:
         model = map_sparse_weights(add_decay, sparsity.masks, grads["model"], weights["model"])
         return grads | {"model": model}
 
+    def is_due(step):
+        return (step + 1) % config.refresh_steps == 0
+
     def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
         del grads, key
         if config.variant == "sr_ste" and phase.sparse_weights:
@@ -152,11 +155,13 @@ def make_fst(config: FSTConfig) -> Recipe:
             statistics = sparsity.statistics | compare_weight_masks(old, new)
             return dataclasses.replace(sparsity, masks=masks, statistics=statistics)
 
-        due = (step + 1) % config.refresh_steps == 0
-        return jax.lax.cond(due, refresh, lambda sparsity: sparsity, sparsity), params, opt_state
+        sparsity = jax.lax.cond(is_due(step), refresh, lambda sparsity: sparsity, sparsity)
+        return sparsity, params, opt_state
 
-    def metrics(sparsity, phase):
-        return {} if phase.name == _FINISH else flip_metrics(sparsity.statistics)
+    def metrics(sparsity, *, step, phase):
+        if phase.name == _FINISH:
+            return {}
+        return flip_metrics(sparsity.statistics, due=is_due(step))
 
     first = Phase(
         "dense" if config.variant == "dense" else "sparse",

@@ -114,8 +114,8 @@ def _update(sparsity, params, opt_state, grads, *, step, key, phase, learning_ra
     return sparsity, params, opt_state
 
 
-def _metrics(sparsity: Sparsity, phase: Phase) -> dict[str, jax.Array]:
-    del sparsity, phase
+def _metrics(sparsity: Sparsity, *, step: jax.Array, phase: Phase) -> dict[str, jax.Array]:
+    del sparsity, step, phase
     return {}
 
 
@@ -144,7 +144,8 @@ class Recipe(NamedTuple):
       skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.
       update: (sparsity, params, opt_state, grads, *, step, key, phase, learning_rate) ->
         (sparsity, params, opt_state), the method's own changes at the end of a step.
-      metrics: (sparsity, phase) -> dict of f32 arrays, logged with every step, after it.
+      metrics: (sparsity, *, step, phase) -> dict of f32 arrays, logged after every step; what is
+        NaN throughout is left out. `step` is that of `update`.
       observe: (sparsity, attention_maps, phase) -> (sparsity, Observation). Maps are
         f32[L, T, T], averaged over batch and heads of the step's training batch.
       enter_phase: (sparsity, phase) -> sparsity, on entering any phase but the first; may

@@ -113,6 +113,9 @@ def make_sste(config: SSTEConfig) -> Recipe:
             params,
         )
 
+    def is_due(step):
+        return (step + 1) % config.flip_interval_steps == 0
+
     def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
         del grads, key, phase, learning_rate
         masks = find_masks(sparsity.masks, params)
@@ -121,14 +124,13 @@ def make_sste(config: SSTEConfig) -> Recipe:
         def compare(statistics):
             return statistics | {"masks_before": new} | compare_weight_masks(old, new)
 
-        due = (step + 1) % config.flip_interval_steps == 0
-        statistics = jax.lax.cond(due, compare, lambda x: x, sparsity.statistics)
+        statistics = jax.lax.cond(is_due(step), compare, lambda x: x, sparsity.statistics)
         sparsity = dataclasses.replace(sparsity, masks=masks, statistics=statistics)
         return sparsity, params, opt_state
 
-    def metrics(sparsity, phase):
+    def metrics(sparsity, *, step, phase):
         del phase
-        return flip_metrics(sparsity.statistics)
+        return flip_metrics(sparsity.statistics, due=is_due(step))
 
     phase = Phase("sparse", sparse_weights=True, grad_pruning=config.grad_pruning)
     return Recipe(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparsejax.masks import flip_rate, total_flip_rate
 from sparsejax.types import PyTree
@@ -99,17 +100,19 @@ def compare_weight_masks(
     }
 
 
-def flip_metrics(statistics: dict[str, Any]) -> dict[str, jax.Array]:
+def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax.Array]:
     """Return what `compare_weight_masks` found, for the log.
 
     Args:
       statistics: dict with "flip_rates" and "flip_rate".
+      due: bool[], whether masks have just been compared.
 
     Returns:
-      dict with "flip_rate", f32[], and "flip_rate/NAME", f32[L].
+      dict with "flip_rate", f32[], and "flip_rate/NAME", f32[L]; NaN if nothing was compared.
     """
     rates = {f"flip_rate/{name}": rate for name, rate in statistics["flip_rates"].items()}
-    return {"flip_rate": statistics["flip_rate"]} | rates
+    rates["flip_rate"] = statistics["flip_rate"]
+    return {name: jnp.where(due, rate, jnp.nan) for name, rate in rates.items()}
 
 
 def _layer_name(path: tuple[Any, ...]) -> str:

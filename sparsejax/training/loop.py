@@ -35,7 +35,7 @@ from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
 from sparsejax.training.settings import ConfigError
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.state import TrainState
-from sparsejax.training.step import Batch
+from sparsejax.training.step import STEP_METRICS, Batch
 from sparsejax.training.workdir import (
     check_same_run,
     claim_workdir,
@@ -182,6 +182,7 @@ class _Loop:
         self.programs: Programs | None = None
         self.step_seconds: float | None = None
         self.num_skipped = 0
+        self.flip_rate: float | None = None
         self.tokens_per_step = _count_step_tokens(run)
 
     def advance(self) -> None:
@@ -245,6 +246,7 @@ class _Loop:
         self.timer.interrupt()
 
     def _begin_phase(self, batch: Batch, *, record: bool) -> Programs:
+        self.flip_rate = None
         programs = compile_phase(self.run, self.phase, batch)
         density = compute_density(self.run, self.state, self.phase)
         self.density = float(density.mean())
@@ -294,11 +296,17 @@ class _Loop:
         if fetched is None:
             return
         step, values = fetched
+        values = {
+            name: value
+            for name, value in values.items()
+            if name in STEP_METRICS or not np.isnan(value).all()
+        }
         seconds = self.timer.lap()
         row = {"kind": "train", "phase": self.phase.name, **values, "density": self.density}
         if seconds is not None:
             self.step_seconds = row["step_seconds"] = seconds
         self.writer.write(step, row)
+        self.flip_rate = row.get("flip_rate", self.flip_rate)
         self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
             say(
@@ -311,6 +319,8 @@ class _Loop:
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
             row |= {"step": step, "tokens_per_step": self.tokens_per_step}
+            if self.flip_rate is not None:
+                row["flip_rate"] = self.flip_rate
             say(
                 format_progress(
                     row, num_steps=self.run.config.num_steps, step_seconds=self.step_seconds

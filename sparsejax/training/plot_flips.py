@@ -28,24 +28,19 @@ def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLik
 
     Args:
       rows: lines of `read_metrics`; drawn are "flip_rate" and "flip_rate/NAME", a value for each
-        layer. A value that repeats the step before, between two searches, is drawn once.
+        layer.
       path: PNG file to write.
 
     Raises:
       ValueError: if no row has a flip rate.
     """
-    rows = [row for row in rows if "flip_rate" in row]
-    if not rows:
+    searches = [row for row in rows if "flip_rate" in row]
+    if not searches:
         raise ValueError("rows must contain 'flip_rate'")
-    names = sorted(name for name in rows[0] if name.startswith(_PREFIX))
-
-    def values(row):
-        return [row["flip_rate"], *(x for name in names for x in row[name])]
-
-    # The first search compares the masks with those before it; until then there is nothing.
-    searches = [b for a, b in zip(rows, rows[1:], strict=False) if values(a) != values(b)]
-    searches = searches or rows[-1:]
+    names = sorted(name for name in searches[0] if name.startswith(_PREFIX))
     steps = [row["step"] for row in searches]
+    # A search tells of the steps since the one before.
+    first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
     figure = Figure(figsize=(8, 3 + 1.8 * len(names)), dpi=_DPI, layout="constrained")
     ratios = [3] + [2] * len(names)
     panels = figure.subplots(len(ratios), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[
@@ -60,14 +55,14 @@ def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLik
     image = None
     for name, panel in zip(names, panels[1:], strict=True):
         rates = np.array([row[name] for row in searches]).T
-        extent = (steps[0], steps[-1] + 1, len(rates) - 0.5, -0.5)
+        extent = (first, steps[-1], len(rates) - 0.5, -0.5)
         image = panel.imshow(
             rates, aspect="auto", vmin=0, vmax=highest, extent=extent, interpolation="nearest"
         )
         panel.set_ylabel(f"layer of {name.removeprefix(_PREFIX)}")
         panel.locator_params(axis="y", integer=True)
     for panel in panels:
-        panel.set_xlim(steps[0], steps[-1] + 1)
+        panel.set_xlim(first, steps[-1])
         panel.locator_params(axis="x", integer=True)
     panels[-1].set_xlabel("optimiser step")
     if image is not None:

@@ -45,8 +45,8 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
     """Write one progress line.
 
     Args:
-      row: metrics of a training step: step, phase, loss, tokens_per_second, density; flip_rate of
-        a recipe that has one.
+      row: metrics of a training step: step, phase, loss, tokens_per_second, density; the last
+        flip_rate of a recipe that has one.
       num_steps: int, steps of the whole run.
       step_seconds: float or None, recent seconds per step.
 

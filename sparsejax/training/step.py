@@ -26,6 +26,9 @@ from sparsejax.training.state import TrainState, trainable
 type Batch = dict[str, jax.Array]
 type Metrics = dict[str, jax.Array]
 
+STEP_METRICS = ("loss", "accuracy", "grad_norm", "learning_rate", "skipped")
+"""What every training step tells, whatever the recipe: `skipped` is 0 or 1."""
+
 # Folded into the key of a step: pruned gradients draw other numbers than dropout.
 _PRUNING = zlib.crc32(b"pruning")
 
@@ -56,8 +59,7 @@ def make_train_step(
 
     Returns:
       Function (state, batch) -> (state, metrics), to be jitted with the state donated. Metrics
-      are f32[]: loss, accuracy, grad_norm, learning_rate, skipped (0 or 1); and those of the
-      recipe.
+      are f32[]: those of `STEP_METRICS`; and those of the recipe.
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
@@ -109,7 +111,9 @@ def make_train_step(
         sparsity, params, opt_state = _select(finite, new, old)
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        metrics |= recipe.metrics(sparsity, phase)
+        # A skipped step did none of what the recipe would tell of it.
+        for name, value in recipe.metrics(sparsity, step=state.step, phase=phase).items():
+            metrics[name] = jnp.where(finite, value, jnp.nan)
         return TrainState(
             step=state.step + 1,
             params=params,

@@ -63,9 +63,10 @@ def test_runs_every_setting_with_every_seed_once(run, calls, tmp_path):
     assert (tmp_path / "results" / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_records_hold_the_curve_and_no_path(run):
+def test_records_hold_curves_and_no_path(run):
     values = run(STUDY).records[0]["values"]
-    assert values == {"summary": {"validation_loss": 0.0}, "curve": [[1, 1.0], [2, 0.5]]}
+    curves = {"validation_loss": [[1, 1.0], [2, 0.5]]}
+    assert values == {"summary": {"validation_loss": 0.0}, "curves": curves}
 
 
 def test_a_failed_run_keeps_the_finished_ones(run, calls):

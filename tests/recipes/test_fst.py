@@ -153,16 +153,18 @@ def test_masks_are_refreshed_every_few_steps(begun):
         refreshed.append(bool((mask_of(after) != mask_of(sparsity)).any()))
     assert refreshed == [False, False, True, False, False, True]
     flips = (mask_of(after) != mask_of(sparsity)).mean((1, 2))
-    metrics = recipe.metrics(after, recipe.phases[0])
+    metrics = recipe.metrics(after, step=5, phase=recipe.phases[0])
     np.testing.assert_allclose(metrics["flip_rate/mlp/up"], flips, rtol=1e-6)
     np.testing.assert_allclose(metrics["flip_rate"], flips.mean(), rtol=1e-6)
+    between = recipe.metrics(after, step=4, phase=recipe.phases[0])
+    assert all(np.isnan(value).all() for value in between.values()), "nothing was compared"
 
 
 def test_the_dense_finish_leaves_masks_alone(begun):
     recipe, _, sparsity = begun
     after, _ = update(recipe, sparsity, make_params(1), 2, recipe.phases[1])
     np.testing.assert_array_equal(mask_of(after), mask_of(sparsity))
-    assert recipe.metrics(after, recipe.phases[1]) == {}
+    assert recipe.metrics(after, step=2, phase=recipe.phases[1]) == {}
 
 
 def test_a_dense_run_follows_the_masks_it_does_not_use():
@@ -171,7 +173,7 @@ def test_a_dense_run_follows_the_masks_it_does_not_use():
     sparsity = recipe.init(make_masks(), params, None)
     after, _ = update(recipe, sparsity, make_params(1), 2)
     np.testing.assert_array_equal(mask_of(after), transposable_mask(up(make_params(1))["kernel"]))
-    assert recipe.metrics(after, recipe.phases[0])["flip_rate"] > 0
+    assert recipe.metrics(after, step=2, phase=recipe.phases[0])["flip_rate"] > 0
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,9 @@ def test_s_ste_compares_masks_over_an_interval():
     for step, seed in enumerate([1, 2]):
         sparsity, _ = update(recipe, sparsity, make_params(seed), step)
     flips = (mask_of(sparsity) != mask_of(first)).mean()
-    np.testing.assert_allclose(recipe.metrics(sparsity, None)["flip_rate"], flips, rtol=1e-6)
+    metrics = recipe.metrics(sparsity, step=1, phase=None)
+    np.testing.assert_allclose(metrics["flip_rate"], flips, rtol=1e-6)
+    assert np.isnan(recipe.metrics(sparsity, step=0, phase=None)["flip_rate"])
 
 
 @pytest.mark.parametrize(

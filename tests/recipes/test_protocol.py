@@ -331,18 +331,21 @@ def test_masks_are_made_of_the_parameters():
     np.testing.assert_array_equal(state.sparsity.masks["kept"], TABLE > 0)
 
 
-def test_update_learns_the_rate_and_metrics_are_logged():
+def test_update_learns_the_rate_and_metrics_tell_of_their_step():
     def pull(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
         return sparsity, {"table": params["table"] * 0 + learning_rate}, opt_state
 
     recipe = make_recipe(
         Phase("only"),
         update=pull,
-        metrics=lambda sparsity, phase: {"rates": sparsity.params["scale"] * jnp.arange(2.0)},
+        metrics=lambda sparsity, *, step, phase: {"found": step * jnp.arange(2.0)},
     )
-    state, metrics = run_step(recipe)
+    before = make_state(recipe, step=4)
+    state, metrics = run_step(recipe, before)
     np.testing.assert_allclose(state.params["table"], metrics["learning_rate"])
-    np.testing.assert_allclose(metrics["rates"], state.sparsity.params["scale"] * np.arange(2.0))
+    np.testing.assert_allclose(metrics["found"], [0, 4])
+    broken = dataclasses.replace(before, params={"table": before.params["table"] * jnp.nan})
+    assert np.isnan(run_step(recipe, broken)[1]["found"]).all(), "skipped: nothing was found"
 
 
 @pytest.mark.parametrize("grad_pruning", ["none", "mvue"])
