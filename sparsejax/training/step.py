@@ -63,20 +63,23 @@ def make_train_step(
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
-    def compute_loss(weights, state, batch, key):
+    def compute_loss(weights, state, batch, key, count):
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
         seen_params = recipe.transform_params(weights["model"], sparsity, phase)
         output = _apply(
             graphdef, seen_params, sparsity, batch, modes, key=key, probe=phase.maps_in_step
         )
         totals = compute_totals(output, batch)
-        loss = totals["loss"] / totals["count"]
+        loss = totals["loss"] / count
         auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
-        return loss + auxiliary, {"loss": loss, "accuracy": totals["correct"] / totals["count"]}
+        return loss + auxiliary, {"loss": loss, "accuracy": totals["correct"] / count}
 
     def compute_gradients(weights, state, batch, key):
+        # Of the whole batch: parts with fewer targets weigh less, as they do without parts.
+        count = _spread_weights(batch).sum() / num_micro_batches
+
         def differentiate(part, part_key):
-            return jax.grad(compute_loss, has_aux=True)(weights, state, part, part_key)
+            return jax.grad(compute_loss, has_aux=True)(weights, state, part, part_key, count)
 
         total = _sum_over_parts(differentiate, batch, key, num_micro_batches)
         return jax.tree.map(lambda x: x / num_micro_batches, total)
@@ -204,12 +207,12 @@ def make_probe_step(
 
 
 def compute_totals(output: ModelOutput, batch: Batch) -> Metrics:
-    """Sum cross-entropy and correct answers over the examples of weight above 0.
+    """Sum cross-entropy and correct answers over what has a weight above 0.
 
     Args:
       output: ModelOutput of the batch.
-      batch: dict with "weights" f32[B] and "targets" i32[B, T] (language model) or "labels"
-        i32[B] (classifier).
+      batch: dict with "targets" i32[B, T] (language model) or "labels" i32[B] (classifier), and
+        "weights", f32[B] of examples or f32[B, T] of tokens.
 
     Returns:
       dict of f32[]: "loss" in nats and "correct", summed; "count", tokens or examples.
@@ -217,17 +220,27 @@ def compute_totals(output: ModelOutput, batch: Batch) -> Metrics:
     Numerics:
       Everything is f32.
     """
-    targets = batch["targets"] if "targets" in batch else batch["labels"]
-    weights = batch["weights"].reshape(-1, *[1] * (targets.ndim - 1))
+    targets, weights = _get_targets(batch), _spread_weights(batch)
     losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, targets)
     correct = output.logits.argmax(-1) == targets
-    weights = jnp.broadcast_to(weights, targets.shape)
-    # Where, not times: an example of weight 0 must not leak a NaN.
+    # Where, not times: what has weight 0 must not leak a NaN.
     return {
         "loss": jnp.where(weights > 0, losses * weights, 0.0).sum(),
         "correct": jnp.where(correct, weights, 0.0).sum(),
         "count": weights.sum(),
     }
+
+
+def _get_targets(batch: Batch) -> jax.Array:
+    return batch["targets"] if "targets" in batch else batch["labels"]
+
+
+def _spread_weights(batch: Batch) -> jax.Array:
+    """Return the weight of every target: an example's weight is that of all its tokens."""
+    weights, shape = batch["weights"], _get_targets(batch).shape
+    return jnp.broadcast_to(
+        weights.reshape(*weights.shape, *[1] * (len(shape) - weights.ndim)), shape
+    )
 
 
 def _make_modes(phase, implementation, weight_implementation):

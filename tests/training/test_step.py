@@ -199,6 +199,22 @@ def test_evaluation_ignores_examples_of_weight_zero():
     np.testing.assert_allclose(2 * sums["loss"], expected["loss"], rtol=1e-6)
 
 
+def test_a_step_averages_over_the_tokens_that_count():
+    still = dataclasses.replace(_MODEL, dropout_rate=0.0)
+    (state, step), (_, whole) = _make(None, still, num_micro_batches=2), _make(None, still)
+    batch = _batch()
+    # The two micro-batches hold 40 and 2 tokens of weight 1.
+    weights = np.zeros((4, 32), np.float32)
+    weights[0], weights[2, :8], weights[1, 5], weights[3, 7] = 1, 1, 1, 1
+    batch["weights"] = jnp.asarray(weights)
+    (got, metrics), (expected, whole_metrics) = step(state, batch), whole(state, batch)
+    np.testing.assert_allclose(metrics["loss"], whole_metrics["loss"], rtol=1e-5)
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    jax.tree.map(compare, got.opt_state, expected.opt_state)
+    elsewhere = batch | {"targets": jnp.where(weights > 0, batch["targets"], 0)}
+    assert whole(state, elsewhere)[1]["loss"] == whole_metrics["loss"]
+
+
 def test_learning_rate_follows_the_phase():
     def rate(step, **settings):
         return float(
