@@ -19,8 +19,8 @@ from sparsejax.training.checkpoint import (
     restore,
 )
 from sparsejax.training.config import TrainConfig
-from sparsejax.training.evaluation import compute_density, compute_validation, find_phase
-from sparsejax.training.flops import count_transformer_flops
+from sparsejax.training.density import Density, compute_density, count_phase_flops
+from sparsejax.training.evaluation import compute_validation, find_phase
 from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
 from sparsejax.training.plot_flips import has_flip_rates, plot_flip_rates
 from sparsejax.training.plots import plot_attention_patterns, plot_training
@@ -248,23 +248,28 @@ class _Loop:
     def _begin_phase(self, batch: Batch, *, record: bool) -> Programs:
         self.flip_rate = None
         programs = compile_phase(self.run, self.phase, batch)
-        density = compute_density(self.run, self.state, self.phase)
-        self.density = float(density.mean())
+        density = compute_density(self.run.model, self.state.sparsity.masks, self.phase)
+        self.densities = {"density": float(density.attention.mean())}
+        if (mean := density.mean_weights) is not None:
+            self.densities["weight_density"] = mean
+        flops, dense_flops = _count_step_flops(self.run, self.phase, density)
         row = {
             "kind": "phase",
             "phase": self.phase.name,
-            "density": self.density,
-            "layer_density": density.tolist(),
+            **self.densities,
+            "layer_density": density.attention.tolist(),
+            "layer_weight_density": {n: x.tolist() for n, x in density.weights.items()},
             "step_memory_bytes": programs.step_memory_bytes,
-            "step_flops": _count_step_flops(self.run, density),
+            "step_flops": flops,
+            "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
         if record:
             self.writer.write(self.step, row)
-        shown = np.round(density.astype(float), 3).tolist()
         say(
-            f"phase {self.phase.name!r} from step {self.step}: attention density per layer "
-            f"{shown}, {programs.step_memory_bytes / 1e6:,.0f} MB per step, compiled once in "
+            f"phase {self.phase.name!r} from step {self.step}: {_describe_density(density)}, "
+            f"{flops / 1e9:,.1f} GFLOPs per step ({flops / dense_flops:.0%} of dense), "
+            f"{programs.step_memory_bytes / 1e6:,.0f} MB per step, compiled once in "
             f"{programs.compile_seconds:.1f} s"
         )
         if record and self.phase.sparse_attention:
@@ -302,7 +307,7 @@ class _Loop:
             if name in STEP_METRICS or not np.isnan(value).all()
         }
         seconds = self.timer.lap()
-        row = {"kind": "train", "phase": self.phase.name, **values, "density": self.density}
+        row = {"kind": "train", "phase": self.phase.name, **values, **self.densities}
         if seconds is not None:
             self.step_seconds = row["step_seconds"] = seconds
         self.writer.write(step, row)
@@ -332,22 +337,24 @@ def _count_step_tokens(run: Run) -> int:
     return run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
 
 
-def _count_step_flops(run: Run, density: np.ndarray) -> float:
-    model = run.model
-    flops = count_transformer_flops(
-        num_layers=model.num_layers,
-        model_dim=model.model_dim,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        mlp_dim=model.mlp_dim,
-        sequence_length=model.max_length,
-        causal=model.causal,
-        vocab_size=model.vocab_size,
-        num_classes=model.num_classes,
-        attention_density=tuple(density.tolist()),
-    )
-    return flops.training * run.config.data.batch_size * model.num_towers
+def _count_step_flops(run: Run, phase: Phase, density: Density) -> tuple[float, float]:
+    """Return the FLOPs of a step in a phase, and of a dense one."""
+    dense = Density(np.ones_like(density.attention), {})
+    examples = run.config.data.batch_size
+    flops, dense_flops = (count_phase_flops(run.model, phase, d) for d in (density, dense))
+    return flops * examples, dense_flops * examples
+
+
+def _describe_density(density: Density) -> str:
+    parts = {"attention density per layer": density.attention}
+    parts |= {f"density of {name} per layer": d for name, d in density.weights.items()}
+    return ", ".join(f"{title} {_list_densities(d)}" for title, d in parts.items())
+
+
+def _list_densities(density: np.ndarray) -> str:
+    """Write one number if all layers agree, else one for each layer."""
+    values = np.round(density.astype(float), 3)
+    return f"{values[0]:g}" if (values == values[0]).all() else str(values.tolist())
 
 
 def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
