@@ -70,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.clip_value = config_dict.placeholder(float)  # None = off
 
     recipe = config.recipe = ml_collections.ConfigDict()
-    recipe.name = "dense"  # or "spion", "static_attention", "fst", "sste"
+    recipe.name = "dense"  # or "spion", "sat", "static_attention", "fst", "sste"
 
     spion = recipe.spion = ml_collections.ConfigDict()
     spion.variant = "cf"  # "cf", "c" or "f"
@@ -84,6 +84,17 @@ def get_config() -> ml_collections.ConfigDict:
     spion.restart_learning_rate = config_dict.placeholder(bool)
     spion.pruned_logits = "zero"  # or "masked"
     spion.latest_switch_step = config_dict.placeholder(int)  # ours: switch then at the latest
+
+    sat = recipe.sat = ml_collections.ConfigDict()
+    sat.density = 0.05  # fraction of visible blocks that a layer keeps
+    sat.min_skewness = 1.7  # the switch needs every layer's map to be as skewed
+    sat.max_change_percent = 1.3  # and every layer's change below this
+    sat.probe_every_steps = 1  # steps between two looks at the maps; above 1 is ours
+    sat.map_decay = 0.0  # weight of earlier maps in an average; above 0 is ours
+    sat.pattern_dim = config_dict.placeholder(int)  # inner size of W; None = width of a head
+    sat.continue_schedule = False  # False as the released code: fresh optimizer, half the peak rate
+    sat.pruned_logits = "zero"  # or "masked"
+    sat.latest_switch_step = config_dict.placeholder(int)  # ours: switch then at the latest
 
     static = recipe.static_attention = ml_collections.ConfigDict()
     static.pattern = "sliding_window"  # or "longformer", "bigbird"

@@ -8,6 +8,13 @@ from sparsejax.masks.block_patterns import (
 )
 from sparsejax.masks.decay import masked_decay
 from sparsejax.masks.flood_fill import flood_fill, pool_attention, spion_pattern, top_k_blocks
+from sparsejax.masks.learned_pattern import (
+    count_kept_blocks,
+    map_distance,
+    map_skewness,
+    model_pooled_map,
+    sat_pattern,
+)
 from sparsejax.masks.magnitude import magnitude_nm_mask
 from sparsejax.masks.metrics import block_density, flip_rate, retained_l1, total_flip_rate
 from sparsejax.masks.soft_threshold import (
@@ -21,14 +28,19 @@ from sparsejax.masks.transposable import transposable_mask
 __all__ = [
     "bigbird",
     "block_density",
+    "count_kept_blocks",
     "flip_rate",
     "flood_fill",
     "longformer",
     "magnitude_nm_mask",
+    "map_distance",
+    "map_skewness",
     "masked_decay",
+    "model_pooled_map",
     "pattern_at_density",
     "pool_attention",
     "retained_l1",
+    "sat_pattern",
     "sliding_window",
     "soft_threshold",
     "soft_threshold_mask",

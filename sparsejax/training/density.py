@@ -82,6 +82,29 @@ def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) 
     ) * (model.num_towers)
 
 
+def describe_density(density: Density) -> str:
+    """Write densities for a person, one number where all layers agree.
+
+    Args:
+      density: Density.
+
+    Returns:
+      str.
+
+    Example:
+      >>> describe_density(Density(np.ones(2), {"mlp/up": np.array([0.5, 0.25])}))
+      'attention density per layer 1, density of mlp/up per layer [0.5, 0.25]'
+    """
+
+    def write(values):
+        values = np.round(values.astype(float), 3)
+        return f"{values[0]:g}" if (values == values[0]).all() else str(values.tolist())
+
+    parts = {"attention density": density.attention}
+    parts |= {f"density of {name}": values for name, values in density.weights.items()}
+    return ", ".join(f"{title} per layer {write(values)}" for title, values in parts.items())
+
+
 def _count_forward(model, attention_density, weight_density) -> TransformerFlops:
     return count_transformer_flops(
         num_layers=model.num_layers,

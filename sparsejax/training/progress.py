@@ -147,7 +147,8 @@ def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
                 f" {summary[f'{phase}_step_memory_bytes'] / 1e6:,.0f} MB per step"
             )
         elif f"{phase}_first_step" not in summary:
-            lines.append(f"  {phase + ' phase':<18} never began")
+            reason = f": it waited until {w}" if (w := summary.get("waited_until")) else ""
+            lines.append(f"  {phase + ' phase':<18} never began{reason}")
     if "sparse_step_speedup" in summary:
         lines.append(
             f"  sparse phase       from step {summary['sparse_first_step']},"
