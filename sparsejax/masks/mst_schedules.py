@@ -43,7 +43,7 @@ def mst_schedules(
 
     The sparsity climbs from 0 in stairs, rests, and falls linearly. The paper's own values are not
     known: its released code contains the mechanism and not the numbers. These defaults are ours;
-    with hybrid attention of stride 128, GPT-2 small trains at 23.5 % of the dense FLOPs, the head
+    with hybrid attention of stride 128, GPT-2 small trains at 23.6 % of the dense FLOPs, the head
     counted. `update_fraction` and `update_interval` are the released script's.
 
     The restoration ends at the last update and not at the end of the run, so that the last masks
