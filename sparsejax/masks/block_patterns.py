@@ -191,9 +191,9 @@ def hybrid_blocks(num_blocks: int, *, block: int, stride: int, causal: bool = Tr
     low, high = middle - (block - 1), middle + (block - 1)
     if causal:
         low = np.maximum(low, 0)
-    nearest = np.maximum(np.maximum(low, -high), 0)
+    # Where the edge of the window cuts a block off its middle, the stride lies in that block.
     holds_multiple = high // stride * stride >= low
-    return jnp.asarray((low <= high) & ((nearest < stride) | holds_multiple))
+    return jnp.asarray((low <= high) & ((np.abs(middle) < stride) | holds_multiple))
 
 
 def pattern_at_density(

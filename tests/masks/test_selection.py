@@ -101,6 +101,9 @@ def test_random_masks_are_fair_among_their_candidates():
     # 11 of 44, five standard deviations.
     frequency = masks.mean(0)[among]
     assert np.abs(frequency - 0.25).max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    # Ties would favour the first: their half has 5.5 +- 1.45 of the 11.
+    first_half = masks[:, among][:, :22].sum(1).mean()
+    assert abs(first_half - 5.5) < 5 * 1.45 / 4000**0.5
     # Pairs are drawn without repetition: 11 of 44, then 10 of 43.
     pairs = (masks[:, among][:, :-1] & masks[:, among][:, 1:]).mean()
     np.testing.assert_allclose(pairs, 11 / 44 * 10 / 43, rtol=0.05)
