@@ -28,7 +28,7 @@ def magnitude_mask(
     found two bits at a time, by counting what reaches each of three thresholds. That is 16 passes
     over memory for 32-bit types, 8 for 16-bit ones; a tie at the threshold is broken by a second
     search, over positions, of at most 16 passes more. A sharded array exchanges counts only. On 2
-    CPU cores 38.6 million f32 take 0.2 s, a sort of the magnitudes alone 2.2 s.
+    CPU cores in use 38.6 million f32 took 0.8 s, `lax.top_k` or `lax.sort` with positions 21 s.
 
     Args:
       w: floating[...], one layer; map over layers with `jax.vmap`.
