@@ -82,6 +82,25 @@ def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) 
     ) * (model.num_towers)
 
 
+def count_step_flops(
+    model: TransformerConfig, phase: Phase, density: Density, batch_size: int
+) -> tuple[float, float]:
+    """Count the FLOPs of a training step, and those of a dense one.
+
+    Args:
+      model: TransformerConfig.
+      phase: Phase.
+      density: Density of the phase.
+      batch_size: int, examples.
+
+    Returns:
+      tuple of float.
+    """
+    dense = Density(np.ones_like(density.attention), {})
+    flops, dense_flops = (count_phase_flops(model, phase, d) for d in (density, dense))
+    return flops * batch_size, dense_flops * batch_size
+
+
 def describe_density(density: Density) -> str:
     """Write densities for a person, one number where all layers agree.
 

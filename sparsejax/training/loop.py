@@ -21,9 +21,8 @@ from sparsejax.training.checkpoint import (
 )
 from sparsejax.training.config import TrainConfig
 from sparsejax.training.density import (
-    Density,
     compute_density,
-    count_phase_flops,
+    count_step_flops,
     describe_density,
 )
 from sparsejax.training.evaluation import compute_validation, find_phase
@@ -206,10 +205,13 @@ class _Loop:
             began = time.perf_counter()
             self.state, metrics, observation = self.programs.probing_step(self.state, batch)
             settled = self._report(observation, step, began)
+            self.metrics.push(step, metrics)
+            # The report has waited for the step: its end is now.
+            self._record(self.metrics.flush())
         else:
             self.state, metrics = self.programs.train_step(self.state, batch)
+            self._record(self.metrics.push(step, metrics))
         self.step = step
-        self._record(self.metrics.push(step, metrics))
         phases = self.run.recipe.phases
         expired = phase.last_step is not None and step >= phase.last_step
         if (settled or expired) and phase is not phases[-1]:
@@ -272,7 +274,8 @@ class _Loop:
         self.densities = {"density": float(density.attention.mean())}
         if (mean := density.mean_weights) is not None:
             self.densities["weight_density"] = mean
-        flops, dense_flops = _count_step_flops(self.run, self.phase, density)
+        examples = self.run.config.data.batch_size
+        flops, dense_flops = count_step_flops(self.run.model, self.phase, density, examples)
         row = {
             "kind": "phase",
             "phase": self.phase.name,
@@ -359,14 +362,6 @@ class _Loop:
 
 def _count_step_tokens(run: Run) -> int:
     return run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
-
-
-def _count_step_flops(run: Run, phase: Phase, density: Density) -> tuple[float, float]:
-    """Return the FLOPs of a step in a phase, and of a dense one."""
-    dense = Density(np.ones_like(density.attention), {})
-    examples = run.config.data.batch_size
-    flops, dense_flops = (count_phase_flops(run.model, phase, d) for d in (density, dense))
-    return flops * examples, dense_flops * examples
 
 
 def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
