@@ -88,6 +88,7 @@ def test_value_out_of_range_is_named(changes, message):
         "spion_image",
         "spion_retrieval",
         "spion_text",
+        "spion_pathfinder",
         "gpt2_124m_dense",
         "gpt2_124m_spion",
     ],
