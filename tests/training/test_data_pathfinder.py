@@ -114,6 +114,15 @@ def test_no_simple_statistic_tells_the_label(examples):
     assert fit_and_score(np.hstack([features, squares]), labels) < 0.6
 
 
+def test_circles_are_as_far_apart_under_either_label(examples):
+    distances = [[], []]
+    for pixels, label in examples:
+        distances[label].append(np.linalg.norm(np.subtract(*find_circles(pixels))))
+    shares = [np.mean(np.array(found)[:, None] <= np.arange(46), axis=0) for found in distances]
+    # 0.08 where pairs of ends are circled as they come.
+    assert np.abs(shares[0] - shares[1]).max() < 0.06
+
+
 def test_pictures_of_a_version_never_change():
     pixels, labels = zip(*(draw_pathfinder(random.Random(str(i))) for i in range(20)), strict=True)
     digest = hashlib.sha256(np.array(pixels).tobytes() + bytes(labels)).hexdigest()
