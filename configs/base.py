@@ -40,7 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.weight_implementation = config_dict.placeholder(str)
 
     data = config.data = ml_collections.ConfigDict()
-    # stdlib | text:/path | listops | listops:short | idx:/folder | tfds:name | aan:/folder
+    # stdlib | text:/path | listops | listops:short | pathfinder | idx:/folder | tfds:name |
+    # aan:/folder
     data.source = "stdlib"
     data.data_dir = "~/.cache/sparsejax"  # prepared data sets and tokenizers
     data.tokenizer = "bytes"  # or "bpe:4096", trained on the training split
@@ -53,8 +54,10 @@ def get_config() -> ml_collections.ConfigDict:
     data.validation_split = ""  # empty = the source's own
     data.input_key = ""  # tfds feature to read, empty = the one the set declares
     data.label_key = ""  # tfds label to predict, empty = the one the set declares
+    data.image_size = 0  # side to which tfds images are scaled, pixels; 0 = as they are
     data.validation_fraction = 0.05  # share of a text corpus held out
     data.listops_examples = 96_000  # training examples of ListOps
+    data.pathfinder_examples = 160_000  # training examples of Pathfinder
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "lion", "sgd"

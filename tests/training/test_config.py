@@ -90,6 +90,8 @@ def test_value_out_of_range_is_named(changes, message):
         "spion_text",
         "fst_small",
         "gpt2",
+        "spion_pathfinder",
+        "sat_quickstart",
         "gpt2_124m_spion",
         *(f"fst_gpt2:{size}" for size in gpt2.SIZES),
         "sste_gpt2:350m",
