@@ -7,24 +7,25 @@ import urllib.request
 import pytest
 import tensorflow_datasets as tfds
 
-from configs import sat_tasks
+from configs import sat
+from sparsejax.masks import count_kept_blocks
 from sparsejax.training.config import parse_config
 from sparsejax.training.data import make_data
 
-# Layers, positions, block, batch, rate, warm-up, steps, steps between validations.
+# Layers, positions, block, batch, rate, warm-up, steps, steps between validations, kept blocks.
 PUBLISHED = {
-    "image": (2, 1024, 32, 512, 2e-3, 175, 10_000, 500),
-    "nature": (2, 1024, 32, 512, 3e-3, 800, 10_000, 500),
-    "news": (4, 1024, 32, 512, 9e-4, 80, 30_000, 200),
-    "yelp": (4, 1024, 32, 512, 7e-4, 80, 30_000, 200),
-    "listops": (4, 2048, 64, 128, 8e-4, 1_000, 30_000, 500),
-    "retrieval": (2, 4096, 64, 32, 5e-4, 800, 40_000, 200),
+    "image": (2, 1024, 32, 512, 2e-3, 175, 10_000, 500, 51),
+    "nature": (2, 1024, 32, 512, 3e-3, 800, 10_000, 500, 40),
+    "news": (4, 1024, 32, 512, 9e-4, 80, 30_000, 200, 81),
+    "yelp": (4, 1024, 32, 512, 7e-4, 80, 30_000, 200, 51),
+    "listops": (4, 2048, 64, 128, 8e-4, 1_000, 30_000, 500, 40),
+    "retrieval": (2, 4096, 64, 32, 5e-4, 800, 40_000, 200, 86),
 }
 NUM_CLASSES = {"image": 10, "nature": 14, "news": 4, "yelp": 2}
 
 
 def _parse(task, **data):
-    config = sat_tasks.get_config(task)
+    config = sat.get_config(task)
     config.data.update(data)
     return parse_config(config.to_dict())
 
@@ -32,7 +33,9 @@ def _parse(task, **data):
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_a_task_has_the_published_settings(task):
     config = _parse(task)
-    assert config.recipe_name == "dense"
+    assert config.recipe_name == "sat"
+    num_blocks = config.data.sequence_length // config.model.block_size
+    density = config.recipe_settings["density"]
     assert (
         config.model.num_layers,
         config.data.sequence_length,
@@ -42,6 +45,7 @@ def test_a_task_has_the_published_settings(task):
         config.optimizer.warmup_steps,
         config.num_steps,
         config.eval_every_steps,
+        count_kept_blocks(num_blocks, density=density),
     ) == PUBLISHED[task]
     model, optimizer = config.model, config.optimizer
     assert (model.model_dim, model.num_heads, model.mlp_dim) == (64, 2, 128)
@@ -69,5 +73,5 @@ def test_a_published_set_becomes_batches(task, tmp_path, monkeypatch):
 
 
 def test_an_unknown_task_is_named():
-    with pytest.raises(ValueError, match="sat_tasks.py:text: expected one of image, nature, news"):
-        sat_tasks.get_config("text")
+    with pytest.raises(ValueError, match="sat.py:text: expected one of image, nature, news"):
+        sat.get_config("text")
