@@ -59,15 +59,17 @@ class TransformerFlops:
     Attributes:
       layers: tuple of LayerFlops, first layer first.
       head: float, forward FLOPs of the language-model head or the classifier.
+      patches: float, forward FLOPs of the embedding of patches.
     """
 
     layers: tuple[LayerFlops, ...]
     head: float
+    patches: float = 0.0
 
     @property
     def forward(self) -> float:
         """FLOPs of the forward pass: inference on one sequence."""
-        return sum(layer.forward for layer in self.layers) + self.head
+        return sum(layer.forward for layer in self.layers) + self.head + self.patches
 
     @property
     def backward(self) -> float:
@@ -93,6 +95,7 @@ def count_transformer_flops(
     gated_mlp: bool = False,
     vocab_size: int = 0,
     num_classes: int = 0,
+    patch_values: int = 0,
     attention_density: ArrayLike = 1.0,
     projection_density: ArrayLike = 1.0,
     mlp_density: ArrayLike = 1.0,
@@ -108,6 +111,7 @@ def count_transformer_flops(
       output   2 T N H D           * projection_density
       mlp      2 T D mlp_dim * (2, or 3 if gated) * mlp_density
       head     2 T D vocab_size, or 2 D num_classes
+      patches  2 T D patch_values
 
     The module's docstring states what is counted and what is not. Multiply by the batch size
     for a step, divide by the sequence length for a token.
@@ -126,6 +130,7 @@ def count_transformer_flops(
       vocab_size: int, outputs of the head at every position; 0 leaves the head out.
       num_classes: int, outputs of a classifier at one pooled position. If positive, it is the
         head, and `vocab_size` merely sizes an embedding, which costs no FLOPs.
+      patch_values: int, inputs of the embedding of a patch; 0 for token ids, which are looked up.
       attention_density: float[] or float[num_layers] in [0, 1], kept fraction of the counted pairs.
       projection_density: float[] or float[num_layers] in [0, 1], kept fraction of the attention
         weights (qkv and output).
@@ -136,7 +141,7 @@ def count_transformer_flops(
       TransformerFlops for one sequence.
 
     Raises:
-      ValueError: if a size is not positive, `vocab_size` or `num_classes` is negative, the heads
+      ValueError: if a size is not positive, one that may be 0 is negative, the heads
         are not a multiple of the key/value heads, or a density is outside [0, 1] or neither one
         number nor one per layer.
 
@@ -160,7 +165,8 @@ def count_transformer_flops(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
-    for name, value in (("vocab_size", vocab_size), ("num_classes", num_classes)):
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "patch_values": patch_values}
+    for name, value in sizes.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {name}={value}")
     if num_heads % num_kv_heads:
@@ -190,7 +196,11 @@ def count_transformer_flops(
         )
     )
     head = num_classes or sequence_length * vocab_size
-    return TransformerFlops(layers=layers, head=2.0 * model_dim * head)
+    return TransformerFlops(
+        layers=layers,
+        head=2.0 * model_dim * head,
+        patches=2.0 * sequence_length * model_dim * patch_values,
+    )
 
 
 def _per_layer(name: str, density: ArrayLike, num_layers: int) -> list[float]:

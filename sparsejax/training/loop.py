@@ -343,8 +343,10 @@ def _count_step_flops(run: Run, density: np.ndarray) -> float:
         mlp_dim=model.mlp_dim,
         sequence_length=model.max_length,
         causal=model.causal,
+        gated_mlp=model.mlp_activation != "gelu",
         vocab_size=model.vocab_size,
         num_classes=model.num_classes,
+        patch_values=model.patch_values,
         attention_density=tuple(density.tolist()),
     )
     return flops.training * run.config.data.batch_size * model.num_towers
