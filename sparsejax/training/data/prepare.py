@@ -14,6 +14,8 @@ _FLAGS = {
     "validation_split": "name of the validation split",
     "input_key": "TFDS feature to read",
     "label_key": "TFDS label to predict",
+    "patch_size": "side of a patch of an image, pixels",
+    "image_size": "side that images are scaled and cropped to, pixels",
 }
 
 
@@ -26,7 +28,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparsejax.training.data.prepare")
     for name, text in _FLAGS.items():
         required = name in ("source", "data_dir")
-        parser.add_argument(f"--{name}", help=text, required=required, default=argparse.SUPPRESS)
+        parser.add_argument(
+            f"--{name}",
+            help=text,
+            type=int if name.endswith("_size") else str,
+            required=required,
+            default=argparse.SUPPRESS,
+        )
     values = vars(parser.parse_args(arguments))
     try:
         prepare(

@@ -1,5 +1,6 @@
 """TFDS data sets, read without TensorFlow from ArrayRecord files prepared beforehand."""
 
+import functools
 import shlex
 import urllib.error
 import urllib.request
@@ -11,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from sparsejax.training.data.cache import hash_json
 from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.patches import find_grid, identify_patches, read_patches
 from sparsejax.training.data.source import Example, Source, Split
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
@@ -30,7 +32,7 @@ class _Fields(NamedTuple):
 def open_tfds(config: DataConfig) -> Source:
     """Open a TFDS set as a labelled set of texts or images, or as a corpus of texts.
 
-    Images become sequences of grey pixels, row by row.
+    Images become sequences of grey pixels, row by row, or of patches with all their channels.
 
     Args:
         config: Settings with `source="tfds:NAME[/config]"`.
@@ -39,8 +41,8 @@ def open_tfds(config: DataConfig) -> Source:
         The set.
 
     Raises:
-        ValueError: The set is neither prepared nor to be downloaded, is damaged, or lacks the
-            split or feature asked for.
+        ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
+            feature asked for, or has no images that fit the patches.
     """
     builder = _find_builder(config)
     info = builder.info
@@ -50,6 +52,14 @@ def open_tfds(config: DataConfig) -> Source:
             f"tokenizer={config.tokenizer!r} does not apply to the images of {config.source}; "
             "leave it at 'bytes'"
         )
+    grid = None
+    if config.patch_size:
+        if not fields.image:
+            raise ValueError(
+                f"patch_size={config.patch_size}: {config.source} has texts in "
+                f"{fields.input_key!r}; expected images, or 0"
+            )
+        grid = find_grid(config, info.features[fields.input_key].shape)
     names = {
         "train": config.train_split or "train",
         "validation": config.validation_split
@@ -58,6 +68,8 @@ def open_tfds(config: DataConfig) -> Source:
 
     def read(split: Split) -> Iterator[Example]:
         to_document = _flatten_image if fields.image else _to_bytes
+        if grid is not None:
+            to_document = functools.partial(read_patches, grid=grid, image_size=config.image_size)
         keys = (fields.input_key, fields.label_key)
         return read_examples(builder, names[split], *keys, to_document)
 
@@ -68,9 +80,11 @@ def open_tfds(config: DataConfig) -> Source:
             "files": _describe_files(builder),
             "splits": names,
             "keys": [fields.input_key, fields.label_key],
+            **identify_patches(config),
         },
         read=read,
         num_values=256 if fields.image else None,
+        grid=grid,
         num_classes=fields.num_classes,
     )
 
@@ -171,6 +185,8 @@ def make_prepare_command(config: DataConfig) -> str:
         'python -m sparsejax.training.data.prepare --source=tfds:lm1b --data_dir=data'
     """
     flags = [f"--source={config.source}", f"--data_dir={config.data_dir}"]
+    if config.patch_size:
+        flags += [f"--patch_size={config.patch_size}", f"--image_size={config.image_size}"]
     return shlex.join(["python", "-m", "sparsejax.training.data.prepare", *flags])
 
 
