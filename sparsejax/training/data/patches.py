@@ -193,7 +193,9 @@ def _draw_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, i
     return 0, 0, width, height
 
 
-def _resize(image: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
+def _resize(
+    image: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]
+) -> np.ndarray:
     """Return a box of an image (left, top, right, bottom) scaled to width and height."""
     from PIL import Image
 
