@@ -13,11 +13,11 @@ Contradictory: sequences of 128 in the code, of 512 on a page about reproducing 
 Departures: the batch is 4,096 throughout, where the code raises it from 128 over the whole run and
            so makes about 38,000 optimizer steps of the same sequences; byte-level BPE of 32,768
            entries for WordPiece of as many, in which text is lower case without accents; documents
-           are neither filtered nor sorted by length; 19 of 128 tokens are chosen, separators
-           among them, for 15 % of each kind but separators; learned positions for scaled sinusoidal
-           ones; norms add 1e-5 to the variance, not 1e-12; residual outputs begin smaller by the
-           root of twice the layers; bfloat16 for float16
-Expected:  not yet run; 2.097 (FST) and 2.067 (dense) published as losses in training
+           are neither filtered nor sorted by length; exactly 19 of 128 tokens are chosen, perhaps
+           separators, where the code chooses each other token with 15 %; learned positions for
+           scaled sinusoidal ones; norms add 1e-5 to the variance, not 1e-12; residual outputs begin
+           smaller by the root of twice the layers; bfloat16 for float16
+Expected:  not yet run
 """
 
 from configs import base

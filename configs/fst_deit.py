@@ -2,7 +2,8 @@
 
 Command:   python train.py --config=configs/fst_deit.py --workdir=runs/fst_deit
            after python -m sparsejax.training.data.prepare --source=tfds:imagenet2012
-           --data_dir=... --patch_size=16 --image_size=224; the cache takes 200 GB, once
+           --data_dir=... --patch_size=16 --image_size=224; TFDS has to be given the archives, and
+           the cache takes 200 GB
 Hardware:  one H100 or H200; compiled for an H100, a step takes 40.8 GB sparse and 51.6 GB dense.
            Its images take one core of an AMD EPYC 2.8 s, or 0.5 s with random_crop=False: the GPU
            will wait for the one thread that reads
@@ -20,7 +21,7 @@ Departures: of DeiT's augmentations, random resized crops and flips are followed
            outputs begin smaller by the root of twice the layers; bfloat16 for float16. The dense
            control of the released code refreshes its masks every 40 steps: compare flip rates with
            variant="dense" and the refresh of 10 here
-Expected:  not yet run; without the augmentations, less than the published 81.3 % (dense 81.8 %)
+Expected:  not yet run; without the other augmentations, less than is published
 """
 
 from configs import base

@@ -39,7 +39,7 @@ _MASKED = _FST | {
 
 
 def _make_patch_settings(folder, **changes):
-    """Return settings for grey images of 8 x 12; their class is the row that patches have bright."""
+    """Return settings for grey images of 8 x 12, classed by the row that patches have bright."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 48), ("t10k", 12)):
         labels = np.arange(count) % 3
