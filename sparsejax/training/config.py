@@ -60,6 +60,8 @@ class ModelSettings:
     dtype: str
     remat: bool
     scan_layers: bool
+    use_bias: bool
+    embedding_norm: bool
     block_size: int
     attention_implementation: Implementation | None
     weight_implementation: NMImplementation | None
@@ -171,7 +173,14 @@ def _check_relations(config: TrainConfig):
     )
     # A stand-in for what the data will say: everything else can be refused before reading it.
     # Of an encoder, because a causal pattern has fewer blocks to choose from.
-    model = make_transformer_config(config, task="classification", vocab_size=1, num_classes=2)
+    patches = bool(config.data.patch_size)
+    model = make_transformer_config(
+        config,
+        task="classification",
+        vocab_size=int(not patches),
+        num_classes=2,
+        patch_values=int(patches),
+    )
     phases = make_recipe(config, model).phases
     for phase in phases[:-1]:
         check_setting(
@@ -196,15 +205,16 @@ def _check_relations(config: TrainConfig):
 
 
 def make_transformer_config(
-    config: TrainConfig, *, task: str, vocab_size: int, num_classes: int
+    config: TrainConfig, *, task: str, vocab_size: int, num_classes: int, patch_values: int = 0
 ) -> TransformerConfig:
     """Complete the model's settings with what the data says.
 
     Args:
       config: TrainConfig.
-      task: "language_model", "classification" or "matching".
-      vocab_size: int, token ids in the data.
+      task: "language_model", "masked_language_model", "classification" or "matching".
+      vocab_size: int, token ids in the data, 0 of patches.
       num_classes: int, labels in the data, 0 for a language model.
+      patch_values: int, bytes of a patch, 0 of token ids.
 
     Returns:
       TransformerConfig.
@@ -248,6 +258,7 @@ def make_transformer_config(
             max_length=config.data.sequence_length,
             causal=task == "language_model",
             num_classes=num_classes,
+            patch_values=patch_values,
             num_towers=2 if task == "matching" else 1,
             block=BlockPattern(block_q=model.block_size, block_kv=model.block_size),
             sparse_weights=sparse_weights,

@@ -137,6 +137,7 @@ def _count_forward(model, attention_density, weight_density) -> TransformerFlops
         causal=model.causal,
         vocab_size=model.vocab_size,
         num_classes=model.num_classes,
+        patch_values=model.patch_values,
         attention_density=attention_density,
         weight_density=weight_density,
     )

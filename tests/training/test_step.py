@@ -238,6 +238,15 @@ def test_one_cycle_rises_and_falls_linearly():
     assert float(schedule(110)) == pytest.approx(1e-2 / 25e4, rel=1e-3)
 
 
+def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
+    settings = {"schedule": "triangle", "warmup_steps": 30}
+    for first in (0.0, 0.25):
+        config = _optimizer_config(**settings, initial_fraction=first)
+        schedule = make_optimizer(config, num_steps=40).schedule
+        rates = [float(schedule(step)) / 1e-2 for step in (0, 15, 30, 35, 40)]
+        np.testing.assert_allclose(rates, [first, (1 + first) / 2, 1, 0.5, 0], atol=1e-6)
+
+
 def test_adamw_is_that_of_optax():
     import optax
 
