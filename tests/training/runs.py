@@ -1,11 +1,18 @@
 """A run small enough to be trained many times in a test, on text that the test writes itself."""
 
+import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
+import jax
+
 from configs import base
+from sparsejax.training.checkpoint import find_checkpoints, restore
 from sparsejax.training.config import parse_config
 from sparsejax.training.loop import train_and_evaluate
+from sparsejax.training.run import prepare_run
+from sparsejax.training.state import TrainState
 
 NUM_STEPS = 10
 
@@ -55,3 +62,21 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any] | N
     return train_and_evaluate(
         parse_config(settings), settings, workdir, resume_command="the same command"
     )
+
+
+def load_end(settings: dict[str, Any], workdir: pathlib.Path) -> tuple[TrainState, Any]:
+    """Return the last state of a finished run, its key as plain data, and the data's position."""
+    info = find_checkpoints(workdir / "checkpoints")[0]
+    assert info.step == settings["num_steps"]
+    run = prepare_run(parse_config(settings))
+    state, data_state = restore(info, run.make_abstract_state(info.metadata["phase"]))
+    return dataclasses.replace(state, key=jax.random.key_data(state.key)), data_state
+
+
+def copy_until(workdir: pathlib.Path, step: int, target: pathlib.Path) -> pathlib.Path:
+    """Copy a run as it stood after a step."""
+    shutil.copytree(workdir, target)
+    for info in find_checkpoints(target / "checkpoints"):
+        if info.step > step:
+            shutil.rmtree(info.path)
+    return target

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +21,14 @@ from sparsejax.recipes import (
     make_fst,
 )
 from sparsejax.recipes.weight_masks import map_sparse_weights
-from sparsejax.training.checkpoint import find_checkpoints, restore
 from sparsejax.training.config import parse_config
 from sparsejax.training.find_decay import DecaySearch, find_decay, format_search
 from sparsejax.training.metrics import read_metrics
 from sparsejax.training.optimizer import OptimizerConfig, make_optimizer
-from sparsejax.training.run import prepare_run
 from sparsejax.training.settings import ConfigError
 from sparsejax.training.state import create_train_state, make_graphdef
 from sparsejax.training.step import make_train_step
-from tests.training.runs import NUM_STEPS, make_settings, train
+from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
 _MODEL = TransformerConfig(
     vocab_size=17,
@@ -196,25 +193,12 @@ def _trained(tmp_path_factory):
     return settings, workdir, summary
 
 
-def _end(settings, workdir):
-    info = find_checkpoints(workdir / "checkpoints")[0]
-    assert info.step == NUM_STEPS
-    run = prepare_run(parse_config(settings))
-    state, data_state = restore(info, run.make_abstract_state(info.metadata["phase"]))
-    state = dataclasses.replace(state, key=jax.random.key_data(state.key))
-    return state, data_state
-
-
 @pytest.mark.parametrize("step", [3, 7], ids=["sparse", "at_the_switch"])
 def test_resuming_is_bit_exact_across_refresh_and_switch(step, trained, tmp_path):
     settings, workdir, _ = trained
-    resumed = tmp_path / "resumed"
-    shutil.copytree(workdir, resumed)
-    for info in find_checkpoints(resumed / "checkpoints"):
-        if info.step > step:
-            shutil.rmtree(info.path)
+    resumed = copy_until(workdir, step, tmp_path / "resumed")
     train(settings, resumed)
-    (state, data), (expected, expected_data) = _end(settings, resumed), _end(settings, workdir)
+    (state, data), (expected, expected_data) = (load_end(settings, x) for x in (resumed, workdir))
     assert data == expected_data
     _assert_same(state, expected)
 
@@ -246,7 +230,7 @@ def test_a_run_shows_its_flip_rates(trained):
 def test_s_ste_masks_follow_the_weights(tmp_path):
     settings = make_settings(tmp_path, recipe__name="sste", recipe__sste__flip_interval_steps=2)
     train(settings, tmp_path / "run")
-    state, _ = _end(settings, tmp_path / "run")
+    state, _ = load_end(settings, tmp_path / "run")
     masks = get_weight_masks(state.sparsity.masks)
     assert set(masks) == {"mlp/up", "mlp/down"}
     for name, mask in masks.items():
