@@ -51,6 +51,7 @@ class ModelSettings:
     num_heads: int
     num_kv_heads: int
     mlp_dim: int
+    num_decoder_layers: int
     mlp_activation: str
     positions: str
     dropout_rate: float
@@ -95,6 +96,7 @@ class TrainConfig:
     num_eval_batches: int
     log_every_steps: int
     max_consecutive_skips: int
+    label_smoothing: float
     model: ModelSettings
     data: DataConfig
     optimizer: OptimizerConfig
@@ -123,14 +125,14 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
         "optimizer": OptimizerConfig,
         "checkpoint": CheckpointConfig,
     }
-    top = [
-        field.name
+    top = {
+        field.name: field.type
         for field in dataclasses.fields(TrainConfig)
         if field.name not in ("data", *sections, "recipe_name", "recipe_settings")
-    ]
+    }
     check_keys(mapping, (*top, *sections, "data", "recipe"), "")
     try:
-        values = {name: cast_value(mapping[name], int, name) for name in top}
+        values = {name: cast_value(mapping[name], hint, name) for name, hint in top.items()}
         built = {name: build_settings(cls, mapping[name], name) for name, cls in sections.items()}
         data = _build_data(mapping["data"], values["seed"])
         recipe = mapping["recipe"]
@@ -155,6 +157,9 @@ def _check_relations(config: TrainConfig):
         check_setting(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     for name in ("num_eval_batches", "max_consecutive_skips", "seed"):
         check_setting(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    check_setting(
+        0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing, "in [0, 1)"
+    )
     for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
         value = getattr(config.checkpoint, name)
         check_setting(value >= least, f"checkpoint.{name}", value, f"at least {least}")
@@ -169,7 +174,10 @@ def _check_relations(config: TrainConfig):
     )
     # A stand-in for what the data will say: everything else can be refused before reading it.
     # Of an encoder, because a causal pattern has fewer blocks to choose from.
-    model = make_transformer_config(config, task="classification", vocab_size=1, num_classes=2)
+    task, num_classes = "classification", 2
+    if config.data.kind == "pairs":
+        task, num_classes = "translation", 0
+    model = make_transformer_config(config, task=task, vocab_size=1, num_classes=num_classes)
     phases = make_recipe(config, model).phases
     for phase in phases[:-1]:
         check_setting(
@@ -200,9 +208,9 @@ def make_transformer_config(
 
     Args:
       config: TrainConfig.
-      task: "language_model", "classification" or "matching".
+      task: "language_model", "classification", "matching" or "translation".
       vocab_size: int, token ids in the data.
-      num_classes: int, labels in the data, 0 for a language model.
+      num_classes: int, labels in the data, 0 for a language model and for translation.
 
     Returns:
       TransformerConfig.
@@ -217,6 +225,13 @@ def make_transformer_config(
         "model.vocab_size",
         model.vocab_size,
         f"0 or at least the {vocab_size} token ids of data.source={config.data.source!r}",
+    )
+    translates = task == "translation"
+    check_setting(
+        (model.num_decoder_layers > 0) == translates,
+        "model.num_decoder_layers",
+        model.num_decoder_layers,
+        f"{'at least 1' if translates else '0'} for data.source={config.data.source!r}",
     )
     size, length = model.block_size, config.data.sequence_length
     check_setting(
@@ -286,6 +301,12 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     shape = {"causal": model.causal, "num_layers": model.num_layers}
     settings, prefix = config.recipe_settings, f"recipe.{config.recipe_name}"
     block_size = config.model.block_size
+    check_setting(
+        model.num_decoder_layers == 0 or config.recipe_name not in ("spion", "static_attention"),
+        "recipe.name",
+        config.recipe_name,
+        "a recipe without sparse attention for an encoder-decoder, whose attention is dense",
+    )
     try:
         if config.recipe_name == "spion":
             shape |= {"block_size": block_size, "length": model.max_length}

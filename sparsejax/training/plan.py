@@ -153,7 +153,9 @@ def compile_programs(
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
     options = step_options(config)
     steps = {
-        _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **options),
+        _TRAIN: make_train_step(
+            graphdef, recipe, phase, optimizer, label_smoothing=config.label_smoothing, **options
+        ),
         _EVALUATION: make_eval_step(graphdef, recipe, phase, **options),
     }
     if phase.probe_every_steps:
@@ -185,6 +187,9 @@ def make_abstract_batch(config: TrainConfig, facts: Facts) -> dict[str, jax.Shap
     if facts.task == "language_model":
         return batch | {"targets": tokens}
     batch["mask"] = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
+    if facts.task == "translation":
+        batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
+        return batch | {"decoder_inputs": tokens, "targets": tokens}
     return batch | {"labels": jax.ShapeDtypeStruct((B,), jnp.int32)}
 
 

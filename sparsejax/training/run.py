@@ -235,7 +235,14 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
         return jitted.lower(state, batch).compile()
 
     train_step = compile_step(
-        make_train_step(run.graphdef, run.recipe, phase, run.optimizer, **build)
+        make_train_step(
+            run.graphdef,
+            run.recipe,
+            phase,
+            run.optimizer,
+            label_smoothing=run.config.label_smoothing,
+            **build,
+        )
     )
     probe_step = None
     if phase.probe_every_steps:

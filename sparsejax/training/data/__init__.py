@@ -3,7 +3,7 @@
 `make_data(DataConfig(...))` is the whole interface; `find_facts` tells without the data what a
 model has to know of it. Every source takes the same road:
 
-    source (text, ListOps, IDX, TFDS, TSV) -> tokenizer -> token cache on disk, memory-mapped
+    source (text, pairs, ListOps, IDX, TFDS, TSV) -> tokenizer -> token cache on disk, memory-mapped
         -> random-access examples -> grain pipeline -> batches
 
 Grain, tensorflow_datasets and tokenizers are imported when a source first needs them, so that

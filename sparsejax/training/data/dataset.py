@@ -7,6 +7,7 @@ from pathlib import Path
 from sparsejax.training.data import pipeline, store
 from sparsejax.training.data.cache import cached_folder, hash_json
 from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.pairs import Translations, open_pairs
 from sparsejax.training.data.progress import show_progress
 from sparsejax.training.data.source import Example, Source, Split, Task
 from sparsejax.training.data.tokenizer import (
@@ -30,7 +31,10 @@ class Data:
     - `"language_model"`: `inputs` int32[B, T], `targets` int32[B, T], `weights` float32[B];
     - `"classification"`: `inputs` int32[B, T], `mask` bool[B, T] (True = real token, 0 = padding
       id), `labels` int32[B], `weights` float32[B];
-    - `"matching"`: the same with `inputs` and `mask` [B, 2, T].
+    - `"matching"`: the same with `inputs` and `mask` [B, 2, T];
+    - `"translation"`: `inputs` int32[B, T] and `mask` bool[B, T] of the source; `targets` and, one
+      token behind, `decoder_inputs` int32[B, T]; `weights` float32[B, T], 1 at real targets.
+      `pairs.py` says how sentences begin and end.
 
     Attributes:
         train: Endless iterator over shuffled batches, with `get_state` and `set_state`.
@@ -38,7 +42,7 @@ class Data:
             always the same order, the last batch filled up with examples of weight 0.
         task: What the batches are for.
         vocab_size: Ids are in [0, vocab_size).
-        num_classes: Number of labels; 0 for a language model.
+        num_classes: Number of labels; 0 for a language model and for translation.
         fingerprint: What must be equal for a run to resume on this data.
     """
 
@@ -101,7 +105,7 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
         ),
         validation=pipeline.make_validation(validation, **share),
         task=source.task,
-        # A labelled document is shifted up by one to make room for padding.
+        # A document that is padded is shifted up by one to make room for the padding's id.
         vocab_size=tokenizer.vocab_size + (source.task != "language_model"),
         num_classes=source.num_classes,
         fingerprint={
@@ -165,6 +169,8 @@ def _open_source(config: DataConfig) -> Source:
             from sparsejax.training.data.aan import open_aan
 
             return open_aan(config)
+        case "pairs":
+            return open_pairs(config)
         case _:
             from sparsejax.training.data.tfds_source import open_tfds
 
@@ -195,7 +201,8 @@ def _write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, split: Spl
     if source.task == "language_model":
         store.write_stream(folder, examples, tokenizer)
     else:
-        store.write_documents(folder, examples, tokenizer, source.num_classes)
+        # Without classes every label is 0.
+        store.write_documents(folder, examples, tokenizer, source.num_classes or 1)
 
 
 def _open_examples(config: DataConfig, prepared: _Prepared, split: Split) -> pipeline.ExampleSource:
@@ -203,8 +210,11 @@ def _open_examples(config: DataConfig, prepared: _Prepared, split: Split) -> pip
     if prepared.source.task == "language_model":
         examples = store.Windows(folder, prepared.tokenizer, length)
     else:
-        paired = prepared.source.task == "matching"
-        examples = store.Documents(folder, prepared.tokenizer, length, paired)
+        if prepared.source.task == "translation":
+            examples = Translations(folder, prepared.tokenizer, length)
+        else:
+            paired = prepared.source.task == "matching"
+            examples = store.Documents(folder, prepared.tokenizer, length, paired)
         if not config.truncate:
             examples.check_lengths(split)
     if not len(examples):

@@ -12,7 +12,7 @@ class Facts(NamedTuple):
     Attributes:
         task: What the batches are for.
         vocab_size: Ids are in [0, vocab_size).
-        num_classes: Number of labels; 0 for a language model.
+        num_classes: Number of labels; 0 for a language model and for translation.
     """
 
     task: Task
@@ -47,6 +47,7 @@ def find_facts(config: DataConfig, *, num_classes: int | None = None) -> Facts:
         "text": ("language_model", 0),
         "listops": ("classification", 10),
         "aan": ("matching", 2),
+        "pairs": ("translation", 0),
     }
     if config.kind in known:
         task, count = known[config.kind]
@@ -69,5 +70,5 @@ def find_facts(config: DataConfig, *, num_classes: int | None = None) -> Facts:
         num_ids = 256  # grey levels too
     else:
         num_ids = int(config.tokenizer.partition(":")[2])
-    # A labelled document is shifted up by one to make room for padding.
+    # A document that is padded is shifted up by one to make room for the padding's id.
     return Facts(task, num_ids + (task != "language_model"), count)

@@ -122,7 +122,8 @@ def make_validation(
 def _take_or_fill(examples: Any, position: int) -> Batch:
     if position < len(examples):
         return examples[position]
-    return examples[len(examples) - 1] | {"weights": np.zeros((), np.float32)}
+    last = examples[len(examples) - 1]
+    return last | {"weights": np.zeros_like(last["weights"])}
 
 
 def _stack(examples: list[Batch]) -> Batch:
