@@ -84,6 +84,7 @@ def test_value_out_of_range_is_named(changes, message):
     [
         "quickstart",
         "dense_small",
+        "fst_transformer_base",
         "spion_listops",
         "spion_image",
         "spion_retrieval",
