@@ -179,6 +179,12 @@ def _check_relations(config: TrainConfig):
         task, num_classes = "translation", 0
     model = make_transformer_config(config, task=task, vocab_size=1, num_classes=num_classes)
     phases = make_recipe(config, model).phases
+    check_setting(
+        model.num_decoder_layers == 0 or not any(p.sparse_attention for p in phases),
+        "recipe.name",
+        config.recipe_name,
+        "one without sparse attention for an encoder-decoder, whose attention is dense",
+    )
     for phase in phases[:-1]:
         check_setting(
             phase.last_step is None or phase.last_step < config.num_steps,
@@ -301,12 +307,6 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     shape = {"causal": model.causal, "num_layers": model.num_layers}
     settings, prefix = config.recipe_settings, f"recipe.{config.recipe_name}"
     block_size = config.model.block_size
-    check_setting(
-        model.num_decoder_layers == 0 or config.recipe_name not in ("spion", "static_attention"),
-        "recipe.name",
-        config.recipe_name,
-        "a recipe without sparse attention for an encoder-decoder, whose attention is dense",
-    )
     try:
         if config.recipe_name == "spion":
             shape |= {"block_size": block_size, "length": model.max_length}

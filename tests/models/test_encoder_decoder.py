@@ -318,6 +318,18 @@ def test_names_of_the_decoder_are_its_own():
             sparse_weight_patterns(dataclasses.replace(config, sparse_weights=((regex, SQUARE),)))
         )
 
+    def find_built(regex):
+        config = dataclasses.replace(PLAIN, sparse_weights=((regex, SQUARE),))
+        masks = split_abstract(config)[2]
+        return sorted(
+            jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+            for path, _ in jax.tree.leaves_with_path(masks)
+            if path[-1].key == "kernel_mask"
+        )
+
+    for layer in ("mlp/up", "mlp/down"):
+        assert find_built(layer) == [f"blocks/{layer}"]
+        assert find_built(f"decoder/{layer}") == [f"decoder/blocks/{layer}"]
     assert find("mlp/.*") == ["mlp/up", "mlp/down"]
     assert find("decoder/mlp/down") == ["decoder/mlp/down"]
     assert find(".*mlp/up") == ["mlp/up", "decoder/mlp/up"]

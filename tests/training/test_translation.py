@@ -177,7 +177,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
         ),
         (
             {"recipe__name": "spion"},
-            "recipe.name must be a recipe without sparse attention .*spion",
+            "recipe.name must be one without sparse attention .*, got 'spion'",
         ),
         (
             {"recipe__name": "static_attention"},
