@@ -180,7 +180,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
             "recipe.name must be one without sparse attention .*, got 'spion'",
         ),
         (
-            {"recipe__name": "static_attention"},
+            {"recipe__name": "static_attention", "recipe__static_attention__density": 1.0},
             "recipe.name must be .* for an encoder-decoder, whose attention is dense, got 'static",
         ),
         (
