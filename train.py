@@ -80,6 +80,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         # ml_collections raises these for an unknown key, a mistyped value or a missing file; an
         # unknown key arrives as the text of a KeyError, which is a quoted string.
         text = str(error)
+        if "Traceback" in text:  # of a config that refuses its argument
+            text = text.strip().splitlines()[-1]
         if text[:1] == text[-1:] and text[:1] in ("'", '"'):
             with contextlib.suppress(SyntaxError, ValueError):
                 text = ast.literal_eval(text)

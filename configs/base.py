@@ -43,8 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.weight_implementation = config_dict.placeholder(str)
 
     data = config.data = ml_collections.ConfigDict()
-    # stdlib | text:/path | listops | listops:short | idx:/folder | tfds:name | aan:/folder |
-    # pairs:/folder
+    # stdlib | text:/path | listops | listops:short | pathfinder | idx:/folder | tfds:name |
+    # aan:/folder | pairs:/folder
     data.source = "stdlib"
     data.data_dir = "~/.cache/sparsejax"  # prepared data sets and tokenizers
     data.tokenizer = "bytes"  # or "bpe:4096", trained on the training split
@@ -57,8 +57,10 @@ def get_config() -> ml_collections.ConfigDict:
     data.validation_split = ""  # empty = the source's own
     data.input_key = ""  # tfds feature to read, empty = the one the set declares
     data.label_key = ""  # tfds label to predict, empty = the one the set declares
+    data.image_size = 0  # side to which tfds images are scaled, pixels; 0 = as they are
     data.validation_fraction = 0.05  # share of a text corpus held out
     data.listops_examples = 96_000  # training examples of ListOps
+    data.pathfinder_examples = 160_000  # training examples of Pathfinder
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "lion", "sgd"
@@ -74,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.clip_value = config_dict.placeholder(float)  # None = off
 
     recipe = config.recipe = ml_collections.ConfigDict()
-    recipe.name = "dense"  # or "spion", "static_attention", "fst", "sste"
+    recipe.name = "dense"  # or "spion", "sat", "static_attention", "fst", "sste"
 
     spion = recipe.spion = ml_collections.ConfigDict()
     spion.variant = "cf"  # "cf", "c" or "f"
@@ -88,6 +90,17 @@ def get_config() -> ml_collections.ConfigDict:
     spion.restart_learning_rate = config_dict.placeholder(bool)
     spion.pruned_logits = "zero"  # or "masked"
     spion.latest_switch_step = config_dict.placeholder(int)  # ours: switch then at the latest
+
+    sat = recipe.sat = ml_collections.ConfigDict()
+    sat.density = 0.05  # fraction of visible blocks that a layer keeps
+    sat.min_skewness = 1.7  # the switch needs every layer's map to be as skewed
+    sat.max_change_percent = 1.3  # and every layer's change below this
+    sat.probe_every_steps = 1  # steps between two looks at the maps; above 1 is ours
+    sat.map_decay = 0.0  # weight of earlier maps in an average; above 0 is ours
+    sat.pattern_dim = config_dict.placeholder(int)  # inner size of W; None = width of a head
+    sat.continue_schedule = False  # False as the released code: fresh optimizer, half the peak rate
+    sat.pruned_logits = "zero"  # or "masked"
+    sat.latest_switch_step = config_dict.placeholder(int)  # ours: switch then at the latest
 
     static = recipe.static_attention = ml_collections.ConfigDict()
     static.pattern = "sliding_window"  # or "longformer", "bigbird"

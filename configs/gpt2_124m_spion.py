@@ -3,11 +3,11 @@
 Command:   python train.py --config=configs/gpt2_124m_spion.py --workdir=runs/gpt2_124m_spion
            with --config.data.source=text:/path/to/openwebtext
 Hardware:  one H100 or H200; compiled for an H200, a step takes 12.7 GB
-Source:    configs/gpt2_124m_dense.py; the sparsity settings are ours
+Source:    configs/gpt2.py; the sparsity settings are ours
 Expected:  not yet run
 """
 
-from configs import gpt2_124m_dense
+from configs import gpt2
 
 
 def get_config():
@@ -16,7 +16,7 @@ def get_config():
     Returns:
       ConfigDict.
     """
-    config = gpt2_124m_dense.get_config()
+    config = gpt2.get_config()
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.8
     config.recipe.spion.probe_every_steps = 1_000

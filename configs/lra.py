@@ -1,15 +1,16 @@
-"""What the Long Range Arena configs of SPION share; not a run of its own."""
+"""What the configs of SPION's and SAT's tasks share; not a run of its own."""
 
 from configs import base
 
 
 def get_config():
-    """Return the model and optimizer that SPION trains on every task.
+    """Return the model and optimizer that SPION and SAT train on every task.
 
     Two heads of 32, width 64, feed-forward 128, pre-LN, learned positions, mean pooling,
     dropout 0.1; AdamW (0.9, 0.999), eps 1e-6, no decay, gradient values clipped at 1; one-cycle
-    schedule, linear both ways. Source: the released code of arXiv:2309.12578, which runs
-    attention in float32 and the rest in mixed precision.
+    schedule, linear both ways. Source: the released code of arXiv:2309.12578 and
+    doi:10.1109/ACCESS.2024.3425638, which runs attention in float32 and the rest in mixed
+    precision.
 
     Returns:
       ConfigDict.
@@ -30,6 +31,4 @@ def get_config():
     config.optimizer.eps = 1e-6
     config.optimizer.clip_norm = None
     config.optimizer.clip_value = 1.0
-
-    config.recipe.name = "spion"
     return config

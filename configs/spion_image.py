@@ -31,6 +31,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 175
 
+    config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.96
     config.recipe.spion.probe_every_steps = 500
     return config

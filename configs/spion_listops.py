@@ -31,6 +31,7 @@ def get_config():
     config.optimizer.learning_rate = 7e-4
     config.optimizer.warmup_steps = 1_000
 
+    config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.98
     config.recipe.spion.probe_every_steps = 500
     return config

@@ -32,6 +32,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 80
 
+    config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.99
     config.recipe.spion.probe_every_steps = 200
     return config

@@ -2,33 +2,84 @@
 
 from sparsejax.masks.block_patterns import (
     bigbird,
+    hybrid_blocks,
+    hybrid_mask,
     longformer,
     pattern_at_density,
     sliding_window,
 )
+from sparsejax.masks.counts import count_kept, update_counts
 from sparsejax.masks.decay import masked_decay
+from sparsejax.masks.densities import layer_densities, layer_densities_at
 from sparsejax.masks.flood_fill import flood_fill, pool_attention, spion_pattern, top_k_blocks
+from sparsejax.masks.learned_pattern import (
+    count_kept_blocks,
+    map_distance,
+    map_skewness,
+    model_pooled_map,
+    sat_pattern,
+)
 from sparsejax.masks.magnitude import magnitude_nm_mask
 from sparsejax.masks.metrics import block_density, flip_rate, retained_l1, total_flip_rate
+from sparsejax.masks.mst_schedules import MSTSchedules, mst_schedules
+from sparsejax.masks.schedules import (
+    AnnealingPhase,
+    CosineAnnealing,
+    Ramp,
+    SparsitySchedule,
+    UpdateSteps,
+)
+from sparsejax.masks.selection import magnitude_mask, random_mask
 from sparsejax.masks.soft_threshold import (
     soft_threshold,
     soft_threshold_mask,
     soft_threshold_scale,
     soft_threshold_ste,
 )
+from sparsejax.masks.topology import (
+    apply_topology,
+    block_scores,
+    drop_and_grow,
+    expand_blocks,
+    reset_moments,
+)
 from sparsejax.masks.transposable import transposable_mask
 
 __all__ = [
+    "AnnealingPhase",
+    "CosineAnnealing",
+    "MSTSchedules",
+    "Ramp",
+    "SparsitySchedule",
+    "UpdateSteps",
+    "apply_topology",
     "bigbird",
     "block_density",
+    "block_scores",
+    "count_kept",
+    "count_kept_blocks",
+    "drop_and_grow",
+    "expand_blocks",
     "flip_rate",
     "flood_fill",
+    "hybrid_blocks",
+    "hybrid_mask",
+    "layer_densities",
+    "layer_densities_at",
     "longformer",
+    "magnitude_mask",
     "magnitude_nm_mask",
+    "map_distance",
+    "map_skewness",
     "masked_decay",
+    "model_pooled_map",
+    "mst_schedules",
     "pattern_at_density",
     "pool_attention",
+    "random_mask",
+    "reset_moments",
     "retained_l1",
+    "sat_pattern",
     "sliding_window",
     "soft_threshold",
     "soft_threshold_mask",
@@ -38,4 +89,5 @@ __all__ = [
     "top_k_blocks",
     "total_flip_rate",
     "transposable_mask",
+    "update_counts",
 ]

@@ -1,4 +1,4 @@
-"""Static block patterns of sparse attention: sliding window, Longformer, BigBird.
+"""Static block patterns of sparse attention: sliding window, Longformer, BigBird, hybrid.
 
 Block (i, j) holds the queries of block i and the keys of block j. A causal pattern is the
 pattern itself without the blocks above the diagonal.
@@ -116,6 +116,84 @@ def bigbird(
     draws = jnp.where(candidates, jax.random.uniform(key, fixed.shape), jnp.inf)
     rank_in_row = draws.argsort(axis=1).argsort(axis=1)
     return fixed | (candidates & (rank_in_row < num_random))
+
+
+def hybrid_mask(length: int, *, stride: int, causal: bool = True) -> jax.Array:
+    """Keep a window and every stride-th position before it: MST's hybrid sparse attention.
+
+    kept[i, j] = |i - j| < stride or (i - j) mod stride = 0
+
+    This is the strided pattern of sparse transformers with both parts in every head.
+
+    Args:
+      length: int, T, positions.
+      stride: int, l, positions from a query to the edge of its window, itself included.
+      causal: bool, whether positions after the query are dropped.
+
+    Returns:
+      bool[T, T], True = kept.
+
+    Raises:
+      ValueError: if `length` or `stride` is not positive.
+
+    References:
+      Child et al.: Sparse Transformers, arXiv:1904.10509; Hu, Li, Huang, MST, arXiv:2408.11746,
+      whose script has l = 128.
+
+    Example:
+      >>> hybrid_mask(5, stride=2).astype(int)
+      Array([[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [0, 1, 1, 1, 0],
+             [1, 0, 1, 1, 1]], dtype=int32)
+    """
+    _check_at_least(1, length=length, stride=stride)
+    position = jnp.arange(length)
+    ahead = position[:, None] - position
+    kept = (jnp.abs(ahead) < stride) | (ahead % stride == 0)
+    return kept & (ahead >= 0) if causal else kept
+
+
+def hybrid_blocks(num_blocks: int, *, block: int, stride: int, causal: bool = True) -> jax.Array:
+    """Keep the blocks that hold anything `hybrid_mask` keeps.
+
+    A stride that is a multiple of the block keeps one diagonal of blocks in stride / block; any
+    other touches two where the mask has one diagonal of positions.
+
+    Args:
+      num_blocks: int, NB, blocks per side.
+      block: int, positions per block.
+      stride: int, as `hybrid_mask`, in positions.
+      causal: bool, as `hybrid_mask`.
+
+    Returns:
+      bool[NB, NB], True = kept.
+
+    Raises:
+      ValueError: if `num_blocks`, `block` or `stride` is not positive.
+
+    References:
+      As `hybrid_mask`; the cover by blocks is ours, and attends to more than MST does.
+
+    Example:
+      >>> hybrid_blocks(5, block=64, stride=128).astype(int)
+      Array([[1, 0, 0, 0, 0],
+             [1, 1, 0, 0, 0],
+             [1, 1, 1, 0, 0],
+             [0, 1, 1, 1, 0],
+             [1, 0, 1, 1, 1]], dtype=int32)
+    """
+    _check_at_least(1, num_blocks=num_blocks, block=block, stride=stride)
+    index = np.arange(num_blocks)
+    # The range of i - j in a block.
+    middle = (index[:, None] - index) * block
+    low, high = middle - (block - 1), middle + (block - 1)
+    if causal:
+        low = np.maximum(low, 0)
+    # Where the edge of the window cuts a block off its middle, the stride lies in that block.
+    holds_multiple = high // stride * stride >= low
+    return jnp.asarray((low <= high) & ((np.abs(middle) < stride) | holds_multiple))
 
 
 def pattern_at_density(

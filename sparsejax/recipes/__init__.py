@@ -12,6 +12,8 @@ from sparsejax.recipes.recipe import Observation as Observation
 from sparsejax.recipes.recipe import Phase as Phase
 from sparsejax.recipes.recipe import Recipe as Recipe
 from sparsejax.recipes.recipe import Sparsity as Sparsity
+from sparsejax.recipes.sat import SatConfig as SatConfig
+from sparsejax.recipes.sat import make_sat as make_sat
 from sparsejax.recipes.spion import SpionConfig as SpionConfig
 from sparsejax.recipes.spion import make_spion as make_spion
 from sparsejax.recipes.sste import SSTEConfig as SSTEConfig

@@ -6,7 +6,7 @@ function has an identity default, so a method states only what it does:
 
   inside every step        transform_params -> forward -> auxiliary_loss -> clip ->
                            transform_gradients -> skip_optimizer -> optimizer -> update -> metrics
-  at a probing step        observe, which may ask for the next phase
+  in a step that probes    observe, before transform_gradients; it may ask for the next phase
   between two phases       enter_phase
 """
 
@@ -32,9 +32,9 @@ class Phase(NamedTuple):
         sparse weights.
       last_step: int, the phase ends after this many steps of the run at the latest; None = no
         limit.
-      probe_every_steps: int, `observe` is called on the training batch of these steps; None =
-        never.
-      maps_in_step: bool, every step hands the attention maps to `auxiliary_loss`.
+      ends_when: str, what `observe` waits for, for a person whose run does not get there.
+      probe_every_steps: int, steps between two that probe: they hand the attention maps of their
+        forward pass to `auxiliary_loss` and `observe`; None = never.
       learning_rate: "schedule" continues it, "restart" runs it anew from the phase's first
         step, "constant" holds the base rate.
       learning_rate_scale: float, multiplies the rate.
@@ -47,8 +47,8 @@ class Phase(NamedTuple):
     sparse_weights: bool = False
     grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
     last_step: int | None = None
+    ends_when: str = "the recipe's condition holds"
     probe_every_steps: int | None = None
-    maps_in_step: bool = False
     learning_rate: Literal["schedule", "restart", "constant"] = "schedule"
     learning_rate_scale: float = 1.0
     reset_optimizer: bool = False
@@ -138,7 +138,7 @@ class Recipe(NamedTuple):
       init: (masks, params, key) -> Sparsity, before the first step; masks are all True.
       transform_params: (params, sparsity, phase) -> params that the forward pass sees.
       auxiliary_loss: (sparsity, attention_maps, phase) -> f32[], added to the loss. Gradients
-        flow to `sparsity.params` only.
+        flow to `sparsity.params` only. Maps are None in a step that does not probe.
       transform_gradients: (grads, params, sparsity, phase) -> grads, after clipping and before
         the optimizer.
       skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.

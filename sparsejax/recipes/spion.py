@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from sparsejax.masks import flood_fill, pool_attention, top_k_blocks
+from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
 from sparsejax.recipes.attention_masks import set_attention_masks
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
@@ -137,7 +137,7 @@ def make_spion(config: SpionConfig) -> Recipe:
         del phase
         old = sparsity.statistics
         check = old["num_checks"] + 1
-        distance = jnp.linalg.norm(attention_maps - old["map_before"], axis=(1, 2))
+        distance = map_distance(old["map_before"], attention_maps)
         # After a distance of 0 this is infinite or NaN, which is below no threshold.
         change_percent = 100 * jnp.abs(distance - old["distance"]) / old["distance"]
         settled = jnp.floor(change_percent) < config.max_change_percent
@@ -185,6 +185,10 @@ def make_spion(config: SpionConfig) -> Recipe:
         "dense",
         probe_every_steps=config.probe_every_steps,
         last_step=config.latest_switch_step,
+        ends_when=(
+            "the distance between two attention maps of every layer changes by less than "
+            f"{config.max_change_percent} % from one probe to the next"
+        ),
     )
     sparse = Phase(
         "sparse",

@@ -16,11 +16,13 @@ from sparsejax.patterns import BlockPattern, NMPattern
 from sparsejax.recipes import (
     FSTConfig,
     Recipe,
+    SatConfig,
     SpionConfig,
     SSTEConfig,
     StaticAttentionConfig,
     make_dense,
     make_fst,
+    make_sat,
     make_spion,
     make_sste,
     make_static_attention,
@@ -35,7 +37,7 @@ from sparsejax.training.settings import (
     check_setting,
 )
 
-_RECIPES = ("dense", "spion", "static_attention", "fst", "sste")
+_RECIPES = ("dense", "spion", "sat", "static_attention", "fst", "sste")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -311,6 +313,10 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
         if config.recipe_name == "spion":
             shape |= {"block_size": block_size, "length": model.max_length}
             return make_spion(build_settings(SpionConfig, settings, prefix, **shape))
+        if config.recipe_name == "sat":
+            shape |= {"block_size": block_size, "length": model.max_length}
+            shape["head_dim"] = model.head_dim
+            return make_sat(build_settings(SatConfig, settings, prefix, **shape))
         if config.recipe_name == "static_attention":
             shape["num_blocks"] = model.max_length // block_size
             return make_static_attention(

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from sparsejax.recipes import Phase, compute_attention_density
+from sparsejax.recipes import Phase
 from sparsejax.training.checkpoint import restore
 from sparsejax.training.config import TrainConfig
+from sparsejax.training.density import compute_density
 from sparsejax.training.progress import say
 from sparsejax.training.run import Run, compile_evaluation, prepare_run
 from sparsejax.training.settings import ConfigError
@@ -29,7 +29,8 @@ def evaluate(
       workdir: folder of a run.
 
     Returns:
-      dict with step, phase, validation_loss, validation_accuracy and attention_density.
+      dict with step, phase, validation_loss, validation_accuracy, attention_density and, if the
+      phase has sparse weights, weight_density.
 
     Raises:
       ConfigError: if the folder holds no checkpoint of a run with these settings.
@@ -52,7 +53,11 @@ def evaluate(
     batch = run.put(next(run.data.validation(1)))
     eval_step = compile_evaluation(run, phase, batch)
     result = {"step": info.step, "phase": phase.name, **compute_validation(run, eval_step, state)}
-    return result | {"attention_density": float(compute_density(run, state, phase).mean())}
+    density = compute_density(run.model, state.sparsity.masks, phase)
+    result["attention_density"] = float(density.attention.mean())
+    if (mean := density.mean_weights) is not None:
+        result["weight_density"] = mean
+    return result
 
 
 def compute_validation(run: Run, eval_step: Callable, state: TrainState) -> dict[str, float]:
@@ -93,20 +98,3 @@ def find_phase(run: Run, name: str) -> Phase:
         if phase.name == name:
             return phase
     raise ValueError(f"the checkpoint's phase {name!r} is not one of {run.recipe.name!r}")
-
-
-def compute_density(run: Run, state: TrainState, phase: Phase) -> np.ndarray:
-    """Return the fraction of visible attention blocks that each layer computes.
-
-    Args:
-      run: Run.
-      state: TrainState.
-      phase: Phase, in which attention may be dense whatever the masks hold.
-
-    Returns:
-      f32[L].
-    """
-    if not phase.sparse_attention:
-        return np.ones(run.model.num_layers, np.float32)
-    masks = state.sparsity.masks
-    return np.asarray(compute_attention_density(masks, causal=run.model.causal))

@@ -4,13 +4,17 @@ Conventions. A multiply-add is 2 FLOPs. Only matrix products count: no softmax, 
 activation, bias, embedding look-up, position encoding or optimizer. The backward pass of a
 product is two products of the same size, for either operand, hence twice the forward pass;
 rematerialisation is not counted. What a density below 1 leaves out is not counted, whether or
-not the hardware in use can save it, and it is left out of both passes alike.
+not the hardware in use can save it, and it is left out of both passes alike; where the products
+of the backward pass keep other parts, `training/density.py` counts each by itself.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+_WEIGHTS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,14 +26,16 @@ class LayerFlops:
       scores: float, queries times keys.
       values: float, probabilities times values.
       output: float, projection of the heads back to the model width.
-      mlp: float, feed-forward block.
+      up: float, first product of the feed-forward block, the gate included.
+      down: float, second product of the feed-forward block.
     """
 
     qkv: float
     scores: float
     values: float
     output: float
-    mlp: float
+    up: float
+    down: float
 
     @property
     def attention(self) -> float:
@@ -38,8 +44,8 @@ class LayerFlops:
 
     @property
     def linears(self) -> float:
-        """FLOPs of the products with weights: qkv, output and mlp."""
-        return self.qkv + self.output + self.mlp
+        """FLOPs of the products with weights: qkv, output, up and down."""
+        return self.qkv + self.output + self.up + self.down
 
     @property
     def forward(self) -> float:
@@ -94,19 +100,19 @@ def count_transformer_flops(
     vocab_size: int = 0,
     num_classes: int = 0,
     attention_density: ArrayLike = 1.0,
-    projection_density: ArrayLike = 1.0,
-    mlp_density: ArrayLike = 1.0,
+    weight_density: Mapping[str, ArrayLike] | None = None,
 ) -> TransformerFlops:
     """Count the FLOPs of a transformer on one sequence, by layer and component.
 
     With T = sequence_length, D = model_dim, H = head_dim, N and K = num_heads and num_kv_heads,
     P = T^2 query-key pairs, or T (T + 1) / 2 if causal:
 
-      qkv      2 T D (N + 2 K) H   * projection_density
+      qkv      2 T D (N + 2 K) H   * weight_density["attention/qkv"]
       scores   2 P N H             * attention_density
       values   2 P N H             * attention_density
-      output   2 T N H D           * projection_density
-      mlp      2 T D mlp_dim * (2, or 3 if gated) * mlp_density
+      output   2 T N H D           * weight_density["attention/out"]
+      up       2 T D mlp_dim, twice that if gated, * weight_density["mlp/up"]
+      down     2 T D mlp_dim       * weight_density["mlp/down"]
       head     2 T D vocab_size, or 2 D num_classes
 
     The module's docstring states what is counted and what is not. Multiply by the batch size
@@ -127,18 +133,16 @@ def count_transformer_flops(
       num_classes: int, outputs of a classifier at one pooled position. If positive, it is the
         head, and `vocab_size` merely sizes an embedding, which costs no FLOPs.
       attention_density: float[] or float[num_layers] in [0, 1], kept fraction of the counted pairs.
-      projection_density: float[] or float[num_layers] in [0, 1], kept fraction of the attention
-        weights (qkv and output).
-      mlp_density: float[] or float[num_layers] in [0, 1], kept fraction of the feed-forward
-        weights.
+      weight_density: name -> float[] or float[num_layers] in [0, 1], kept fraction of a weight;
+        1 for weights without a name.
 
     Returns:
       TransformerFlops for one sequence.
 
     Raises:
       ValueError: if a size is not positive, `vocab_size` or `num_classes` is negative, the heads
-        are not a multiple of the key/value heads, or a density is outside [0, 1] or neither one
-        number nor one per layer.
+        are not a multiple of the key/value heads, a density is outside [0, 1] or neither one
+        number nor one per layer, or a weight is unknown.
 
     Example:
       >>> gpt2 = dict(num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12, head_dim=64,
@@ -173,21 +177,24 @@ def count_transformer_flops(
     qkv = 2 * sequence_length * model_dim * (num_heads + 2 * num_kv_heads) * head_dim
     scores = 2 * pairs * num_heads * head_dim
     output = 2 * sequence_length * num_heads * head_dim * model_dim
-    mlp = 2 * sequence_length * model_dim * mlp_dim * (3 if gated_mlp else 2)
+    down = 2 * sequence_length * model_dim * mlp_dim
+    weights = dict.fromkeys(_WEIGHTS, 1.0) | dict(weight_density or {})
+    if unknown := set(weights) - set(_WEIGHTS):
+        raise ValueError(f"weight_density must name some of {_WEIGHTS}, got {sorted(unknown)}")
+    densities = [
+        _per_layer(f"weight_density[{name!r}]", weights[name], num_layers) for name in _WEIGHTS
+    ]
+    densities.append(_per_layer("attention_density", attention_density, num_layers))
     layers = tuple(
         LayerFlops(
-            qkv=qkv * projection,
+            qkv=qkv * to_qkv,
             scores=scores * attention,
             values=scores * attention,
-            output=output * projection,
-            mlp=mlp * feed_forward,
+            output=output * to_output,
+            up=down * (2 if gated_mlp else 1) * to_up,
+            down=down * to_down,
         )
-        for attention, projection, feed_forward in zip(
-            _per_layer("attention_density", attention_density, num_layers),
-            _per_layer("projection_density", projection_density, num_layers),
-            _per_layer("mlp_density", mlp_density, num_layers),
-            strict=True,
-        )
+        for to_qkv, to_output, to_up, to_down, attention in zip(*densities, strict=True)
     )
     head = num_classes or sequence_length * vocab_size
     return TransformerFlops(layers=layers, head=2.0 * model_dim * head)

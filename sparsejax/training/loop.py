@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from sparsejax.training.checkpoint import (
     restore,
 )
 from sparsejax.training.config import TrainConfig
-from sparsejax.training.evaluation import compute_density, compute_validation, find_phase
-from sparsejax.training.flops import count_transformer_flops
+from sparsejax.training.density import (
+    compute_density,
+    count_step_flops,
+    describe_density,
+)
+from sparsejax.training.evaluation import compute_validation, find_phase
 from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
 from sparsejax.training.plot_flips import has_flip_rates, plot_flip_rates
 from sparsejax.training.plots import plot_attention_patterns, plot_training
@@ -194,23 +199,31 @@ class _Loop:
         phase, step = self.phase, self.step + 1
         settled = False
         every_steps = phase.probe_every_steps
-        if self.programs.probe_step and every_steps and step % every_steps == 0:
-            self.flush()
-            self.state, observation = self.programs.probe_step(self.state, batch)
-            settled = self._report(observation, step)
-        self.state, metrics = self.programs.train_step(self.state, batch)
+        if self.programs.probing_step and every_steps and step % every_steps == 0:
+            if every_steps > 1:
+                self.flush()
+            began = time.perf_counter()
+            self.state, metrics, observation = self.programs.probing_step(self.state, batch)
+            settled = self._report(observation, step, began)
+            self.metrics.push(step, metrics)
+            # The report has waited for the step: its end is now.
+            self._record(self.metrics.flush())
+        else:
+            self.state, metrics = self.programs.train_step(self.state, batch)
+            self._record(self.metrics.push(step, metrics))
         self.step = step
-        self._record(self.metrics.push(step, metrics))
         phases = self.run.recipe.phases
         expired = phase.last_step is not None and step >= phase.last_step
         if (settled or expired) and phase is not phases[-1]:
             self.flush()
-            reason = "the recipe's condition holds" if settled else "its last step is reached"
+            reason = phase.ends_when if settled else "its last step is reached"
             self.writer.write(step, {"kind": "switch", "phase": phase.name, "reason": reason})
             say(f"       | step {step} | phase {phase.name!r} ends: {reason}")
             self.phase = phases[phases.index(phase) + 1]
             self.state = self.run.enter_phase(self.state, self.phase)
             self.programs = self._begin_phase(batch, record=True)
+        elif phase is not phases[-1] and phase.last_step is None:
+            self._warn_of_waiting()
 
     def validate(self) -> dict[str, float]:
         """Evaluate and record.
@@ -245,26 +258,41 @@ class _Loop:
         self._record(self.metrics.flush())
         self.timer.interrupt()
 
+    def _warn_of_waiting(self) -> None:
+        num_steps = self.run.config.num_steps
+        for percent in (50, 90):
+            if self.step == num_steps * percent // 100:
+                say(
+                    f"warning: after {percent} % of the run phase {self.phase.name!r} goes on: it "
+                    f"waits until {self.phase.ends_when}"
+                )
+
     def _begin_phase(self, batch: Batch, *, record: bool) -> Programs:
         self.flip_rate = None
         programs = compile_phase(self.run, self.phase, batch)
-        density = compute_density(self.run, self.state, self.phase)
-        self.density = float(density.mean())
+        density = compute_density(self.run.model, self.state.sparsity.masks, self.phase)
+        self.densities = {"density": float(density.attention.mean())}
+        if (mean := density.mean_weights) is not None:
+            self.densities["weight_density"] = mean
+        examples = self.run.config.data.batch_size
+        flops, dense_flops = count_step_flops(self.run.model, self.phase, density, examples)
         row = {
             "kind": "phase",
             "phase": self.phase.name,
-            "density": self.density,
-            "layer_density": density.tolist(),
+            **self.densities,
+            "layer_density": density.attention.tolist(),
+            "layer_weight_density": {n: x.tolist() for n, x in density.weights.items()},
             "step_memory_bytes": programs.step_memory_bytes,
-            "step_flops": _count_step_flops(self.run, density),
+            "step_flops": flops,
+            "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
         if record:
             self.writer.write(self.step, row)
-        shown = np.round(density.astype(float), 3).tolist()
         say(
-            f"phase {self.phase.name!r} from step {self.step}: attention density per layer "
-            f"{shown}, {programs.step_memory_bytes / 1e6:,.0f} MB per step, compiled once in "
+            f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
+            f"{flops / 1e9:,.1f} GFLOPs per step ({flops / dense_flops:.0%} of dense), "
+            f"{programs.step_memory_bytes / 1e6:,.0f} MB per step, compiled once in "
             f"{programs.compile_seconds:.1f} s"
         )
         if record and self.phase.sparse_attention:
@@ -282,10 +310,14 @@ class _Loop:
             title=f"{self.run.recipe.name}: attention blocks from step {self.step}",
         )
 
-    def _report(self, observation: Observation, step: int) -> bool:
+    def _report(self, observation: Observation, step: int, began: float) -> bool:
         change, metrics = jax.device_get((observation.change_phase, observation.metrics))
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        self.writer.write(step, {"kind": "probe", "phase": self.phase.name, **values})
+        row = {"kind": "probe", "phase": self.phase.name, **values}
+        self.writer.write(step, row | {"probing_step_seconds": time.perf_counter() - began})
+        every_steps = max(self.phase.probe_every_steps or 1, self.run.config.log_every_steps)
+        if step % every_steps and not change:
+            return False
         # A metric that does not exist yet is NaN throughout.
         known = {name: value for name, value in values.items() if not np.isnan(value).all()}
         shown = ", ".join(f"{name} {_format(value)}" for name, value in known.items())
@@ -302,7 +334,7 @@ class _Loop:
             if name in STEP_METRICS or not np.isnan(value).all()
         }
         seconds = self.timer.lap()
-        row = {"kind": "train", "phase": self.phase.name, **values, "density": self.density}
+        row = {"kind": "train", "phase": self.phase.name, **values, **self.densities}
         if seconds is not None:
             self.step_seconds = row["step_seconds"] = seconds
         self.writer.write(step, row)
@@ -332,24 +364,6 @@ def _count_step_tokens(run: Run) -> int:
     return run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
 
 
-def _count_step_flops(run: Run, density: np.ndarray) -> float:
-    model = run.model
-    flops = count_transformer_flops(
-        num_layers=model.num_layers,
-        model_dim=model.model_dim,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        mlp_dim=model.mlp_dim,
-        sequence_length=model.max_length,
-        causal=model.causal,
-        vocab_size=model.vocab_size,
-        num_classes=model.num_classes,
-        attention_density=tuple(density.tolist()),
-    )
-    return flops.training * run.config.data.batch_size * model.num_towers
-
-
 def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
     rows = read_metrics(workdir / "metrics.jsonl")
     phases = [phase.name for phase in run.recipe.phases]
@@ -362,6 +376,9 @@ def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "device": jax.devices()[0].device_kind,
     }
+    last = find_phase(run, [row["phase"] for row in rows if row["kind"] == "phase"][-1])
+    if last is not run.recipe.phases[-1]:
+        summary["waited_until"] = last.ends_when
     (workdir / "summary.json").write_text(dump_json(summary) + "\n")
     switches = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase" and row["step"]}
     plot_training(rows, switch_steps=switches, path=workdir / "training.png")

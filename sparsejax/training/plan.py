@@ -25,7 +25,7 @@ from sparsejax.training.optimizer import make_optimizer
 from sparsejax.training.progress import say
 from sparsejax.training.settings import ConfigError
 from sparsejax.training.state import make_abstract_state, make_graphdef
-from sparsejax.training.step import make_eval_step, make_probe_step, make_train_step
+from sparsejax.training.step import make_eval_step, make_train_step
 from sparsejax.types import PyTree
 
 TARGETS = {"h200": aot.H200, "h100": aot.H100}
@@ -33,7 +33,7 @@ TARGETS = {"h200": aot.H200, "h100": aot.H100}
 # What JAX takes of a GPU's memory when it starts, if XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
 _MEMORY_FRACTION = 0.75
 
-_TRAIN, _EVALUATION, _PROBE = "train step", "evaluation step", "probe step"
+_TRAIN, _EVALUATION, _PROBE = "train step", "evaluation step", "probing train step"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class PhasePlan:
     Attributes:
       name: str, the phase.
       parts: dict, what the train step's memory consists of -> bytes.
-      programs: dict "train step", "evaluation step" and, in a phase that probes, "probe step" ->
+      programs: dict "train step", "evaluation step" and, in a phase that probes, "probing train
+        step" ->
         AotReport.
       largest_batch_size: int, examples with which a train step still fits, estimated; None if
         memory was not seen to grow with the batch.
@@ -139,8 +140,8 @@ def compile_programs(
       facts: Facts of the data set.
       phase: Phase of the configured recipe.
       mesh: from `aot.make_gpu_mesh`.
-      names: of "train step", "evaluation step" and "probe step"; the last is left out in a phase
-        that does not probe.
+      names: of "train step", "evaluation step" and "probing train step"; the last is left out in
+        a phase that does not probe.
 
     Returns:
       dict name -> AotReport.
@@ -152,14 +153,13 @@ def compile_programs(
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
     options = step_options(config)
+    training = {**options, "label_smoothing": config.label_smoothing}
     steps = {
-        _TRAIN: make_train_step(
-            graphdef, recipe, phase, optimizer, label_smoothing=config.label_smoothing, **options
-        ),
+        _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **training),
         _EVALUATION: make_eval_step(graphdef, recipe, phase, **options),
     }
     if phase.probe_every_steps:
-        steps[_PROBE] = make_probe_step(graphdef, recipe, phase, **options)
+        steps[_PROBE] = make_train_step(graphdef, recipe, phase, optimizer, probes=True, **training)
     state = make_abstract_state(model, recipe, optimizer, phase.name)
     batch = make_abstract_batch(config, facts)
     return {

@@ -45,7 +45,8 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
     """Write one progress line.
 
     Args:
-      row: metrics of a training step: step, phase, loss, tokens_per_second, density; the last
+      row: metrics of a training step: step, phase, loss, tokens_per_second, density; the
+        weight_density of a phase that has sparse weights; the last
         flip_rate of a recipe that has one.
       num_steps: int, steps of the whole run.
       step_seconds: float or None, recent seconds per step.
@@ -64,6 +65,8 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
         f"loss {row['loss']:.4f}",
         f"attention density {row['density']:.3f}",
     ]
+    if "weight_density" in row:
+        parts.append(f"weight density {row['weight_density']:.3f}")
     if "flip_rate" in row:
         parts.append(f"flip rate {row['flip_rate']:.4f}")
     if step_seconds:
@@ -83,8 +86,9 @@ def summarise(
       tokens_per_step: int.
 
     Returns:
-      dict of scalars: last and best validation loss, and for each phase that ran its median
-      step time in seconds, tokens per second, attention density and memory of a step.
+      dict of scalars: last and best validation loss; FLOPs of the whole run, and as a fraction of
+      those of dense training; and for each phase that ran its median step time in seconds, tokens
+      per second, densities, FLOPs and memory of a step.
     """
     validations = [row for row in rows if row["kind"] == "validation"]
     summary: dict[str, Any] = {}
@@ -99,6 +103,9 @@ def summarise(
             summary[f"{row['phase']}_attention_density"] = row["density"]
             summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
             summary[f"{row['phase']}_step_flops"] = row["step_flops"]
+            if "weight_density" in row:
+                summary[f"{row['phase']}_weight_density"] = row["weight_density"]
+    summary |= _sum_flops(rows)
     for phase in phases:
         seconds = [
             row["step_seconds"]
@@ -136,19 +143,47 @@ def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
             lines.append(
                 f"  {phase + ' phase':<18} {_format_rate(summary[f'{phase}_tokens_per_second'])}"
                 f" tokens/s, {summary[f'{phase}_step_seconds'] * 1e3:.0f} ms/step,"
-                f" attention density {summary[f'{phase}_attention_density']:.3f},"
+                f" {_format_density(summary, phase)},"
                 f" {summary[f'{phase}_step_memory_bytes'] / 1e6:,.0f} MB per step"
             )
         elif f"{phase}_first_step" not in summary:
-            lines.append(f"  {phase + ' phase':<18} never began")
+            reason = f": it waited until {w}" if (w := summary.get("waited_until")) else ""
+            lines.append(f"  {phase + ' phase':<18} never began{reason}")
     if "sparse_step_speedup" in summary:
         lines.append(
             f"  sparse phase       from step {summary['sparse_first_step']},"
             f" a step is {summary['sparse_step_speedup']:.2f}x faster than in the dense phase"
         )
+    if "training_flops" in summary:
+        lines.append(
+            f"  whole run          {summary['training_flops'] / 1e12:,.2f} TFLOPs,"
+            f" {summary['training_flops_of_dense']:.1%} of dense training"
+        )
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
     return "\n".join(lines)
+
+
+def _sum_flops(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    begins = [row for row in rows if row["kind"] == "phase"]
+    if not begins:
+        return {}
+    ends = [*(row["step"] for row in begins[1:]), max(row["step"] for row in rows)]
+    totals = {
+        name: sum(row[name] * (end - row["step"]) for row, end in zip(begins, ends, strict=True))
+        for name in ("step_flops", "dense_step_flops")
+    }
+    return {
+        "training_flops": totals["step_flops"],
+        "training_flops_of_dense": totals["step_flops"] / totals["dense_step_flops"],
+    }
+
+
+def _format_density(summary: Mapping[str, Any], phase: str) -> str:
+    text = f"attention density {summary[f'{phase}_attention_density']:.3f}"
+    if f"{phase}_weight_density" in summary:
+        text += f", weight density {summary[f'{phase}_weight_density']:.3f}"
+    return text
 
 
 def _format_rate(rate: float) -> str:

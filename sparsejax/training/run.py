@@ -30,7 +30,7 @@ from sparsejax.training.state import (
     make_abstract_state,
     make_graphdef,
 )
-from sparsejax.training.step import Batch, make_eval_step, make_probe_step, make_train_step
+from sparsejax.training.step import Batch, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,14 +186,15 @@ class Programs(NamedTuple):
     Attributes:
       train_step: (state, batch) -> (state, metrics); the state is donated.
       eval_step: (state, batch) -> totals.
-      probe_step: (state, batch) -> (state, Observation), donated too; None without probes.
+      probing_step: (state, batch) -> (state, metrics, Observation), for the steps that probe; None
+        in a phase without.
       step_memory_bytes: int, arguments, results and temporaries of a train step on one device.
       compile_seconds: float.
     """
 
     train_step: Callable
     eval_step: Callable
-    probe_step: Callable | None
+    probing_step: Callable | None
     step_memory_bytes: int
     compile_seconds: float
 
@@ -227,33 +228,25 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """
     start = time.perf_counter()
     state = run.make_abstract_state(phase.name)
-    build = step_options(run.config)
+    build = {**step_options(run.config), "label_smoothing": run.config.label_smoothing}
 
     def compile_step(step):
         # Whatever a step returns stays replicated, so that it fits the next step's program.
         jitted = jax.jit(step, donate_argnums=0, out_shardings=run.replicated)
         return jitted.lower(state, batch).compile()
 
-    train_step = compile_step(
-        make_train_step(
-            run.graphdef,
-            run.recipe,
-            phase,
-            run.optimizer,
-            label_smoothing=run.config.label_smoothing,
-            **build,
-        )
-    )
-    probe_step = None
-    if phase.probe_every_steps:
-        probe = make_probe_step(run.graphdef, run.recipe, phase, **build)
-        probe_step = compile_step(probe)
+    def compile_train_step(**options):
+        step = make_train_step(run.graphdef, run.recipe, phase, run.optimizer, **build, **options)
+        return compile_step(step)
+
+    train_step = compile_train_step()
+    probing_step = compile_train_step(probes=True) if phase.probe_every_steps else None
     memory = train_step.memory_analysis()
     assert memory is not None, "XLA reports the memory of what it compiled"
     return Programs(
         train_step=train_step,
         eval_step=compile_evaluation(run, phase, batch),
-        probe_step=probe_step,
+        probing_step=probing_step,
         step_memory_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes

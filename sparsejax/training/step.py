@@ -1,4 +1,4 @@
-"""The algorithm: one jitted step, its evaluation twin, and the attention probe.
+"""The algorithm: one jitted step, and its evaluation twin.
 
 Legend: B batch, T position, V vocabulary, C classes, L layers.
 """
@@ -19,7 +19,7 @@ from sparsejax.models import (
     ModelOutput,
     NMImplementation,
 )
-from sparsejax.recipes import Observation, Phase, Recipe
+from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.optimizer import Optimizer, compute_learning_rate
 from sparsejax.training.state import TrainState, trainable
 
@@ -42,12 +42,16 @@ def make_train_step(
     implementation: Implementation | None = None,
     weight_implementation: NMImplementation | None = None,
     num_micro_batches: int = 1,
+    probes: bool = False,
     label_smoothing: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple]:
     """Return the step of one phase: loss, gradient, recipe, optimizer, recipe.
 
     A step whose loss or gradient is not finite changes nothing but the step counter and says so
     in `skipped`.
+
+    A step that probes shows the recipe the attention maps of its own forward pass, averaged over
+    the batch and heads, before it acts on the gradient.
 
     Args:
       graphdef: nnx.GraphDef of the model.
@@ -57,25 +61,26 @@ def make_train_step(
       implementation: kernel of sparse attention, None for the best on the device.
       weight_implementation: kernel of sparse weights, None for the best on the device.
       num_micro_batches: int, the batch is split into so many parts whose gradients are averaged.
+      probes: bool, whether the recipe observes attention in this step.
       label_smoothing: float in [0, 1), share of the target that is spread over all classes.
 
     Returns:
-      Function (state, batch) -> (state, metrics), to be jitted with the state donated. Metrics
-      are f32[]: those of `STEP_METRICS`, where the loss is the smoothed one that is trained; and
-      those of the recipe.
+      Function (state, batch) -> (state, metrics), to be jitted with the state donated; of a step
+      that probes, (state, metrics, Observation). Metrics are f32[]: those of `STEP_METRICS`, whose
+      loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
+      for the next phase.
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
     def compute_loss(weights, state, batch, key, count):
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
         seen_params = recipe.transform_params(weights["model"], sparsity, phase)
-        output = _apply(
-            graphdef, seen_params, sparsity, batch, modes, key=key, probe=phase.maps_in_step
-        )
+        output = _apply(graphdef, seen_params, sparsity, batch, modes, key=key, probe=probes)
         totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
         auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
-        return loss + auxiliary, {"loss": loss, "accuracy": totals["correct"] / count}
+        metrics = {"loss": loss, "accuracy": totals["correct"] / count}
+        return loss + auxiliary, (metrics, output.attention_maps)
 
     def compute_gradients(weights, state, batch, key):
         # Of the whole batch: parts with fewer targets weigh less, as they do without parts.
@@ -87,21 +92,26 @@ def make_train_step(
         total = _sum_over_parts(differentiate, batch, key, num_micro_batches)
         return jax.tree.map(lambda x: x / num_micro_batches, total)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
         weights = trainable(state.params, state.sparsity)
-        grads, metrics = compute_gradients(weights, state, batch, key)
+        grads, (metrics, attention_maps) = compute_gradients(weights, state, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
-        grads = recipe.transform_gradients(optimizer.clip(grads), weights, state.sparsity, phase)
+        observed, observation = state.sparsity, None
+        if probes:
+            observed, observation = recipe.observe(observed, attention_maps, phase)
+            change = observation.change_phase & finite
+            observation = observation._replace(change_phase=change)
+        grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
         rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
         new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
         skip = recipe.skip_optimizer(state.step, phase)
         new_weights, opt_state = _select(skip, (weights, state.opt_state), (new_weights, opt_state))
 
-        sparsity = dataclasses.replace(state.sparsity, params=new_weights["recipe"])
+        sparsity = dataclasses.replace(observed, params=new_weights["recipe"])
         sparsity, params, opt_state = recipe.update(
             sparsity,
             new_weights["model"],
@@ -120,13 +130,14 @@ def make_train_step(
         # A skipped step did none of what the recipe would tell of it.
         for name, value in recipe.metrics(sparsity, step=state.step, phase=phase).items():
             metrics[name] = jnp.where(finite, value, jnp.nan)
-        return TrainState(
+        new_state = TrainState(
             step=state.step + 1,
             params=params,
             sparsity=sparsity,
             opt_state=opt_state,
             key=state.key,
-        ), metrics
+        )
+        return (new_state, metrics, observation) if probes else (new_state, metrics)
 
     return train_step
 
@@ -165,49 +176,6 @@ def make_eval_step(
         return _sum_over_parts(evaluate, batch, state.key, num_micro_batches)
 
     return eval_step
-
-
-def make_probe_step(
-    graphdef: nnx.GraphDef,
-    recipe: Recipe,
-    phase: Phase,
-    *,
-    implementation: Implementation | None = None,
-    weight_implementation: NMImplementation | None = None,
-    num_micro_batches: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Observation]]:
-    """Return the function that shows the recipe the attention maps of a training batch.
-
-    It must run before the step on the same batch: it repeats that step's forward pass, dropout
-    included.
-
-    Args:
-      graphdef: nnx.GraphDef of the model.
-      recipe: Recipe.
-      phase: Phase, static.
-      implementation: kernel of sparse attention, None for the best on the device.
-      weight_implementation: kernel of sparse weights, None for the best on the device.
-      num_micro_batches: int, as in the step, so that dropout is the same.
-
-    Returns:
-      Function (state, batch) -> (state, Observation).
-    """
-    modes = _make_modes(phase, implementation, weight_implementation)
-
-    def probe_step(state: TrainState, batch: Batch) -> tuple[TrainState, Observation]:
-        key = jax.random.fold_in(state.key, state.step)
-        params = recipe.transform_params(state.params, state.sparsity, phase)
-
-        def look(part, part_key):
-            return _apply(
-                graphdef, params, state.sparsity, part, modes, key=part_key, probe=True
-            ).attention_maps
-
-        maps = _sum_over_parts(look, batch, key, num_micro_batches) / num_micro_batches
-        sparsity, observation = recipe.observe(state.sparsity, maps, phase)
-        return dataclasses.replace(state, sparsity=sparsity), observation
-
-    return probe_step
 
 
 def compute_totals(output: ModelOutput, batch: Batch, *, label_smoothing: float = 0.0) -> Metrics:

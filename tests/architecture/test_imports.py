@@ -43,7 +43,7 @@ HOMES = {
     # Instructions that Pallas does not have are written with the compiler that JAX brings along.
     "jaxlib": ("pallas_kernels.nm_matmul.wgmma_sp", "pallas_kernels.nm_matmul.thread_words"),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
-    "flax": ("sparsejax.models", "sparsejax.training"),
+    "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),
     "optax": ("sparsejax.training",),
     "orbax": ("sparsejax.training.checkpoint",),
     "ml_collections": ("configs", "train"),

@@ -35,6 +35,7 @@ def test_contracts_run_before_headline_points(commands):
         "pytest",
         "benchmarks.attention",
         "benchmarks.nm_matmul",
+        "benchmarks.fst_gpt2",
     ]
     ignored = [option.split("=")[1] for option in ran[0] if option.startswith("--ignore-glob=")]
     assert {path for pattern in ignored for path in gpu.ROOT.glob(pattern)} == {
@@ -43,8 +44,9 @@ def test_contracts_run_before_headline_points(commands):
         if "aot" in path.name or "compiled" in path.name
     }
     # The last part may take all that the others left.
-    assert ran[1][1:] == ["--headline", "--budget-seconds=270"]
-    assert ran[2][1:] == ["--headline", "--budget-seconds=540"]
+    assert ran[1][1:] == ["--headline", "--budget-seconds=180"]
+    assert ran[2][1:] == ["--headline", "--budget-seconds=270"]
+    assert ran[3][1:] == ["--headline", "--budget-seconds=540"]
 
 
 def test_failed_contracts_fail_the_run_and_points_are_still_measured(commands):
@@ -68,6 +70,6 @@ def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
     assert ran == [["benchmarks.attention"], ["benchmarks.nm_matmul_tiles"]]
     assert gpu.main(["--sweep", ""]) == 2
     assert (
-        "PART must be one of attention, nm_matmul, nm_matmul_tiles, got ''"
+        "PART must be one of attention, nm_matmul, fst_gpt2, nm_matmul_tiles, got ''"
         in capsys.readouterr().err
     )

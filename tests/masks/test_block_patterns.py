@@ -7,6 +7,8 @@ import pytest
 from sparsejax.masks import (
     bigbird,
     block_density,
+    hybrid_blocks,
+    hybrid_mask,
     longformer,
     pattern_at_density,
     sliding_window,
@@ -103,9 +105,43 @@ def test_parts_take_their_shares():
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("stride", [1, 3, 5, 40])
+def test_hybrid_attention_is_local_or_strided(stride, causal):
+    expected = [
+        [
+            (abs(i - j) < stride or (i - j) % stride == 0) and (j <= i or not causal)
+            for j in range(24)
+        ]
+        for i in range(24)
+    ]
+    mask = np.array(hybrid_mask(24, stride=stride, causal=causal))
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize(("stride", "share"), [(128, 24.11), (64, 13.57), (32, 9.17), (16, 9.25)])
+def test_hybrid_attention_keeps_known_shares_of_causal_pairs(stride, share):
+    kept = 100 * hybrid_mask(1024, stride=stride).sum() / (1024 * 1025 / 2)
+    np.testing.assert_allclose(kept, share, atol=0.005)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_hybrid_blocks_cover_the_mask_and_nothing_else(causal):
+    for block in (1, 2, 3, 4, 8):
+        for stride in range(1, 40):
+            mask = np.array(hybrid_mask(9 * block, stride=stride, causal=causal))
+            cover = mask.reshape(9, block, 9, block).any((1, 3))
+            blocks = hybrid_blocks(9, block=block, stride=stride, causal=causal)
+            np.testing.assert_array_equal(blocks, cover)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: hybrid_mask(0, stride=4), "length=0"),
+        (lambda: hybrid_mask(8, stride=0), "stride=0"),
+        (lambda: hybrid_blocks(8, block=0, stride=4), "block=0"),
         (lambda: sliding_window(0, width=1), "num_blocks=0"),
         (lambda: sliding_window(4, width=0), "width=0"),
         (lambda: longformer(4, width=1, num_global=-1), "num_global=-1"),

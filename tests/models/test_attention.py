@@ -59,6 +59,16 @@ def test_mean_attention_map_is_the_mean_of_the_softmax_maps(causal, padded):
     assert got.dtype == jnp.float32
 
 
+def test_the_map_is_streamed_over_queries():
+    # A head's map has 4 MB here, the maps of all heads 64 MB.
+    shapes = [jax.ShapeDtypeStruct((4, 1024, 4, 8), jnp.float32)] * 2
+    compiled = jit(mean_attention_map).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 24e6
+    q, k = draw(4, 1024, 4, 8), draw(4, 1024, 4, 8, seed=1)
+    expected = softmax_maps(q, k, np.ones((4, 1024, 1024), bool)).mean((0, 1))
+    np.testing.assert_allclose(compiled(q, k), expected, atol=1e-7, rtol=1e-5)
+
+
 def test_a_query_that_sees_nothing_has_an_empty_map():
     q = draw(1, 4, 2, 8)
     got = average_maps(q, q, kv_mask_BS=np.zeros((1, 4), bool))

@@ -30,7 +30,7 @@ from sparsejax.training.state import (
     make_graphdef,
     trainable,
 )
-from sparsejax.training.step import make_eval_step, make_probe_step, make_train_step
+from sparsejax.training.step import make_eval_step, make_train_step
 
 VOCAB, SCALE = 6, 1.5
 MAPS = np.full((2, 4, 4), 0.25, np.float32)
@@ -141,11 +141,11 @@ def test_the_forward_pass_sees_the_transformed_parameters():
 
 def test_the_auxiliary_loss_trains_the_parameters_of_the_recipe():
     def auxiliary_loss(sparsity, attention_maps, phase):
-        assert phase.maps_in_step
         return (sparsity.params["sum_of_maps"] - attention_maps.sum()) ** 2
 
-    recipe = make_recipe(PHASE._replace(maps_in_step=True), auxiliary_loss=auxiliary_loss)
-    state, metrics = run_step(recipe)
+    recipe = make_recipe(auxiliary_loss=auxiliary_loss)
+    step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT, probes=True))
+    state, metrics, _ = step(make_state(recipe), BATCH)
     loss, gradient = loss_and_gradient(TABLE)
     assert_close(metrics["loss"], loss)  # that of the task alone
     assert_close(state.params["table"], TABLE - gradient)
@@ -249,19 +249,25 @@ def test_entering_a_phase(reset):
     assert state.params is before.params and state.step == 9
 
 
-def test_the_probe_shows_the_maps_and_changes_nothing_but_the_recipes_state():
+def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
     def observe(sparsity, attention_maps, phase):
         updates = sparsity.statistics["updates"] + attention_maps.sum().astype(jnp.int32)
         sparsity = dataclasses.replace(sparsity, statistics={"updates": updates})
         return sparsity, Observation(change_phase=updates > 10, metrics={"updates": updates})
 
     recipe = make_recipe(observe=observe)
-    probe = jit(make_probe_step(GRAPHDEF, recipe, PHASE))
+    probe = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT, probes=True))
     before = make_state(recipe)
-    state, observation = probe(before, BATCH)
+    state, metrics, observation = probe(before, BATCH)
     assert not observation.change_phase and observation.metrics["updates"] == 8
-    assert (state.params["table"] == TABLE).all() and state.step == 0
-    assert probe(state, BATCH)[1].change_phase
+    expected, expected_metrics = run_step(recipe)
+    assert (state.params["table"] == expected.params["table"]).all() and state.step == 1
+    assert metrics["loss"] == expected_metrics["loss"]
+    assert probe(state, BATCH)[2].change_phase
+    broken = dataclasses.replace(state, params={"table": state.params["table"] * jnp.nan})
+    after, _, observation = probe(broken, BATCH)
+    assert not observation.change_phase, "a skipped step asks for nothing"
+    assert after.sparsity.statistics["updates"] == state.sparsity.statistics["updates"]
 
 
 def test_new_masks_and_statistics_do_not_compile_again():
@@ -312,8 +318,8 @@ def test_a_step_keeps_the_structure_of_its_phase():
         after, _ = jax.eval_shape(make_train_step(graphdef, recipe, phase, DESCENT), state, batch)
         assert after == state
         if phase.probe_every_steps:
-            probed, _ = jax.eval_shape(make_probe_step(graphdef, recipe, phase), state, batch)
-            assert probed == state
+            step = make_train_step(graphdef, recipe, phase, DESCENT, probes=True)
+            assert jax.eval_shape(step, state, batch)[0] == state
             assert state.sparsity.statistics["map_before"].shape == (2, 32, 32)
     assert set(state.sparsity.statistics) == {"pooled"}
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from configs import base, spion_image
+from configs import base, gpt2, spion_image
 from sparsejax.training.config import make_transformer_config, parse_config
 from sparsejax.training.settings import ConfigError, find_differences
 
@@ -89,12 +89,19 @@ def test_value_out_of_range_is_named(changes, message):
         "spion_image",
         "spion_retrieval",
         "spion_text",
-        "gpt2_124m_dense",
+        "fst_small",
+        "gpt2",
+        "spion_pathfinder",
+        "sat_quickstart",
         "gpt2_124m_spion",
+        *(f"fst_gpt2:{size}" for size in gpt2.SIZES),
+        "sste_gpt2:350m",
     ],
 )
 def test_shipped_configs_are_valid(name):
-    settings = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    module, _, size = name.partition(":")
+    settings = importlib.import_module(f"configs.{module}").get_config(*filter(None, [size]))
+    settings = settings.to_dict()
     assert parse_config(settings).recipe_name == settings["recipe"]["name"]
 
 

@@ -129,7 +129,10 @@ def test_broken_pairs_are_refused_by_line(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "mnist"}, "source='mnist': expected one of stdlib, listops, listops:short"),
+        (
+            {"source": "mnist"},
+            "source='mnist': expected one of stdlib, listops, listops:short, pathf",
+        ),
         ({"source": "listops:long"}, "source='listops:long': expected one of"),
         ({"source": "tfds:"}, "source='tfds:': expected one of"),
         ({"data_dir": ""}, "data_dir='': expected the path of a folder"),
@@ -143,6 +146,10 @@ def test_broken_pairs_are_refused_by_line(pairs, tmp_path):
         ({"num_reading_threads": 2}, r"num_reading_threads=2: expected an integer in \[0, 1\]"),
         ({"validation_fraction": 1.0}, r"validation_fraction=1\.0: expected a number in \(0, 1\)"),
         ({"listops_examples": 10}, "listops_examples=10: expected an integer >= 48"),
+        ({"pathfinder_examples": 7}, "pathfinder_examples=7: expected an integer >= 8"),
+        ({"image_size": -1}, "image_size=-1: expected an integer >= 0"),
+        ({"image_size": 32}, "image_size=32 does not apply to source='stdlib'"),
+        ({"source": "pathfinder:64"}, "source='pathfinder:64': expected one of"),
         ({"label_key": "label"}, "label_key='label' does not apply to source='stdlib'"),
         ({"truncate": True}, "truncate=True does not apply to source='stdlib'; leave it at False"),
         (

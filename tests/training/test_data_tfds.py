@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sparsejax.training.data import DataConfig, make_data
+from sparsejax.training.data.tfds_source import make_prepare_command
 
 TEXTS = [f"Opinion number {i}, with enough words to read." for i in range(12)]
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
@@ -99,6 +100,35 @@ def test_images_become_grey_pixels(prepared):
     assert batch["mask"].all()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_scaled_images_average_what_each_pixel_covers(prepared, size):
+    settings = {"label_key": "grade", "image_size": size, "sequence_length": size**2}
+    batch = next(make_tfds("opinions/image", prepared, **settings).train)
+    found = batch["inputs"][np.argsort(batch["labels"])] - 1
+    grey = IMAGES[::2].astype(float) @ [0.299, 0.587, 0.114]
+    # Enlarged without loss to a size that the new one divides, then averaged by whole blocks.
+    enlarged = np.repeat(np.repeat(grey, 6, 1), 6, 2).reshape(3, size, 24 // size, size, -1)
+    np.testing.assert_allclose(found, enlarged.mean((2, 4)).reshape(3, -1), atol=0.5)
+
+
+def test_scaling_is_part_of_the_cache_and_refused_for_texts(prepared):
+    settings = {"label_key": "grade", "sequence_length": 16}
+    whole = make_tfds("opinions/image", prepared, **settings)
+    scaled = make_tfds("opinions/image", prepared, image_size=2, **settings)
+    assert next(whole.train)["mask"].sum(1).tolist() == [16, 16, 16]
+    assert next(scaled.train)["mask"].sum(1).tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="image_size=2 does not apply to the texts of"):
+        make_tfds("opinions/text", prepared, image_size=2)
+
+
+def test_prepare_command_repeats_what_decides_the_files():
+    shape = {"sequence_length": 4, "batch_size": 1, "seed": 0, "truncate": True}
+    options = {"label_key": "kind of", "image_size": 2}
+    config = DataConfig(source="tfds:a", data_dir="b", **shape, **options)
+    flags = "--source=tfds:a --data_dir=b '--label_key=kind of' --image_size=2"
+    assert make_prepare_command(config).endswith(f"data.prepare {flags}")
+
+
 @pytest.fixture
 def online(monkeypatch):
     """Let servers answer, if only to refuse a request for the headers alone."""
@@ -114,6 +144,8 @@ def online(monkeypatch):
     [
         ("imdb_reviews", 4000, "classification", 2),
         ("cifar10", 1024, "classification", 10),
+        ("ag_news_subset", 1024, "classification", 4),
+        ("yelp_polarity_reviews", 1024, "classification", 2),
         ("lm1b", 16, "language_model", 0),
     ],
 )

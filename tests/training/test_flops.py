@@ -50,7 +50,8 @@ def test_components_of_a_layer_by_hand():
         "scores": 2 * 128 * 128 * 4 * 32,
         "values": 2 * 128 * 128 * 4 * 32,
         "output": 2 * 128 * 4 * 32 * 192,
-        "mlp": 3 * 2 * 128 * 192 * 256,
+        "up": 2 * 2 * 128 * 192 * 256,
+        "down": 2 * 128 * 192 * 256,
     }
     assert flops.layers[1].backward == 2 * flops.layers[1].forward
     assert flops.head == 2 * 192 * 10
@@ -71,15 +72,15 @@ def test_densities_scale_their_own_components():
         **GROUPED,
         causal=True,
         attention_density=jnp.array([0.25, 0.0]),
-        projection_density=0.5,
-        mlp_density=(1.0, 0.75),
+        weight_density={"attention/qkv": 0.5, "mlp/down": (1.0, 0.75)},
     ).layers
     assert sparse[0].attention == 0.25 * dense[0].attention
     assert sparse[1].attention == 0
     for layer in range(2):
         assert sparse[layer].qkv == 0.5 * dense[layer].qkv
-        assert sparse[layer].output == 0.5 * dense[layer].output
-    assert [layer.mlp for layer in sparse] == [dense[0].mlp, 0.75 * dense[1].mlp]
+        assert sparse[layer].output == dense[layer].output
+        assert sparse[layer].up == dense[layer].up
+    assert [layer.down for layer in sparse] == [dense[0].down, 0.75 * dense[1].down]
 
 
 def transformer(params, x_TD):
@@ -137,8 +138,9 @@ def test_counts_agree_with_xla():
         ({"num_kv_heads": 3}, "num_kv_heads=3"),
         ({"attention_density": 1.5}, "attention_density=1.5"),
         ({"attention_density": float("nan")}, "attention_density=nan"),
-        ({"mlp_density": (0.5, -0.5)}, r"mlp_density=\(0.5, -0.5\)"),
-        ({"projection_density": (0.5,)}, r"projection_density=\(0.5,\) for num_layers=2"),
+        ({"weight_density": {"mlp/up": (0.5, -0.5)}}, r"\['mlp/up'\]=\(0.5, -0.5\)"),
+        ({"weight_density": {"mlp/up": (0.5,)}}, r"\['mlp/up'\]=\(0.5,\) for num_layers=2"),
+        ({"weight_density": {"mlp/gate": 0.5}}, r"some of .* got \['mlp/gate'\]"),
     ],
 )
 def test_bad_input_is_named(options, message):

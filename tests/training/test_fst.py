@@ -236,6 +236,11 @@ def test_a_run_shows_its_flip_rates(trained):
     assert any(row.get("flip_rate", 0) > 0 for row in rows)
     assert (workdir / "flip_rates.png").stat().st_size > 5_000
     assert np.isfinite(summary["validation_loss"])
+    assert summary["sparse_weight_density"] == 0.5
+    assert {r.get("weight_density") for r in rows if r["kind"] == "train"} == {0.5, None}
+    spared = summary["sparse_step_flops"] / summary["dense finish_step_flops"]
+    expected = (7 * spared + 3) / 10
+    assert spared < 1 and summary["training_flops_of_dense"] == pytest.approx(expected)
 
 
 def test_s_ste_masks_follow_the_weights(tmp_path):

@@ -15,7 +15,7 @@ from sparsejax.patterns import BlockPattern
 from sparsejax.recipes import Observation, Phase, Recipe, make_dense, set_attention_masks
 from sparsejax.training.optimizer import OptimizerConfig, compute_learning_rate, make_optimizer
 from sparsejax.training.state import create_train_state, make_graphdef
-from sparsejax.training.step import make_eval_step, make_probe_step, make_train_step
+from sparsejax.training.step import make_eval_step, make_train_step
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "train_step.json"
 _MODEL = TransformerConfig(
@@ -154,15 +154,14 @@ def test_evaluation_and_probe_by_parts_see_the_whole_batch():
             Observation(change_phase=jnp.bool_(False), metrics={"maps": maps}),
         )
     )
-    for make_step, pick in (
-        (make_eval_step, lambda result: result),
-        (make_probe_step, lambda result: result[1].metrics),
-    ):
-        whole, parts = (
-            pick(make_step(graphdef, seen, seen.phases[0], num_micro_batches=n)(state, _batch()))
-            for n in (1, 2)
-        )
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), parts, whole)
+
+    def look(num_micro_batches):
+        options = {"num_micro_batches": num_micro_batches}
+        evaluate = make_eval_step(graphdef, seen, seen.phases[0], **options)
+        step = make_train_step(graphdef, seen, seen.phases[0], _OPTIMIZER, probes=True, **options)
+        return evaluate(state, _batch()), step(state, _batch())[2].metrics
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), look(2), look(1))
 
 
 def test_non_finite_step_changes_nothing_but_the_counter():

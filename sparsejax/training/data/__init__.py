@@ -3,8 +3,8 @@
 `make_data(DataConfig(...))` is the whole interface; `find_facts` tells without the data what a
 model has to know of it. Every source takes the same road:
 
-    source (text, pairs, ListOps, IDX, TFDS, TSV) -> tokenizer -> token cache on disk, memory-mapped
-        -> random-access examples -> grain pipeline -> batches
+    source (text, pairs, ListOps, Pathfinder, IDX, TFDS, TSV) -> tokenizer -> token cache on disk
+        -> random-access examples, memory-mapped -> grain pipeline -> batches
 
 Grain, tensorflow_datasets and tokenizers are imported when a source first needs them, so that
 importing this package costs no more than NumPy.

@@ -7,15 +7,17 @@ _OPTIONS_BY_KIND = {
     "stdlib": {"tokenizer", "validation_fraction"},
     "text": {"tokenizer", "validation_fraction"},
     "listops": {"validation_split", "listops_examples", "truncate"},
+    "pathfinder": {"validation_split", "pathfinder_examples", "truncate"},
     "idx": {"train_split", "validation_split", "truncate"},
     "tfds": {
         *("tokenizer", "train_split", "validation_split", "input_key", "label_key"),
-        *("download", "truncate"),
+        *("download", "truncate", "image_size"),
     },
     "aan": {"tokenizer", "train_split", "validation_split", "truncate"},
     "pairs": {"tokenizer", "train_split", "validation_split", "truncate"},
 }
 _COMMON = {"source", "data_dir", "sequence_length", "batch_size", "seed", "num_reading_threads"}
+_WHOLE = ("stdlib", "listops", "listops:short", "pathfinder")
 _NEEDS_REST = {
     "text": "text:/path",
     "idx": "idx:/folder",
@@ -37,6 +39,7 @@ class DataConfig:
             - `"stdlib"`: the running Python's standard-library sources, a language-model corpus.
             - `"text:/path"`: a text file or a folder of them, a language-model corpus.
             - `"listops"`, `"listops:short"`: Long Range Arena ListOps, lengths 501-1999 or 21-199.
+            - `"pathfinder"`: Long Range Arena Pathfinder, 32 x 32 pixels.
             - `"idx:/folder"`: images in MNIST's IDX format as sequences of pixels.
             - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
               without a label is a language-model corpus.
@@ -58,8 +61,11 @@ class DataConfig:
             `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`.
         input_key: TFDS feature to read; empty for the one the set declares.
         label_key: TFDS label to predict; empty for the one the set declares.
+        image_size: Side to which the images of a TFDS set are scaled, in pixels, whatever their
+            proportions; 0 leaves them as they are.
         validation_fraction: Share of a text corpus held out, in (0, 1).
         listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
+        pathfinder_examples: The same of Pathfinder, with 1/8.
 
     Raises:
         ValueError: An option is out of range or does not apply to the source.
@@ -84,8 +90,10 @@ class DataConfig:
     validation_split: str = ""
     input_key: str = ""
     label_key: str = ""
+    image_size: int = 0
     validation_fraction: float = 0.05
     listops_examples: int = 96_000
+    pathfinder_examples: int = 160_000
 
     def __post_init__(self):
         _check_source(self.source)
@@ -96,7 +104,9 @@ class DataConfig:
         _check_integer("batch_size", self.batch_size, 1, None)
         _check_integer("seed", self.seed, 0, 2**32 - 1)
         _check_integer("num_reading_threads", self.num_reading_threads, 0, 1)
+        _check_integer("image_size", self.image_size, 0, None)
         _check_integer("listops_examples", self.listops_examples, 48, None)
+        _check_integer("pathfinder_examples", self.pathfinder_examples, 8, None)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction}: expected a number in (0, 1)"
@@ -123,9 +133,9 @@ class DataConfig:
 
 def _check_source(source: str) -> None:
     kind, _, rest = source.partition(":")
-    known = "stdlib, listops, listops:short, " + ", ".join(_NEEDS_REST.values())
-    valid = bool(rest) if kind in _NEEDS_REST else source in ("stdlib", "listops", "listops:short")
+    valid = bool(rest) if kind in _NEEDS_REST else source in _WHOLE
     if not valid:
+        known = ", ".join((*_WHOLE, *_NEEDS_REST.values()))
         raise ValueError(f"source={source!r}: expected one of {known}")
 
 

@@ -161,6 +161,10 @@ def _open_source(config: DataConfig) -> Source:
             from sparsejax.training.data.listops import open_listops
 
             return open_listops(config)
+        case "pathfinder":
+            from sparsejax.training.data.pathfinder import open_pathfinder
+
+            return open_pathfinder(config)
         case "idx":
             from sparsejax.training.data.idx import open_idx
 

@@ -46,6 +46,7 @@ def find_facts(config: DataConfig, *, num_classes: int | None = None) -> Facts:
         "stdlib": ("language_model", 0),
         "text": ("language_model", 0),
         "listops": ("classification", 10),
+        "pathfinder": ("classification", 2),
         "aan": ("matching", 2),
         "pairs": ("translation", 0),
     }

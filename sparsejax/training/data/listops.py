@@ -11,26 +11,20 @@ References:
     Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sparsejax.training.data.cache import cached_folder
 from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.generated import GeneratedConfig, open_generated
 from sparsejax.training.data.progress import show_progress
-from sparsejax.training.data.source import Example, Source, Split
-from sparsejax.training.data.tfds_source import read_examples
+from sparsejax.training.data.source import Source
 
 SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """What each id stands for; ids below 10 are the digits."""
@@ -39,9 +33,6 @@ _MIN, _MAX, _MED, _SM, _CLOSE = range(10, 15)
 _OPERATOR_PROBABILITY = 0.25
 _MAX_DEPTH = 10
 _MIN_ARGUMENTS, _MAX_ARGUMENTS = 2, 10
-_TRAIN_PER_TEST_EXAMPLE = 48
-_PUBLISHED_EXAMPLES = 96_000
-_SPLITS = ("train", "validation", "test")
 
 
 class _TooLongError(Exception):
@@ -104,7 +95,7 @@ def _apply_operator(operator: int, arguments: list[int]) -> int:
 
 
 @dataclasses.dataclass(eq=False)
-class ListOpsConfig(tfds.core.BuilderConfig):
+class ListOpsConfig(GeneratedConfig):
     """Bounds and size of one variant.
 
     Attributes:
@@ -115,13 +106,8 @@ class ListOpsConfig(tfds.core.BuilderConfig):
 
     min_length: int = 500
     max_length: int = 2_000
-    train_examples: int = _PUBLISHED_EXAMPLES
-
-    @property
-    def split_sizes(self) -> dict[str, int]:
-        """Return the number of examples of each split."""
-        small = self.train_examples // _TRAIN_PER_TEST_EXAMPLE
-        return dict(zip(_SPLITS, (self.train_examples, small, small), strict=True))
+    train_examples: int = 96_000
+    train_per_test_example: ClassVar[int] = 48
 
 
 class ListOps(tfds.core.GeneratorBasedBuilder):
@@ -190,51 +176,12 @@ def open_listops(config: DataConfig) -> Source:
     Raises:
         ValueError: `validation_split` is not a split.
     """
-    validation = config.validation_split or "validation"
-    if validation not in _SPLITS[1:]:
-        raise ValueError(f"validation_split={validation!r}: expected 'validation' or 'test'")
-    variant = _make_variant(config.rest or "full", config.listops_examples)
-    folder = Path(config.data_dir, "list_ops", variant.name, str(ListOps.VERSION))
-
-    def read(split: Split) -> Iterator[Example]:
-        cached_folder(folder, lambda temporary: _prepare(variant, temporary))
-        builder = tfds.builder_from_directory(folder)
-        name = "train" if split == "train" else validation
-        return read_examples(builder, name, "tokens", "label", np.asarray)
-
-    return Source(
-        task="classification",
-        identity={
-            "listops": variant.name,
-            "version": str(ListOps.VERSION),
-            "validation": validation,
-        },
-        read=read,
+    return open_generated(
+        config,
+        ListOps,
+        variant=config.rest or "full",
+        train_examples=config.listops_examples,
+        input_key="tokens",
         num_values=len(SYMBOLS),
         num_classes=10,
     )
-
-
-def _make_variant(name: str, train_examples: int) -> ListOpsConfig:
-    published = next(variant for variant in ListOps.BUILDER_CONFIGS if variant.name == name)
-    if train_examples == _PUBLISHED_EXAMPLES:
-        return published
-    return dataclasses.replace(
-        published, name=f"{name}_{train_examples}", train_examples=train_examples
-    )
-
-
-def _prepare(variant: ListOpsConfig, folder: Path) -> None:
-    tfds.disable_progress_bar()
-    try:
-        # TFDS announces on stdout the temporary folder, which is gone in the end.
-        with (
-            tempfile.TemporaryDirectory(dir=folder) as data_dir,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            builder = ListOps(config=variant, data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare()
-            for file in Path(builder.data_path).iterdir():
-                shutil.move(file, folder)
-    finally:
-        tfds.enable_progress_bar()

@@ -7,13 +7,14 @@ from sparsejax.training.data.config import DataConfig
 from sparsejax.training.data.dataset import prepare
 
 _FLAGS = {
-    "source": "what to prepare, as tfds:imdb_reviews, listops or stdlib",
+    "source": "what to prepare, as tfds:imdb_reviews, listops, pathfinder or stdlib",
     "data_dir": "folder that receives it",
     "tokenizer": "bytes or bpe:N",
     "train_split": "name of the training split",
     "validation_split": "name of the validation split",
     "input_key": "TFDS feature to read",
     "label_key": "TFDS label to predict",
+    "image_size": "side to which TFDS images are scaled, in pixels",
 }
 
 
@@ -26,7 +27,10 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparsejax.training.data.prepare")
     for name, text in _FLAGS.items():
         required = name in ("source", "data_dir")
-        parser.add_argument(f"--{name}", help=text, required=required, default=argparse.SUPPRESS)
+        kind = int if name == "image_size" else str
+        parser.add_argument(
+            f"--{name}", help=text, required=required, default=argparse.SUPPRESS, type=kind
+        )
     values = vars(parser.parse_args(arguments))
     try:
         prepare(

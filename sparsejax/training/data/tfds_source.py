@@ -1,5 +1,9 @@
 """TFDS data sets, read without TensorFlow from ArrayRecord files prepared beforehand."""
 
+import contextlib
+import dataclasses
+import functools
+import importlib
 import shlex
 import urllib.error
 import urllib.request
@@ -15,6 +19,15 @@ from sparsejax.training.data.source import Example, Source, Split
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
 _CONNECT_SECONDS = 10
+# What else decides which files are written; each is a flag of the prepare command.
+_PREPARED_OPTIONS = (
+    "tokenizer",
+    "train_split",
+    "validation_split",
+    "input_key",
+    "label_key",
+    "image_size",
+)
 _INPUT_FEATURES = (tfds.features.Text, tfds.features.Image)
 
 
@@ -30,7 +43,8 @@ class _Fields(NamedTuple):
 def open_tfds(config: DataConfig) -> Source:
     """Open a TFDS set as a labelled set of texts or images, or as a corpus of texts.
 
-    Images become sequences of grey pixels, row by row.
+    Images become sequences of grey pixels, row by row; scaled ones are averages over the area that
+    each new pixel covers.
 
     Args:
         config: Settings with `source="tfds:NAME[/config]"`.
@@ -50,6 +64,11 @@ def open_tfds(config: DataConfig) -> Source:
             f"tokenizer={config.tokenizer!r} does not apply to the images of {config.source}; "
             "leave it at 'bytes'"
         )
+    if config.image_size and not fields.image:
+        raise ValueError(
+            f"image_size={config.image_size} does not apply to the texts of {config.source}; "
+            "leave it at 0"
+        )
     names = {
         "train": config.train_split or "train",
         "validation": config.validation_split
@@ -57,7 +76,9 @@ def open_tfds(config: DataConfig) -> Source:
     }
 
     def read(split: Split) -> Iterator[Example]:
-        to_document = _flatten_image if fields.image else _to_bytes
+        to_document = (
+            functools.partial(_flatten_image, size=config.image_size) if fields.image else _to_bytes
+        )
         keys = (fields.input_key, fields.label_key)
         return read_examples(builder, names[split], *keys, to_document)
 
@@ -68,6 +89,8 @@ def open_tfds(config: DataConfig) -> Source:
             "files": _describe_files(builder),
             "splits": names,
             "keys": [fields.input_key, fields.label_key],
+            # Absent where it does nothing, so that caches keep their names.
+            **({"image_size": config.image_size} if config.image_size else {}),
         },
         read=read,
         num_values=256 if fields.image else None,
@@ -123,6 +146,10 @@ def read_examples(
 
 
 def _find_builder(config: DataConfig) -> Any:
+    # TFDS gives up the import of its own sets at the first package that is missing, h5py for one,
+    # and those of text come after it.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tensorflow_datasets.text")
     try:
         builder = tfds.builder(config.rest, data_dir=config.data_dir, try_gcs=False)
     except ValueError as error:
@@ -171,6 +198,10 @@ def make_prepare_command(config: DataConfig) -> str:
         'python -m sparsejax.training.data.prepare --source=tfds:lm1b --data_dir=data'
     """
     flags = [f"--source={config.source}", f"--data_dir={config.data_dir}"]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in _PREPARED_OPTIONS:
+        if getattr(config, name) != defaults[name]:
+            flags.append(f"--{name}={getattr(config, name)}")
     return shlex.join(["python", "-m", "sparsejax.training.data.prepare", *flags])
 
 
@@ -232,8 +263,18 @@ def _to_bytes(text: bytes | str) -> bytes:
     return text.encode() if isinstance(text, str) else text
 
 
-def _flatten_image(image: np.ndarray) -> np.ndarray:
-    """Return uint8[H * W] grey levels of uint8[H, W, 1 | 3]."""
-    if image.shape[-1] == 1:
-        return image.reshape(-1)
-    return np.rint(image @ _LUMA_WEIGHTS).astype(np.uint8).reshape(-1)
+def _flatten_image(image: np.ndarray, size: int) -> np.ndarray:
+    """Return uint8[H * W] grey levels of uint8[H, W, 1 | 3], or uint8[size * size] if scaled."""
+    grey = image[..., 0] if image.shape[-1] == 1 else image @ _LUMA_WEIGHTS
+    if size:
+        grey = _average(size, grey.shape[0]) @ grey @ _average(size, grey.shape[1]).T
+    return np.rint(grey).astype(image.dtype).reshape(-1)
+
+
+@functools.lru_cache
+def _average(size: int, length: int) -> np.ndarray:
+    """Return float64[size, length], the share that each old pixel has in each new one."""
+    edges = np.linspace(0, length, size + 1)
+    old = np.arange(length)
+    overlap = np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)
+    return np.maximum(overlap, 0) * (size / length)

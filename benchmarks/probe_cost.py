@@ -1,0 +1,217 @@
+"""What does it cost a training step to look at its own attention maps, as SPION and SAT do?
+
+    python -m benchmarks.probe_cost [--headline] [--force] [--budget-seconds=N]
+
+Timed are whole steps of an encoder of the shape of Long Range Arena (4 layers, width 64, 2 heads),
+dense, state donated: one that probes for each method, and one that does
+not probe. What a probe costs is the difference. SAT as published pays it in every step.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import RESULTS, Case, ForeignCall, Point, parse_arguments, run_points
+from benchmarks.records import Column, Results
+from benchmarks.targets import Target, evaluate
+from configs import base
+from sparsejax.training.config import (
+    TrainConfig,
+    make_recipe,
+    make_transformer_config,
+    parse_config,
+)
+from sparsejax.training.optimizer import make_optimizer
+from sparsejax.training.state import create_train_state, make_graphdef
+from sparsejax.training.step import make_train_step
+
+PLAIN = "no probe"
+METHODS = ("spion", "sat")
+
+
+class Problem(NamedTuple):
+    """A step whose cost is measured.
+
+    Attributes:
+      length: int, positions.
+      batch: int, examples.
+      dtype: str, of activations.
+    """
+
+    length: int
+    batch: int
+    dtype: str = "float32"
+
+    def key(self) -> dict[str, str | int]:
+        """Return the settings as a key of the results.
+
+        Returns:
+          dict.
+        """
+        return dict(self._asdict())
+
+    def config(self, method: str) -> TrainConfig:
+        """Return the settings of a run.
+
+        Args:
+          method: str, name of a recipe.
+
+        Returns:
+          TrainConfig.
+        """
+        config = base.get_config()
+        config.model.model_dim, config.model.num_heads, config.model.mlp_dim = 64, 2, 128
+        config.model.dtype = self.dtype
+        config.data.source = "listops"
+        config.data.sequence_length, config.data.batch_size = self.length, self.batch
+        config.recipe.name = method
+        config.recipe.spion.quantile = 0.96
+        return parse_config(config.to_dict())
+
+
+def make_case(problem: Problem) -> Case:
+    """Make the steps that one point compares, each on a state of its own.
+
+    Args:
+      problem: Problem.
+
+    Returns:
+      Case.
+    """
+    length, size = problem.length, problem.batch
+    draw = np.random.default_rng(0)
+    batch = {
+        "inputs": jnp.asarray(draw.integers(1, 16, (size, length), np.int32)),
+        "mask": jnp.ones((size, length), bool),
+        "labels": jnp.asarray(draw.integers(0, 10, size, np.int32)),
+        "weights": jnp.ones(size, jnp.float32),
+    }
+
+    @functools.cache
+    def start(method: str, probes: bool):
+        config = problem.config(method)
+        model = make_transformer_config(
+            config, task="classification", vocab_size=16, num_classes=10
+        )
+        recipe = make_recipe(config, model)
+        optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
+        create = functools.partial(create_train_state, model, recipe, optimizer)
+        state = jax.jit(create)(jax.random.key(0))
+        step = make_train_step(
+            make_graphdef(model), recipe, recipe.phases[0], optimizer, probes=probes
+        )
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+        def call():
+            nonlocal state
+            state, metrics, *_ = compiled(state, batch)
+            return metrics["loss"]
+
+        return call
+
+    def foreign(method, probes):
+        return ForeignCall(
+            call=lambda: start(method, probes)(),
+            wait=jax.block_until_ready,
+            to_numpy=np.asarray,
+        )
+
+    return Case(
+        functions={},
+        args=(),
+        reference=lambda: jnp.float32(0),
+        tolerance=0.0,
+        # What maps are is tested elsewhere; here a step has to train.
+        error=lambda loss, _: 0.0 if np.isfinite(loss) else np.inf,
+        foreign={
+            PLAIN: foreign("dense", False),
+            **{method: foreign(method, True) for method in METHODS},
+        },
+    )
+
+
+def _seconds(record: Any, name: str) -> float:
+    return record["values"][name]["median_seconds"]
+
+
+def _cost(record: Any, name: str) -> float:
+    return _seconds(record, name) / _seconds(record, PLAIN) - 1
+
+
+def _percent(name: str, per: int = 1):
+    return lambda record: f"{100 * _cost(record, name) / per:.3g} %"
+
+
+COLUMNS = (
+    Column("positions", lambda r: str(r["key"]["length"])),
+    Column("batch", lambda r: str(r["key"]["batch"])),
+    Column("dense step, ms", lambda r: f"{1e3 * _seconds(r, PLAIN):.1f}"),
+    Column("SPION's probe, of a dense step", _percent("spion")),
+    Column("every 100 steps", _percent("spion", 100)),
+    Column("SAT's probe, in every step as published", _percent("sat")),
+    Column("every 10 steps", _percent("sat", 10)),
+)
+
+
+def _worst(record: Any) -> float:
+    return max(_cost(record, method) for method in METHODS)
+
+
+TARGETS = (
+    Target("a probe costs less than 40 % of a dense step", _worst, lambda x: x < 0.4, max),
+    Target(
+        "less than 10 % per step at SPION's default interval of 100",
+        lambda record: _cost(record, "spion") / 100,
+        lambda x: x < 0.1,
+        max,
+    ),
+    Target(
+        "less than 10 % per step at SAT's interval of 10",
+        lambda record: _cost(record, "sat") / 10,
+        lambda x: x < 0.1,
+        max,
+    ),
+)
+
+
+def list_problems(platform: str, *, headline: bool) -> list[Problem]:
+    """Return what is measured.
+
+    Args:
+      platform: str, of the device.
+      headline: bool, only the first point.
+
+    Returns:
+      list of Problem.
+    """
+    if platform == "cpu":
+        problems = [Problem(2048, 4), Problem(4096, 1)]
+    else:
+        problems = [Problem(2048, 32, "bfloat16"), Problem(4096, 16, "bfloat16")]
+    return problems[:1] if headline else problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the points that are missing; write and print table and targets.
+
+    Args:
+      arguments: list of str, `sys.argv[1:]` if None.
+
+    Returns:
+      int, exit code: 0 if every step trained. A missed target is no error.
+    """
+    parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
+    problems = list_problems(jax.devices()[0].platform, headline=parsed.pop("headline"))
+    points = [Point(p.key(), functools.partial(make_case, p)) for p in problems]
+    failures = run_points("probe_cost", points, COLUMNS, limit_seconds=120.0, **parsed)
+    print(evaluate(TARGETS, Results(RESULTS / "probe_cost.json").records))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""SPION on Long Range Arena Pathfinder: do two circles mark the ends of one dashed path?
+
+Command:   python train.py --config=configs/spion_pathfinder.py --workdir=runs/spion_pathfinder
+Hardware:  one GPU; compiled for an H200, a step takes 5.0 GB dense and 1.1 GB sparse
+Source:    released code of SPION (arXiv:2309.12578), its settings for this task; pictures of our
+           own generator
+Expected:  not yet run
+"""
+
+from configs import lra
+
+
+def get_config():
+    """Return the settings.
+
+    Returns:
+      ConfigDict.
+    """
+    config = lra.get_config()
+    config.num_micro_batches = 4
+    config.num_steps = 50_000
+    config.eval_every_steps = 500
+    config.checkpoint.every_steps = 500
+
+    config.model.num_layers = 2
+    config.model.block_size = 32
+
+    config.data.source = "pathfinder"
+    config.data.sequence_length = 1024
+    config.data.batch_size = 256
+
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 312
+
+    config.recipe.name = "spion"
+    config.recipe.spion.quantile = 0.96
+    config.recipe.spion.probe_every_steps = 500
+    return config

@@ -1,0 +1,142 @@
+"""How much of a model a phase computes: densities by layer, and the FLOPs that follow.
+
+Legend: L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sparsejax.models import TransformerConfig, sparse_weight_patterns
+from sparsejax.recipes import Phase, compute_attention_density, get_weight_masks
+from sparsejax.training.flops import TransformerFlops, count_transformer_flops
+from sparsejax.types import PyTree
+
+
+class Density(NamedTuple):
+    """What a phase keeps of a model, by layer.
+
+    Attributes:
+      attention: f32[L], fraction of the visible attention blocks.
+      weights: name -> f32[L], fraction of the entries of a sparse weight; empty if the phase has
+        none.
+    """
+
+    attention: np.ndarray
+    weights: dict[str, np.ndarray]
+
+    @property
+    def mean_weights(self) -> float | None:
+        """Mean over the sparse weights, each counting the same; None if there is none."""
+        if not self.weights:
+            return None
+        return float(np.mean([density.mean() for density in self.weights.values()]))
+
+
+def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> Density:
+    """Return what a phase keeps.
+
+    Args:
+      model: TransformerConfig.
+      masks: nested dict of the stacked model's masks.
+      phase: Phase, in which attention and weights may be dense whatever the masks hold.
+
+    Returns:
+      Density.
+    """
+    attention = np.ones(model.num_layers, np.float32)
+    if phase.sparse_attention:
+        attention = np.asarray(compute_attention_density(masks, causal=model.causal))
+    weights = {}
+    if phase.sparse_weights:
+        means = {name: mask.mean((1, 2)) for name, mask in get_weight_masks(masks).items()}
+        weights = jax.device_get(means)
+    return Density(attention, weights)
+
+
+def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) -> float:
+    """Count the FLOPs of forward and backward pass on one example in a phase.
+
+    The three products of a linear layer leave out different things. y = x (W * M) computes what M
+    keeps; dx = dy (W * M)^T too if the mask is transposable, and everything if not; dW = x^T dy
+    computes everything, or half where dy is pruned to two of every four tokens.
+
+    Args:
+      model: TransformerConfig.
+      phase: Phase.
+      density: Density of the phase.
+
+    Returns:
+      float, as `training/flops.py` counts; of both documents if there are two towers.
+    """
+    patterns = sparse_weight_patterns(model)
+    weight_gradient = 1.0 if phase.grad_pruning == "none" else 0.5
+    products = (
+        density.weights,
+        {name: d for name, d in density.weights.items() if patterns[name].transposable},
+        dict.fromkeys(density.weights, weight_gradient),
+    )
+    return sum(
+        _count_forward(model, density.attention, weights).forward for weights in products
+    ) * (model.num_towers)
+
+
+def count_step_flops(
+    model: TransformerConfig, phase: Phase, density: Density, batch_size: int
+) -> tuple[float, float]:
+    """Count the FLOPs of a training step, and those of a dense one.
+
+    Args:
+      model: TransformerConfig.
+      phase: Phase.
+      density: Density of the phase.
+      batch_size: int, examples.
+
+    Returns:
+      tuple of float.
+    """
+    dense = Density(np.ones_like(density.attention), {})
+    flops, dense_flops = (count_phase_flops(model, phase, d) for d in (density, dense))
+    return flops * batch_size, dense_flops * batch_size
+
+
+def describe_density(density: Density) -> str:
+    """Write densities for a person, one number where all layers agree.
+
+    Args:
+      density: Density.
+
+    Returns:
+      str.
+
+    Example:
+      >>> describe_density(Density(np.ones(2), {"mlp/up": np.array([0.5, 0.25])}))
+      'attention density per layer 1, density of mlp/up per layer [0.5, 0.25]'
+    """
+
+    def write(values):
+        values = np.round(values.astype(float), 3)
+        return f"{values[0]:g}" if (values == values[0]).all() else str(values.tolist())
+
+    parts = {"attention density": density.attention}
+    parts |= {f"density of {name}": values for name, values in density.weights.items()}
+    return ", ".join(f"{title} per layer {write(values)}" for title, values in parts.items())
+
+
+def _count_forward(model, attention_density, weight_density) -> TransformerFlops:
+    return count_transformer_flops(
+        num_layers=model.num_layers,
+        model_dim=model.model_dim,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        mlp_dim=model.mlp_dim,
+        gated_mlp=model.mlp_activation != "gelu",
+        sequence_length=model.max_length,
+        causal=model.causal,
+        vocab_size=model.vocab_size,
+        num_classes=model.num_classes,
+        attention_density=attention_density,
+        weight_density=weight_density,
+    )

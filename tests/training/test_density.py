@@ -1,0 +1,78 @@
+"""What a phase computes of a model: densities, and FLOPs against hand counts."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.models import TransformerConfig
+from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.recipes import Phase
+from sparsejax.training.density import compute_density, count_phase_flops
+
+_LAYERS, _LENGTH, _WIDTH, _HIDDEN = 2, 16, 8, 32
+_SPARSE = Phase("sparse", sparse_weights=True)
+
+
+def _model(**changes):
+    options = {
+        "vocab_size": 10,
+        "num_layers": _LAYERS,
+        "model_dim": _WIDTH,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "mlp_dim": _HIDDEN,
+        "max_length": _LENGTH,
+        "causal": True,
+        "block": BlockPattern(block_q=8, block_kv=8),
+        "sparse_weights": (("mlp/.*", NMPattern(transposable=True)),),
+    }
+    return TransformerConfig(**options | changes)
+
+
+def _masks(kept=(0.5, 0.25)):
+    rows = jnp.arange(_WIDTH)[:, None] / _WIDTH < jnp.asarray(kept)[:, None, None]
+    up = jnp.broadcast_to(rows, (_LAYERS, _WIDTH, _HIDDEN))
+    block_mask = jnp.zeros((_LAYERS, 1, 1, 2, 2), bool).at[..., 0].set(True)
+    mlp = {"up": {"kernel_mask": up}, "down": {"kernel_mask": up.swapaxes(1, 2)}}
+    return {"blocks": {"mlp": mlp, "attention": {"block_mask": block_mask}}}
+
+
+def test_density_is_that_of_the_phase():
+    density = compute_density(_model(), _masks(), _SPARSE)
+    np.testing.assert_array_equal(density.attention, [1, 1])
+    np.testing.assert_allclose(density.weights["mlp/up"], [0.5, 0.25])
+    np.testing.assert_allclose(density.weights["mlp/down"], [0.5, 0.25])
+    assert density.mean_weights == 0.375
+    attention = compute_density(_model(), _masks(), Phase("sparse", sparse_attention=True))
+    np.testing.assert_allclose(attention.attention, [2 / 3, 2 / 3])
+    assert attention.weights == {} and attention.mean_weights is None
+
+
+@pytest.mark.parametrize(
+    ("transposable", "grad_pruning", "passes"),
+    [
+        # Kept share of y, dx and dW of a layer that keeps half.
+        (True, "none", 0.5 + 0.5 + 1),
+        (True, "mvue", 0.5 + 0.5 + 0.5),
+        (False, "none", 0.5 + 1 + 1),
+        (False, "mvue", 0.5 + 1 + 0.5),
+    ],
+)
+def test_the_three_products_leave_out_different_things(transposable, grad_pruning, passes):
+    model = _model(sparse_weights=(("mlp/.*", NMPattern(transposable=transposable)),))
+    phase = _SPARSE._replace(grad_pruning=grad_pruning)
+    density = compute_density(model, _masks((0.5, 0.5)), phase)
+    dense = count_phase_flops(model, phase, density._replace(weights={}))
+    product = 2 * _LENGTH * _WIDTH * _HIDDEN  # one pass of one feed-forward weight
+    saved = _LAYERS * 2 * product * (3 - passes)
+    assert count_phase_flops(model, phase, density) == pytest.approx(dense - saved)
+
+
+def test_gates_and_towers_are_counted():
+    def count(**changes):
+        model = _model(causal=False, num_classes=2, sparse_weights=(), **changes)
+        return count_phase_flops(model, Phase("dense"), compute_density(model, {}, Phase("dense")))
+
+    gate = 3 * _LAYERS * 2 * _LENGTH * _WIDTH * _HIDDEN
+    assert count(mlp_activation="swiglu") - count() == gate
+    assert count(num_towers=2) == 2 * count()
