@@ -184,6 +184,10 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
             "recipe.name must be .* for an encoder-decoder, whose attention is dense, got 'static",
         ),
         (
+            {"recipe__name": "sat", "recipe__sat__density": 1.0},
+            "recipe.name must be .* attention is dense, got 'sat'",
+        ),
+        (
             {"recipe__fst__sparse_weights": "decoder/cross_attention/.*=2:4"},
             "'decoder/mlp/down'.*, but 'decoder/cross_attention/.*' matches none",
         ),
