@@ -13,7 +13,7 @@ from benchmarks.experiments import Experiment, Setting, run_experiment
 
 _CONFIG = "configs/sat_quickstart.py"
 _DENSITY = 0.15
-_LATEST = 500
+_LATEST = 300
 
 
 def _setting(name: str, **overrides) -> Setting:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.harness import RESULTS, Case, ForeignCall, Point, parse_arguments, run_points
+from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.nm_matmul import choose_kernel
 from benchmarks.records import Column, Results
+from benchmarks.steps import make_step_call, make_steps_case
 from benchmarks.targets import Target, evaluate, times_faster
 from benchmarks.timing import relative_error
 from configs import fst_gpt2, fst_small
@@ -43,8 +44,6 @@ from sparsejax.training.config import (
 )
 from sparsejax.training.flops import count_transformer_flops
 from sparsejax.training.optimizer import make_optimizer
-from sparsejax.training.state import create_train_state, make_graphdef
-from sparsejax.training.step import make_train_step
 
 DENSE = "dense"
 _DENSE_ATTENTION = AttentionMode(sparse=False)
@@ -234,9 +233,8 @@ def make_step_case(problem: StepProblem, kernel: NMImplementation) -> Case:
     model = make_transformer_config(
         config, task="language_model", vocab_size=vocab_size, num_classes=0
     )
-    recipe, graphdef = make_recipe(config, model), make_graphdef(model)
+    recipe = make_recipe(config, model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    create = jax.jit(functools.partial(create_train_state, model, recipe, optimizer))
     refresh_steps = config.recipe_settings["refresh_steps"]
     length = config.data.sequence_length
     tokens = np.random.default_rng(0).integers(0, vocab_size, (problem.batch, length + 1), np.int32)
@@ -245,40 +243,13 @@ def make_step_case(problem: StepProblem, kernel: NMImplementation) -> Case:
         "targets": jnp.asarray(tokens[:, 1:]),
         "weights": jnp.ones(problem.batch, jnp.float32),
     }
-
-    @functools.cache
-    def start(phase):
-        state = create(jax.random.key(0))
-        step = make_train_step(graphdef, recipe, phase, optimizer, weight_implementation=kernel)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-
-        def call():
-            nonlocal state
-            metrics = {}
-            for _ in range(refresh_steps):
-                state, metrics = compiled(state, batch)
-            return metrics["loss"]
-
-        return call
-
     sparse, finish = recipe.phases
-    return Case(
-        functions={},
-        args=(),
-        reference=lambda: jnp.float32(0),
-        tolerance=0.0,
-        # The kernels are compared elsewhere; here a step has to train.
-        error=lambda loss, _: 0.0 if np.isfinite(loss) else np.inf,
-        foreign={
-            name: ForeignCall(
-                call=lambda phase=phase: start(phase)(),
-                wait=jax.block_until_ready,
-                to_numpy=np.asarray,
-            )
-            for name, phase in {kernel: sparse, DENSE: finish}.items()
-        },
-        units=refresh_steps,
-    )
+    options: dict[str, Any] = {"num_steps": refresh_steps, "weight_implementation": kernel}
+    calls = {
+        name: make_step_call(model, recipe, phase, optimizer, batch, **options)
+        for name, phase in {kernel: sparse, DENSE: finish}.items()
+    }
+    return make_steps_case(calls, num_steps=refresh_steps)
 
 
 def _seconds(name):

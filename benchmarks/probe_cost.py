@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.harness import RESULTS, Case, ForeignCall, Point, parse_arguments, run_points
 from benchmarks.records import Column, Results
+from benchmarks.steps import make_classification_batch, make_step_call, make_steps_case
 from benchmarks.targets import Target, evaluate
 from configs import base
 from sparsejax.training.config import (
@@ -27,8 +26,6 @@ from sparsejax.training.config import (
     parse_config,
 )
 from sparsejax.training.optimizer import make_optimizer
-from sparsejax.training.state import create_train_state, make_graphdef
-from sparsejax.training.step import make_train_step
 
 PLAIN = "no probe"
 METHODS = ("spion", "sat")
@@ -64,14 +61,13 @@ class Problem(NamedTuple):
         Returns:
           TrainConfig.
         """
-        config = base.get_config()
-        config.model.model_dim, config.model.num_heads, config.model.mlp_dim = 64, 2, 128
-        config.model.dtype = self.dtype
-        config.data.source = "listops"
-        config.data.sequence_length, config.data.batch_size = self.length, self.batch
-        config.recipe.name = method
-        config.recipe.spion.quantile = 0.96
-        return parse_config(config.to_dict())
+        settings = base.get_config().to_dict()
+        settings["model"] |= {"model_dim": 64, "num_heads": 2, "mlp_dim": 128}
+        settings["model"]["dtype"] = self.dtype
+        settings["data"] |= {"source": "listops", "sequence_length": self.length}
+        settings["data"]["batch_size"] = self.batch
+        settings["recipe"]["name"] = method
+        return parse_config(settings)
 
 
 def make_case(problem: Problem) -> Case:
@@ -83,56 +79,22 @@ def make_case(problem: Problem) -> Case:
     Returns:
       Case.
     """
-    length, size = problem.length, problem.batch
-    draw = np.random.default_rng(0)
-    batch = {
-        "inputs": jnp.asarray(draw.integers(1, 16, (size, length), np.int32)),
-        "mask": jnp.ones((size, length), bool),
-        "labels": jnp.asarray(draw.integers(0, 10, size, np.int32)),
-        "weights": jnp.ones(size, jnp.float32),
-    }
+    batch = make_classification_batch(
+        batch_size=problem.batch, shape=(problem.length,), vocab_size=16, num_classes=10
+    )
 
-    @functools.cache
-    def start(method: str, probes: bool):
+    def make_call(method: str, probes: bool) -> ForeignCall:
         config = problem.config(method)
         model = make_transformer_config(
             config, task="classification", vocab_size=16, num_classes=10
         )
         recipe = make_recipe(config, model)
         optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-        create = functools.partial(create_train_state, model, recipe, optimizer)
-        state = jax.jit(create)(jax.random.key(0))
-        step = make_train_step(
-            make_graphdef(model), recipe, recipe.phases[0], optimizer, probes=probes
-        )
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        return make_step_call(model, recipe, recipe.phases[0], optimizer, batch, probes=probes)
 
-        def call():
-            nonlocal state
-            state, metrics, *_ = compiled(state, batch)
-            return metrics["loss"]
-
-        return call
-
-    def foreign(method, probes):
-        return ForeignCall(
-            call=lambda: start(method, probes)(),
-            wait=jax.block_until_ready,
-            to_numpy=np.asarray,
-        )
-
-    return Case(
-        functions={},
-        args=(),
-        reference=lambda: jnp.float32(0),
-        tolerance=0.0,
-        # What maps are is tested elsewhere; here a step has to train.
-        error=lambda loss, _: 0.0 if np.isfinite(loss) else np.inf,
-        foreign={
-            PLAIN: foreign("dense", False),
-            **{method: foreign(method, True) for method in METHODS},
-        },
-    )
+    calls = {PLAIN: make_call("dense", False)}
+    calls |= {method: make_call(method, True) for method in METHODS}
+    return make_steps_case(calls)
 
 
 def _seconds(record: Any, name: str) -> float:

@@ -36,6 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.dtype = "float32"  # activations; parameters are always float32
     model.remat = False  # recompute blocks in the backward pass
     model.scan_layers = True  # compile one block for all layers
+    model.use_bias = True  # biases in linear layers; norms keep theirs
+    model.embedding_norm = False  # normalise the sum of embedding and position
     model.block_size = 64  # side of an attention block, positions
     # None = the best kernel for the device: "mosaic_sm90", "xla", "dense" or "reference"
     model.attention_implementation = config_dict.placeholder(str)
@@ -48,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.source = "stdlib"
     data.data_dir = "~/.cache/sparsejax"  # prepared data sets and tokenizers
     data.tokenizer = "bytes"  # or "bpe:4096", trained on the training split
-    data.sequence_length = 1024  # positions
+    data.sequence_length = 1024  # positions: tokens, pixels or patches
     data.batch_size = 8  # examples per step over all processes
     data.num_reading_threads = 0  # 0 or 1
     data.truncate = False  # cut longer examples (classes, translation) instead of refusing them
@@ -57,17 +59,25 @@ def get_config() -> ml_collections.ConfigDict:
     data.validation_split = ""  # empty = the source's own
     data.input_key = ""  # tfds feature to read, empty = the one the set declares
     data.label_key = ""  # tfds label to predict, empty = the one the set declares
-    data.image_size = 0  # side to which tfds images are scaled, pixels; 0 = as they are
+    data.image_size = 0  # side that the middle square of images is scaled to, pixels; 0 = as stored
     data.validation_fraction = 0.05  # share of a text corpus held out
     data.listops_examples = 96_000  # training examples of ListOps
     data.pathfinder_examples = 160_000  # training examples of Pathfinder
+    # Share of a corpus's tokens that is hidden and has to be told (masked language model); 0 = the
+    # next token has to be told
+    data.mask_fraction = 0.0
+    data.patch_size = 0  # side of the patches of images, pixels; 0 = grey pixels, one by one
+    data.image_channels = 0  # of images in patches, 1 or 3; 0 = what they have
+    data.random_crop = False  # train on random parts of images in patches, scaled to the whole
+    data.random_flip = False  # swap left and right of images in patches, half of the time
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "lion", "sgd"
     optimizer.learning_rate = 1e-3  # peak
-    optimizer.schedule = "cosine"  # or "one_cycle", "inverse_sqrt", "constant"
+    optimizer.schedule = "cosine"  # or "one_cycle", "inverse_sqrt", "constant", "triangle"
     optimizer.warmup_steps = 100
     optimizer.final_fraction = 0.1  # last rate of "cosine" relative to the peak
+    optimizer.initial_fraction = 0.0  # first rate of "triangle" relative to the peak
     optimizer.weight_decay = 0.1  # decoupled, kernels and token embeddings only
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95

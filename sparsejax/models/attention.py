@@ -59,6 +59,7 @@ class BlockSparseAttention(nnx.Module):
         num_kv_heads: int | None = None,
         causal: bool = False,
         rotary: bool = False,
+        use_bias: bool = True,
         qkv_pattern: NMPattern | None = None,
         out_pattern: NMPattern | None = None,
         dtype=jnp.float32,
@@ -76,6 +77,7 @@ class BlockSparseAttention(nnx.Module):
           num_kv_heads: int, key/value heads K, default N.
           causal: bool, attend to the past only.
           rotary: bool, rotate queries and keys by position.
+          use_bias: bool, add biases in the projections.
           qkv_pattern: NMPattern of the weights of `qkv`, None if they are dense.
           out_pattern: NMPattern of the weights of `out`, None if they are dense.
           dtype: type of activations; parameters are float32.
@@ -100,6 +102,7 @@ class BlockSparseAttention(nnx.Module):
         self.qkv = make_linear(
             model_dim,
             width,
+            use_bias=use_bias,
             pattern=qkv_pattern,
             dtype=dtype,
             kernel_init=kernel_init,
@@ -108,6 +111,7 @@ class BlockSparseAttention(nnx.Module):
         self.out = make_linear(
             model_dim,
             model_dim,
+            use_bias=use_bias,
             pattern=out_pattern,
             dtype=dtype,
             kernel_init=out_kernel_init,

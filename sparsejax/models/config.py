@@ -19,7 +19,7 @@ class TransformerConfig:
     """Shape and options of `Transformer`.
 
     Attributes:
-      vocab_size: int, number of token ids.
+      vocab_size: int, number of token ids; 0 with patches.
       num_layers: int, transformer blocks.
       model_dim: int, width of the residual stream; a multiple of `num_heads`.
       num_heads: int, query heads.
@@ -27,8 +27,10 @@ class TransformerConfig:
       mlp_dim: int, hidden width of the feed-forward layer; a gated one computes twice as many
         values, half of them gates.
       max_length: int, positions; the block pattern divides it.
-      causal: bool, True for a decoder language model, False for an encoder.
-      num_classes: int, 0 gives next-token logits, otherwise the model pools and classifies.
+      causal: bool, True for a decoder, which sees the past only; False for an encoder.
+      num_classes: int, 0 gives logits of the vocabulary at every position: of the next token in a
+        decoder, of the token itself in an encoder (masked language model). Otherwise the model, an
+        encoder, pools and classifies.
       num_towers: int, documents per example; 2 compares two (document matching).
       num_decoder_layers: int, blocks of a decoder that attends to the output of the `num_layers`
         blocks before it, those of a bidirectional encoder; 0 = no decoder.
@@ -44,6 +46,9 @@ class TransformerConfig:
         None takes LeCun-normal kernels.
       dtype: "float32", "bfloat16" or "float16", type of activations and matrix products.
         Parameters are always float32.
+      use_bias: bool, add biases in linear layers; norms keep theirs.
+      embedding_norm: bool, normalise the sum of embedding and position.
+      patch_values: int, bytes of a patch where the inputs are patches; 0 for token ids.
       remat: bool, recompute each block in the backward pass instead of storing it.
       scan_layers: bool, compile one block and scan it; False unrolls the same stacked
         parameters.
@@ -70,13 +75,17 @@ class TransformerConfig:
     dropout_rate: float = 0.0
     init_std: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    use_bias: bool = True
+    embedding_norm: bool = False
+    patch_values: int = 0
     remat: bool = False
     scan_layers: bool = True
 
     def __post_init__(self):
-        sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads")
-        for name in (*sizes, "mlp_dim", "max_length"):
+        sizes = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_dim", "max_length")
+        for name in sizes if self.patch_values else ("vocab_size", *sizes):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        self._check_patches()
         _check(
             self.model_dim % self.num_heads == 0,
             "model_dim",
@@ -106,10 +115,10 @@ class TransformerConfig:
         _check(self.dtype in dtypes, "dtype", self.dtype, f"one of {dtypes}")
         _check(self.num_towers in (1, 2), "num_towers", self.num_towers, "1 or 2")
         _check(
-            not (self.causal and self.num_towers == 2),
+            self.num_towers == 1 or self.num_classes > 0,
             "num_towers",
             self.num_towers,
-            "1 in a causal language model",
+            "1 in a language model",
         )
         _check(
             not (self.causal and self.num_classes),
@@ -131,10 +140,10 @@ class TransformerConfig:
             "0 in a causal language model and in a classifier",
         )
         _check(
-            self.causal or self.num_classes > 1 or self.num_decoder_layers > 0,
+            self.num_classes == 0 or self.num_classes > 1,
             "num_classes",
             self.num_classes,
-            "at least 2 in an encoder",
+            "at least 2, or 0 in a language model",
         )
         _check(self.init_std is None or self.init_std > 0, "init_std", self.init_std, "positive")
         self.block.grid(self.max_length)
@@ -158,6 +167,13 @@ class TransformerConfig:
                     f"model.sparse_weights must match linear layers {layers}, but {regex!r} "
                     "matches none"
                 )
+
+    def _check_patches(self):
+        _check(self.patch_values >= 0, "patch_values", self.patch_values, "at least 0")
+        if self.patch_values:
+            _check(self.vocab_size == 0, "vocab_size", self.vocab_size, "0 with patches")
+            _check(self.num_classes > 1, "num_classes", self.num_classes, "at least 2 with patches")
+            _check(self.num_towers == 1, "num_towers", self.num_towers, "1 with patches")
 
     @property
     def head_dim(self) -> int:

@@ -5,6 +5,7 @@ heads, H head dim, L decoder layers.
 """
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +44,17 @@ class DenseAttention(nnx.Module):
         """
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.causal, self.rotary = causal, rotary
-        dtype, width = jnp.dtype(config.dtype), config.model_dim
+        width = config.model_dim
         kernel_init, out_kernel_init = _make_kernel_inits(config)
+        shared: dict[str, Any] = {
+            "use_bias": config.use_bias,
+            "dtype": jnp.dtype(config.dtype),
+            "rngs": rngs,
+        }
         kv_width = 2 * config.num_kv_heads * config.head_dim
-        self.query = nnx.Linear(width, width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
-        self.key_value = nnx.Linear(
-            width, kv_width, dtype=dtype, kernel_init=kernel_init, rngs=rngs
-        )
-        self.out = nnx.Linear(width, width, dtype=dtype, kernel_init=out_kernel_init, rngs=rngs)
+        self.query = nnx.Linear(width, width, kernel_init=kernel_init, **shared)
+        self.key_value = nnx.Linear(width, kv_width, kernel_init=kernel_init, **shared)
+        self.out = nnx.Linear(width, width, kernel_init=out_kernel_init, **shared)
 
     def __call__(
         self, x_BTD: jax.Array, memory_BSD: jax.Array, *, kv_mask_BS: jax.Array | None = None
@@ -121,6 +125,7 @@ class DecoderBlock(nnx.Module):
         self.mlp = MLP(
             config.model_dim,
             config.mlp_dim,
+            use_bias=config.use_bias,
             activation=config.mlp_activation,
             up_pattern=patterns.get("decoder/mlp/up"),
             down_pattern=patterns.get("decoder/mlp/down"),
@@ -164,6 +169,7 @@ class Decoder(nnx.Module):
 
     Attributes:
       position: nnx.Param f32[max_length, D], learned positions only.
+      embedding_norm: nnx.LayerNorm over D, if configured.
       blocks: DecoderBlock whose every leaf has a leading axis L.
       final_norm: nnx.LayerNorm over D.
     """
@@ -180,6 +186,8 @@ class Decoder(nnx.Module):
             shape = (config.max_length, config.model_dim)
             table_init = nnx.initializers.normal(0.02)
             self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
+        if config.embedding_norm:
+            self.embedding_norm = make_layer_norm(config, rngs)
 
         @nnx.split_rngs(splits=config.num_decoder_layers)
         @nnx.vmap
@@ -222,6 +230,8 @@ class Decoder(nnx.Module):
             embedding_key, keys[0] = jax.random.split(keys[0])
         if config.positions == "learned":
             x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
+        if config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
         graphdef, blocks = nnx.split(self.blocks)
         layer_keys = [

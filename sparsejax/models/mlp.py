@@ -36,6 +36,7 @@ class MLP(nnx.Module):
         mlp_dim: int,
         *,
         activation: MLPActivation = "gelu",
+        use_bias: bool = True,
         up_pattern: NMPattern | None = None,
         down_pattern: NMPattern | None = None,
         dtype=None,
@@ -49,6 +50,7 @@ class MLP(nnx.Module):
           model_dim: int, D.
           mlp_dim: int, F.
           activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
+          use_bias: bool, add biases.
           up_pattern: NMPattern of the first weight, None if it is dense.
           down_pattern: NMPattern of the second weight, None if it is dense.
           dtype: type of activations, None for that of input and parameters together.
@@ -60,6 +62,7 @@ class MLP(nnx.Module):
         self.up = make_linear(
             model_dim,
             2 * mlp_dim if activation in GATED_ACTIVATIONS else mlp_dim,
+            use_bias=use_bias,
             pattern=up_pattern,
             dtype=dtype,
             kernel_init=kernel_init,
@@ -68,6 +71,7 @@ class MLP(nnx.Module):
         self.down = make_linear(
             mlp_dim,
             model_dim,
+            use_bias=use_bias,
             pattern=down_pattern,
             dtype=dtype,
             kernel_init=out_kernel_init,

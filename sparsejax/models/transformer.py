@@ -1,6 +1,7 @@
-"""Pre-norm transformer: a decoder language model, an encoder that classifies, or both in a row.
+"""Pre-norm transformer: a language model, an encoder that classifies, or an encoder-decoder.
 
-Legend: B batch, T position, U target position, D model width, V vocabulary, C classes, L layers.
+Legend: B batch, T position, U target position, P value of a patch, D model width, V vocabulary,
+C classes, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ class Block(nnx.Module):
         self.dropout_rate = config.dropout_rate
         shared: dict[str, Any] = {
             "dtype": jnp.dtype(config.dtype),
+            "use_bias": config.use_bias,
             "kernel_init": kernel_init,
             "out_kernel_init": out_kernel_init,
             "rngs": rngs,
@@ -114,14 +116,20 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """GPT-2 shaped decoder (tied head) or Long Range Arena shaped encoder (mean pooling).
+    """GPT-2 shaped language model (tied head) or Long Range Arena shaped encoder (mean pooling).
 
     Or an encoder whose output a decoder attends to, for translation; source, target and head then
-    share one embedding. Parameters and masks of the blocks are stacked on a leading layer axis.
+    share one embedding.
+
+    Patches are images' bytes b: x = (b / 127.5 - 1) W + bias takes the place of the embedding.
+
+    Parameters and masks of the blocks are stacked on a leading layer axis.
 
     Attributes:
-      embedding: nnx.Embed, f32[V, D].
+      embedding: nnx.Embed, f32[V, D]; of token ids only.
+      patches: nnx.Linear, f32[P, D]; of patches only.
       position: nnx.Param f32[max_length, D], learned positions only.
+      embedding_norm: nnx.LayerNorm over D, if configured.
       blocks: Block whose every leaf has a leading axis L.
       final_norm: nnx.LayerNorm over D, after the blocks.
       decoder: Decoder of an encoder-decoder.
@@ -138,16 +146,28 @@ class Transformer(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         table_init = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.model_dim,
-            dtype=dtype,
-            embedding_init=table_init,
-            rngs=rngs,
-        )
+        if config.patch_values:
+            self.patches = nnx.Linear(
+                config.patch_values,
+                config.model_dim,
+                use_bias=config.use_bias,
+                dtype=dtype,
+                kernel_init=make_kernel_inits(config, num_branches=1)[0],
+                rngs=rngs,
+            )
+        else:
+            self.embedding = nnx.Embed(
+                config.vocab_size,
+                config.model_dim,
+                dtype=dtype,
+                embedding_init=table_init,
+                rngs=rngs,
+            )
         if config.positions == "learned":
             shape = (config.max_length, config.model_dim)
             self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
+        if config.embedding_norm:
+            self.embedding_norm = make_layer_norm(config, rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -161,8 +181,9 @@ class Transformer(nnx.Module):
         if config.num_classes:
             # Two documents are compared through x, y, x*y and x-y.
             features = config.model_dim * (4 if config.num_towers == 2 else 1)
-            self.hidden = nnx.Linear(features, config.mlp_dim, dtype=dtype, rngs=rngs)
-            self.classifier = nnx.Linear(config.mlp_dim, config.num_classes, dtype=dtype, rngs=rngs)
+            shared: dict[str, Any] = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
+            self.hidden = nnx.Linear(features, config.mlp_dim, **shared)
+            self.classifier = nnx.Linear(config.mlp_dim, config.num_classes, **shared)
 
     def __call__(
         self,
@@ -179,10 +200,10 @@ class Transformer(nnx.Module):
         """Compute logits.
 
         Args:
-          tokens: i32[B, T]; i32[B, 2, T] with two towers.
+          tokens: i32[B, T]; i32[B, 2, T] with two towers; u8[B, T, P], patches.
           decoder_tokens: i32[B, U] of an encoder-decoder: what comes before each target token; None
             for any other model.
-          mask: bool, shape of `tokens`, True = real token; None = all real.
+          mask: bool, shape of `tokens` without P, True = real token; None = all real.
           dropout_key: typed key; None switches dropout off.
           mode: AttentionMode, static.
           linear_mode: LinearMode of sparse weights, static.
@@ -198,11 +219,7 @@ class Transformer(nnx.Module):
             `max_length`, `decoder_tokens` is missing or has no use, or `pruning_key` is missing.
         """
         config = self.config
-        if tokens.ndim != config.num_towers + 1 or tokens.shape[-1] > config.max_length:
-            raise ValueError(
-                f"tokens must be [B, {'2, ' if config.num_towers == 2 else ''}T] with T at most "
-                f"max_length={config.max_length}, got shape {tokens.shape}"
-            )
+        _check_shape(config, tokens.shape)
         _check_decoder_tokens(config, tokens, decoder_tokens)
         draws = linear_mode.sparse and linear_mode.grad_pruning != "none"
         if not (draws and config.sparse_weights):
@@ -211,12 +228,8 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"pruning_key must be given where grad_pruning={linear_mode.grad_pruning!r}"
             )
-        tokens_BT = tokens.reshape(-1, tokens.shape[-1])
-        mask_BT = None if mask is None else mask.reshape(tokens_BT.shape)
-        T = tokens_BT.shape[1]
-        x_BTD = self.embedding(tokens_BT)
-        if config.positions == "learned":
-            x_BTD = x_BTD + self.position[...][:T].astype(x_BTD.dtype)
+        x_BTD = self._embed(tokens)
+        mask_BT = None if mask is None else mask.reshape(x_BTD.shape[:2])
         embedding_key = block_key = dropout_key
         if dropout_key is not None:
             embedding_key, block_key = jax.random.split(dropout_key)
@@ -251,6 +264,16 @@ class Transformer(nnx.Module):
         logits_BC = self.classifier(nnx.relu(self.hidden(pooled_BD)))
         return ModelOutput(logits_BC.astype(jnp.float32), attention_maps)
 
+    def _embed(self, tokens):
+        config = self.config
+        if config.patch_values:
+            x_BTD = self.patches(tokens / 127.5 - 1)
+        else:
+            x_BTD = self.embedding(tokens.reshape(-1, tokens.shape[-1]))
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
+        return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
+
     def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, probe):
         config = self.config
         graphdef, blocks = nnx.split(self.blocks)
@@ -281,6 +304,21 @@ class Transformer(nnx.Module):
             x_BTD,
             (blocks, schedules, layer_keys),
             unroll=1 if config.scan_layers else config.num_layers,
+        )
+
+
+def _check_shape(config: TransformerConfig, shape: tuple[int, ...]):
+    names = ["B", "T"]
+    if config.num_towers == 2:
+        names.insert(1, "2")
+    if config.patch_values:
+        names.append(str(config.patch_values))
+    axes = dict(zip(names, shape, strict=False))
+    fits = all(name == str(size) for name, size in axes.items() if name.isdigit())
+    if len(shape) != len(names) or axes["T"] > config.max_length or not fits:
+        raise ValueError(
+            f"tokens must be [{', '.join(names)}] with T at most "
+            f"max_length={config.max_length}, got shape {shape}"
         )
 
 

@@ -61,6 +61,8 @@ class ModelSettings:
     dtype: str
     remat: bool
     scan_layers: bool
+    use_bias: bool
+    embedding_norm: bool
     block_size: int
     attention_implementation: Implementation | None
     weight_implementation: NMImplementation | None
@@ -176,10 +178,15 @@ def _check_relations(config: TrainConfig):
     )
     # A stand-in for what the data will say: everything else can be refused before reading it.
     # Of an encoder, because a causal pattern has fewer blocks to choose from.
-    task, num_classes = "classification", 2
-    if config.data.kind == "pairs":
-        task, num_classes = "translation", 0
-    model = make_transformer_config(config, task=task, vocab_size=1, num_classes=num_classes)
+    patches = bool(config.data.patch_size)
+    task, num_classes = ("translation", 0) if config.data.kind == "pairs" else ("classification", 2)
+    model = make_transformer_config(
+        config,
+        task=task,
+        vocab_size=int(not patches),
+        num_classes=num_classes,
+        patch_values=int(patches),
+    )
     phases = make_recipe(config, model).phases
     check_setting(
         model.num_decoder_layers == 0 or not any(p.sparse_attention for p in phases),
@@ -210,15 +217,17 @@ def _check_relations(config: TrainConfig):
 
 
 def make_transformer_config(
-    config: TrainConfig, *, task: str, vocab_size: int, num_classes: int
+    config: TrainConfig, *, task: str, vocab_size: int, num_classes: int, patch_values: int = 0
 ) -> TransformerConfig:
     """Complete the model's settings with what the data says.
 
     Args:
       config: TrainConfig.
-      task: "language_model", "classification", "matching" or "translation".
-      vocab_size: int, token ids in the data.
+      task: "language_model", "masked_language_model", "classification", "matching" or
+        "translation".
+      vocab_size: int, token ids in the data, 0 of patches.
       num_classes: int, labels in the data, 0 for a language model and for translation.
+      patch_values: int, bytes of a patch, 0 of token ids.
 
     Returns:
       TransformerConfig.
@@ -269,6 +278,7 @@ def make_transformer_config(
             max_length=config.data.sequence_length,
             causal=task == "language_model",
             num_classes=num_classes,
+            patch_values=patch_values,
             num_towers=2 if task == "matching" else 1,
             block=BlockPattern(block_q=model.block_size, block_kv=model.block_size),
             sparse_weights=sparse_weights,

@@ -145,6 +145,7 @@ def _count_forward(model, attention_density, weight_density) -> float:
         causal=model.causal,
         vocab_size=0 if model.num_decoder_layers else model.vocab_size,
         num_classes=model.num_classes,
+        patch_values=model.patch_values,
         attention_density=attention_density,
         weight_density={n: x for n, x in weight_density.items() if n not in in_decoder},
     )

@@ -65,15 +65,17 @@ class TransformerFlops:
     Attributes:
       layers: tuple of LayerFlops, first layer first.
       head: float, forward FLOPs of the language-model head or the classifier.
+      patches: float, forward FLOPs of the embedding of patches.
     """
 
     layers: tuple[LayerFlops, ...]
     head: float
+    patches: float = 0.0
 
     @property
     def forward(self) -> float:
         """FLOPs of the forward pass: inference on one sequence."""
-        return sum(layer.forward for layer in self.layers) + self.head
+        return sum(layer.forward for layer in self.layers) + self.head + self.patches
 
     @property
     def backward(self) -> float:
@@ -99,6 +101,7 @@ def count_transformer_flops(
     gated_mlp: bool = False,
     vocab_size: int = 0,
     num_classes: int = 0,
+    patch_values: int = 0,
     attention_density: ArrayLike = 1.0,
     weight_density: Mapping[str, ArrayLike] | None = None,
 ) -> TransformerFlops:
@@ -114,6 +117,7 @@ def count_transformer_flops(
       up       2 T D mlp_dim, twice that if gated, * weight_density["mlp/up"]
       down     2 T D mlp_dim       * weight_density["mlp/down"]
       head     2 T D vocab_size, or 2 D num_classes
+      patches  2 T D patch_values
 
     The module's docstring states what is counted and what is not. Multiply by the batch size
     for a step, divide by the sequence length for a token.
@@ -132,6 +136,7 @@ def count_transformer_flops(
       vocab_size: int, outputs of the head at every position; 0 leaves the head out.
       num_classes: int, outputs of a classifier at one pooled position. If positive, it is the
         head, and `vocab_size` merely sizes an embedding, which costs no FLOPs.
+      patch_values: int, inputs of the embedding of a patch; 0 for token ids, which are looked up.
       attention_density: float[] or float[num_layers] in [0, 1], kept fraction of the counted pairs.
       weight_density: name -> float[] or float[num_layers] in [0, 1], kept fraction of a weight;
         1 for weights without a name.
@@ -140,7 +145,7 @@ def count_transformer_flops(
       TransformerFlops for one sequence.
 
     Raises:
-      ValueError: if a size is not positive, `vocab_size` or `num_classes` is negative, the heads
+      ValueError: if a size is not positive, one that may be 0 is negative, the heads
         are not a multiple of the key/value heads, a density is outside [0, 1] or neither one
         number nor one per layer, or a weight is unknown.
 
@@ -164,7 +169,8 @@ def count_transformer_flops(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
-    for name, value in (("vocab_size", vocab_size), ("num_classes", num_classes)):
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "patch_values": patch_values}
+    for name, value in sizes.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {name}={value}")
     if num_heads % num_kv_heads:
@@ -197,7 +203,11 @@ def count_transformer_flops(
         for to_qkv, to_output, to_up, to_down, attention in zip(*densities, strict=True)
     )
     head = num_classes or sequence_length * vocab_size
-    return TransformerFlops(layers=layers, head=2.0 * model_dim * head)
+    return TransformerFlops(
+        layers=layers,
+        head=2.0 * model_dim * head,
+        patches=2.0 * sequence_length * model_dim * patch_values,
+    )
 
 
 def _per_layer(name: str, density: ArrayLike, num_layers: int) -> list[float]:

@@ -24,9 +24,11 @@ class OptimizerConfig:
       name: "adamw", "lion" or "sgd".
       learning_rate: float, peak rate.
       schedule: "cosine", "one_cycle" (linear up, linear down), "inverse_sqrt" (as one over the
-        root of the step) or "constant", each after a linear warm-up.
+        root of the step) or "constant", each after a linear warm-up; or "triangle", linear up and
+        linear down to 0.
       warmup_steps: int, steps from the initial to the peak rate.
       final_fraction: float in [0, 1], last rate of "cosine" relative to the peak.
+      initial_fraction: float in [0, 1], first rate of "triangle" relative to the peak.
       weight_decay: float, decoupled, on kernels and token embeddings only.
       b1: float, decay of the first moment (momentum of "sgd").
       b2: float, decay of the second moment.
@@ -40,9 +42,10 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "sgd"]
     learning_rate: float
-    schedule: Literal["cosine", "one_cycle", "inverse_sqrt", "constant"]
+    schedule: Literal["cosine", "one_cycle", "inverse_sqrt", "constant", "triangle"]
     warmup_steps: int
     final_fraction: float
+    initial_fraction: float = 0.0
     weight_decay: float
     b1: float
     b2: float
@@ -59,11 +62,12 @@ class OptimizerConfig:
 
         check(self.name in ("adamw", "lion", "sgd"), "name", "'adamw', 'lion' or 'sgd'")
         check(self.learning_rate > 0, "learning_rate", "positive")
-        schedules = ("cosine", "one_cycle", "inverse_sqrt", "constant")
+        schedules = ("cosine", "one_cycle", "inverse_sqrt", "constant", "triangle")
         check(self.schedule in schedules, "schedule", f"one of {schedules}")
         least = 1 if self.schedule == "inverse_sqrt" else 0
         check(self.warmup_steps >= least, "warmup_steps", f"at least {least}")
         check(0 <= self.final_fraction <= 1, "final_fraction", "in [0, 1]")
+        check(0 <= self.initial_fraction <= 1, "initial_fraction", "in [0, 1]")
         check(self.weight_decay >= 0, "weight_decay", "at least 0")
         check(0 <= self.b1 < 1, "b1", "in [0, 1)")
         check(0 <= self.b2 < 1, "b2", "in [0, 1)")
@@ -162,10 +166,13 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
         )
     # The division by 25 at the start and by 25e4 at the end are the defaults of the one-cycle
     # policy that SPION and SAT train with.
+    first, last = peak / 25, peak / 25e4
+    if config.schedule == "triangle":
+        first, last = peak * config.initial_fraction, 0.0
     return optax.join_schedules(
         [
-            optax.linear_schedule(peak / 25, peak, max(warmup, 1)),
-            optax.linear_schedule(peak, peak / 25e4, num_steps - warmup),
+            optax.linear_schedule(first, peak, max(warmup, 1)),
+            optax.linear_schedule(peak, last, num_steps - warmup),
         ],
         [warmup],
     )

@@ -186,6 +186,11 @@ def make_abstract_batch(config: TrainConfig, facts: Facts) -> dict[str, jax.Shap
     batch = {"inputs": tokens, "weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
     if facts.task == "language_model":
         return batch | {"targets": tokens}
+    if facts.task == "masked_language_model":
+        weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
+        return batch | {"targets": tokens, "weights": weights}
+    if facts.patch_values:
+        batch["inputs"] = jax.ShapeDtypeStruct((B, T, facts.patch_values), jnp.uint8)
     batch["mask"] = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
     if facts.task == "translation":
         batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
@@ -252,9 +257,10 @@ def format_plan(plan: Plan) -> str:
     rows.append(("  largest batch, examples", ["–" if n is None else f"{n:,}" for n in largest]))
     size = config.data.batch_size
     shape = " x ".join(map(str, make_abstract_batch(config, plan.facts)["inputs"].shape))
+    unit = "bytes" if plan.facts.patch_values else "tokens"
     return "\n".join(
         [
-            f"recipe {config.recipe_name} on one {plan.target.name}, batch of {shape} tokens, "
+            f"recipe {config.recipe_name} on one {plan.target.name}, batch of {shape} {unit}, "
             f"num_micro_batches={config.num_micro_batches}",
             "",
             _align(rows),

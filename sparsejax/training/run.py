@@ -133,7 +133,11 @@ def prepare_run(config: TrainConfig) -> Run:
     except OSError as error:
         raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
     model = make_transformer_config(
-        config, task=data.task, vocab_size=data.vocab_size, num_classes=data.num_classes
+        config,
+        task=data.task,
+        vocab_size=data.vocab_size,
+        num_classes=data.num_classes,
+        patch_values=data.patch_values,
     )
     devices = _choose_devices(config)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)

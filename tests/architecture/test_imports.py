@@ -55,6 +55,7 @@ HOMES = {
     "array_record": ("sparsejax.training.data",),
     "tensorflow_datasets": ("sparsejax.training.data",),
     "tokenizers": ("sparsejax.training.data",),
+    "PIL": ("sparsejax.training.data",),
     "tqdm": ("sparsejax.training.data",),
 }
 

@@ -18,9 +18,14 @@ GOOD = dict(
 )
 
 
+PATCHES = dict(patch_values=12, vocab_size=0, causal=False, num_classes=3)
+
+
 def test_a_good_config_passes():
     assert TransformerConfig(**GOOD).head_dim == 8
     assert GOOD["block"].grid(64) == (4, 2)
+    TransformerConfig(**GOOD | {"causal": False})  # a masked language model
+    TransformerConfig(**GOOD | PATCHES)
 
 
 @pytest.mark.parametrize(
@@ -47,13 +52,20 @@ def test_a_good_config_passes():
             "model.dtype must be one of ('float32', 'bfloat16', 'float16'), got 'float64'",
         ),
         ({"num_towers": 3}, "model.num_towers must be 1 or 2, got 3"),
-        ({"num_towers": 2}, "model.num_towers must be 1 in a causal language model, got 2"),
+        ({"num_towers": 2}, "model.num_towers must be 1 in a language model, got 2"),
+        (
+            {"causal": False, "num_towers": 2},
+            "model.num_towers must be 1 in a language model, got 2",
+        ),
         ({"num_classes": 10}, "model.num_classes must be 0 in a causal language model, got 10"),
-        ({"causal": False}, "model.num_classes must be at least 2 in an encoder, got 0"),
         (
             {"causal": False, "num_classes": 1},
-            "model.num_classes must be at least 2 in an encoder, got 1",
+            "model.num_classes must be at least 2, or 0 in a language model, got 1",
         ),
+        ({"patch_values": -1}, "model.patch_values must be at least 0, got -1"),
+        (PATCHES | {"vocab_size": 32}, "model.vocab_size must be 0 with patches, got 32"),
+        (PATCHES | {"num_classes": 0}, "model.num_classes must be at least 2 with patches, got 0"),
+        (PATCHES | {"num_towers": 2}, "model.num_towers must be 1 with patches, got 2"),
         ({"init_std": 0.0}, "model.init_std must be positive, got 0.0"),
         (
             {"mlp_activation": "tanh"},

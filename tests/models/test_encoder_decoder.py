@@ -41,7 +41,13 @@ PLAIN = TransformerConfig(
     block=BlockPattern(block_q=8, block_kv=8),
 )
 GROUPED = dataclasses.replace(
-    PLAIN, positions="rotary", num_kv_heads=2, mlp_activation="geglu", num_decoder_layers=1
+    PLAIN,
+    positions="rotary",
+    num_kv_heads=2,
+    mlp_activation="geglu",
+    num_decoder_layers=1,
+    use_bias=False,
+    embedding_norm=True,
 )
 SPARSE = dataclasses.replace(
     PLAIN, sparse_weights=(("(decoder/)?mlp/.*", SQUARE),), dropout_rate=0.1
@@ -115,7 +121,7 @@ def plain_norm(weights, x):
 
 
 def plain_linear(weights, x):
-    return x @ weights["kernel"] + weights["bias"]
+    return x @ weights["kernel"] + weights.get("bias", 0)
 
 
 def plain_rotation(x_TH):
@@ -158,6 +164,9 @@ def plain_model(config, params, source, target, real):
     if not rotates:
         x = x + params["position"][: len(source)]
         y = y + params["decoder"]["position"][: len(target)]
+    if config.embedding_norm:
+        x = plain_norm(params["embedding_norm"], x)
+        y = plain_norm(params["decoder"]["embedding_norm"], y)
     for i in range(config.num_layers):
         block = jax.tree.map(lambda leaf, i=i: np.float64(leaf[i]), params["blocks"])
         h = plain_linear(block["attention"]["qkv"], plain_norm(block["attention_norm"], x))

@@ -49,7 +49,7 @@ def make_files(tmp_path, kind, **settings):
 def test_idx_images_become_rows_of_pixels(images, tmp_path):
     data = make_files(tmp_path, "idx", sequence_length=8)
     facts = find_facts(make_config(tmp_path, "idx", sequence_length=8), num_classes=6)
-    assert (data.task, data.vocab_size, data.num_classes) == facts == ("classification", 257, 6)
+    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("classification", 257, 6)
     batches = {"train": [next(data.train), next(data.train)], "t10k": list(data.validation(None))}
     for name, split in batches.items():
         rows = {
@@ -101,7 +101,7 @@ def pairs(tmp_path):
 def test_pairs_of_documents_come_with_one_label(pairs, tmp_path):
     data = make_files(tmp_path, "aan", sequence_length=6, batch_size=5)
     facts = find_facts(make_config(tmp_path, "aan", sequence_length=6))
-    assert (data.task, data.vocab_size, data.num_classes) == facts == ("matching", 257, 2)
+    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("matching", 257, 2)
     batch = next(data.train)
     assert batch["inputs"].shape == batch["mask"].shape == (5, 2, 6)
     found = {

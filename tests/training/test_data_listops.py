@@ -167,7 +167,7 @@ def test_classification_batches_pad_with_zero_and_mask_it(data_dir):
     lengths = batch["mask"].sum(1)
     np.testing.assert_array_equal(batch["mask"], np.arange(199) < lengths[:, None])
     facts = find_facts(make_config(data_dir))
-    assert (data.task, data.vocab_size, data.num_classes) == facts == ("classification", 16, 10)
+    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("classification", 16, 10)
     assert batch["inputs"].max() == 15
 
 

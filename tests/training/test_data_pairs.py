@@ -63,8 +63,8 @@ def test_two_lines_become_five_rows(tmp_path):
 def test_batches_hold_every_pair_once_and_facts_agree(line_end, tmp_path):
     config = make_config(write_pairs(tmp_path, line_end=line_end))
     data = make_data(config)
-    assert (data.task, data.vocab_size, data.num_classes) == find_facts(config)
-    assert find_facts(config) == ("translation", 257, 0)
+    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == find_facts(config)
+    assert find_facts(config) == ("translation", 257, 0, 0)
     batch = next(data.train)
     assert sorted(read_sentences(batch)) == sorted(PAIRS["train"])
     assert max(rows.max() for rows in batch.values()) < data.vocab_size
@@ -90,7 +90,7 @@ def test_both_sides_share_one_trained_vocabulary(tmp_path):
     pairs = {"train": [sides] * 8, "validation": [sides]}
     config = make_config(write_pairs(tmp_path, pairs), tokenizer="bpe:270", sequence_length=16)
     data = make_data(config)
-    assert (data.task, data.vocab_size, data.num_classes) == find_facts(config)
+    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == find_facts(config)
     assert data.vocab_size == 271
     batch = next(data.train)
     # Merges of either side: three words are fewer tokens than letters.

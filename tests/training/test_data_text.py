@@ -77,7 +77,7 @@ def test_batches_have_the_documented_arrays(folder, tmp_path):
         "weights": ("float32", (2,)),
     }
     facts = find_facts(make_config(folder, tmp_path / "data"))
-    assert (data.task, data.vocab_size, data.num_classes) == facts == ("language_model", 256, 0)
+    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("language_model", 256, 0)
 
 
 @pytest.mark.parametrize("line", ["Zeile mit Umlaut: äöü.\n", "ä"])

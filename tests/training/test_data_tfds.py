@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sparsejax.training.data import DataConfig, make_data
+from sparsejax.training.data.patches import scale_middle
 from sparsejax.training.data.tfds_source import make_prepare_command
 
 TEXTS = [f"Opinion number {i}, with enough words to read." for i in range(12)]
@@ -101,14 +102,13 @@ def test_images_become_grey_pixels(prepared):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_scaled_images_average_what_each_pixel_covers(prepared, size):
+def test_pixels_are_those_of_the_scaled_image(prepared, size):
     settings = {"label_key": "grade", "image_size": size, "sequence_length": size**2}
     batch = next(make_tfds("opinions/image", prepared, **settings).train)
     found = batch["inputs"][np.argsort(batch["labels"])] - 1
-    grey = IMAGES[::2].astype(float) @ [0.299, 0.587, 0.114]
-    # Enlarged without loss to a size that the new one divides, then averaged by whole blocks.
-    enlarged = np.repeat(np.repeat(grey, 6, 1), 6, 2).reshape(3, size, 24 // size, size, -1)
-    np.testing.assert_allclose(found, enlarged.mean((2, 4)).reshape(3, -1), atol=0.5)
+    scaled = np.stack([scale_middle(image, size) for image in IMAGES[::2]])
+    grey = scaled.astype(float) @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(found, grey.reshape(3, -1), atol=0.5)
 
 
 def test_scaling_is_part_of_the_cache_and_refused_for_texts(prepared):

@@ -55,7 +55,10 @@ def test_components_of_a_layer_by_hand():
     }
     assert flops.layers[1].backward == 2 * flops.layers[1].forward
     assert flops.head == 2 * 192 * 10
-    assert count_transformer_flops(**GROUPED, causal=False).head == 0
+    plain = count_transformer_flops(**GROUPED, causal=False)
+    assert plain.head == plain.patches == 0
+    patched = count_transformer_flops(**GROUPED, causal=False, patch_values=48)
+    assert patched.patches == 2 * 128 * 192 * 48 == patched.forward - plain.forward
 
 
 def test_causal_counts_each_visible_pair_once():
@@ -135,6 +138,7 @@ def test_counts_agree_with_xla():
         ({"num_layers": 0}, "num_layers=0"),
         ({"sequence_length": -1}, "sequence_length=-1"),
         ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"patch_values": -1}, "patch_values=-1"),
         ({"num_kv_heads": 3}, "num_kv_heads=3"),
         ({"attention_density": 1.5}, "attention_density=1.5"),
         ({"attention_density": float("nan")}, "attention_density=nan"),

@@ -246,6 +246,15 @@ def test_inverse_sqrt_rises_linearly_and_falls_with_the_root_of_the_step():
     assert {step: float(schedule(jnp.int32(step))) for step in expected} == pytest.approx(expected)
 
 
+def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
+    settings = {"schedule": "triangle", "warmup_steps": 30}
+    for first in (0.0, 0.25):
+        config = _optimizer_config(**settings, initial_fraction=first)
+        schedule = make_optimizer(config, num_steps=40).schedule
+        rates = [float(schedule(step)) / 1e-2 for step in (0, 15, 30, 35, 40)]
+        np.testing.assert_allclose(rates, [first, (1 + first) / 2, 1, 0.5, 0], atol=1e-6)
+
+
 def test_adamw_is_that_of_optax():
     import optax
 

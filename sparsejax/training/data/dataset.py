@@ -7,7 +7,9 @@ from pathlib import Path
 from sparsejax.training.data import pipeline, store
 from sparsejax.training.data.cache import cached_folder, hash_json
 from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.masking import make_masking
 from sparsejax.training.data.pairs import Translations, open_pairs
+from sparsejax.training.data.patches import make_augmentation
 from sparsejax.training.data.progress import show_progress
 from sparsejax.training.data.source import Example, Source, Split, Task
 from sparsejax.training.data.tokenizer import (
@@ -29,8 +31,10 @@ class Data:
     With B the batch of this process and T the sequence length, a batch holds
 
     - `"language_model"`: `inputs` int32[B, T], `targets` int32[B, T], `weights` float32[B];
+    - `"masked_language_model"`: the same with `weights` float32[B, T], 1 at the tokens to be told;
     - `"classification"`: `inputs` int32[B, T], `mask` bool[B, T] (True = real token, 0 = padding
-      id), `labels` int32[B], `weights` float32[B];
+      id), `labels` int32[B], `weights` float32[B]; of images in patches, `inputs` are uint8[B, T,
+      patch_values];
     - `"matching"`: the same with `inputs` and `mask` [B, 2, T];
     - `"translation"`: `inputs` int32[B, T] and `mask` bool[B, T] of the source; `targets` and, one
       token behind, `decoder_inputs` int32[B, T]; `weights` float32[B, T], 1 at real targets.
@@ -41,8 +45,9 @@ class Data:
         validation: Opens a pass over the validation split of at most so many batches (None = all);
             always the same order, the last batch filled up with examples of weight 0.
         task: What the batches are for.
-        vocab_size: Ids are in [0, vocab_size).
+        vocab_size: Ids are in [0, vocab_size); 0 for patches, which are no ids.
         num_classes: Number of labels; 0 for a language model and for translation.
+        patch_values: Values of a patch, 0 for ids.
         fingerprint: What must be equal for a run to resume on this data.
     """
 
@@ -51,12 +56,14 @@ class Data:
     task: Task
     vocab_size: int
     num_classes: int
+    patch_values: int
     fingerprint: dict[str, str | int]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
     source: Source
+    task: Task
     tokenizer: Tokenizer
     folders: dict[Split, Path]
     sha256: str
@@ -85,8 +92,10 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
         raise ValueError(
             f"batch_size={config.batch_size}: expected a multiple of the {process_count} processes"
         )
-    prepared = _prepare(config)
-    source, tokenizer = prepared.source, prepared.tokenizer
+    source = _open_source(config)
+    _check_num_patches(config, source)
+    prepared = _prepare(config, source)
+    task, tokenizer = prepared.task, prepared.tokenizer
     train = _open_examples(config, prepared, "train")
     validation = _open_examples(config, prepared, "validation")
     if len(train) < config.batch_size:
@@ -99,15 +108,24 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
         "process_index": process_index,
         "process_count": process_count,
     }
+    transforms = _make_transforms(config, prepared)
     return Data(
         train=pipeline.make_train_iterator(
-            train, seed=config.seed, num_reading_threads=config.num_reading_threads, **share
+            train,
+            seed=config.seed,
+            num_reading_threads=config.num_reading_threads,
+            transform=transforms["train"],
+            **share,
         ),
-        validation=pipeline.make_validation(validation, **share),
-        task=source.task,
-        # A document that is padded is shifted up by one to make room for the padding's id.
-        vocab_size=tokenizer.vocab_size + (source.task != "language_model"),
+        validation=pipeline.make_validation(
+            validation, transform=transforms["validation"], **share
+        ),
+        task=task,
+        # Documents that are padded are shifted up by one to make room for padding; a masked
+        # language model has the mask token.
+        vocab_size=0 if source.grid else tokenizer.vocab_size + (task != "language_model"),
         num_classes=source.num_classes,
+        patch_values=source.grid.patch_values if source.grid else 0,
         fingerprint={
             "source": config.source,
             "tokenizer": tokenizer.name,
@@ -128,11 +146,11 @@ def prepare(config: DataConfig) -> None:
     Raises:
         ValueError: The data is missing or damaged.
     """
-    _prepare(config)
+    _prepare(config, _open_source(config))
 
 
-def _prepare(config: DataConfig) -> _Prepared:
-    source = _open_source(config)
+def _prepare(config: DataConfig, source: Source) -> _Prepared:
+    task = _find_task(config, source)
     tokenizer = _make_tokenizer(config, source)
     folders, digests = {}, {}
     for split in ("train", "validation"):
@@ -142,7 +160,7 @@ def _prepare(config: DataConfig) -> _Prepared:
             folders[split],
             lambda folder, split=split: _write_tokens(folder, source, tokenizer, split),
         )
-    return _Prepared(source, tokenizer, folders, hash_json(digests))
+    return _Prepared(source, task, tokenizer, folders, hash_json(digests))
 
 
 def _open_source(config: DataConfig) -> Source:
@@ -181,6 +199,25 @@ def _open_source(config: DataConfig) -> Source:
             return open_tfds(config)
 
 
+def _find_task(config: DataConfig, source: Source) -> Task:
+    if not config.mask_fraction:
+        return source.task
+    if source.task != "language_model":
+        raise ValueError(
+            f"mask_fraction={config.mask_fraction}: the examples of {config.source} have labels; "
+            "expected 0.0, or texts without"
+        )
+    return "masked_language_model"
+
+
+def _check_num_patches(config: DataConfig, source: Source) -> None:
+    if source.grid and source.grid.num_patches > config.sequence_length:
+        raise ValueError(
+            f"sequence_length={config.sequence_length}: the images of {config.source} have "
+            f"{source.grid.num_patches} patches; expected at least that"
+        )
+
+
 def _make_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
     if source.num_values is not None:
         return value_tokenizer(source.num_values)
@@ -210,14 +247,17 @@ def _write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, split: Spl
 
 
 def _open_examples(config: DataConfig, prepared: _Prepared, split: Split) -> pipeline.ExampleSource:
-    folder, length = prepared.folders[split], config.sequence_length
-    if prepared.source.task == "language_model":
-        examples = store.Windows(folder, prepared.tokenizer, length)
+    folder, length, source = prepared.folders[split], config.sequence_length, prepared.source
+    if source.task == "language_model":
+        shifted = prepared.task == "language_model"
+        examples = store.Windows(folder, prepared.tokenizer, length, shifted=shifted)
+    elif source.grid:
+        examples = store.Patches(folder, source.grid, length)
     else:
-        if prepared.source.task == "translation":
+        if source.task == "translation":
             examples = Translations(folder, prepared.tokenizer, length)
         else:
-            paired = prepared.source.task == "matching"
+            paired = source.task == "matching"
             examples = store.Documents(folder, prepared.tokenizer, length, paired)
         if not config.truncate:
             examples.check_lengths(split)
@@ -227,3 +267,21 @@ def _open_examples(config: DataConfig, prepared: _Prepared, split: Split) -> pip
             "of that length; expected more data or a shorter length"
         )
     return examples
+
+
+def _make_transforms(
+    config: DataConfig, prepared: _Prepared
+) -> dict[Split, pipeline.Transform | None]:
+    """Return what changes the examples of each split at random."""
+    grid = prepared.source.grid
+    if prepared.task == "masked_language_model":
+        masking = make_masking(
+            sequence_length=config.sequence_length,
+            mask_fraction=config.mask_fraction,
+            vocab_size=prepared.tokenizer.vocab_size,
+        )
+        return {"train": masking, "validation": masking}
+    if grid and (config.random_crop or config.random_flip):
+        augmentation = make_augmentation(grid, crop=config.random_crop, flip=config.random_flip)
+        return {"train": augmentation, "validation": None}
+    return {"train": None, "validation": None}

@@ -1,4 +1,4 @@
-"""Images in the IDX format of MNIST as sequences of pixels, row by row."""
+"""Images in the IDX format of MNIST as sequences of pixels, row by row, or of patches."""
 
 import gzip
 import math
@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsejax.training.data.cache import hash_json
 from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.patches import find_grid, identify_patches, read_patches
 from sparsejax.training.data.source import Example, Source, Split
 
 _UNSIGNED_BYTE = 0x08
@@ -23,10 +24,11 @@ def open_idx(config: DataConfig) -> Source:
         config: Settings with `source="idx:/folder"`; split names are the prefixes of the files.
 
     Returns:
-        The set; grey levels are values in [0, 256).
+        The set; grey levels are values in [0, 256), or images are cut into patches.
 
     Raises:
-        ValueError: A file is missing, ambiguous, damaged, or does not fit the others.
+        ValueError: A file is missing, ambiguous, damaged, or does not fit the others or the
+            patches.
     """
     folder = Path(config.rest)
     names = {
@@ -38,6 +40,10 @@ def open_idx(config: DataConfig) -> Source:
         for split, name in names.items()
     }
     labels = {split: read_idx(labels, 1) for split, (_, labels) in files.items()}
+    grid = None
+    if config.patch_size:
+        _, height, width = read_idx(files["train"][0], 3).shape
+        grid = find_grid(config, (height, width, 1))
 
     def read(split: Split) -> Iterator[Example]:
         images = read_idx(files[split][0], 3)
@@ -47,16 +53,22 @@ def open_idx(config: DataConfig) -> Source:
                 f"{len(labels[split])}, one for each label in {files[split][1]}"
             )
         for image, label in zip(images, labels[split], strict=True):
-            yield Example((image.reshape(-1),), int(label))
+            if grid is None:
+                yield Example((image.reshape(-1),), int(label))
+            else:
+                document = read_patches(image[..., None], grid, config.image_size)
+                yield Example((document,), int(label))
 
     stats = [(file.name, file.stat()) for pair in files.values() for file in pair]
     return Source(
         task="classification",
         identity={
-            "idx": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+            "idx": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]),
+            **identify_patches(config),
         },
         read=read,
         num_values=256,
+        grid=grid,
         num_classes=1 + max(int(values.max()) for values in labels.values()),
     )
 

@@ -6,8 +6,11 @@ from typing import Any, Protocol
 import numpy as np
 
 type Batch = dict[str, np.ndarray]
+type Transform = Callable[[Batch, np.random.Generator], Batch]
 
 _READ_AHEAD_BATCHES = 16
+# No run has it: seeds of runs are below.
+_VALIDATION_SEED = 2**32
 
 
 class ExampleSource(Protocol):
@@ -48,6 +51,7 @@ def make_train_iterator(
     num_reading_threads: int,
     process_index: int,
     process_count: int,
+    transform: Transform | None = None,
 ) -> BatchIterator:
     """Make the endless iterator over shuffled batches.
 
@@ -62,18 +66,20 @@ def make_train_iterator(
         num_reading_threads: 0 or 1.
         process_index: This process.
         process_count: Number of processes.
+        transform: Changes each example at random. What it draws depends on the seed and on the
+            example's position in the stream alone: other numbers in every epoch, the same ones
+            after a restart.
 
     Returns:
         Iterator with `get_state` and `set_state`; a state holds `next_index` alone.
     """
     import grain
 
+    stream = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    if transform is not None:
+        stream = stream.map_with_index(_draw_by_position(transform, seed))
     return iter(
-        grain.MapDataset.source(examples)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .slice(slice(process_index, None, process_count))
+        stream.slice(slice(process_index, None, process_count))
         .batch(batch_size, drop_remainder=True)
         .to_iter_dataset(
             grain.ReadOptions(
@@ -85,7 +91,12 @@ def make_train_iterator(
 
 
 def make_validation(
-    examples: ExampleSource, *, batch_size: int, process_index: int, process_count: int
+    examples: ExampleSource,
+    *,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    transform: Transform | None = None,
 ) -> Callable[[int | None], Iterator[Batch]]:
     """Make the function that opens a pass over the validation split.
 
@@ -98,6 +109,7 @@ def make_validation(
         batch_size: Examples per batch of this process.
         process_index: This process.
         process_count: Number of processes.
+        transform: Changes each example at random, in the same way at every pass of every run.
 
     Returns:
         Function of the largest number of batches (None = all) that returns a finite iterator.
@@ -105,6 +117,8 @@ def make_validation(
     import grain
 
     shuffled = grain.MapDataset.source(examples).shuffle(seed=0)
+    if transform is not None:
+        shuffled = shuffled.map_with_index(_draw_by_position(transform, _VALIDATION_SEED))
     global_batch_size = batch_size * process_count
 
     def validate(max_batches: int | None = None) -> Iterator[Batch]:
@@ -117,6 +131,14 @@ def make_validation(
             yield _stack([_take_or_fill(shuffled, position) for position in positions])
 
     return validate
+
+
+def _draw_by_position(transform: Transform, seed: int) -> Callable[[int, Batch], Batch]:
+    def apply(position: int, example: Batch) -> Batch:
+        key = np.array([seed, position], np.uint64)
+        return transform(example, np.random.Generator(np.random.Philox(key=key)))
+
+    return apply
 
 
 def _take_or_fill(examples: Any, position: int) -> Batch:

@@ -14,7 +14,8 @@ _FLAGS = {
     "validation_split": "name of the validation split",
     "input_key": "TFDS feature to read",
     "label_key": "TFDS label to predict",
-    "image_size": "side to which TFDS images are scaled, in pixels",
+    "patch_size": "side of a patch of an image, pixels",
+    "image_size": "side that the middle square of images is scaled to, pixels",
 }
 
 
@@ -27,9 +28,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparsejax.training.data.prepare")
     for name, text in _FLAGS.items():
         required = name in ("source", "data_dir")
-        kind = int if name == "image_size" else str
         parser.add_argument(
-            f"--{name}", help=text, required=required, default=argparse.SUPPRESS, type=kind
+            f"--{name}",
+            help=text,
+            type=int if name.endswith("_size") else str,
+            required=required,
+            default=argparse.SUPPRESS,
         )
     values = vars(parser.parse_args(arguments))
     try:

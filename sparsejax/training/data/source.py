@@ -6,7 +6,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-type Task = Literal["language_model", "classification", "matching", "translation"]
+from sparsejax.training.data.patches import PatchGrid
+
+type Task = Literal[
+    "language_model", "masked_language_model", "classification", "matching", "translation"
+]
 type Split = Literal["train", "validation"]
 
 
@@ -15,7 +19,8 @@ class Example(NamedTuple):
 
     Attributes:
         documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
-            `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`.
+            `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
+            patches lie one after another.
         label: Class of the example; 0 where there are no classes.
         complete: False when the document goes on in the next example (language models only).
     """
@@ -30,11 +35,12 @@ class Source:
     """A data set before tokenization.
 
     Attributes:
-        task: What the examples are for.
+        task: What the examples are for; settings may make a masked one of a language model.
         identity: JSON value that changes whenever the examples may have; key of the caches.
         read: Opens a split and yields its examples, always in the same order.
         num_values: Number of distinct pixels or symbols; None for text.
         num_classes: Number of labels; 0 for a language model and for translation.
+        grid: How the documents are patches of images; None if they are not.
         fingerprint: What else must be equal when a run is resumed.
     """
 
@@ -43,4 +49,5 @@ class Source:
     read: Callable[[Split], Iterator[Example]]
     num_values: int | None = None
     num_classes: int = 0
+    grid: PatchGrid | None = None
     fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)

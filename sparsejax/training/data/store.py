@@ -1,6 +1,7 @@
 """Token files on disk: written once from a source, memory-mapped as random-access examples.
 
-Axis letters: B batch, T position in the sequence, P the two documents of a pair.
+Axis letters: B batch, T position in the sequence, P the two documents of a pair, V value of a
+patch.
 """
 
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsejax.training.data.patches import PatchGrid
 from sparsejax.training.data.source import Example
 from sparsejax.training.data.tokenizer import SEPARATOR, Tokenizer
 
@@ -71,20 +73,24 @@ class Windows:
     """Language-model examples: consecutive, non-overlapping windows of T + 1 tokens.
 
     Item i is `{"inputs": int32[T], "targets": int32[T], "weights": float32[]}` with
-    targets[t] = inputs[t + 1].
+    targets[t] = inputs[t + 1]; or, of windows of T tokens, targets[t] = inputs[t].
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int):
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, sequence_length: int, *, shifted: bool = True
+    ):
         """Map the stream that `write_stream` wrote.
 
         Args:
             folder: Where it was written.
             tokenizer: With which it was written.
             sequence_length: T.
+            shifted: Whether the targets are the next tokens.
         """
         path = folder / _TOKENS
         self._tokens = _map_tokens(path, tokenizer.dtype)
-        self._width = sequence_length + 1
+        self._length, self._shift = sequence_length, int(shifted)
+        self._width = self._length + self._shift
 
     def __len__(self) -> int:
         return self._tokens.size // self._width
@@ -92,7 +98,11 @@ class Windows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start = int(index) * self._width
         window = self._tokens[start : start + self._width].astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "weights": np.ones((), np.float32)}
+        return {
+            "inputs": window[: self._length],
+            "targets": window[self._shift :],
+            "weights": np.ones((), np.float32),
+        }
 
 
 class Documents:
@@ -159,6 +169,41 @@ class Documents:
                 f"the {split} split are longer, the longest has {lengths.max()} tokens; expected "
                 "at least that, or truncate=True to keep the beginning of each"
             )
+
+
+class Patches:
+    """Labelled images of equally many patches, padded with zeros to T.
+
+    Item i is `{"inputs": uint8[T, V], "mask": bool[T], "labels": int32[], "weights": float32[]}`,
+    mask True at real patches.
+    """
+
+    def __init__(self, folder: Path, grid: PatchGrid, sequence_length: int):
+        """Map the documents that `write_documents` wrote.
+
+        Args:
+            folder: Where they were written.
+            grid: How the images fall into patches.
+            sequence_length: T, at least their number.
+        """
+        self._labels = np.load(folder / _LABELS)
+        values = _map_tokens(folder / _TOKENS, np.dtype(np.uint8))
+        self._values_NTV = values.reshape(-1, grid.num_patches, grid.patch_values)
+        self._sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return self._labels.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        patches_TV = self._values_NTV[index]
+        inputs_TV = np.zeros((self._sequence_length, patches_TV.shape[1]), np.uint8)
+        inputs_TV[: len(patches_TV)] = patches_TV
+        return {
+            "inputs": inputs_TV,
+            "mask": np.arange(self._sequence_length) < len(patches_TV),
+            "labels": self._labels[index],
+            "weights": np.ones((), np.float32),
+        }
 
 
 def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:

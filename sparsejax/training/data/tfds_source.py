@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from sparsejax.training.data.cache import hash_json
 from sparsejax.training.data.config import DataConfig
+from sparsejax.training.data.patches import find_grid, identify_patches, read_patches, scale_middle
 from sparsejax.training.data.source import Example, Source, Split
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
@@ -26,6 +27,7 @@ _PREPARED_OPTIONS = (
     "validation_split",
     "input_key",
     "label_key",
+    "patch_size",
     "image_size",
 )
 _INPUT_FEATURES = (tfds.features.Text, tfds.features.Image)
@@ -43,8 +45,7 @@ class _Fields(NamedTuple):
 def open_tfds(config: DataConfig) -> Source:
     """Open a TFDS set as a labelled set of texts or images, or as a corpus of texts.
 
-    Images become sequences of grey pixels, row by row; scaled ones are averages over the area that
-    each new pixel covers.
+    Images become sequences of grey pixels, row by row, or of patches with all their channels.
 
     Args:
         config: Settings with `source="tfds:NAME[/config]"`.
@@ -53,8 +54,8 @@ def open_tfds(config: DataConfig) -> Source:
         The set.
 
     Raises:
-        ValueError: The set is neither prepared nor to be downloaded, is damaged, or lacks the
-            split or feature asked for.
+        ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
+            feature asked for, or has no images that fit the patches.
     """
     builder = _find_builder(config)
     info = builder.info
@@ -69,6 +70,14 @@ def open_tfds(config: DataConfig) -> Source:
             f"image_size={config.image_size} does not apply to the texts of {config.source}; "
             "leave it at 0"
         )
+    grid = None
+    if config.patch_size:
+        if not fields.image:
+            raise ValueError(
+                f"patch_size={config.patch_size}: {config.source} has texts in "
+                f"{fields.input_key!r}; expected images, or 0"
+            )
+        grid = find_grid(config, info.features[fields.input_key].shape)
     names = {
         "train": config.train_split or "train",
         "validation": config.validation_split
@@ -76,9 +85,11 @@ def open_tfds(config: DataConfig) -> Source:
     }
 
     def read(split: Split) -> Iterator[Example]:
-        to_document = (
-            functools.partial(_flatten_image, size=config.image_size) if fields.image else _to_bytes
-        )
+        to_document = _to_bytes
+        if fields.image:
+            to_document = functools.partial(_flatten_image, size=config.image_size)
+        if grid is not None:
+            to_document = functools.partial(read_patches, grid=grid, image_size=config.image_size)
         keys = (fields.input_key, fields.label_key)
         return read_examples(builder, names[split], *keys, to_document)
 
@@ -89,11 +100,13 @@ def open_tfds(config: DataConfig) -> Source:
             "files": _describe_files(builder),
             "splits": names,
             "keys": [fields.input_key, fields.label_key],
-            # Absent where it does nothing, so that caches keep their names.
+            # Absent where they do nothing, so that caches keep their names.
             **({"image_size": config.image_size} if config.image_size else {}),
+            **identify_patches(config),
         },
         read=read,
         num_values=256 if fields.image else None,
+        grid=grid,
         num_classes=fields.num_classes,
     )
 
@@ -265,16 +278,7 @@ def _to_bytes(text: bytes | str) -> bytes:
 
 def _flatten_image(image: np.ndarray, size: int) -> np.ndarray:
     """Return uint8[H * W] grey levels of uint8[H, W, 1 | 3], or uint8[size * size] if scaled."""
-    grey = image[..., 0] if image.shape[-1] == 1 else image @ _LUMA_WEIGHTS
     if size:
-        grey = _average(size, grey.shape[0]) @ grey @ _average(size, grey.shape[1]).T
+        image = scale_middle(image, size)
+    grey = image[..., 0] if image.shape[-1] == 1 else image @ _LUMA_WEIGHTS
     return np.rint(grey).astype(image.dtype).reshape(-1)
-
-
-@functools.lru_cache
-def _average(size: int, length: int) -> np.ndarray:
-    """Return float64[size, length], the share that each old pixel has in each new one."""
-    edges = np.linspace(0, length, size + 1)
-    old = np.arange(length)
-    overlap = np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)
-    return np.maximum(overlap, 0) * (size / length)

@@ -1,0 +1,110 @@
+"""Whole training steps as callables of a benchmark, each on a state of its own that is donated."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import Case, ForeignCall
+from sparsejax.models import TransformerConfig
+from sparsejax.recipes import Phase, Recipe
+from sparsejax.training.optimizer import Optimizer
+from sparsejax.training.state import create_train_state, enter_phase, make_graphdef
+from sparsejax.training.step import Batch, make_train_step
+
+
+def make_step_call(
+    model: TransformerConfig,
+    recipe: Recipe,
+    phase: Phase,
+    optimizer: Optimizer,
+    batch: Batch,
+    *,
+    num_steps: int = 1,
+    **options: Any,
+) -> ForeignCall:
+    """Make the callable that trains some steps, from wherever the call before has come.
+
+    Nothing is compiled or allocated before the first call.
+
+    Args:
+      model: TransformerConfig.
+      recipe: Recipe.
+      phase: one of its phases.
+      optimizer: Optimizer.
+      batch: of every step.
+      num_steps: int, steps of one call.
+      **options: of `make_train_step`.
+
+    Returns:
+      ForeignCall, whose result is the loss of the last step.
+    """
+
+    @functools.cache
+    def start():
+        def create(key):
+            state = create_train_state(model, recipe, optimizer, key)
+            for later in recipe.phases[1 : recipe.phases.index(phase) + 1]:
+                state = enter_phase(state, recipe, later, optimizer)
+            return state
+
+        state = jax.jit(create)(jax.random.key(0))
+        step = make_train_step(make_graphdef(model), recipe, phase, optimizer, **options)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+        def train():
+            nonlocal state
+            metrics = {}
+            for _ in range(num_steps):
+                state, metrics, *_ = compiled(state, batch)
+            return metrics["loss"]
+
+        return train
+
+    return ForeignCall(call=lambda: start()(), wait=jax.block_until_ready, to_numpy=np.asarray)
+
+
+def make_steps_case(calls: dict[str, ForeignCall], *, num_steps: int = 1) -> Case:
+    """Put such callables into a case: what they have in common is that they must train.
+
+    Args:
+      calls: name -> what `make_step_call` returned.
+      num_steps: int, steps of one call.
+
+    Returns:
+      Case, whose times are those of one step.
+    """
+    return Case(
+        functions={},
+        args=(),
+        reference=lambda: jnp.float32(0),
+        tolerance=0.0,
+        error=lambda loss, _: 0.0 if np.isfinite(loss) else np.inf,
+        foreign=calls,
+        units=num_steps,
+    )
+
+
+def make_classification_batch(
+    *, batch_size: int, shape: tuple[int, ...], vocab_size: int, num_classes: int
+) -> Batch:
+    """Draw a batch of random tokens with random labels, nothing of it padding.
+
+    Args:
+      batch_size: int, examples.
+      shape: of the tokens of an example.
+      vocab_size: int.
+      num_classes: int.
+
+    Returns:
+      dict of arrays.
+    """
+    draw = np.random.default_rng(0)
+    return {
+        "inputs": jnp.asarray(draw.integers(1, vocab_size, (batch_size, *shape), np.int32)),
+        "mask": jnp.ones((batch_size, *shape), bool),
+        "labels": jnp.asarray(draw.integers(0, num_classes, batch_size, np.int32)),
+        "weights": jnp.ones(batch_size, jnp.float32),
+    }
