@@ -265,8 +265,8 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
         function = getattr(module, name)
 
         def record(*arguments, **options):
-            add = functools.partial(lambda data: seen[name].add(tuple(data.tolist())))
-            jax.debug.callback(add, jax.random.key_data(find_key(arguments, options)))
+            key_data = jax.random.key_data(find_key(arguments, options))
+            jax.debug.callback(lambda data: seen[name].add(tuple(data.tolist())), key_data)
             return function(*arguments, **options)
 
         monkeypatch.setattr(module, name, record)
@@ -322,19 +322,16 @@ def _replace(tree, path, value):
 
 
 def test_names_of_the_decoder_are_its_own():
-    def find(regex, config=PLAIN):
-        return list(
-            sparse_weight_patterns(dataclasses.replace(config, sparse_weights=((regex, SQUARE),)))
-        )
+    def make_config(regex, config=PLAIN):
+        return dataclasses.replace(config, sparse_weights=((regex, SQUARE),))
+
+    def find(regex):
+        return list(sparse_weight_patterns(make_config(regex)))
 
     def find_built(regex):
-        config = dataclasses.replace(PLAIN, sparse_weights=((regex, SQUARE),))
-        masks = split_abstract(config)[2]
-        return sorted(
-            jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-            for path, _ in jax.tree.leaves_with_path(masks)
-            if path[-1].key == "kernel_mask"
-        )
+        masks = jax.tree.leaves_with_path(split_abstract(make_config(regex))[2])
+        names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in masks)
+        return [n.removesuffix("/kernel_mask") for n in names if n.endswith("kernel_mask")]
 
     for layer in ("mlp/up", "mlp/down"):
         assert find_built(layer) == [f"blocks/{layer}"]
@@ -346,7 +343,7 @@ def test_names_of_the_decoder_are_its_own():
         find("decoder/attention/qkv")
     alone = dataclasses.replace(PLAIN, num_decoder_layers=0, num_classes=2)
     with pytest.raises(ValueError, match=r"'mlp/down'\), but 'decoder/mlp/.*' matches none"):
-        find("decoder/mlp/.*", alone)
+        make_config("decoder/mlp/.*", alone)
 
 
 def test_initialisation_scales_what_a_branch_adds():
