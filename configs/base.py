@@ -18,6 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_eval_batches = 8  # 0 = the whole validation split
     config.log_every_steps = 10  # steps between two progress lines
     config.max_consecutive_skips = 5  # non-finite steps in a row before the run stops
+    config.label_smoothing = 0.0  # share of a target spread over all classes, in training only
 
     model = config.model = ml_collections.ConfigDict()
     model.vocab_size = 0  # 0 = as many as the data has; more is allowed, fewer refused
@@ -26,7 +27,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.num_heads = 4
     model.num_kv_heads = 0  # 0 = num_heads
     model.mlp_dim = 512
-    model.mlp_activation = "gelu"  # or "geglu", "swiglu": gated, of which mlp_dim is one half
+    model.num_decoder_layers = 0  # above 0 an encoder-decoder, for translation
+    # or "relu"; or "geglu", "swiglu": gated, of which mlp_dim is one half
+    model.mlp_activation = "gelu"
     model.positions = "learned"  # or "rotary"
     model.dropout_rate = 0.0
     model.init_std = config_dict.placeholder(float)  # None = LeCun-normal kernels
@@ -43,14 +46,14 @@ def get_config() -> ml_collections.ConfigDict:
 
     data = config.data = ml_collections.ConfigDict()
     # stdlib | text:/path | listops | listops:short | pathfinder | idx:/folder | tfds:name |
-    # aan:/folder
+    # aan:/folder | pairs:/folder
     data.source = "stdlib"
     data.data_dir = "~/.cache/sparsejax"  # prepared data sets and tokenizers
     data.tokenizer = "bytes"  # or "bpe:4096", trained on the training split
     data.sequence_length = 1024  # positions: tokens, pixels or patches
     data.batch_size = 8  # examples per step over all processes
     data.num_reading_threads = 0  # 0 or 1
-    data.truncate = False  # cut longer classification examples instead of refusing them
+    data.truncate = False  # cut longer examples (classes, translation) instead of refusing them
     data.download = False  # let tensorflow_datasets download a set that is not prepared
     data.train_split = ""  # empty = the source's own; "train[:90%]" works with tfds
     data.validation_split = ""  # empty = the source's own
@@ -71,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "lion", "sgd"
     optimizer.learning_rate = 1e-3  # peak
-    optimizer.schedule = "cosine"  # or "one_cycle", "constant", "triangle"
+    optimizer.schedule = "cosine"  # or "one_cycle", "inverse_sqrt", "constant", "triangle"
     optimizer.warmup_steps = 100
     optimizer.final_fraction = 0.1  # last rate of "cosine" relative to the peak
     optimizer.initial_fraction = 0.0  # first rate of "triangle" relative to the peak
@@ -117,7 +120,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     fst = recipe.fst = ml_collections.ConfigDict()
     fst.variant = "fst"  # or its rivals "sr_ste", "ste"; "dense" prunes nothing, follows masks
-    # Ordered "regex=pattern; regex=pattern" over attention/qkv, attention/out, mlp/up, mlp/down
+    # Ordered "regex=pattern; regex=pattern" over attention/qkv, attention/out, mlp/up, mlp/down,
+    # and of an encoder-decoder decoder/mlp/up, decoder/mlp/down
     fst.sparse_weights = "mlp/.*=2:4 transposable"
     fst.decay_rate = 6e-5  # lambda_W, pull of pruned weights to zero, in gradient units
     # Rates that --mode=find_decay tries

@@ -11,6 +11,7 @@ from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patt
 from sparsejax.models.linear import DENSE_LINEAR as DENSE_LINEAR
 from sparsejax.models.linear import LinearMode as LinearMode
 from sparsejax.models.linear import SparseLinear as SparseLinear
+from sparsejax.models.mlp import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from sparsejax.models.mlp import MLP as MLP
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer

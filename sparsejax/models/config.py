@@ -10,6 +10,9 @@ from sparsejax.patterns import BlockPattern, NMPattern
 LINEAR_LAYERS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
 """The linear layers of a block, whose weights may be sparse."""
 
+DECODER_LINEAR_LAYERS = ("decoder/mlp/up", "decoder/mlp/down")
+"""Those of a decoder's block, beside the encoder's."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -29,15 +32,18 @@ class TransformerConfig:
         decoder, of the token itself in an encoder (masked language model). Otherwise the model, an
         encoder, pools and classifies.
       num_towers: int, documents per example; 2 compares two (document matching).
-      mlp_activation: "gelu", or the gated "geglu" or "swiglu".
+      num_decoder_layers: int, blocks of a decoder that attends to the output of the `num_layers`
+        blocks before it, those of a bidirectional encoder; 0 = no decoder.
+      mlp_activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
       sparse_weights: pairs of a regular expression and an NMPattern. A linear layer of a block,
-        one of `LINEAR_LAYERS`, takes the pattern of the first expression that matches its whole
-        name, and is dense if none does.
+        one of `LINEAR_LAYERS` or, in a decoder, `DECODER_LINEAR_LAYERS`, takes the pattern of the
+        first expression that matches its whole name, and is dense if none does.
       positions: "learned" table or "rotary" embedding.
       block: BlockPattern of the attention mask.
       dropout_rate: float in [0, 1), applied to embeddings and residual branches.
       init_std: float or None, standard deviation of weight matrices; residual outputs get it
-        divided by sqrt(2 num_layers) as in GPT-2. None takes LeCun-normal kernels.
+        divided by sqrt(2 num_layers) as in GPT-2, in a decoder by sqrt(3 num_decoder_layers).
+        None takes LeCun-normal kernels.
       dtype: "float32", "bfloat16" or "float16", type of activations and matrix products.
         Parameters are always float32.
       use_bias: bool, add biases in linear layers; norms keep theirs.
@@ -61,6 +67,7 @@ class TransformerConfig:
     causal: bool
     num_classes: int = 0
     num_towers: int = 1
+    num_decoder_layers: int = 0
     mlp_activation: MLPActivation = "gelu"
     sparse_weights: tuple[tuple[str, NMPattern], ...] = ()
     positions: Literal["learned", "rotary"] = "learned"
@@ -120,6 +127,19 @@ class TransformerConfig:
             "0 in a causal language model",
         )
         _check(
+            self.num_decoder_layers >= 0,
+            "num_decoder_layers",
+            self.num_decoder_layers,
+            "at least 0",
+        )
+        plain = not (self.causal or self.num_classes or self.num_towers == 2)
+        _check(
+            self.num_decoder_layers == 0 or plain,
+            "num_decoder_layers",
+            self.num_decoder_layers,
+            "0 in a causal language model and in a classifier",
+        )
+        _check(
             self.num_classes == 0 or self.num_classes > 1,
             "num_classes",
             self.num_classes,
@@ -134,16 +154,17 @@ class TransformerConfig:
             self.mlp_activation,
             f"one of {activations}",
         )
+        layers = _list_linear_layers(self)
         for regex, _ in self.sparse_weights:
             try:
-                matches = any(re.fullmatch(regex, name) for name in LINEAR_LAYERS)
+                matches = any(re.fullmatch(regex, name) for name in layers)
             except re.error as error:
                 raise ValueError(
                     f"model.sparse_weights must be regular expressions, but {regex!r}: {error}"
                 ) from error
             if not matches:
                 raise ValueError(
-                    f"model.sparse_weights must match linear layers {LINEAR_LAYERS}, but {regex!r} "
+                    f"model.sparse_weights must match linear layers {layers}, but {regex!r} "
                     "matches none"
                 )
 
@@ -171,7 +192,8 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
       config: TransformerConfig.
 
     Returns:
-      dict from names out of `LINEAR_LAYERS`, in that order, to NMPattern.
+      dict from names out of `LINEAR_LAYERS` and `DECODER_LINEAR_LAYERS`, in that order, to
+      NMPattern.
 
     Example:
       >>> from sparsejax.patterns import BlockPattern
@@ -182,12 +204,16 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
       ['mlp/up=2:4', 'mlp/down=2:4']
     """
     found = {}
-    for name in LINEAR_LAYERS:
+    for name in _list_linear_layers(config):
         for regex, pattern in config.sparse_weights:
             if re.fullmatch(regex, name):
                 found[name] = pattern
                 break
     return found
+
+
+def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
+    return LINEAR_LAYERS + (DECODER_LINEAR_LAYERS if config.num_decoder_layers else ())
 
 
 def _check(ok: bool, name: str, value, expected: str):

@@ -5,7 +5,7 @@ Legend: K contracted axis, N columns of the kernel.
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from pallas_kernels import choose_nm_implementation, nm_matmul
 from pallas_kernels.nm_matmul.op import Activation, GradPruning, NMImplementation
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern
+
+type LayerActivation = Activation | Literal["relu"]
+"""What may follow a layer; the kernels fuse all of it but "relu"."""
 
 
 class LinearMode(NamedTuple):
@@ -115,7 +118,7 @@ class SparseLinear(nnx.Module):
         *,
         mode: LinearMode = SPARSE_LINEAR,
         key: jax.Array | None = None,
-        activation: Activation | None = None,
+        activation: LayerActivation | None = None,
     ) -> jax.Array:
         """Apply the layer and an activation.
 
@@ -123,8 +126,8 @@ class SparseLinear(nnx.Module):
           x: float[..., K].
           mode: LinearMode, static.
           key: typed key; needed where the mode prunes gradients, without effect elsewhere.
-          activation: None; "gelu" (tanh form); or "geglu", "swiglu": the first half of the
-            columns is multiplied with the activated second half.
+          activation: None; "gelu" (tanh form); "relu", which no kernel fuses; or "geglu", "swiglu":
+            the first half of the columns is multiplied with the activated second half.
 
         Returns:
           float[..., N], or [..., N / 2] for a gated activation.
@@ -145,6 +148,7 @@ class SparseLinear(nnx.Module):
                 y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
             return activate(y, activation)
         pattern = (self.pattern.n, self.pattern.m)
+        fused = None if activation == "relu" else activation
         chosen = choose_nm_implementation(
             mode.implementation,
             rows=math.prod(x.shape[:-1]),
@@ -152,12 +156,12 @@ class SparseLinear(nnx.Module):
             columns=self.out_features,
             dtype=x.dtype,
             pattern=pattern,
-            activation=activation,
+            activation=fused,
         )
         if chosen != "mosaic_sm90":
             # The portable product takes any mask, also that of a layer not pruned yet.
             pattern = (self.pattern.m, self.pattern.m)
-        return nm_matmul(
+        y = nm_matmul(
             x,
             kernel,
             self.kernel_mask[...],
@@ -165,20 +169,22 @@ class SparseLinear(nnx.Module):
             grad_pruning=mode.grad_pruning,
             key=None if mode.grad_pruning == "none" else key,
             bias=bias,
-            activation=activation,
+            activation=fused,
             pattern=pattern,
             implementation=chosen,
         )
+        return activate(y, activation) if activation == "relu" else y
 
 
-def activate(z: jax.Array, activation: Activation | None) -> jax.Array:
+def activate(z: jax.Array, activation: LayerActivation | None) -> jax.Array:
     """Apply the activation of a feed-forward layer.
 
-    None: z,  "gelu": gelu(z),  "geglu": value * gelu(gate),  "swiglu": value * silu(gate)
+    None: z,  "gelu": gelu(z),  "relu": max(z, 0),
+    "geglu": value * gelu(gate),  "swiglu": value * silu(gate)
 
     Args:
       z: float[..., N]; N is even for a gated activation, the first half is the value.
-      activation: None, "gelu" (tanh form), "geglu" or "swiglu".
+      activation: None, "gelu" (tanh form), "relu", "geglu" or "swiglu".
 
     Returns:
       float[..., N], or [..., N / 2] if gated, typed like z, in whose type it is computed.
@@ -193,9 +199,11 @@ def activate(z: jax.Array, activation: Activation | None) -> jax.Array:
         return z
     if activation == "gelu":
         return nnx.gelu(z)
+    if activation == "relu":
+        return nnx.relu(z)
     if activation not in _GATES:
         raise ValueError(
-            f"activation must be None, 'gelu', 'geglu' or 'swiglu', got {activation!r}"
+            f"activation must be None, 'gelu', 'relu', 'geglu' or 'swiglu', got {activation!r}"
         )
     if z.shape[-1] % 2:
         raise ValueError(f"{activation=} needs an even number of columns, got {z.shape=}")
@@ -229,7 +237,7 @@ def apply_linear(
     name: str,
     mode: LinearMode,
     pruning_key: jax.Array | None,
-    activation: Activation | None = None,
+    activation: LayerActivation | None = None,
 ) -> jax.Array:
     """Apply a linear layer of a block, of either kind, and an activation.
 

@@ -11,7 +11,10 @@ from flax import nnx
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
 from sparsejax.patterns import NMPattern
 
-type MLPActivation = Literal["gelu", "geglu", "swiglu"]
+type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
+
+GATED_ACTIVATIONS = ("geglu", "swiglu")
+"""Activations that compute twice as many values, half of them gates."""
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -19,8 +22,8 @@ _KERNEL_INIT = nnx.initializers.lecun_normal()
 class MLP(nnx.Module):
     """Feed-forward layer.
 
-    y = act(x W_in) W_out;  gelu: act(z) = gelu(z),  geglu: act([v, g]) = v gelu(g),
-    swiglu: act([v, g]) = v silu(g)
+    y = act(x W_in) W_out;  gelu: act(z) = gelu(z),  relu: act(z) = max(z, 0),
+    geglu: act([v, g]) = v gelu(g),  swiglu: act([v, g]) = v silu(g)
 
     Attributes:
       up: nnx.Linear or SparseLinear, f32[D, F]; f32[D, 2 F] if gated, values first.
@@ -46,7 +49,7 @@ class MLP(nnx.Module):
         Args:
           model_dim: int, D.
           mlp_dim: int, F.
-          activation: "gelu", or the gated "geglu" or "swiglu".
+          activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
           use_bias: bool, add biases.
           up_pattern: NMPattern of the first weight, None if it is dense.
           down_pattern: NMPattern of the second weight, None if it is dense.
@@ -58,7 +61,7 @@ class MLP(nnx.Module):
         self.activation: MLPActivation = activation
         self.up = make_linear(
             model_dim,
-            mlp_dim if activation == "gelu" else 2 * mlp_dim,
+            2 * mlp_dim if activation in GATED_ACTIVATIONS else mlp_dim,
             use_bias=use_bias,
             pattern=up_pattern,
             dtype=dtype,

@@ -1,6 +1,7 @@
-"""Pre-norm transformer: a language model, decoder or encoder, or an encoder that classifies.
+"""Pre-norm transformer: a language model, an encoder that classifies, or an encoder-decoder.
 
-Legend: B batch, T position, P value of a patch, D model width, V vocabulary, C classes, L layers.
+Legend: B batch, T position, U target position, P value of a patch, D model width, V vocabulary,
+C classes, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -12,16 +13,20 @@ from flax import nnx
 from pallas_kernels import make_block_schedule
 from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
+from sparsejax.models.decoder import Decoder
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
 from sparsejax.models.mlp import MLP
+from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
 
 
 class ModelOutput(NamedTuple):
     """What the forward pass returns.
 
     Attributes:
-      logits: f32[B, T, V] of a language model, f32[B, C] of a classifier.
-      attention_maps: f32[L, T, T] averaged over batch and heads if probed, else None.
+      logits: f32[B, T, V] of a language model, f32[B, C] of a classifier, f32[B, U, V] of an
+        encoder-decoder.
+      attention_maps: f32[L, T, T] averaged over batch and heads if probed, else None; those of
+        the encoder if there is a decoder, too.
     """
 
     logits: jax.Array
@@ -44,11 +49,7 @@ class Block(nnx.Module):
           config: TransformerConfig.
           rngs: nnx.Rngs with a `params` stream.
         """
-        kernel_init = out_kernel_init = _make_kernel_init(config)
-        if config.init_std is not None:
-            out_kernel_init = nnx.initializers.normal(
-                config.init_std / (2 * config.num_layers) ** 0.5
-            )
+        kernel_init, out_kernel_init = make_kernel_inits(config, num_branches=2 * config.num_layers)
         self.dropout_rate = config.dropout_rate
         shared: dict[str, Any] = {
             "dtype": jnp.dtype(config.dtype),
@@ -58,7 +59,7 @@ class Block(nnx.Module):
             "rngs": rngs,
         }
         patterns = sparse_weight_patterns(config)
-        self.attention_norm = _layer_norm(config, rngs)
+        self.attention_norm = make_layer_norm(config, rngs)
         self.attention = BlockSparseAttention(
             config.model_dim,
             config.num_heads,
@@ -71,7 +72,7 @@ class Block(nnx.Module):
             out_pattern=patterns.get("attention/out"),
             **shared,
         )
-        self.mlp_norm = _layer_norm(config, rngs)
+        self.mlp_norm = make_layer_norm(config, rngs)
         self.mlp = MLP(
             config.model_dim,
             config.mlp_dim,
@@ -117,6 +118,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """GPT-2 shaped language model (tied head) or Long Range Arena shaped encoder (mean pooling).
 
+    Or an encoder whose output a decoder attends to, for translation; source, target and head then
+    share one embedding.
+
     Patches are images' bytes b: x = (b / 127.5 - 1) W + bias takes the place of the embedding.
 
     Parameters and masks of the blocks are stacked on a leading layer axis.
@@ -127,7 +131,8 @@ class Transformer(nnx.Module):
       position: nnx.Param f32[max_length, D], learned positions only.
       embedding_norm: nnx.LayerNorm over D, if configured.
       blocks: Block whose every leaf has a leading axis L.
-      final_norm: nnx.LayerNorm over D.
+      final_norm: nnx.LayerNorm over D, after the blocks.
+      decoder: Decoder of an encoder-decoder.
       hidden, classifier: nnx.Linear of a classifier's head.
     """
 
@@ -147,7 +152,7 @@ class Transformer(nnx.Module):
                 config.model_dim,
                 use_bias=config.use_bias,
                 dtype=dtype,
-                kernel_init=_make_kernel_init(config),
+                kernel_init=make_kernel_inits(config, num_branches=1)[0],
                 rngs=rngs,
             )
         else:
@@ -162,7 +167,7 @@ class Transformer(nnx.Module):
             shape = (config.max_length, config.model_dim)
             self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
         if config.embedding_norm:
-            self.embedding_norm = _layer_norm(config, rngs)
+            self.embedding_norm = make_layer_norm(config, rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -170,7 +175,9 @@ class Transformer(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.blocks = stack(rngs)
-        self.final_norm = _layer_norm(config, rngs)
+        self.final_norm = make_layer_norm(config, rngs)
+        if config.num_decoder_layers:
+            self.decoder = Decoder(config, rngs=rngs)
         if config.num_classes:
             # Two documents are compared through x, y, x*y and x-y.
             features = config.model_dim * (4 if config.num_towers == 2 else 1)
@@ -182,6 +189,7 @@ class Transformer(nnx.Module):
         self,
         tokens: jax.Array,
         *,
+        decoder_tokens: jax.Array | None = None,
         mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         mode: AttentionMode = SPARSE,
@@ -193,6 +201,8 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: i32[B, T]; i32[B, 2, T] with two towers; u8[B, T, P], patches.
+          decoder_tokens: i32[B, U] of an encoder-decoder: what comes before each target token; None
+            for any other model.
           mask: bool, shape of `tokens` without P, True = real token; None = all real.
           dropout_key: typed key; None switches dropout off.
           mode: AttentionMode, static.
@@ -205,11 +215,12 @@ class Transformer(nnx.Module):
           ModelOutput.
 
         Raises:
-          ValueError: if `tokens` has the wrong rank or is longer than `max_length`, or
-            `pruning_key` is missing.
+          ValueError: if `tokens` or `decoder_tokens` has the wrong rank or is longer than
+            `max_length`, `decoder_tokens` is missing or has no use, or `pruning_key` is missing.
         """
         config = self.config
         _check_shape(config, tokens.shape)
+        _check_decoder_tokens(config, tokens, decoder_tokens)
         draws = linear_mode.sparse and linear_mode.grad_pruning != "none"
         if not (draws and config.sparse_weights):
             pruning_key = None
@@ -232,6 +243,15 @@ class Transformer(nnx.Module):
             probe=probe,
         )
         x_BTD = self.final_norm(x_BTD)
+        if decoder_tokens is not None:
+            x_BTD = self.decoder(
+                self.embedding(decoder_tokens),
+                x_BTD,
+                kv_mask_BS=mask_BT,
+                dropout_key=dropout_key,
+                linear_mode=linear_mode,
+                pruning_key=pruning_key,
+            )
         if not config.num_classes:
             return ModelOutput(self.embedding.attend(x_BTD).astype(jnp.float32), attention_maps)
         if mask_BT is not None:
@@ -287,23 +307,6 @@ class Transformer(nnx.Module):
         )
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero entries at random and scale the rest so that the mean is kept.
-
-    Args:
-      x: float array.
-      rate: float in [0, 1), static; the fraction zeroed.
-      key: typed key; None returns `x` unchanged.
-
-    Returns:
-      Array like `x`.
-    """
-    if key is None or rate == 0.0:
-        return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
-
-
 def _check_shape(config: TransformerConfig, shape: tuple[int, ...]):
     names = ["B", "T"]
     if config.num_towers == 2:
@@ -319,11 +322,18 @@ def _check_shape(config: TransformerConfig, shape: tuple[int, ...]):
         )
 
 
-def _make_kernel_init(config: TransformerConfig):
-    if config.init_std is None:
-        return nnx.initializers.lecun_normal()
-    return nnx.initializers.normal(config.init_std)
-
-
-def _layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.model_dim, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+def _check_decoder_tokens(config, tokens, decoder_tokens):
+    if (decoder_tokens is not None) != (config.num_decoder_layers > 0):
+        got = None if decoder_tokens is None else f"shape {decoder_tokens.shape}"
+        raise ValueError(
+            "decoder_tokens must be given to a model with decoder layers and to no other, got "
+            f"{got} for num_decoder_layers={config.num_decoder_layers}"
+        )
+    if decoder_tokens is None:
+        return
+    B, U = tokens.shape[0], config.max_length
+    if decoder_tokens.ndim != 2 or decoder_tokens.shape[0] != B or decoder_tokens.shape[1] > U:
+        raise ValueError(
+            f"decoder_tokens must be [B, U] with B={B} and U at most max_length={U}, got shape "
+            f"{decoder_tokens.shape}"
+        )

@@ -22,7 +22,7 @@ def map_weight_masks(
 
     Args:
       function: (name, mask bool[L, K, N], weight float[L, K, N]) -> array; the name is that of
-        the layer inside a block, such as "mlp/up".
+        the layer inside a block, such as "mlp/up", or "decoder/mlp/up" in a decoder's.
       masks: nested dict of the model's masks.
       params: nested dict of the model's parameters.
 
@@ -116,4 +116,5 @@ def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax
 
 
 def _layer_name(path: tuple[Any, ...]) -> str:
-    return "/".join(entry.key for entry in path[1:-1])
+    # Where the stack lies tells layers of equal names apart: decoder/blocks/mlp/up.
+    return "/".join(entry.key for entry in path[:-1] if entry.key != "blocks")

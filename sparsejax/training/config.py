@@ -53,6 +53,7 @@ class ModelSettings:
     num_heads: int
     num_kv_heads: int
     mlp_dim: int
+    num_decoder_layers: int
     mlp_activation: str
     positions: str
     dropout_rate: float
@@ -99,6 +100,7 @@ class TrainConfig:
     num_eval_batches: int
     log_every_steps: int
     max_consecutive_skips: int
+    label_smoothing: float
     model: ModelSettings
     data: DataConfig
     optimizer: OptimizerConfig
@@ -127,14 +129,14 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
         "optimizer": OptimizerConfig,
         "checkpoint": CheckpointConfig,
     }
-    top = [
-        field.name
+    top = {
+        field.name: field.type
         for field in dataclasses.fields(TrainConfig)
         if field.name not in ("data", *sections, "recipe_name", "recipe_settings")
-    ]
+    }
     check_keys(mapping, (*top, *sections, "data", "recipe"), "")
     try:
-        values = {name: cast_value(mapping[name], int, name) for name in top}
+        values = {name: cast_value(mapping[name], hint, name) for name, hint in top.items()}
         built = {name: build_settings(cls, mapping[name], name) for name, cls in sections.items()}
         data = _build_data(mapping["data"], values["seed"])
         recipe = mapping["recipe"]
@@ -159,6 +161,9 @@ def _check_relations(config: TrainConfig):
         check_setting(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     for name in ("num_eval_batches", "max_consecutive_skips", "seed"):
         check_setting(getattr(config, name) >= 0, name, getattr(config, name), "at least 0")
+    check_setting(
+        0 <= config.label_smoothing < 1, "label_smoothing", config.label_smoothing, "in [0, 1)"
+    )
     for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
         value = getattr(config.checkpoint, name)
         check_setting(value >= least, f"checkpoint.{name}", value, f"at least {least}")
@@ -174,14 +179,21 @@ def _check_relations(config: TrainConfig):
     # A stand-in for what the data will say: everything else can be refused before reading it.
     # Of an encoder, because a causal pattern has fewer blocks to choose from.
     patches = bool(config.data.patch_size)
+    task, num_classes = ("translation", 0) if config.data.kind == "pairs" else ("classification", 2)
     model = make_transformer_config(
         config,
-        task="classification",
+        task=task,
         vocab_size=int(not patches),
-        num_classes=2,
+        num_classes=num_classes,
         patch_values=int(patches),
     )
     phases = make_recipe(config, model).phases
+    check_setting(
+        model.num_decoder_layers == 0 or not any(p.sparse_attention for p in phases),
+        "recipe.name",
+        config.recipe_name,
+        "one without sparse attention for an encoder-decoder, whose attention is dense",
+    )
     for phase in phases[:-1]:
         check_setting(
             phase.last_step is None or phase.last_step < config.num_steps,
@@ -211,9 +223,10 @@ def make_transformer_config(
 
     Args:
       config: TrainConfig.
-      task: "language_model", "masked_language_model", "classification" or "matching".
+      task: "language_model", "masked_language_model", "classification", "matching" or
+        "translation".
       vocab_size: int, token ids in the data, 0 of patches.
-      num_classes: int, labels in the data, 0 for a language model.
+      num_classes: int, labels in the data, 0 for a language model and for translation.
       patch_values: int, bytes of a patch, 0 of token ids.
 
     Returns:
@@ -229,6 +242,13 @@ def make_transformer_config(
         "model.vocab_size",
         model.vocab_size,
         f"0 or at least the {vocab_size} token ids of data.source={config.data.source!r}",
+    )
+    translates = task == "translation"
+    check_setting(
+        (model.num_decoder_layers > 0) == translates,
+        "model.num_decoder_layers",
+        model.num_decoder_layers,
+        f"{'at least 1' if translates else '0'} for data.source={config.data.source!r}",
     )
     size, length = model.block_size, config.data.sequence_length
     check_setting(

@@ -3,15 +3,18 @@
 Legend: L layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from sparsejax.models import TransformerConfig, sparse_weight_patterns
+from sparsejax.models import GATED_ACTIVATIONS, TransformerConfig, sparse_weight_patterns
 from sparsejax.recipes import Phase, compute_attention_density, get_weight_masks
-from sparsejax.training.flops import TransformerFlops, count_transformer_flops
+from sparsejax.training.flops import count_transformer_flops
 from sparsejax.types import PyTree
+
+_DECODER = "decoder/"
 
 
 class Density(NamedTuple):
@@ -68,7 +71,8 @@ def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) 
       density: Density of the phase.
 
     Returns:
-      float, as `training/flops.py` counts; of both documents if there are two towers.
+      float, as `training/flops.py` counts; of both documents if there are two towers. The
+      sentences of an encoder-decoder are counted with all their positions, padding included.
     """
     patterns = sparse_weight_patterns(model)
     weight_gradient = 1.0 if phase.grad_pruning == "none" else 0.5
@@ -77,9 +81,9 @@ def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) 
         {name: d for name, d in density.weights.items() if patterns[name].transposable},
         dict.fromkeys(density.weights, weight_gradient),
     )
-    return sum(
-        _count_forward(model, density.attention, weights).forward for weights in products
-    ) * (model.num_towers)
+    return model.num_towers * sum(
+        _count_forward(model, density.attention, weights) for weights in products
+    )
 
 
 def count_step_flops(
@@ -124,20 +128,36 @@ def describe_density(density: Density) -> str:
     return ", ".join(f"{title} per layer {write(values)}" for title, values in parts.items())
 
 
-def _count_forward(model, attention_density, weight_density) -> TransformerFlops:
-    return count_transformer_flops(
-        num_layers=model.num_layers,
+def _count_forward(model, attention_density, weight_density) -> float:
+    count = functools.partial(
+        count_transformer_flops,
         model_dim=model.model_dim,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         mlp_dim=model.mlp_dim,
-        gated_mlp=model.mlp_activation != "gelu",
+        gated_mlp=model.mlp_activation in GATED_ACTIVATIONS,
         sequence_length=model.max_length,
+    )
+    in_decoder = {n: x for n, x in weight_density.items() if n.startswith(_DECODER)}
+    first = count(
+        num_layers=model.num_layers,
         causal=model.causal,
-        vocab_size=model.vocab_size,
+        vocab_size=0 if model.num_decoder_layers else model.vocab_size,
         num_classes=model.num_classes,
         patch_values=model.patch_values,
         attention_density=attention_density,
-        weight_density=weight_density,
+        weight_density={n: x for n, x in weight_density.items() if n not in in_decoder},
     )
+    if not model.num_decoder_layers:
+        return first.forward
+    decoder = count(
+        num_layers=model.num_decoder_layers,
+        causal=True,
+        vocab_size=model.vocab_size,
+        weight_density={n.removeprefix(_DECODER): x for n, x in in_decoder.items()},
+    )
+    # Queries of the target, keys and values of the source: as many as in a layer of the encoder.
+    to_source = count(num_layers=model.num_decoder_layers, causal=False)
+    cross_attention = sum(x.qkv + x.attention + x.output for x in to_source.layers)
+    return first.forward + decoder.forward + cross_attention

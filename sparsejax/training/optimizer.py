@@ -23,8 +23,9 @@ class OptimizerConfig:
     Attributes:
       name: "adamw", "lion" or "sgd".
       learning_rate: float, peak rate.
-      schedule: "cosine" or "one_cycle" (linear up, linear down), after a linear warm-up, or
-        "constant"; or "triangle", linear up and linear down to 0.
+      schedule: "cosine", "one_cycle" (linear up, linear down), "inverse_sqrt" (as one over the
+        root of the step) or "constant", each after a linear warm-up; or "triangle", linear up and
+        linear down to 0.
       warmup_steps: int, steps from the initial to the peak rate.
       final_fraction: float in [0, 1], last rate of "cosine" relative to the peak.
       initial_fraction: float in [0, 1], first rate of "triangle" relative to the peak.
@@ -41,7 +42,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "sgd"]
     learning_rate: float
-    schedule: Literal["cosine", "one_cycle", "constant", "triangle"]
+    schedule: Literal["cosine", "one_cycle", "inverse_sqrt", "constant", "triangle"]
     warmup_steps: int
     final_fraction: float
     initial_fraction: float = 0.0
@@ -61,9 +62,10 @@ class OptimizerConfig:
 
         check(self.name in ("adamw", "lion", "sgd"), "name", "'adamw', 'lion' or 'sgd'")
         check(self.learning_rate > 0, "learning_rate", "positive")
-        schedules = ("cosine", "one_cycle", "constant", "triangle")
+        schedules = ("cosine", "one_cycle", "inverse_sqrt", "constant", "triangle")
         check(self.schedule in schedules, "schedule", f"one of {schedules}")
-        check(self.warmup_steps >= 0, "warmup_steps", "at least 0")
+        least = 1 if self.schedule == "inverse_sqrt" else 0
+        check(self.warmup_steps >= least, "warmup_steps", f"at least {least}")
         check(0 <= self.final_fraction <= 1, "final_fraction", "in [0, 1]")
         check(0 <= self.initial_fraction <= 1, "initial_fraction", "in [0, 1]")
         check(self.weight_decay >= 0, "weight_decay", "at least 0")
@@ -156,6 +158,11 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
             warmup_steps=warmup,
             decay_steps=num_steps,
             end_value=peak * config.final_fraction,
+        )
+    if config.schedule == "inverse_sqrt":
+        # Vaswani et al., arXiv:1706.03762, equation 3, scaled to the peak.
+        return lambda step: (
+            peak * jnp.minimum(step / warmup, jnp.sqrt(warmup / jnp.maximum(step, 1)))
         )
     # The division by 25 at the start and by 25e4 at the end are the defaults of the one-cycle
     # policy that SPION and SAT train with.

@@ -153,12 +153,13 @@ def compile_programs(
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
     options = step_options(config)
+    training = {**options, "label_smoothing": config.label_smoothing}
     steps = {
-        _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **options),
+        _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **training),
         _EVALUATION: make_eval_step(graphdef, recipe, phase, **options),
     }
     if phase.probe_every_steps:
-        steps[_PROBE] = make_train_step(graphdef, recipe, phase, optimizer, probes=True, **options)
+        steps[_PROBE] = make_train_step(graphdef, recipe, phase, optimizer, probes=True, **training)
     state = make_abstract_state(model, recipe, optimizer, phase.name)
     batch = make_abstract_batch(config, facts)
     return {
@@ -191,6 +192,9 @@ def make_abstract_batch(config: TrainConfig, facts: Facts) -> dict[str, jax.Shap
     if facts.patch_values:
         batch["inputs"] = jax.ShapeDtypeStruct((B, T, facts.patch_values), jnp.uint8)
     batch["mask"] = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
+    if facts.task == "translation":
+        batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
+        return batch | {"decoder_inputs": tokens, "targets": tokens}
     return batch | {"labels": jax.ShapeDtypeStruct((B,), jnp.int32)}
 
 

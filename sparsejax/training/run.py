@@ -232,7 +232,7 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """
     start = time.perf_counter()
     state = run.make_abstract_state(phase.name)
-    build = step_options(run.config)
+    build = {**step_options(run.config), "label_smoothing": run.config.label_smoothing}
 
     def compile_step(step):
         # Whatever a step returns stays replicated, so that it fits the next step's program.

@@ -43,6 +43,7 @@ def make_train_step(
     weight_implementation: NMImplementation | None = None,
     num_micro_batches: int = 1,
     probes: bool = False,
+    label_smoothing: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple]:
     """Return the step of one phase: loss, gradient, recipe, optimizer, recipe.
 
@@ -61,11 +62,13 @@ def make_train_step(
       weight_implementation: kernel of sparse weights, None for the best on the device.
       num_micro_batches: int, the batch is split into so many parts whose gradients are averaged.
       probes: bool, whether the recipe observes attention in this step.
+      label_smoothing: float in [0, 1), share of the target that is spread over all classes.
 
     Returns:
       Function (state, batch) -> (state, metrics), to be jitted with the state donated; of a step
-      that probes, (state, metrics, Observation). Metrics are f32[]: those of `STEP_METRICS`; and
-      those of the recipe. A skipped step does not ask for the next phase.
+      that probes, (state, metrics, Observation). Metrics are f32[]: those of `STEP_METRICS`, whose
+      loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
+      for the next phase.
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
@@ -73,7 +76,7 @@ def make_train_step(
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
         seen_params = recipe.transform_params(weights["model"], sparsity, phase)
         output = _apply(graphdef, seen_params, sparsity, batch, modes, key=key, probe=probes)
-        totals = compute_totals(output, batch)
+        totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
         auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
         metrics = {"loss": loss, "accuracy": totals["correct"] / count}
@@ -159,7 +162,8 @@ def make_eval_step(
       num_micro_batches: int, parts that the batch is split into to save memory.
 
     Returns:
-      Function (state, batch) -> {"loss", "correct", "count"}, f32[] sums.
+      Function (state, batch) -> {"loss", "correct", "count"}, f32[] sums; the loss is the plain
+      cross-entropy, whatever is trained.
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
@@ -174,22 +178,31 @@ def make_eval_step(
     return eval_step
 
 
-def compute_totals(output: ModelOutput, batch: Batch) -> Metrics:
+def compute_totals(output: ModelOutput, batch: Batch, *, label_smoothing: float = 0.0) -> Metrics:
     """Sum cross-entropy and correct answers over what has a weight above 0.
+
+    With e = label_smoothing, the target is (1 - e) one-hot + e / V.
 
     Args:
       output: ModelOutput of the batch.
-      batch: dict with "targets" i32[B, T] (language model) or "labels" i32[B] (classifier), and
-        "weights", f32[B] of examples or f32[B, T] of tokens.
+      batch: dict with "targets" i32[B, T] (language model, translation) or "labels" i32[B]
+        (classifier), and "weights", f32[B] of examples or f32[B, T] of tokens.
+      label_smoothing: float, static.
 
     Returns:
       dict of f32[]: "loss" in nats and "correct", summed; "count", tokens or examples.
 
     Numerics:
       Everything is f32.
+
+    References:
+      Label smoothing: Szegedy et al., arXiv:1512.00567, section 7.
     """
     targets, weights = _get_targets(batch), _spread_weights(batch)
     losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, targets)
+    if label_smoothing:
+        uniform = jax.nn.logsumexp(output.logits, -1) - output.logits.mean(-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     correct = output.logits.argmax(-1) == targets
     # Where, not times: what has weight 0 must not leak a NaN.
     return {
@@ -238,6 +251,7 @@ def _apply(graphdef, params, sparsity, batch, modes, *, key=None, probe=False):
         pruning_key = jax.random.fold_in(key, _PRUNING)
     return model(
         batch["inputs"],
+        decoder_tokens=batch.get("decoder_inputs"),
         mask=batch.get("mask"),
         dropout_key=key,
         mode=mode,

@@ -68,8 +68,8 @@ def test_a_good_config_passes():
         (PATCHES | {"num_towers": 2}, "model.num_towers must be 1 with patches, got 2"),
         ({"init_std": 0.0}, "model.init_std must be positive, got 0.0"),
         (
-            {"mlp_activation": "relu"},
-            "model.mlp_activation must be one of ('gelu', 'geglu', 'swiglu'), got 'relu'",
+            {"mlp_activation": "tanh"},
+            "model.mlp_activation must be one of ('gelu', 'relu', 'geglu', 'swiglu'), got 'tanh'",
         ),
         (
             {"sparse_weights": (("mlp/.*", NMPattern()), ("mlp/gate", NMPattern()))},

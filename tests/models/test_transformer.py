@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.models import AttentionMode, SparsityMask, Transformer, TransformerConfig
-from sparsejax.models.transformer import dropout
+from sparsejax.models.residual import dropout
 from sparsejax.patterns import BlockPattern
 from sparsejax.training.flops import count_transformer_flops
 

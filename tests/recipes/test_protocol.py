@@ -65,7 +65,10 @@ class Bigram(nnx.Module):
         self.table = nnx.Param(jnp.zeros((VOCAB, VOCAB)))
         self.kept = SparsityMask(jnp.ones((VOCAB, VOCAB), bool))
 
-    def __call__(self, tokens, *, mask, dropout_key, mode, linear_mode, pruning_key, probe):
+    def __call__(
+        self, tokens, *, decoder_tokens, mask, dropout_key, mode, linear_mode, pruning_key, probe
+    ):
+        assert decoder_tokens is None
         SEEN.append((linear_mode, pruning_key is not None))
         logits = jnp.where(self.kept[...], self.table[...], 0.0)[tokens]
         return ModelOutput(logits, jnp.asarray(MAPS) if probe else None)

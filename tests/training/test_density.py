@@ -7,7 +7,7 @@ import pytest
 from sparsejax.models import TransformerConfig
 from sparsejax.patterns import BlockPattern, NMPattern
 from sparsejax.recipes import Phase
-from sparsejax.training.density import compute_density, count_phase_flops
+from sparsejax.training.density import Density, compute_density, count_phase_flops
 
 _LAYERS, _LENGTH, _WIDTH, _HIDDEN = 2, 16, 8, 32
 _SPARSE = Phase("sparse", sparse_weights=True)
@@ -75,4 +75,28 @@ def test_gates_and_towers_are_counted():
 
     gate = 3 * _LAYERS * 2 * _LENGTH * _WIDTH * _HIDDEN
     assert count(mlp_activation="swiglu") - count() == gate
+    assert count(mlp_activation="relu") == count()
     assert count(num_towers=2) == 2 * count()
+
+
+def test_a_decoder_is_counted_with_what_it_keeps():
+    def count(weights, **changes):
+        patterns = (("(decoder/)?mlp/.*", NMPattern(transposable=True)),)
+        model = _model(causal=False, num_decoder_layers=3, sparse_weights=patterns, **changes)
+        density = Density(np.ones(_LAYERS), weights)
+        return count_phase_flops(model, _SPARSE, density)
+
+    projection, pairs = 2 * _LENGTH * _WIDTH**2, 2 * _LENGTH**2 * _WIDTH
+    past = 2 * _LENGTH * (_LENGTH + 1) // 2 * _WIDTH
+    feed_forward = 2 * _LENGTH * _WIDTH * _HIDDEN
+    encoder_layer = 4 * projection + 2 * pairs + 2 * feed_forward
+    decoder_layer = encoder_layer + 4 * projection + 2 * past
+    head = 2 * _LENGTH * _WIDTH * 10
+    dense = 3 * (_LAYERS * encoder_layer + 3 * decoder_layer + head)
+    assert count({}) == dense
+    # Half of y and of dx, of one weight in every layer of one stack.
+    assert count({"decoder/mlp/up": np.full(3, 0.5)}) == dense - 3 * feed_forward
+    assert count({"mlp/up": np.full(_LAYERS, 0.5)}) == dense - _LAYERS * feed_forward
+    # Keys and values of one head instead of two, in three attentions.
+    saved = 3 * (_LAYERS + 2 * 3) * projection
+    assert count({}, num_kv_heads=1) == dense - saved

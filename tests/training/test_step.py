@@ -238,6 +238,14 @@ def test_one_cycle_rises_and_falls_linearly():
     assert float(schedule(110)) == pytest.approx(1e-2 / 25e4, rel=1e-3)
 
 
+def test_inverse_sqrt_rises_linearly_and_falls_with_the_root_of_the_step():
+    schedule = make_optimizer(
+        _optimizer_config(schedule="inverse_sqrt", warmup_steps=10), num_steps=110
+    ).schedule
+    expected = {0: 0, 5: 0.5e-2, 10: 1e-2, 40: 0.5e-2, 90: 1e-2 / 3}
+    assert {step: float(schedule(jnp.int32(step))) for step in expected} == pytest.approx(expected)
+
+
 def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
     settings = {"schedule": "triangle", "warmup_steps": 30}
     for first in (0.0, 0.25):

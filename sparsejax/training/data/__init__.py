@@ -3,7 +3,7 @@
 `make_data(DataConfig(...))` is the whole interface; `find_facts` tells without the data what a
 model has to know of it. Every source takes the same road:
 
-    source (text, ListOps, Pathfinder, IDX, TFDS, TSV) -> tokenizer -> token cache on disk
+    source (text, pairs, ListOps, Pathfinder, IDX, TFDS, TSV) -> tokenizer -> token cache on disk
         -> random-access examples, memory-mapped -> grain pipeline -> batches
 
 Grain, tensorflow_datasets and tokenizers are imported when a source first needs them, so that

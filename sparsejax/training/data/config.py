@@ -18,10 +18,17 @@ _OPTIONS_BY_KIND = {
         *("download", "truncate", "mask_fraction", "patch_size", *_PATCH_OPTIONS),
     },
     "aan": {"tokenizer", "train_split", "validation_split", "truncate"},
+    "pairs": {"tokenizer", "train_split", "validation_split", "truncate"},
 }
 _COMMON = {"source", "data_dir", "sequence_length", "batch_size", "seed", "num_reading_threads"}
 _WHOLE = ("stdlib", "listops", "listops:short", "pathfinder")
-_NEEDS_REST = {"text": "text:/path", "idx": "idx:/folder", "tfds": "tfds:NAME", "aan": "aan:/path"}
+_NEEDS_REST = {
+    "text": "text:/path",
+    "idx": "idx:/folder",
+    "tfds": "tfds:NAME",
+    "aan": "aan:/path",
+    "pairs": "pairs:/folder",
+}
 _MIN_BPE_SIZE = 257
 _MAX_BPE_SIZE = 65_536
 
@@ -41,6 +48,7 @@ class DataConfig:
             - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
               without a label is a language-model corpus.
             - `"aan:/path"`: Long Range Arena retrieval, two documents and one label.
+            - `"pairs:/folder"`: sentences and their translations, files of one sentence per line.
         data_dir: Folder of TFDS sets and of the caches of this package; made when missing.
         tokenizer: `"bytes"`, or `"bpe:N"` for N byte-level BPE entries trained on the training
             split. Sources of pixels or symbols have their own vocabulary.
@@ -49,7 +57,7 @@ class DataConfig:
         seed: Order of the training examples, in [0, 2^32).
         num_reading_threads: 0 reads in the caller's thread, 1 reads ahead in another.
         truncate: Whether a longer classification example is cut to its first T tokens, as Long
-            Range Arena does; otherwise it is an error.
+            Range Arena does, and a longer sentence to be translated; otherwise it is an error.
         download: Whether a TFDS set that is not prepared may be downloaded.
         train_split: Name of the training split; empty for the source's own (`"train"`). TFDS slices
             such as `"train[:90%]"` are names.

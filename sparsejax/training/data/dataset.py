@@ -8,6 +8,7 @@ from sparsejax.training.data import pipeline, store
 from sparsejax.training.data.cache import cached_folder, hash_json
 from sparsejax.training.data.config import DataConfig
 from sparsejax.training.data.masking import make_masking
+from sparsejax.training.data.pairs import Translations, open_pairs
 from sparsejax.training.data.patches import make_augmentation
 from sparsejax.training.data.progress import show_progress
 from sparsejax.training.data.source import Example, Source, Split, Task
@@ -34,7 +35,10 @@ class Data:
     - `"classification"`: `inputs` int32[B, T], `mask` bool[B, T] (True = real token, 0 = padding
       id), `labels` int32[B], `weights` float32[B]; of images in patches, `inputs` are uint8[B, T,
       patch_values];
-    - `"matching"`: the same with `inputs` and `mask` [B, 2, T].
+    - `"matching"`: the same with `inputs` and `mask` [B, 2, T];
+    - `"translation"`: `inputs` int32[B, T] and `mask` bool[B, T] of the source; `targets` and, one
+      token behind, `decoder_inputs` int32[B, T]; `weights` float32[B, T], 1 at real targets.
+      `pairs.py` says how sentences begin and end.
 
     Attributes:
         train: Endless iterator over shuffled batches, with `get_state` and `set_state`.
@@ -42,7 +46,7 @@ class Data:
             always the same order, the last batch filled up with examples of weight 0.
         task: What the batches are for.
         vocab_size: Ids are in [0, vocab_size); 0 for patches, which are no ids.
-        num_classes: Number of labels; 0 for a language model.
+        num_classes: Number of labels; 0 for a language model and for translation.
         patch_values: Values of a patch, 0 for ids.
         fingerprint: What must be equal for a run to resume on this data.
     """
@@ -117,8 +121,8 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
             validation, transform=transforms["validation"], **share
         ),
         task=task,
-        # Documents with a label are shifted up by one to make room for padding; a masked language
-        # model has the mask token.
+        # Documents that are padded are shifted up by one to make room for padding; a masked
+        # language model has the mask token.
         vocab_size=0 if source.grid else tokenizer.vocab_size + (task != "language_model"),
         num_classes=source.num_classes,
         patch_values=source.grid.patch_values if source.grid else 0,
@@ -187,6 +191,8 @@ def _open_source(config: DataConfig) -> Source:
             from sparsejax.training.data.aan import open_aan
 
             return open_aan(config)
+        case "pairs":
+            return open_pairs(config)
         case _:
             from sparsejax.training.data.tfds_source import open_tfds
 
@@ -236,7 +242,8 @@ def _write_tokens(folder: Path, source: Source, tokenizer: Tokenizer, split: Spl
     if source.task == "language_model":
         store.write_stream(folder, examples, tokenizer)
     else:
-        store.write_documents(folder, examples, tokenizer, source.num_classes)
+        # Without classes every label is 0.
+        store.write_documents(folder, examples, tokenizer, source.num_classes or 1)
 
 
 def _open_examples(config: DataConfig, prepared: _Prepared, split: Split) -> pipeline.ExampleSource:
@@ -247,8 +254,11 @@ def _open_examples(config: DataConfig, prepared: _Prepared, split: Split) -> pip
     elif source.grid:
         examples = store.Patches(folder, source.grid, length)
     else:
-        paired = source.task == "matching"
-        examples = store.Documents(folder, prepared.tokenizer, length, paired)
+        if source.task == "translation":
+            examples = Translations(folder, prepared.tokenizer, length)
+        else:
+            paired = source.task == "matching"
+            examples = store.Documents(folder, prepared.tokenizer, length, paired)
         if not config.truncate:
             examples.check_lengths(split)
     if not len(examples):

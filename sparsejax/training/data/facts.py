@@ -12,7 +12,7 @@ class Facts(NamedTuple):
     Attributes:
         task: What the batches are for.
         vocab_size: Ids are in [0, vocab_size); 0 for patches, which are no ids.
-        num_classes: Number of labels; 0 for a language model.
+        num_classes: Number of labels; 0 for a language model and for translation.
         patch_values: Values of a patch, 0 for ids.
     """
 
@@ -51,6 +51,7 @@ def find_facts(config: DataConfig, *, num_classes: int | None = None) -> Facts:
         "listops": ("classification", 10),
         "pathfinder": ("classification", 2),
         "aan": ("matching", 2),
+        "pairs": ("translation", 0),
     }
     if config.kind in known:
         task, count = known[config.kind]
@@ -93,6 +94,6 @@ def find_facts(config: DataConfig, *, num_classes: int | None = None) -> Facts:
         num_ids = 256  # grey levels too
     else:
         num_ids = int(config.tokenizer.partition(":")[2])
-    # A labelled document is shifted up by one to make room for padding; a masked language model has
-    # the mask token.
+    # Documents that are padded are shifted up by one to make room for padding; a masked language
+    # model has the mask token.
     return Facts(task, num_ids + (task != "language_model"), count)

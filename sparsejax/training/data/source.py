@@ -8,7 +8,9 @@ import numpy as np
 
 from sparsejax.training.data.patches import PatchGrid
 
-type Task = Literal["language_model", "masked_language_model", "classification", "matching"]
+type Task = Literal[
+    "language_model", "masked_language_model", "classification", "matching", "translation"
+]
 type Split = Literal["train", "validation"]
 
 
@@ -16,9 +18,10 @@ class Example(NamedTuple):
     """One raw example.
 
     Attributes:
-        documents: One document, or two to match. Text is UTF-8 `bytes`; pixels and symbols are
-            uint8[length], each below the source's `num_values`; patches lie one after another.
-        label: Class of the example; unused in a language-model corpus.
+        documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
+            `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
+            patches lie one after another.
+        label: Class of the example; 0 where there are no classes.
         complete: False when the document goes on in the next example (language models only).
     """
 
@@ -36,7 +39,7 @@ class Source:
         identity: JSON value that changes whenever the examples may have; key of the caches.
         read: Opens a split and yields its examples, always in the same order.
         num_values: Number of distinct pixels or symbols; None for text.
-        num_classes: Number of labels; 0 for a language model.
+        num_classes: Number of labels; 0 for a language model and for translation.
         grid: How the documents are patches of images; None if they are not.
         fingerprint: What else must be equal when a run is resumed.
     """

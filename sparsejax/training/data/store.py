@@ -112,6 +112,9 @@ class Documents:
     True at real tokens; pairs of documents have inputs and mask [2, T].
     """
 
+    # Ids that an example adds to each document.
+    _num_added = 0
+
     def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int, paired: bool):
         """Map the documents that `write_documents` wrote.
 
@@ -134,9 +137,8 @@ class Documents:
         first = int(index) * self._per_example
         inputs_PT = np.zeros((self._per_example, self._sequence_length), np.int32)
         for row, document in enumerate(range(first, first + self._per_example)):
-            start, stop = self._offsets[document : document + 2]
-            tokens = self._tokens[start : min(stop, start + self._sequence_length)]
-            inputs_PT[row, : tokens.size] = tokens.astype(np.int32) + 1
+            ids = self._read(document)
+            inputs_PT[row, : ids.size] = ids
         inputs = inputs_PT if self._per_example == 2 else inputs_PT[0]
         return {
             "inputs": inputs,
@@ -144,6 +146,11 @@ class Documents:
             "labels": self._labels[index],
             "weights": np.ones((), np.float32),
         }
+
+    def _read(self, document: int) -> np.ndarray:
+        start, stop = self._offsets[document : document + 2]
+        tokens = self._tokens[start : min(stop, start + self._sequence_length)]
+        return tokens.astype(np.int32) + 1
 
     def check_lengths(self, split: str) -> None:
         """Refuse documents longer than T.
@@ -154,7 +161,7 @@ class Documents:
         Raises:
             ValueError: Some documents are longer than `sequence_length`.
         """
-        lengths = np.diff(self._offsets)
+        lengths = np.diff(self._offsets) + self._num_added
         longer = int(np.count_nonzero(lengths > self._sequence_length))
         if longer:
             raise ValueError(

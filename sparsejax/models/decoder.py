@@ -1,0 +1,266 @@
+"""The decoder of an encoder-decoder: it attends to its own past and to what the encoder made.
+
+Legend: B batch, T target position, S source position, D model width, N query heads, K key/value
+heads, H head dim, L decoder layers.
+"""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import block_sparse_attention
+from sparsejax.models.attention import apply_rotary
+from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
+from sparsejax.models.linear import LinearMode
+from sparsejax.models.mlp import MLP
+from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
+
+# Folded into keys: the decoder draws other numbers than the encoder.
+_DECODER = zlib.crc32(b"decoder")
+
+
+class DenseAttention(nnx.Module):
+    """Multi-head attention to any sequence, without a block mask.
+
+    y = concat_n softmax(q_n k_n^T / sqrt(H)) v_n W_o,  q = x W_q,  [k, v] = memory W_kv
+
+    Attributes:
+      query: nnx.Linear f32[D, N H].
+      key_value: nnx.Linear f32[D, 2 K H], keys first.
+      out: nnx.Linear f32[N H, D].
+    """
+
+    def __init__(self, config: TransformerConfig, *, causal: bool, rotary: bool, rngs: nnx.Rngs):
+        """Create the projections.
+
+        Args:
+          config: TransformerConfig with decoder layers.
+          causal: bool, attend to the past only.
+          rotary: bool, rotate queries and keys by position.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.causal, self.rotary = causal, rotary
+        width = config.model_dim
+        kernel_init, out_kernel_init = _make_kernel_inits(config)
+        shared: dict[str, Any] = {
+            "use_bias": config.use_bias,
+            "dtype": jnp.dtype(config.dtype),
+            "rngs": rngs,
+        }
+        kv_width = 2 * config.num_kv_heads * config.head_dim
+        self.query = nnx.Linear(width, width, kernel_init=kernel_init, **shared)
+        self.key_value = nnx.Linear(width, kv_width, kernel_init=kernel_init, **shared)
+        self.out = nnx.Linear(width, width, kernel_init=out_kernel_init, **shared)
+
+    def __call__(
+        self, x_BTD: jax.Array, memory_BSD: jax.Array, *, kv_mask_BS: jax.Array | None = None
+    ) -> jax.Array:
+        """Attend and project.
+
+        Args:
+          x_BTD: float[B, T, D], what asks.
+          memory_BSD: float[B, S, D], what is attended to.
+          kv_mask_BS: bool[B, S], True = visible; None = all.
+
+        Returns:
+          float[B, T, D].
+
+        Numerics:
+          Those of `block_sparse_attention`, implementation "dense".
+        """
+        (B, T, _), S = x_BTD.shape, memory_BSD.shape[1]
+        q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
+        k_BSKH, v_BSKH = (
+            part.reshape(B, S, self.num_kv_heads, -1)
+            for part in jnp.split(self.key_value(memory_BSD), 2, axis=-1)
+        )
+        if self.rotary:
+            q_BTNH, k_BSKH = apply_rotary(q_BTNH), apply_rotary(k_BSKH)
+        y_BTNH = block_sparse_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            None,
+            block_q=T,
+            block_kv=S,
+            causal=self.causal,
+            kv_mask=kv_mask_BS,
+            implementation="dense",
+        )
+        return self.out(y_BTNH.reshape(B, T, -1))
+
+
+class DecoderBlock(nnx.Module):
+    """One pre-norm decoder block.
+
+    Attributes:
+      attention_norm, cross_attention_norm, mlp_norm: nnx.LayerNorm over D.
+      attention: DenseAttention to the target's past.
+      cross_attention: DenseAttention to the encoded source.
+      mlp: MLP.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        """Create the three branches.
+
+        Args:
+          config: TransformerConfig with decoder layers.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        self.dropout_rate = config.dropout_rate
+        kernel_init, out_kernel_init = _make_kernel_inits(config)
+        patterns = sparse_weight_patterns(config)
+        self.attention_norm = make_layer_norm(config, rngs)
+        self.attention = DenseAttention(
+            config, causal=True, rotary=config.positions == "rotary", rngs=rngs
+        )
+        self.cross_attention_norm = make_layer_norm(config, rngs)
+        # Distances between a target's and a source's positions mean nothing.
+        self.cross_attention = DenseAttention(config, causal=False, rotary=False, rngs=rngs)
+        self.mlp_norm = make_layer_norm(config, rngs)
+        self.mlp = MLP(
+            config.model_dim,
+            config.mlp_dim,
+            use_bias=config.use_bias,
+            activation=config.mlp_activation,
+            up_pattern=patterns.get("decoder/mlp/up"),
+            down_pattern=patterns.get("decoder/mlp/down"),
+            dtype=jnp.dtype(config.dtype),
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x_BTD, encoded_BSD, *, kv_mask_BS, dropout_key, linear_mode, pruning_key
+    ) -> jax.Array:
+        """Apply both attentions and feed-forward, each around a residual connection.
+
+        Args:
+          x_BTD: float[B, T, D].
+          encoded_BSD: float[B, S, D].
+          kv_mask_BS: bool[B, S], True = real token of the source, or None.
+          dropout_key: typed key, or None for no dropout.
+          linear_mode: LinearMode, static.
+          pruning_key: typed key, or None where no gradient is pruned.
+
+        Returns:
+          float[B, T, D].
+        """
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        h_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + dropout(self.attention(h_BTD, h_BTD), self.dropout_rate, keys[0])
+        h_BTD = self.cross_attention_norm(x_BTD)
+        branch = self.cross_attention(h_BTD, encoded_BSD, kv_mask_BS=kv_mask_BS)
+        x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[1])
+        branch = self.mlp(self.mlp_norm(x_BTD), mode=linear_mode, pruning_key=pruning_key)
+        return x_BTD + dropout(branch, self.dropout_rate, keys[2])
+
+
+class Decoder(nnx.Module):
+    """From embedded target tokens and an encoded source to what a head reads.
+
+    Its attention is dense; the feed-forward weights may be sparse. Padding at a target's end needs
+    no mask, since nothing looks ahead.
+
+    Attributes:
+      position: nnx.Param f32[max_length, D], learned positions only.
+      embedding_norm: nnx.LayerNorm over D, if configured.
+      blocks: DecoderBlock whose every leaf has a leading axis L.
+      final_norm: nnx.LayerNorm over D.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        """Create parameters, and all-True masks of sparse weights.
+
+        Args:
+          config: TransformerConfig with decoder layers.
+          rngs: nnx.Rngs with a `params` stream.
+        """
+        self.config = config
+        if config.positions == "learned":
+            shape = (config.max_length, config.model_dim)
+            table_init = nnx.initializers.normal(0.02)
+            self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
+        if config.embedding_norm:
+            self.embedding_norm = make_layer_norm(config, rngs)
+
+        @nnx.split_rngs(splits=config.num_decoder_layers)
+        @nnx.vmap
+        def stack(rngs):
+            return DecoderBlock(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.final_norm = make_layer_norm(config, rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        encoded_BSD: jax.Array,
+        *,
+        kv_mask_BS: jax.Array | None,
+        dropout_key: jax.Array | None,
+        linear_mode: LinearMode,
+        pruning_key: jax.Array | None,
+    ) -> jax.Array:
+        """Apply all blocks.
+
+        Args:
+          x_BTD: float[B, T, D], embedded target tokens; T is at most `max_length`.
+          encoded_BSD: float[B, S, D], normalized output of the encoder.
+          kv_mask_BS: bool[B, S], True = real token of the source; None = all real.
+          dropout_key: typed key, or None for no dropout.
+          linear_mode: LinearMode of sparse weights, static.
+          pruning_key: typed key, or None where no gradient is pruned.
+
+        Returns:
+          float[B, T, D].
+        """
+        config = self.config
+        keys = [
+            None if key is None else jax.random.fold_in(key, _DECODER)
+            for key in (dropout_key, pruning_key)
+        ]
+        embedding_key = None
+        if keys[0] is not None:
+            embedding_key, keys[0] = jax.random.split(keys[0])
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
+        if config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
+        graphdef, blocks = nnx.split(self.blocks)
+        layer_keys = [
+            None if key is None else jax.random.split(key, config.num_decoder_layers)
+            for key in keys
+        ]
+
+        def apply_block(x_BTD, layer):
+            block, (dropout_key, pruning_key) = layer
+            x_BTD = nnx.merge(graphdef, block)(
+                x_BTD,
+                encoded_BSD,
+                kv_mask_BS=kv_mask_BS,
+                dropout_key=dropout_key,
+                linear_mode=linear_mode,
+                pruning_key=pruning_key,
+            )
+            return x_BTD, None
+
+        if config.remat:
+            apply_block = jax.checkpoint(apply_block, prevent_cse=not config.scan_layers)
+        x_BTD, _ = jax.lax.scan(
+            apply_block,
+            x_BTD,
+            (blocks, layer_keys),
+            unroll=1 if config.scan_layers else config.num_decoder_layers,
+        )
+        return self.final_norm(x_BTD)
+
+
+def _make_kernel_inits(config: TransformerConfig):
+    return make_kernel_inits(config, num_branches=3 * config.num_decoder_layers)

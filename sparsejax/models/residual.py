@@ -1,0 +1,57 @@
+"""What surrounds every branch of a residual stream: normalization, initial scale, dropout."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsejax.models.config import TransformerConfig
+
+
+def make_layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Create the normalization of a branch's input.
+
+    Args:
+      config: TransformerConfig.
+      rngs: nnx.Rngs with a `params` stream.
+
+    Returns:
+      nnx.LayerNorm over the width of the model.
+    """
+    return nnx.LayerNorm(config.model_dim, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def make_kernel_inits(
+    config: TransformerConfig, *, num_branches: int
+) -> tuple[nnx.Initializer, nnx.Initializer]:
+    """Return the initializers of weights in a stack of blocks.
+
+    Args:
+      config: TransformerConfig.
+      num_branches: int, branches that add to the stack's residual stream, of all layers.
+
+    Returns:
+      Initializer of weights inside a branch, and of those that a branch ends with.
+    """
+    if config.init_std is None:
+        return nnx.initializers.lecun_normal(), nnx.initializers.lecun_normal()
+    return (
+        nnx.initializers.normal(config.init_std),
+        nnx.initializers.normal(config.init_std / num_branches**0.5),
+    )
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zero entries at random and scale the rest so that the mean is kept.
+
+    Args:
+      x: float array.
+      rate: float in [0, 1), static; the fraction zeroed.
+      key: typed key; None returns `x` unchanged.
+
+    Returns:
+      Array like `x`.
+    """
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
