@@ -67,6 +67,7 @@ class Problem(NamedTuple):
         settings["data"] |= {"source": "listops", "sequence_length": self.length}
         settings["data"]["batch_size"] = self.batch
         settings["recipe"]["name"] = method
+        settings["recipe"]["spion"]["quantile"] = 0.96
         return parse_config(settings)
 
 

@@ -134,8 +134,8 @@ def map_skewness(attention: jax.Array) -> jax.Array:
       SAT, as `sat_pattern`.
 
     Example:
-      >>> map_skewness(jnp.array([[0.0, 0], [0, 1]])).round(4)
-      Array(1.1547, dtype=float32)
+      >>> round(float(map_skewness(jnp.array([[0.0, 0], [0, 1]]))), 4)
+      1.1547
     """
     deviation = attention.astype(jnp.float32)
     deviation -= deviation.mean(axis=(-2, -1), keepdims=True)

@@ -192,7 +192,9 @@ def test_a_run_learns_with_sparse_weights(kind, changes, tmp_path):
         causal=False,
         gated_mlp=kind == "masked",
     )
-    assert [row["step_flops"] for row in rows if row["kind"] == "phase"] == [4 * flops.training] * 2
+    begins = [row for row in rows if row["kind"] == "phase"]
+    assert [row["dense_step_flops"] for row in begins] == [4 * flops.training] * 2
+    assert begins[0]["step_flops"] < begins[1]["step_flops"] == 4 * flops.training
     info = find_checkpoints(tmp_path / "run" / "checkpoints")[0]
     state, data_state = restore(info, run.make_abstract_state("dense finish"))
     assert data_state == {"next_index": 40}

@@ -53,7 +53,7 @@ def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
     # The probe remembers one map of 64 x 64 probabilities; the sparse phase has none.
     name = "masks, statistics, counters"
     assert dense.parts[name] - sparse.parts[name] >= 64 * 64 * 4
-    assert set(dense.programs) - set(sparse.programs) == {"probe step"}
+    assert set(dense.programs) - set(sparse.programs) == {"probing train step"}
 
 
 def test_more_fits_where_less_is_needed(plan):
@@ -78,8 +78,8 @@ def test_table_shows_phases_side_by_side(plan):
     assert lines["memory, MB"] == ["dense", "sparse"]
     for part in dense.parts:
         assert lines[part] == [f"{phase.parts[part] / 1e6:,.1f}" for phase in plan.phases]
-    probe = dense.programs["probe step"].temp_bytes / 1e6
-    assert lines["temporaries of the probe step"] == [f"{probe:,.1f}", "–"]
+    probe = dense.programs["probing train step"].temp_bytes / 1e6
+    assert lines["temporaries of the probing train step"] == [f"{probe:,.1f}", "–"]
     assert lines["largest batch, examples"] == [f"{p.largest_batch_size:,}" for p in plan.phases]
     assert "no Mosaic kernels" in lines
 
