@@ -9,12 +9,13 @@ from benchmarks.targets import evaluate
 
 
 def test_a_step_without_and_steps_with_probes_are_timed():
-    case = probe_cost.make_case(probe_cost.Problem(64, 2))
+    case = probe_cost.make_case(probe_cost.Problem(320, 1))
     assert set(case.foreign) == {"no probe", "spion", "sat"}
     values = measure_case(case, repeats=3, sample_seconds=0.0)
     assert all(value["median_seconds"] > 0 for value in values.values())
-    first, second = (float(case.foreign["sat"].call()) for _ in range(2))
-    assert first != second, "a call goes on from where the one before has come"
+    # The rate of the first step is 0: it is from the second on that the loss moves.
+    losses = {float(case.foreign["sat"].call()) for _ in range(3)}
+    assert len(losses) > 1, "a call goes on from where the one before has come"
 
 
 def test_the_cost_of_a_probe_is_what_its_step_takes_longer():
