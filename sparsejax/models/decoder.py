@@ -17,6 +17,7 @@ from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
 from sparsejax.models.linear import LinearMode
 from sparsejax.models.mlp import MLP
 from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
+from sparsejax.models.stack import make_stack, scan_stack
 
 # Folded into keys: the decoder draws other numbers than the encoder.
 _DECODER = zlib.crc32(b"decoder")
@@ -189,12 +190,7 @@ class Decoder(nnx.Module):
         if config.embedding_norm:
             self.embedding_norm = make_layer_norm(config, rngs)
 
-        @nnx.split_rngs(splits=config.num_decoder_layers)
-        @nnx.vmap
-        def stack(rngs):
-            return DecoderBlock(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = make_stack(DecoderBlock, config, config.num_decoder_layers, rngs)
         self.final_norm = make_layer_norm(config, rngs)
 
     def __call__(
@@ -233,15 +229,10 @@ class Decoder(nnx.Module):
         if config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
-        graphdef, blocks = nnx.split(self.blocks)
-        layer_keys = [
-            None if key is None else jax.random.split(key, config.num_decoder_layers)
-            for key in keys
-        ]
 
-        def apply_block(x_BTD, layer):
-            block, (dropout_key, pruning_key) = layer
-            x_BTD = nnx.merge(graphdef, block)(
+        def apply(block, x_BTD, keys, _):
+            dropout_key, pruning_key = keys
+            x_BTD = block(
                 x_BTD,
                 encoded_BSD,
                 kv_mask_BS=kv_mask_BS,
@@ -251,13 +242,13 @@ class Decoder(nnx.Module):
             )
             return x_BTD, None
 
-        if config.remat:
-            apply_block = jax.checkpoint(apply_block, prevent_cse=not config.scan_layers)
-        x_BTD, _ = jax.lax.scan(
-            apply_block,
+        x_BTD, _ = scan_stack(
+            apply,
+            self.blocks,
             x_BTD,
-            (blocks, layer_keys),
-            unroll=1 if config.scan_layers else config.num_decoder_layers,
+            config=config,
+            num_layers=config.num_decoder_layers,
+            keys=tuple(keys),
         )
         return self.final_norm(x_BTD)
 

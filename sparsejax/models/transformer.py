@@ -17,6 +17,7 @@ from sparsejax.models.decoder import Decoder
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
 from sparsejax.models.mlp import MLP
 from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
+from sparsejax.models.stack import make_stack, scan_stack
 
 
 class ModelOutput(NamedTuple):
@@ -169,12 +170,7 @@ class Transformer(nnx.Module):
         if config.embedding_norm:
             self.embedding_norm = make_layer_norm(config, rngs)
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap
-        def stack(rngs):
-            return Block(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = make_stack(Block, config, config.num_layers, rngs)
         self.final_norm = make_layer_norm(config, rngs)
         if config.num_decoder_layers:
             self.decoder = Decoder(config, rngs=rngs)
@@ -276,17 +272,13 @@ class Transformer(nnx.Module):
 
     def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, probe):
         config = self.config
-        graphdef, blocks = nnx.split(self.blocks)
         schedules = None
         if mode.sparse and x_BTD.shape[1] == config.max_length:
             schedules = make_block_schedule(self.blocks.attention.block_mask[...])
-        layer_keys = tuple(
-            None if key is None else jax.random.split(key, config.num_layers) for key in keys
-        )
 
-        def apply_block(x_BTD, layer):
-            block, schedule, (dropout_key, pruning_key) = layer
-            return nnx.merge(graphdef, block)(
+        def apply(block, x_BTD, keys, schedule):
+            dropout_key, pruning_key = keys
+            return block(
                 x_BTD,
                 schedule=schedule,
                 kv_mask_BT=mask_BT,
@@ -297,13 +289,14 @@ class Transformer(nnx.Module):
                 probe=probe,
             )
 
-        if config.remat:
-            apply_block = jax.checkpoint(apply_block, prevent_cse=not config.scan_layers)
-        return jax.lax.scan(
-            apply_block,
+        return scan_stack(
+            apply,
+            self.blocks,
             x_BTD,
-            (blocks, schedules, layer_keys),
-            unroll=1 if config.scan_layers else config.num_layers,
+            config=config,
+            num_layers=config.num_layers,
+            keys=keys,
+            inputs=schedules,
         )
 
 

@@ -72,10 +72,13 @@ def make_train_step(
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
-    def compute_loss(weights, state, batch, key, count):
+    def transform(weights, state):
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
-        seen_params = recipe.transform_params(weights["model"], sparsity, phase)
-        output = _apply(graphdef, seen_params, sparsity, batch, modes, key=key, probe=probes)
+        return weights | {"model": recipe.transform_params(weights["model"], sparsity, phase)}
+
+    def compute_loss(seen, state, batch, key, count):
+        sparsity = dataclasses.replace(state.sparsity, params=seen["recipe"])
+        output = _apply(graphdef, seen["model"], sparsity, batch, modes, key=key, probe=probes)
         totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
         auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
@@ -85,12 +88,15 @@ def make_train_step(
     def compute_gradients(weights, state, batch, key):
         # Of the whole batch: parts with fewer targets weigh less, as they do without parts.
         count = _spread_weights(batch).sum() / num_micro_batches
+        # Transformed once, whatever the number of parts; so is the sum of their gradients, back.
+        seen, pull_back = jax.vjp(lambda weights: transform(weights, state), weights)
 
         def differentiate(part, part_key):
-            return jax.grad(compute_loss, has_aux=True)(weights, state, part, part_key, count)
+            return jax.grad(compute_loss, has_aux=True)(seen, state, part, part_key, count)
 
         total = _sum_over_parts(differentiate, batch, key, num_micro_batches)
-        return jax.tree.map(lambda x: x / num_micro_batches, total)
+        grads, observed = jax.tree.map(lambda x: x / num_micro_batches, total)
+        return pull_back(grads)[0], observed
 
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)

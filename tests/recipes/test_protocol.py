@@ -142,6 +142,28 @@ def test_the_forward_pass_sees_the_transformed_parameters():
     assert_close(totals["loss"] / totals["count"], loss)
 
 
+def test_parameters_are_transformed_once_whatever_the_number_of_parts():
+    marked = []
+
+    def scale_and_mark(params, sparsity, phase):
+        return {"table": jnp.sinh(scale_params(params, sparsity, phase)["table"])}
+
+    recipe = make_recipe(transform_params=scale_and_mark)
+    whole, parts = (
+        make_train_step(GRAPHDEF, recipe, PHASE, DESCENT, num_micro_batches=n) for n in (1, 2)
+    )
+    for got, expected in zip(
+        jax.tree.leaves(jit(parts)(make_state(recipe), BATCH)),
+        jax.tree.leaves(jit(whole)(make_state(recipe), BATCH)),
+        strict=True,
+    ):
+        if not jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
+            assert_close(got, expected)
+    for equation in jax.make_jaxpr(parts)(make_state(recipe), BATCH).eqns:
+        marked += [equation.primitive.name] * str(equation).count("sinh ")
+    assert marked == ["sinh"], "outside the loop over the parts, and not again"
+
+
 def test_the_auxiliary_loss_trains_the_parameters_of_the_recipe():
     def auxiliary_loss(sparsity, attention_maps, phase):
         return (sparsity.params["sum_of_maps"] - attention_maps.sum()) ** 2
