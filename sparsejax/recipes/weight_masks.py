@@ -82,6 +82,32 @@ def map_sparse_weights(
     return jax.tree_util.tree_map_with_path(replace, tree, *rest)
 
 
+def map_moments(
+    function: Callable[[str, jax.Array, jax.Array], jax.Array], masks: PyTree, opt_state: PyTree
+) -> PyTree:
+    """Replace the moments of every weight with a mask, wherever an optimizer keeps them.
+
+    Args:
+      function: (name, mask bool[L, K, N], moment of the weight) -> array like the moment.
+      masks: nested dict of the model's masks.
+      opt_state: pytree in which moments are dicts with the key "model", whose value is like the
+        model's parameters.
+
+    Returns:
+      Pytree like `opt_state`; other leaves stay.
+    """
+
+    def is_moments(node):
+        return isinstance(node, dict) and "model" in node
+
+    def replace(node):
+        if not is_moments(node):
+            return node
+        return node | {"model": map_sparse_weights(function, masks, node["model"])}
+
+    return jax.tree.map(replace, opt_state, is_leaf=is_moments)
+
+
 def compare_weight_masks(
     old: dict[str, jax.Array], new: dict[str, jax.Array]
 ) -> dict[str, dict[str, jax.Array] | jax.Array]:
