@@ -30,4 +30,5 @@ from sparsejax.recipes.static import StaticConfig as StaticConfig
 from sparsejax.recipes.static import make_static as make_static
 from sparsejax.recipes.static_attention import StaticAttentionConfig as StaticAttentionConfig
 from sparsejax.recipes.static_attention import make_static_attention as make_static_attention
+from sparsejax.recipes.weight_masks import compute_weight_density as compute_weight_density
 from sparsejax.recipes.weight_masks import get_weight_masks as get_weight_masks

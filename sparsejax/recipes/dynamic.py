@@ -29,6 +29,7 @@ from sparsejax.masks import (
     apply_topology,
     count_kept,
     drop_and_grow,
+    layer_densities,
     layer_densities_at,
     magnitude_mask,
     random_mask,
@@ -40,6 +41,7 @@ from sparsejax.masks.topology import Growth
 from sparsejax.patterns import Unstructured, WeightPattern
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
+    compute_weight_density,
     get_weight_masks,
     map_moments,
     map_sparse_weights,
@@ -71,6 +73,9 @@ class Topology:
       moments: MomentRule.
       skips_optimizer: bool, an update takes the place of the optimizer's step. Otherwise it comes
         after it and sees the weights that it left.
+
+    Raises:
+      ValueError: if a setting is unknown or out of range.
     """
 
     sparsity: SparsitySchedule
@@ -82,6 +87,19 @@ class Topology:
     mix: int = 3
     moments: MomentRule = "stale"
     skips_optimizer: bool = False
+
+    def __post_init__(self):
+        # Raises where the method is unknown.
+        layer_densities({"any": (1, 1)}, density=1.0, method=self.layer_density)
+        for name, known in {
+            "initial_mask": ("random", "magnitude"),
+            "growth": (None, "gradient", "random", "mixed"),
+            "moments": ("stale", "zero"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.mix < 1:
+            raise ValueError(f"mix must be at least 1, got mix={self.mix}")
 
     @property
     def needs_dense_gradient(self) -> bool:
@@ -302,13 +320,11 @@ def _change_masks(
 
 
 def _measure(masks: PyTree, density: jax.Array, fraction: jax.Array) -> dict[str, jax.Array]:
-    by_name = get_weight_masks(masks)
-    counts = {name: mask.sum((1, 2), dtype=jnp.int32) for name, mask in by_name.items()}
-    total = sum(mask.size for mask in by_name.values())
-    kept = sum(count.astype(jnp.float32).sum() for count in counts.values())
-    found = {f"mask_density/{name}": counts[name] / by_name[name][0].size for name in counts}
-    return found | {
-        "mask_density": kept / total,
+    densities = compute_weight_density(masks)
+    sizes = {name: mask.size for name, mask in get_weight_masks(masks).items()}
+    kept = sum(densities[name].mean() * sizes[name] for name in sizes)
+    return {f"mask_density/{name}": x for name, x in densities.items()} | {
+        "mask_density": kept / sum(sizes.values()),
         "target_density": density,
         "update_fraction": fraction,
     }

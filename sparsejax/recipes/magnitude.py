@@ -52,6 +52,9 @@ class MagnitudeConfig:
 
         Returns:
           Topology.
+
+        Raises:
+          ValueError: if a setting is out of range.
         """
         if not 0 <= self.start_fraction < self.end_fraction:
             raise ValueError(

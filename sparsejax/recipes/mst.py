@@ -82,9 +82,7 @@ class MSTConfig:
     def __post_init__(self):
         with named_settings("recipe.mst"):
             check_patterns(self.patterns)
-            self.make_schedules()
-            if self.mix < 1:
-                raise ValueError(f"mix must be at least 1, got mix={self.mix}")
+            self.make_topology()
             stride, block = self.attention_stride, self.block_size
             if stride is not None and (stride < 1 or stride % block or stride >= self.length):
                 raise ValueError(
@@ -110,6 +108,24 @@ class MSTConfig:
             update_interval=self.update_interval,
         )
 
+    def make_topology(self) -> Topology:
+        """Return what these settings mean.
+
+        Returns:
+          Topology.
+        """
+        schedules = self.make_schedules()
+        return Topology(
+            sparsity=schedules.sparsity,
+            layer_density=self.layer_density,
+            updates=schedules.updates,
+            annealing=schedules.annealing,
+            growth=self.growth,
+            mix=self.mix,
+            moments=self.moments,
+            skips_optimizer=not self.keep_optimizer_step,
+        )
+
 
 def make_mst(config: MSTConfig) -> Recipe:
     """Return MST with the phases "warm-up", "ultra-sparse" and "restoration".
@@ -129,8 +145,7 @@ def make_mst(config: MSTConfig) -> Recipe:
       Hu, Li, Huang, Mixed Sparsity Training, arXiv:2408.11746. Where it is silent the released code
       is followed; the sparsified head, tied to the embedding, is not: both are dense here.
     """
-    schedules = config.make_schedules()
-    start_step, end_step = schedules.sparse_attention
+    start_step, end_step = config.make_schedules().sparse_attention
     stride = config.attention_stride
 
     def enter_phase(sparsity, phase):
@@ -146,16 +161,7 @@ def make_mst(config: MSTConfig) -> Recipe:
 
     return make_dynamic(
         "mst",
-        Topology(
-            sparsity=schedules.sparsity,
-            layer_density=config.layer_density,
-            updates=schedules.updates,
-            annealing=schedules.annealing,
-            growth=config.growth,
-            mix=config.mix,
-            moments=config.moments,
-            skips_optimizer=not config.keep_optimizer_step,
-        ),
+        config.make_topology(),
         phases=(
             sparse_phase("warm-up", last_step=start_step),
             sparse_phase("ultra-sparse", last_step=end_step, sparse_attention=stride is not None),

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.masks import flip_rate, total_flip_rate
 from sparsejax.types import PyTree
@@ -54,6 +55,24 @@ def get_weight_masks(masks: PyTree) -> dict[str, jax.Array]:
         _layer_name(path): mask
         for path, mask in jax.tree_util.tree_leaves_with_path(masks)
         if path[-1].key == _MASK
+    }
+
+
+def compute_weight_density(masks: PyTree) -> dict[str, jax.Array]:
+    """Return the fraction of entries that each mask of a weight keeps, by layer.
+
+    Args:
+      masks: nested dict of the model's masks.
+
+    Returns:
+      dict, name -> f32[L].
+
+    Numerics:
+      Counts are exact, and the product with 1 / size is the same jitted and not.
+    """
+    return {
+        name: mask.sum((1, 2), dtype=jnp.int32).astype(jnp.float32) * np.float32(1 / mask[0].size)
+        for name, mask in get_weight_masks(masks).items()
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsejax.models import TransformerConfig, sparse_weight_patterns
 from sparsejax.patterns import NMPattern, WeightPattern
-from sparsejax.recipes import Phase, compute_attention_density, get_weight_masks
+from sparsejax.recipes import Phase, compute_attention_density, compute_weight_density
 from sparsejax.training.flops import TransformerFlops, count_transformer_flops
 from sparsejax.types import PyTree
 
@@ -51,13 +51,7 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
         attention = np.asarray(compute_attention_density(masks, causal=model.causal))
     weights = {}
     if phase.sparse_weights:
-        # Counted, for f32 means of millions of entries depend on the order of their sums.
-        masks = get_weight_masks(masks)
-        counts = jax.device_get({n: m.sum((1, 2), dtype=np.int32) for n, m in masks.items()})
-        weights = {
-            name: count.astype(np.float32) / np.float32(masks[name][0].size)
-            for name, count in counts.items()
-        }
+        weights = jax.device_get(compute_weight_density(masks))
     return Density(attention, weights)
 
 
