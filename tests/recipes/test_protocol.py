@@ -166,6 +166,30 @@ def test_gradients_are_transformed_after_clipping():
     assert_close(metrics["grad_norm"], np.linalg.norm(gradient))
 
 
+def test_gradients_are_masked_before_clipping_and_the_update_sees_all_of_them():
+    def mask(grads, sparsity, phase):
+        return grads | {"model": {"table": grads["model"]["table"].at[:, :3].set(0)}}
+
+    def keep_gradients(sparsity, params, opt_state, grads, **_):
+        statistics = {"updates": grads["model"]["table"]}
+        return dataclasses.replace(sparsity, statistics=statistics), params, opt_state
+
+    def clip(grads):
+        norm = jnp.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(grads)))
+        return jax.tree.map(lambda g: g / norm / 2, grads)
+
+    recipe = make_recipe(mask_gradients=mask, update=keep_gradients)
+    state = make_state(recipe)
+    sparsity = dataclasses.replace(state.sparsity, statistics={"updates": jnp.zeros_like(TABLE)})
+    state = dataclasses.replace(state, sparsity=sparsity)
+    state, metrics = run_step(recipe, state, DESCENT._replace(clip=clip))
+    _, gradient = loss_and_gradient(TABLE)
+    masked = gradient * (np.arange(VOCAB) >= 3)
+    assert_close(state.params["table"], TABLE - masked / np.linalg.norm(masked) / 2)
+    assert_close(metrics["grad_norm"], np.linalg.norm(masked))
+    assert_close(state.sparsity.statistics["updates"], gradient)
+
+
 def test_a_skipped_optimizer_leaves_weights_and_moments_but_the_update_runs():
     recipe = make_recipe(
         transform_params=scale_params,

@@ -103,7 +103,9 @@ def _assert_same(got, expected, **tolerance):
 
 
 def test_static_masks_are_dense_training_of_masked_weights():
-    recipe, optimizer = make_static(StaticConfig(**_KNOWN)), _optimizer()
+    # Adam would make much of the rounding of gradients that are zero.
+    optimizer = _optimizer(name="sgd", learning_rate=1.0)
+    recipe = make_static(StaticConfig(**_KNOWN))
     state = _state(recipe, optimizer)
     assert set(get_weight_masks(state.sparsity.masks)) == set(_KNOWN["patterns"])
 
@@ -120,7 +122,7 @@ def test_static_masks_are_dense_training_of_masked_weights():
         np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-5)
         np.testing.assert_allclose(metrics["grad_norm"], plain_metrics["grad_norm"], rtol=1e-4)
         assert metrics["grad_norm"] > 1.5 * 0.1, "clipping is on"
-    _assert_same(state.params, expected.params, atol=1e-4)
+    _assert_same(state.params, expected.params, atol=1e-6)
     for name, mask in get_weight_masks(state.sparsity.masks).items():
         kernel = _kernels(state.params, state.sparsity.masks)[name]
         assert not kernel[~np.asarray(mask)].any() and kernel[np.asarray(mask)].all()
