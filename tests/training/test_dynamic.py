@@ -310,7 +310,8 @@ def test_a_run_shows_phases_densities_and_flops(trained):
     assert summary["training_flops_of_dense"] == pytest.approx(spent / dense_flops / NUM_STEPS)
     parts = [summary[f"{name}_training_flops"] for name in dict.fromkeys(names)]
     assert sum(parts) == pytest.approx(spent)
-    assert summary["ultra-sparse_training_flops_of_dense"] < 0.75
+    shares = [summary[f"{name}_training_flops_of_dense"] for name in dict.fromkeys(names)]
+    assert shares[1] < min(shares[0], shares[2]) and max(shares) < 1
     json.dumps(summary)
 
 
