@@ -86,7 +86,8 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.clip_value = config_dict.placeholder(float)  # None = off
 
     recipe = config.recipe = ml_collections.ConfigDict()
-    recipe.name = "dense"  # or "spion", "sat", "static_attention", "fst", "sste"
+    recipe.name = "dense"  # or "spion", "sat", "static_attention", "fst", "sste", "mst",
+    # "rigl", "set", "magnitude", "static"
 
     spion = recipe.spion = ml_collections.ConfigDict()
     spion.variant = "cf"  # "cf", "c" or "f"
@@ -134,6 +135,63 @@ def get_config() -> ml_collections.ConfigDict:
     sste.sparse_weights = "mlp/.*=2:4"  # as in fst
     sste.grad_pruning = "none"  # or "mvue", "mvue_exact": sparse dW
     sste.flip_interval_steps = 40  # steps between the masks that a flip rate compares
+
+    # Dynamic sparse training. Sparsities are of the chosen weights together. The schedule is ours,
+    # for that of the paper is not known.
+    mst = recipe.mst = ml_collections.ConfigDict()
+    mst.sparse_weights = ".*=unstructured"  # layers as in fst
+    mst.sparsity = 0.9  # fraction removed in the ultra-sparse phase
+    mst.final_sparsity = 0.0  # fraction removed at the end
+    mst.warmup = 0.1  # share of the run in which the sparsity climbs
+    mst.restoration = 0.13  # share of the run in which it falls
+    # Jumps of the warm-up; None climbs linearly
+    mst.stairs = config_dict.placeholder(int)
+    mst.stairs = 10
+    mst.update_fraction = 0.3  # of the kept weights replaced by an update, at the start of a phase
+    mst.update_interval = 100  # steps from one update to the next
+    mst.growth = "mixed"  # or "gradient", "random"
+    mst.mix = 3  # weights grown by gradient for each grown at random
+    mst.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
+    mst.moments = "stale"  # optimizer moments of grown weights, as released; or "zero"
+    mst.keep_optimizer_step = False  # False as released: an update takes the place of a step
+    # Stride of hybrid sparse attention in the ultra-sparse phase, positions, a multiple of
+    # model.block_size; None = dense attention
+    mst.attention_stride = config_dict.placeholder(int)
+
+    rigl = recipe.rigl = ml_collections.ConfigDict()
+    rigl.sparse_weights = ".*=unstructured"  # layers as in fst
+    rigl.sparsity = 0.8  # fraction removed
+    rigl.update_fraction = 0.3  # of the kept weights replaced by the first update
+    rigl.update_interval = 100  # steps from one update to the next
+    rigl.end_fraction = 0.75  # updates end after this share of the run
+    rigl.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
+    rigl.initial_mask = "random"  # or "magnitude"
+    rigl.moments = "zero"  # optimizer moments of grown weights; or "stale"
+    rigl.keep_optimizer_step = False  # False as published: an update takes the place of a step
+
+    dst_set = recipe.set = ml_collections.ConfigDict()
+    dst_set.sparse_weights = ".*=unstructured"  # layers as in fst
+    dst_set.sparsity = 0.8  # fraction removed
+    dst_set.update_fraction = 0.3  # of the kept weights replaced by every update
+    dst_set.update_interval = 100  # steps from one update to the next
+    dst_set.end_fraction = 1.0  # updates end after this share of the run
+    dst_set.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
+    dst_set.initial_mask = "random"  # or "magnitude"
+    dst_set.moments = "zero"  # optimizer moments of grown weights; or "stale"
+
+    magnitude = recipe.magnitude = ml_collections.ConfigDict()
+    magnitude.sparse_weights = ".*=unstructured"  # layers as in fst
+    magnitude.sparsity = 0.8  # fraction removed in the end
+    magnitude.start_fraction = 0.1  # pruning begins after this share of the run
+    magnitude.end_fraction = 0.75  # and ends after this one
+    magnitude.update_interval = 100  # steps from one pruning to the next
+    magnitude.layer_density = "uniform"  # or "erdos_renyi", "erk"
+
+    static_weights = recipe.static = ml_collections.ConfigDict()
+    static_weights.sparse_weights = ".*=unstructured"  # layers as in fst
+    static_weights.sparsity = 0.8  # fraction removed
+    static_weights.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
+    static_weights.initial_mask = "random"  # or "magnitude"
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 100

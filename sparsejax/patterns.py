@@ -99,3 +99,65 @@ class NMPattern:
         if match is None:
             raise ValueError(f"a pattern must be like '2:4' or '2:4 transposable', got {text!r}")
         return cls(int(match[1]), int(match[2]), transposable=match[3] is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Weights of which any may be kept, in any number.
+
+    Written "unstructured".
+
+    Example:
+      >>> str(Unstructured.parse("unstructured"))
+      'unstructured'
+    """
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    @classmethod
+    def parse(cls, text: str) -> "Unstructured":
+        """Read the pattern as `str` writes it.
+
+        Args:
+          text: str; space around it is ignored.
+
+        Returns:
+          Unstructured.
+
+        Raises:
+          ValueError: if the text is anything else.
+        """
+        if text.strip() != "unstructured":
+            raise ValueError(f"a pattern must be 'unstructured', got {text!r}")
+        return cls()
+
+
+type WeightPattern = NMPattern | Unstructured
+"""The shapes of a sparse weight."""
+
+
+def parse_weight_pattern(text: str) -> WeightPattern:
+    """Read the pattern of a sparse weight.
+
+    Args:
+      text: str, "n:m", "n:m transposable" or "unstructured"; space around it is ignored.
+
+    Returns:
+      NMPattern or Unstructured.
+
+    Raises:
+      ValueError: if the text is anything else, or not 1 <= n <= m.
+
+    Example:
+      >>> parse_weight_pattern("1:4")
+      NMPattern(n=1, m=4, transposable=False)
+    """
+    if ":" in text:
+        return NMPattern.parse(text)
+    try:
+        return Unstructured.parse(text)
+    except ValueError:
+        raise ValueError(
+            f"a pattern must be like '2:4', '2:4 transposable' or 'unstructured', got {text!r}"
+        ) from None

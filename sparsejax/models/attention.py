@@ -15,7 +15,7 @@ from flax import nnx
 from pallas_kernels import BlockSchedule, Implementation, block_sparse_attention
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
 from sparsejax.models.variables import SparsityMask
-from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.patterns import BlockPattern, WeightPattern
 
 
 class AttentionMode(NamedTuple):
@@ -60,8 +60,8 @@ class BlockSparseAttention(nnx.Module):
         causal: bool = False,
         rotary: bool = False,
         use_bias: bool = True,
-        qkv_pattern: NMPattern | None = None,
-        out_pattern: NMPattern | None = None,
+        qkv_pattern: WeightPattern | None = None,
+        out_pattern: WeightPattern | None = None,
         dtype=jnp.float32,
         kernel_init=_KERNEL_INIT,
         out_kernel_init=_KERNEL_INIT,
@@ -78,8 +78,8 @@ class BlockSparseAttention(nnx.Module):
           causal: bool, attend to the past only.
           rotary: bool, rotate queries and keys by position.
           use_bias: bool, add biases in the projections.
-          qkv_pattern: NMPattern of the weights of `qkv`, None if they are dense.
-          out_pattern: NMPattern of the weights of `out`, None if they are dense.
+          qkv_pattern: pattern of the weights of `qkv`, None if they are dense.
+          out_pattern: pattern of the weights of `out`, None if they are dense.
           dtype: type of activations; parameters are float32.
           kernel_init: initializer of the query, key and value weights.
           out_kernel_init: initializer of the output weights.

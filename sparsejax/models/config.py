@@ -5,7 +5,7 @@ import re
 from typing import Literal, get_args
 
 from sparsejax.models.mlp import MLPActivation
-from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.patterns import BlockPattern, WeightPattern
 
 LINEAR_LAYERS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
 """The linear layers of a block, whose weights may be sparse."""
@@ -35,9 +35,9 @@ class TransformerConfig:
       num_decoder_layers: int, blocks of a decoder that attends to the output of the `num_layers`
         blocks before it, those of a bidirectional encoder; 0 = no decoder.
       mlp_activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
-      sparse_weights: pairs of a regular expression and an NMPattern. A linear layer of a block,
-        one of `LINEAR_LAYERS` or, in a decoder, `DECODER_LINEAR_LAYERS`, takes the pattern of the
-        first expression that matches its whole name, and is dense if none does.
+      sparse_weights: pairs of a regular expression and an NMPattern or Unstructured. A linear layer
+        of a block, one of `LINEAR_LAYERS` or, in a decoder, `DECODER_LINEAR_LAYERS`, takes the
+        pattern of the first expression that matches its whole name, and is dense if none does.
       positions: "learned" table or "rotary" embedding.
       block: BlockPattern of the attention mask.
       dropout_rate: float in [0, 1), applied to embeddings and residual branches.
@@ -69,7 +69,7 @@ class TransformerConfig:
     num_towers: int = 1
     num_decoder_layers: int = 0
     mlp_activation: MLPActivation = "gelu"
-    sparse_weights: tuple[tuple[str, NMPattern], ...] = ()
+    sparse_weights: tuple[tuple[str, WeightPattern], ...] = ()
     positions: Literal["learned", "rotary"] = "learned"
     block: BlockPattern
     dropout_rate: float = 0.0
@@ -185,7 +185,7 @@ class TransformerConfig:
         return self.model_dim // self.num_heads
 
 
-def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
+def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern]:
     """Return which linear layers of a block have sparse weights, and their patterns.
 
     Args:
@@ -193,10 +193,10 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, NMPattern]:
 
     Returns:
       dict from names out of `LINEAR_LAYERS` and `DECODER_LINEAR_LAYERS`, in that order, to
-      NMPattern.
+      NMPattern or Unstructured.
 
     Example:
-      >>> from sparsejax.patterns import BlockPattern
+      >>> from sparsejax.patterns import BlockPattern, NMPattern
       >>> sizes = dict(num_layers=2, model_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=64)
       >>> config = TransformerConfig(**sizes, vocab_size=256, max_length=16, causal=True,
       ...   block=BlockPattern(block_q=16, block_kv=16), sparse_weights=(("mlp/.*", NMPattern()),))

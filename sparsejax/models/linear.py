@@ -15,7 +15,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from pallas_kernels import choose_nm_implementation, nm_matmul
 from pallas_kernels.nm_matmul.op import Activation, GradPruning, NMImplementation
 from sparsejax.models.variables import SparsityMask
-from sparsejax.patterns import NMPattern
+from sparsejax.patterns import NMPattern, WeightPattern
 
 type LayerActivation = Activation | Literal["relu"]
 """What may follow a layer; the kernels fuse all of it but "relu"."""
@@ -70,7 +70,7 @@ class SparseLinear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        pattern: NMPattern = _TWO_OF_FOUR,
+        pattern: WeightPattern = _TWO_OF_FOUR,
         dtype=None,
         kernel_init=_KERNEL_INIT,
         bias_init=_BIAS_INIT,
@@ -79,10 +79,10 @@ class SparseLinear(nnx.Module):
         """Create the parameters, those of an `nnx.Linear` with these `rngs`, and a full mask.
 
         Args:
-          in_features: int, K; a multiple of the pattern's m.
+          in_features: int, K; a multiple of m of an NMPattern.
           out_features: int, N; a multiple of m if the pattern is transposable.
           use_bias: bool, add a bias.
-          pattern: NMPattern that masks are to follow.
+          pattern: NMPattern or Unstructured, what masks are to follow.
           dtype: type of the product, None for that of input and parameters together; parameters
             are float32.
           kernel_init: initializer of the kernel.
@@ -92,14 +92,14 @@ class SparseLinear(nnx.Module):
         Raises:
           ValueError: if the groups of the pattern do not fill an axis.
         """
+        _, m, transposable = _get_groups(pattern)
         sizes = {"in_features": in_features}
-        if pattern.transposable:
+        if transposable:
             sizes["out_features"] = out_features
         for name, size in sizes.items():
-            if size % pattern.m:
+            if size % m:
                 raise ValueError(
-                    f"{name} must be a multiple of {pattern.m} for the pattern '{pattern}', "
-                    f"got {size}"
+                    f"{name} must be a multiple of {m} for the pattern '{pattern}', got {size}"
                 )
         self.in_features, self.out_features = in_features, out_features
         self.pattern, self.dtype = pattern, dtype
@@ -147,7 +147,7 @@ class SparseLinear(nnx.Module):
             if bias is not None:
                 y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
             return activate(y, activation)
-        pattern = (self.pattern.n, self.pattern.m)
+        n, m, transposable = _get_groups(self.pattern)
         fused = None if activation == "relu" else activation
         chosen = choose_nm_implementation(
             mode.implementation,
@@ -155,22 +155,22 @@ class SparseLinear(nnx.Module):
             inner=self.in_features,
             columns=self.out_features,
             dtype=x.dtype,
-            pattern=pattern,
+            pattern=(n, m),
             activation=fused,
         )
         if chosen != "mosaic_sm90":
             # The portable product takes any mask, also that of a layer not pruned yet.
-            pattern = (self.pattern.m, self.pattern.m)
+            n = m
         y = nm_matmul(
             x,
             kernel,
             self.kernel_mask[...],
-            transposable=self.pattern.transposable,
+            transposable=transposable,
             grad_pruning=mode.grad_pruning,
             key=None if mode.grad_pruning == "none" else key,
             bias=bias,
             activation=fused,
-            pattern=pattern,
+            pattern=(n, m),
             implementation=chosen,
         )
         return activate(y, activation) if activation == "relu" else y
@@ -211,15 +211,22 @@ def activate(z: jax.Array, activation: LayerActivation | None) -> jax.Array:
     return value * _GATES[activation](gate)
 
 
+def _get_groups(pattern: WeightPattern) -> tuple[int, int, bool]:
+    """Return n, m and whether groups run along both axes; without structure, groups of one."""
+    if isinstance(pattern, NMPattern):
+        return pattern.n, pattern.m, pattern.transposable
+    return 1, 1, False
+
+
 def make_linear(
-    in_features: int, out_features: int, *, pattern: NMPattern | None, **options
+    in_features: int, out_features: int, *, pattern: WeightPattern | None, **options
 ) -> nnx.Linear | SparseLinear:
     """Create the linear layer of a weight that may be sparse.
 
     Args:
       in_features: int.
       out_features: int.
-      pattern: NMPattern of a sparse weight, None for `nnx.Linear`.
+      pattern: NMPattern or Unstructured of a sparse weight, None for `nnx.Linear`.
       **options: what both take.
 
     Returns:

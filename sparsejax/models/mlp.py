@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
-from sparsejax.patterns import NMPattern
+from sparsejax.patterns import WeightPattern
 
 type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
 
@@ -37,8 +37,8 @@ class MLP(nnx.Module):
         *,
         activation: MLPActivation = "gelu",
         use_bias: bool = True,
-        up_pattern: NMPattern | None = None,
-        down_pattern: NMPattern | None = None,
+        up_pattern: WeightPattern | None = None,
+        down_pattern: WeightPattern | None = None,
         dtype=None,
         kernel_init=_KERNEL_INIT,
         out_kernel_init=_KERNEL_INIT,
@@ -51,8 +51,8 @@ class MLP(nnx.Module):
           mlp_dim: int, F.
           activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
           use_bias: bool, add biases.
-          up_pattern: NMPattern of the first weight, None if it is dense.
-          down_pattern: NMPattern of the second weight, None if it is dense.
+          up_pattern: pattern of the first weight, None if it is dense.
+          down_pattern: pattern of the second weight, None if it is dense.
           dtype: type of activations, None for that of input and parameters together.
           kernel_init: initializer of `up`.
           out_kernel_init: initializer of `down`.

@@ -81,6 +81,8 @@ class FSTConfig:
             "'none' for variant 'dense'",
         )
         check(bool(self.patterns), "patterns", "that of at least one weight")
+        structured = all(isinstance(pattern, NMPattern) for pattern in self.patterns.values())
+        check(structured, "patterns", "n:m for every weight")
         check(self.sparse_steps >= 1, "dense_fraction", "small enough to leave a sparse step")
 
     @property

@@ -4,8 +4,9 @@ A recipe is a NamedTuple of pure functions on pytrees, like an Optax transformat
 runs through its phases in order; a phase is static, so each one compiles its own step. Every
 function has an identity default, so a method states only what it does:
 
-  inside every step        transform_params -> forward -> auxiliary_loss -> clip ->
-                           transform_gradients -> skip_optimizer -> optimizer -> update -> metrics
+  inside every step        transform_params -> forward -> auxiliary_loss -> mask_gradients ->
+                           clip -> transform_gradients -> skip_optimizer -> optimizer -> update ->
+                           metrics
   in a step that probes    observe, before transform_gradients; it may ask for the next phase
   between two phases       enter_phase
 """
@@ -30,6 +31,8 @@ class Phase(NamedTuple):
       sparse_weights: bool, False ignores the masks of weights.
       grad_pruning: "none", "mvue" or "mvue_exact", how gradients are pruned for the gradient of
         sparse weights.
+      masked_gradients: bool, pruned weights have no gradient, and counted FLOPs leave it out. False
+        trains them straight through.
       last_step: int, the phase ends after this many steps of the run at the latest; None = no
         limit.
       ends_when: str, what `observe` waits for, for a person whose run does not get there.
@@ -46,6 +49,7 @@ class Phase(NamedTuple):
     pruned_logits: Literal["masked", "zero"] = "masked"
     sparse_weights: bool = False
     grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
+    masked_gradients: bool = False
     last_step: int | None = None
     ends_when: str = "the recipe's condition holds"
     probe_every_steps: int | None = None
@@ -99,6 +103,11 @@ def _auxiliary_loss(sparsity: Sparsity, attention_maps: jax.Array | None, phase:
     return jnp.float32(0)
 
 
+def _mask_gradients(grads: PyTree, sparsity: Sparsity, phase: Phase) -> PyTree:
+    del sparsity, phase
+    return grads
+
+
 def _transform_gradients(grads: PyTree, params: PyTree, sparsity: Sparsity, phase: Phase):
     del params, sparsity, phase
     return grads
@@ -139,13 +148,18 @@ class Recipe(NamedTuple):
       transform_params: (params, sparsity, phase) -> params that the forward pass sees.
       auxiliary_loss: (sparsity, attention_maps, phase) -> f32[], added to the loss. Gradients
         flow to `sparsity.params` only. Maps are None in a step that does not probe.
+      mask_gradients: (grads, sparsity, phase) -> grads, before they are measured and clipped.
       transform_gradients: (grads, params, sparsity, phase) -> grads, after clipping and before
         the optimizer.
       skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.
       update: (sparsity, params, opt_state, grads, *, step, key, phase, learning_rate) ->
-        (sparsity, params, opt_state), the method's own changes at the end of a step.
+        (sparsity, params, opt_state), the method's own changes at the end of a step. Gradients are
+        those of the batch, before `mask_gradients` and clipping. Moments in `opt_state` are dicts
+        like `grads`, with the keys "model" and "recipe".
       metrics: (sparsity, *, step, phase) -> dict of f32 arrays, logged after every step; what is
-        NaN throughout is left out. `step` is that of `update`.
+        NaN throughout is left out. `step` is that of `update`. A recipe whose masks change how much
+        they keep tells "mask_density/NAME", f32[L], in the step of the change, and
+        "dense_gradient", 1 in a step that needs gradients of pruned weights.
       observe: (sparsity, attention_maps, phase) -> (sparsity, Observation). Maps are
         f32[L, T, T], averaged over batch and heads of the step's training batch.
       enter_phase: (sparsity, phase) -> sparsity, on entering any phase but the first; may
@@ -157,6 +171,7 @@ class Recipe(NamedTuple):
     init: Callable = _init
     transform_params: Callable = _transform_params
     auxiliary_loss: Callable = _auxiliary_loss
+    mask_gradients: Callable = _mask_gradients
     transform_gradients: Callable = _transform_gradients
     skip_optimizer: Callable = _skip_optimizer
     update: Callable = _update

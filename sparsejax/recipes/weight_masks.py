@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.masks import flip_rate, total_flip_rate
 from sparsejax.types import PyTree
@@ -57,6 +58,24 @@ def get_weight_masks(masks: PyTree) -> dict[str, jax.Array]:
     }
 
 
+def compute_weight_density(masks: PyTree) -> dict[str, jax.Array]:
+    """Return the fraction of entries that each mask of a weight keeps, by layer.
+
+    Args:
+      masks: nested dict of the model's masks.
+
+    Returns:
+      dict, name -> f32[L].
+
+    Numerics:
+      Counts are exact, and the product with 1 / size is the same jitted and not.
+    """
+    return {
+        name: mask.sum((1, 2), dtype=jnp.int32).astype(jnp.float32) * np.float32(1 / mask[0].size)
+        for name, mask in get_weight_masks(masks).items()
+    }
+
+
 def map_sparse_weights(
     function: Callable[..., jax.Array], masks: PyTree, tree: PyTree, *rest: PyTree
 ) -> PyTree:
@@ -80,6 +99,32 @@ def map_sparse_weights(
         return function(name, by_name[name], *leaves)
 
     return jax.tree_util.tree_map_with_path(replace, tree, *rest)
+
+
+def map_moments(
+    function: Callable[[str, jax.Array, jax.Array], jax.Array], masks: PyTree, opt_state: PyTree
+) -> PyTree:
+    """Replace the moments of every weight with a mask, wherever an optimizer keeps them.
+
+    Args:
+      function: (name, mask bool[L, K, N], moment of the weight) -> array like the moment.
+      masks: nested dict of the model's masks.
+      opt_state: pytree in which moments are dicts with the key "model", whose value is like the
+        model's parameters.
+
+    Returns:
+      Pytree like `opt_state`; other leaves stay.
+    """
+
+    def is_moments(node):
+        return isinstance(node, dict) and "model" in node
+
+    def replace(node):
+        if not is_moments(node):
+            return node
+        return node | {"model": map_sparse_weights(function, masks, node["model"])}
+
+    return jax.tree.map(replace, opt_state, is_leaf=is_moments)
 
 
 def compare_weight_masks(

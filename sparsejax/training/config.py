@@ -2,33 +2,15 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.models import (
-    Implementation,
-    NMImplementation,
-    TransformerConfig,
-    sparse_weight_patterns,
-)
-from sparsejax.patterns import BlockPattern, NMPattern
-from sparsejax.recipes import (
-    FSTConfig,
-    Recipe,
-    SatConfig,
-    SpionConfig,
-    SSTEConfig,
-    StaticAttentionConfig,
-    make_dense,
-    make_fst,
-    make_sat,
-    make_spion,
-    make_sste,
-    make_static_attention,
-)
+from sparsejax.models import Implementation, NMImplementation, TransformerConfig
+from sparsejax.patterns import BlockPattern
+from sparsejax.recipes import Recipe
 from sparsejax.training.data import DataConfig
 from sparsejax.training.optimizer import OptimizerConfig, make_optimizer
+from sparsejax.training.recipe_settings import RECIPES, build_recipe, parse_sparse_weights
 from sparsejax.training.settings import (
     ConfigError,
     build_settings,
@@ -36,8 +18,6 @@ from sparsejax.training.settings import (
     check_keys,
     check_setting,
 )
-
-_RECIPES = ("dense", "spion", "sat", "static_attention", "fst", "sste")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,10 +120,8 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
         built = {name: build_settings(cls, mapping[name], name) for name, cls in sections.items()}
         data = _build_data(mapping["data"], values["seed"])
         recipe = mapping["recipe"]
-        check_keys(recipe, ("name", *_RECIPES[1:]), "recipe.")
-        check_setting(
-            recipe["name"] in _RECIPES, "recipe.name", recipe["name"], f"one of {_RECIPES}"
-        )
+        check_keys(recipe, ("name", *RECIPES[1:]), "recipe.")
+        check_setting(recipe["name"] in RECIPES, "recipe.name", recipe["name"], f"one of {RECIPES}")
         settings = dict(recipe[recipe["name"]]) if recipe["name"] != "dense" else {}
         config = TrainConfig(
             **values, **built, data=data, recipe_name=recipe["name"], recipe_settings=settings
@@ -269,7 +247,7 @@ def make_transformer_config(
             "weight_implementation",
         )
     }
-    sparse_weights = _parse_sparse_weights(config)
+    sparse_weights = parse_sparse_weights(config.recipe_name, config.recipe_settings)
     try:
         return TransformerConfig(
             **shared,
@@ -287,22 +265,6 @@ def make_transformer_config(
         raise ConfigError(str(error)) from error
 
 
-def _parse_sparse_weights(config: TrainConfig) -> tuple[tuple[str, NMPattern], ...]:
-    """Read "regex=pattern; regex=pattern" of a recipe that prunes weights."""
-    text = config.recipe_settings.get("sparse_weights", "")
-    name = f"recipe.{config.recipe_name}.sparse_weights"
-    pairs = []
-    for entry in filter(None, (part.strip() for part in cast_value(text, str, name).split(";"))):
-        regex, equals, pattern = entry.rpartition("=")
-        check_setting(equals == "=" and bool(regex), name, text, "'regex=pattern; regex=pattern'")
-        try:
-            re.compile(regex)
-            pairs.append((regex.strip(), NMPattern.parse(pattern)))
-        except (ValueError, re.error) as error:
-            raise ConfigError(f"{name}: {entry!r}: {error}") from error
-    return tuple(pairs)
-
-
 def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     """Build the configured recipe for a model.
 
@@ -316,42 +278,9 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     Raises:
       ConfigError: if a setting of the recipe is unknown, mistyped or out of range.
     """
-    shape = {"causal": model.causal, "num_layers": model.num_layers}
-    settings, prefix = config.recipe_settings, f"recipe.{config.recipe_name}"
-    block_size = config.model.block_size
-    try:
-        if config.recipe_name == "spion":
-            shape |= {"block_size": block_size, "length": model.max_length}
-            return make_spion(build_settings(SpionConfig, settings, prefix, **shape))
-        if config.recipe_name == "sat":
-            shape |= {"block_size": block_size, "length": model.max_length}
-            shape["head_dim"] = model.head_dim
-            return make_sat(build_settings(SatConfig, settings, prefix, **shape))
-        if config.recipe_name == "static_attention":
-            shape["num_blocks"] = model.max_length // block_size
-            return make_static_attention(
-                build_settings(StaticAttentionConfig, settings, prefix, **shape)
-            )
-        if config.recipe_name in ("fst", "sste"):
-            patterns = sparse_weight_patterns(model)
-            check_setting(
-                bool(patterns),
-                f"{prefix}.sparse_weights",
-                settings.get("sparse_weights"),
-                "'regex=pattern' of at least one weight",
-            )
-            # Those of the model, and of the search for a decay rate.
-            others = ("sparse_weights", "decay_candidates")
-            settings = {name: x for name, x in settings.items() if name not in others}
-            if config.recipe_name == "sste":
-                return make_sste(build_settings(SSTEConfig, settings, prefix, patterns=patterns))
-            known = {"patterns": patterns, "num_steps": config.num_steps}
-            return make_fst(build_settings(FSTConfig, settings, prefix, **known))
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return make_dense()
+    return build_recipe(
+        config.recipe_name, config.recipe_settings, model, num_steps=config.num_steps
+    )
 
 
 def step_options(config: TrainConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from sparsejax.models import GATED_ACTIVATIONS, TransformerConfig, sparse_weight_patterns
-from sparsejax.recipes import Phase, compute_attention_density, get_weight_masks
+from sparsejax.patterns import NMPattern, WeightPattern
+from sparsejax.recipes import Phase, compute_attention_density, compute_weight_density
 from sparsejax.training.flops import count_transformer_flops
 from sparsejax.types import PyTree
 
@@ -53,33 +54,39 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
         attention = np.asarray(compute_attention_density(masks, causal=model.causal))
     weights = {}
     if phase.sparse_weights:
-        means = {name: mask.mean((1, 2)) for name, mask in get_weight_masks(masks).items()}
-        weights = jax.device_get(means)
+        weights = jax.device_get(compute_weight_density(masks))
     return Density(attention, weights)
 
 
-def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) -> float:
+def count_phase_flops(
+    model: TransformerConfig, phase: Phase, density: Density, *, dense_gradient: bool = False
+) -> float:
     """Count the FLOPs of forward and backward pass on one example in a phase.
 
     The three products of a linear layer leave out different things. y = x (W * M) computes what M
-    keeps; dx = dy (W * M)^T too if the mask is transposable, and everything if not; dW = x^T dy
-    computes everything, or half where dy is pruned to two of every four tokens.
+    keeps; dx = dy (W * M)^T too if the mask is transposable or unstructured, and everything if not;
+    dW = x^T dy computes everything, half where dy is pruned to two of every four tokens, or what M
+    keeps where the phase masks gradients.
 
     Args:
       model: TransformerConfig.
       phase: Phase.
       density: Density of the phase.
+      dense_gradient: bool, whether dW computes everything all the same.
 
     Returns:
       float, as `training/flops.py` counts; of both documents if there are two towers. The
       sentences of an encoder-decoder are counted with all their positions, padding included.
     """
     patterns = sparse_weight_patterns(model)
-    weight_gradient = 1.0 if phase.grad_pruning == "none" else 0.5
+    share = 1.0 if phase.grad_pruning == "none" else 0.5
+    kept = dict.fromkeys(density.weights, 1.0)
+    if phase.masked_gradients and not dense_gradient:
+        kept = density.weights
     products = (
         density.weights,
-        {name: d for name, d in density.weights.items() if patterns[name].transposable},
-        dict.fromkeys(density.weights, weight_gradient),
+        {name: d for name, d in density.weights.items() if _thins_backward(patterns[name])},
+        {name: share * d for name, d in kept.items()},
     )
     return model.num_towers * sum(
         _count_forward(model, density.attention, weights) for weights in products
@@ -87,7 +94,12 @@ def count_phase_flops(model: TransformerConfig, phase: Phase, density: Density) 
 
 
 def count_step_flops(
-    model: TransformerConfig, phase: Phase, density: Density, batch_size: int
+    model: TransformerConfig,
+    phase: Phase,
+    density: Density,
+    batch_size: int,
+    *,
+    dense_gradient: bool = False,
 ) -> tuple[float, float]:
     """Count the FLOPs of a training step, and those of a dense one.
 
@@ -96,13 +108,14 @@ def count_step_flops(
       phase: Phase.
       density: Density of the phase.
       batch_size: int, examples.
+      dense_gradient: bool, as `count_phase_flops`.
 
     Returns:
       tuple of float.
     """
     dense = Density(np.ones_like(density.attention), {})
-    flops, dense_flops = (count_phase_flops(model, phase, d) for d in (density, dense))
-    return flops * batch_size, dense_flops * batch_size
+    flops = count_phase_flops(model, phase, density, dense_gradient=dense_gradient)
+    return flops * batch_size, count_phase_flops(model, phase, dense) * batch_size
 
 
 def describe_density(density: Density) -> str:
@@ -126,6 +139,10 @@ def describe_density(density: Density) -> str:
     parts = {"attention density": density.attention}
     parts |= {f"density of {name}": values for name, values in density.weights.items()}
     return ", ".join(f"{title} per layer {write(values)}" for title, values in parts.items())
+
+
+def _thins_backward(pattern: WeightPattern) -> bool:
+    return not isinstance(pattern, NMPattern) or pattern.transposable
 
 
 def _count_forward(model, attention_density, weight_density) -> float:

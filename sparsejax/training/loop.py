@@ -20,12 +20,9 @@ from sparsejax.training.checkpoint import (
     restore,
 )
 from sparsejax.training.config import TrainConfig
-from sparsejax.training.density import (
-    compute_density,
-    count_step_flops,
-    describe_density,
-)
+from sparsejax.training.density import compute_density, describe_density
 from sparsejax.training.evaluation import compute_validation, find_phase
+from sparsejax.training.ledger import FlopsLedger
 from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
 from sparsejax.training.plot_flips import has_flip_rates, plot_flip_rates
 from sparsejax.training.plots import plot_attention_patterns, plot_training
@@ -186,6 +183,7 @@ class _Loop:
         self.metrics, self.timer = DeferredMetrics(), StepTimer()
         self.programs: Programs | None = None
         self.step_seconds: float | None = None
+        self.ledger: FlopsLedger
         self.num_skipped = 0
         self.flip_rate: float | None = None
         self.tokens_per_step = _count_step_tokens(run)
@@ -271,19 +269,17 @@ class _Loop:
         self.flip_rate = None
         programs = compile_phase(self.run, self.phase, batch)
         density = compute_density(self.run.model, self.state.sparsity.masks, self.phase)
-        self.densities = {"density": float(density.attention.mean())}
-        if (mean := density.mean_weights) is not None:
-            self.densities["weight_density"] = mean
-        examples = self.run.config.data.batch_size
-        flops, dense_flops = count_step_flops(self.run.model, self.phase, density, examples)
+        self.ledger = FlopsLedger(
+            self.run.model, self.phase, density, batch_size=self.run.config.data.batch_size
+        )
+        flops, dense_flops = self.ledger.step_flops, self.ledger.dense_step_flops
         row = {
             "kind": "phase",
             "phase": self.phase.name,
-            **self.densities,
+            **self.ledger.describe_step(),
             "layer_density": density.attention.tolist(),
             "layer_weight_density": {n: x.tolist() for n, x in density.weights.items()},
             "step_memory_bytes": programs.step_memory_bytes,
-            "step_flops": flops,
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
@@ -334,7 +330,7 @@ class _Loop:
             if name in STEP_METRICS or not np.isnan(value).all()
         }
         seconds = self.timer.lap()
-        row = {"kind": "train", "phase": self.phase.name, **values, **self.densities}
+        row = {"kind": "train", "phase": self.phase.name, **values, **self.ledger.book(values)}
         if seconds is not None:
             self.step_seconds = row["step_seconds"] = seconds
         self.writer.write(step, row)

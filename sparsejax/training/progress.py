@@ -88,7 +88,8 @@ def summarise(
     Returns:
       dict of scalars: last and best validation loss; FLOPs of the whole run, and as a fraction of
       those of dense training; and for each phase that ran its median step time in seconds, tokens
-      per second, densities, FLOPs and memory of a step.
+      per second, densities, and memory and FLOPs of a step, the mean over its steps; and its FLOPs,
+      also as a fraction of those of dense training.
     """
     validations = [row for row in rows if row["kind"] == "validation"]
     summary: dict[str, Any] = {}
@@ -102,9 +103,6 @@ def summarise(
             summary[f"{row['phase']}_first_step"] = row["step"]
             summary[f"{row['phase']}_attention_density"] = row["density"]
             summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
-            summary[f"{row['phase']}_step_flops"] = row["step_flops"]
-            if "weight_density" in row:
-                summary[f"{row['phase']}_weight_density"] = row["weight_density"]
     summary |= _sum_flops(rows)
     for phase in phases:
         seconds = [
@@ -144,6 +142,7 @@ def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
                 f"  {phase + ' phase':<18} {_format_rate(summary[f'{phase}_tokens_per_second'])}"
                 f" tokens/s, {summary[f'{phase}_step_seconds'] * 1e3:.0f} ms/step,"
                 f" {_format_density(summary, phase)},"
+                f" {summary[f'{phase}_training_flops_of_dense']:.1%} of dense FLOPs,"
                 f" {summary[f'{phase}_step_memory_bytes'] / 1e6:,.0f} MB per step"
             )
         elif f"{phase}_first_step" not in summary:
@@ -168,15 +167,23 @@ def _sum_flops(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     begins = [row for row in rows if row["kind"] == "phase"]
     if not begins:
         return {}
-    ends = [*(row["step"] for row in begins[1:]), max(row["step"] for row in rows)]
-    totals = {
-        name: sum(row[name] * (end - row["step"]) for row, end in zip(begins, ends, strict=True))
-        for name in ("step_flops", "dense_step_flops")
-    }
-    return {
-        "training_flops": totals["step_flops"],
-        "training_flops_of_dense": totals["step_flops"] / totals["dense_step_flops"],
-    }
+    summary: dict[str, float] = {}
+    flops = dense_flops = 0.0
+    for begin in begins:
+        phase = begin["phase"]
+        steps = [row for row in rows if row["kind"] == "train" and row["phase"] == phase]
+        if not steps:
+            continue
+        spent = sum(row.get("step_flops", begin["step_flops"]) for row in steps)
+        dense = begin["dense_step_flops"] * len(steps)
+        summary[f"{phase}_step_flops"] = spent / len(steps)
+        summary[f"{phase}_training_flops"] = spent
+        summary[f"{phase}_training_flops_of_dense"] = spent / dense
+        densities = [row["weight_density"] for row in steps if "weight_density" in row]
+        if densities:
+            summary[f"{phase}_weight_density"] = statistics.fmean(densities)
+        flops, dense_flops = flops + spent, dense_flops + dense
+    return summary | {"training_flops": flops, "training_flops_of_dense": flops / dense_flops}
 
 
 def _format_density(summary: Mapping[str, Any], phase: str) -> str:

@@ -101,15 +101,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
         weights = trainable(state.params, state.sparsity)
-        grads, (metrics, attention_maps) = compute_gradients(weights, state, batch, key)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        dense_grads, (metrics, attention_maps) = compute_gradients(weights, state, batch, key)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(dense_grads))
 
         observed, observation = state.sparsity, None
         if probes:
             observed, observation = recipe.observe(observed, attention_maps, phase)
             change = observation.change_phase & finite
             observation = observation._replace(change_phase=change)
+        grads = recipe.mask_gradients(dense_grads, observed, phase)
+        grad_norm = optax.tree.norm(grads)
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
         rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
@@ -122,7 +123,7 @@ def make_train_step(
             sparsity,
             new_weights["model"],
             opt_state,
-            grads,
+            dense_grads,
             step=state.step,
             key=key,
             phase=phase,

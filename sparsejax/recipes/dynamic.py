@@ -1,0 +1,346 @@
+"""The engine of dynamic sparse training: masks of weights that drop and grow while training.
+
+  forward      y = x (W * M); pruned weights are 0 and have no gradient
+  every step   optimizer, then W <- W * M
+  an update    the gradient of all weights decides what grows; M and W change; no optimizer step,
+               unless the method takes one
+
+Which method it is, its schedules and its growth say: see `mst.py`, `rigl.py`, `set.py`,
+`magnitude.py`, `static.py`. The weights chosen are linear layers of blocks. Embeddings and the
+head, tied to that of tokens, stay dense, so that sparsity and density are of the chosen weights
+and FLOPs of a run count the head as dense.
+
+Legend: L layers, K rows and N columns of a weight.
+"""
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.masks import (
+    CosineAnnealing,
+    SparsitySchedule,
+    UpdateSteps,
+    apply_topology,
+    count_kept,
+    drop_and_grow,
+    layer_densities,
+    layer_densities_at,
+    magnitude_mask,
+    random_mask,
+    reset_moments,
+    update_counts,
+)
+from sparsejax.masks.densities import DensityMethod
+from sparsejax.masks.topology import Growth
+from sparsejax.patterns import Unstructured, WeightPattern
+from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
+from sparsejax.recipes.weight_masks import (
+    compute_weight_density,
+    get_weight_masks,
+    map_moments,
+    map_sparse_weights,
+    map_weight_masks,
+)
+from sparsejax.types import PyTree
+
+_TOPOLOGY = zlib.crc32(b"topology")
+
+type InitialMask = Literal["random", "magnitude"]
+"""Which weights a run begins with."""
+
+type MomentRule = Literal["stale", "zero"]
+"""What becomes of the optimizer's moments of a grown weight, see `reset_moments`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """What a method of dynamic sparse training does to masks, and when.
+
+    Attributes:
+      sparsity: SparsitySchedule of all sparse weights together.
+      layer_density: DensityMethod, how a density is shared out among weights.
+      initial_mask: InitialMask.
+      updates: UpdateSteps; None = masks stay as they begin.
+      annealing: CosineAnnealing of the fraction replaced; None replaces nothing.
+      growth: Growth; None = masks only lose entries.
+      mix: int, of "mixed" growth, see `drop_and_grow`.
+      moments: MomentRule.
+      skips_optimizer: bool, an update takes the place of the optimizer's step. Otherwise it comes
+        after it and sees the weights that it left.
+
+    Raises:
+      ValueError: if a setting is unknown or out of range.
+    """
+
+    sparsity: SparsitySchedule
+    layer_density: DensityMethod
+    initial_mask: InitialMask = "random"
+    updates: UpdateSteps | None = None
+    annealing: CosineAnnealing | None = None
+    growth: Growth | None = None
+    mix: int = 3
+    moments: MomentRule = "stale"
+    skips_optimizer: bool = False
+
+    def __post_init__(self):
+        # Raises where the method is unknown.
+        layer_densities({"any": (1, 1)}, density=1.0, method=self.layer_density)
+        for name, known in {
+            "initial_mask": ("random", "magnitude"),
+            "growth": (None, "gradient", "random", "mixed"),
+            "moments": ("stale", "zero"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.mix < 1:
+            raise ValueError(f"mix must be at least 1, got mix={self.mix}")
+
+    @property
+    def needs_dense_gradient(self) -> bool:
+        """Whether an update reads gradients of pruned weights."""
+        return self.growth in ("gradient", "mixed")
+
+
+def make_dynamic(
+    name: str,
+    topology: Topology,
+    *,
+    phases: tuple[Phase, ...],
+    enter_phase: Callable[[Sparsity, Phase], Sparsity] | None = None,
+) -> Recipe:
+    """Return the recipe of a topology that changes.
+
+    Args:
+      name: str.
+      topology: Topology.
+      phases: tuple of Phase; see `sparse_phase`.
+      enter_phase: as of Recipe; None changes nothing.
+
+    Returns:
+      Recipe. Counts and schedules are arrays of the step: within a phase nothing recompiles. Every
+      mask holds exactly what `count_kept` says of its layer's density after an update. Statistics,
+      and metrics of the steps that update: "mask_density/NAME", f32[L], kept fraction of a weight,
+      and "mask_density", f32[], of all sparse weights; "update_fraction", f32[];
+      "target_density", f32[]; "dense_gradient", 1 if the update needed that.
+    """
+
+    def init(masks, params, key):
+        density = topology.sparsity.density(0)
+
+        def begin(name, mask, w):
+            count = count_kept(w[0].size, densities[name])
+            if topology.initial_mask == "magnitude":
+                return jax.vmap(lambda w: magnitude_mask(w, count))(w)
+            keys = _split_key(key, name, w.shape[0])
+            return jax.vmap(lambda key: random_mask(key, w.shape[1:], count))(keys)
+
+        densities = _share_out(topology, density, get_weight_masks(masks))
+        masks = map_weight_masks(begin, masks, params)
+        statistics = {}
+        if topology.updates is not None:
+            statistics = _measure(masks, density, jnp.float32(0))
+        return Sparsity(
+            masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
+        )
+
+    def mask_gradients(grads, sparsity, phase):
+        del phase
+        return grads | {"model": _mask(sparsity.masks, grads["model"])}
+
+    def is_due(step):
+        return jnp.bool_(False) if topology.updates is None else topology.updates.due(step)
+
+    def skip_optimizer(step, phase):
+        del phase
+        return is_due(step) & topology.skips_optimizer
+
+    def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
+        del phase, learning_rate
+        params = _mask(sparsity.masks, params)
+        if topology.updates is None:
+            return sparsity, params, opt_state
+
+        def change(state):
+            sparsity, params, opt_state = state
+            masks, statistics = _change_masks(
+                topology, sparsity.masks, params, grads["model"], step=step, key=key
+            )
+            old, new = get_weight_masks(sparsity.masks), get_weight_masks(masks)
+            params = map_sparse_weights(
+                lambda name, _, w: apply_topology(w, old[name], new[name]), masks, params
+            )
+            opt_state = map_moments(
+                lambda name, _, m: reset_moments(m, old[name], new[name], rule=topology.moments),
+                masks,
+                opt_state,
+            )
+            sparsity = dataclasses.replace(sparsity, masks=masks, statistics=statistics)
+            return sparsity, params, opt_state
+
+        state = (sparsity, params, opt_state)
+        return jax.lax.cond(is_due(step), change, lambda state: state, state)
+
+    def metrics(sparsity, *, step, phase):
+        del phase
+        if topology.updates is None:
+            return {}
+        values = sparsity.statistics | {"dense_gradient": float(topology.needs_dense_gradient)}
+        due = is_due(step)
+        return {name: jnp.where(due, value, jnp.nan) for name, value in values.items()}
+
+    recipe = Recipe(
+        name=name,
+        phases=phases,
+        init=init,
+        mask_gradients=mask_gradients,
+        skip_optimizer=skip_optimizer,
+        update=update,
+        metrics=metrics,
+    )
+    return recipe if enter_phase is None else recipe._replace(enter_phase=enter_phase)
+
+
+def sparse_phase(name: str, **options) -> Phase:
+    """Return a phase in which pruned weights count as 0 and are not trained.
+
+    Args:
+      name: str.
+      **options: other attributes of Phase.
+
+    Returns:
+      Phase.
+    """
+    return Phase(name, sparse_weights=True, masked_gradients=True, **options)
+
+
+def check_patterns(patterns: Mapping[str, WeightPattern]) -> None:
+    """Refuse anything but unstructured weights.
+
+    Args:
+      patterns: layer name -> pattern of its weight.
+
+    Raises:
+      ValueError: if there is no weight, or one of another pattern.
+    """
+    if not patterns or not all(isinstance(p, Unstructured) for p in patterns.values()):
+        shown = {name: str(pattern) for name, pattern in patterns.items()}
+        raise ValueError(
+            f"sparse_weights must be 'unstructured' and name at least one weight, got {shown}"
+        )
+
+
+def share_of_steps(name: str, fraction: float, num_steps: int) -> int:
+    """Return a share of a run in steps.
+
+    Args:
+      name: str, what the message calls the share.
+      fraction: float in (0, 1].
+      num_steps: int, steps of the run.
+
+    Returns:
+      int.
+
+    Raises:
+      ValueError: if the fraction is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {name}={fraction}")
+    return round(fraction * num_steps)
+
+
+@contextlib.contextmanager
+def named_settings(section: str):
+    """Put a section's name before the message of whatever is refused within.
+
+    Args:
+      section: str, such as "recipe.mst".
+
+    Yields:
+      None.
+
+    Raises:
+      ValueError: as the body does, with the name in front.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def _change_masks(
+    topology: Topology, masks: PyTree, params: PyTree, grads: PyTree, *, step, key
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    density = topology.sparsity.density(step)
+    fraction = jnp.float32(0)
+    if topology.annealing is not None:
+        fraction = topology.annealing.fraction(step)
+    densities = _share_out(topology, density, get_weight_masks(masks))
+    by_name = {}
+    map_sparse_weights(lambda name, _, g: by_name.setdefault(name, g), masks, grads)
+
+    def change(name, mask, w):
+        size = w[0].size
+
+        def prune(mask, w):
+            return magnitude_mask(w, count_kept(size, densities[name]), among=mask)
+
+        def replace(mask, w, grad, key):
+            num_drop, num_grow = update_counts(
+                mask.sum(dtype=jnp.int32),
+                size=size,
+                density=densities[name],
+                update_fraction=fraction,
+            )
+            return drop_and_grow(
+                mask,
+                weight=w,
+                grad=grad,
+                num_drop=num_drop,
+                num_grow=num_grow,
+                growth=topology.growth,
+                mix=topology.mix,
+                key=key,
+            )
+
+        if topology.growth is None:
+            return jax.vmap(prune)(mask, w)
+        grad = by_name[name] if topology.needs_dense_gradient else None
+        return jax.vmap(replace, in_axes=(0, 0, None if grad is None else 0, 0))(
+            mask, w, grad, _split_key(key, name, w.shape[0])
+        )
+
+    masks = map_weight_masks(change, masks, params)
+    return masks, _measure(masks, density, fraction)
+
+
+def _measure(masks: PyTree, density: jax.Array, fraction: jax.Array) -> dict[str, jax.Array]:
+    densities = compute_weight_density(masks)
+    sizes = {name: mask.size for name, mask in get_weight_masks(masks).items()}
+    kept = sum(densities[name].mean() * sizes[name] for name in sizes)
+    return {f"mask_density/{name}": x for name, x in densities.items()} | {
+        "mask_density": kept / sum(sizes.values()),
+        "target_density": density,
+        "update_fraction": fraction,
+    }
+
+
+def _share_out(
+    topology: Topology, density: jax.Array, masks: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    return layer_densities_at(density, shapes, method=topology.layer_density)
+
+
+def _mask(masks: PyTree, tree: PyTree) -> PyTree:
+    return map_sparse_weights(lambda name, mask, x: jnp.where(mask, x, 0), masks, tree)
+
+
+def _split_key(key: jax.Array, name: str, num_layers: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.fold_in(key, _TOPOLOGY), zlib.crc32(name.encode()))
+    return jax.random.split(key, num_layers)

@@ -1,0 +1,68 @@
+"""Static sparse training: masks that never change, the control of methods that change them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from sparsejax.masks import SparsitySchedule
+from sparsejax.masks.densities import DensityMethod
+from sparsejax.patterns import WeightPattern
+from sparsejax.recipes.dynamic import (
+    InitialMask,
+    Topology,
+    check_patterns,
+    make_dynamic,
+    named_settings,
+    sparse_phase,
+)
+from sparsejax.recipes.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StaticConfig:
+    """Settings of static masks.
+
+    Attributes:
+      sparsity: float in [0, 1), fraction of the sparse weights removed.
+      layer_density: "erdos_renyi", "erk" or "uniform", how a density is shared out among weights.
+      initial_mask: "random" or "magnitude", what the masks keep of the initial weights.
+      num_steps: int, steps of the run.
+      patterns: layer name -> Unstructured.
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    sparsity: float = 0.8
+    layer_density: DensityMethod = "erdos_renyi"
+    initial_mask: InitialMask = "random"
+    num_steps: int
+    patterns: Mapping[str, WeightPattern]
+
+    def __post_init__(self):
+        with named_settings("recipe.static"):
+            check_patterns(self.patterns)
+            self.make_topology()
+
+    def make_topology(self) -> Topology:
+        """Return what these settings mean.
+
+        Returns:
+          Topology.
+        """
+        return Topology(
+            sparsity=SparsitySchedule(num_steps=self.num_steps, initial_sparsity=self.sparsity),
+            layer_density=self.layer_density,
+            initial_mask=self.initial_mask,
+        )
+
+
+def make_static(config: StaticConfig) -> Recipe:
+    """Return training with fixed masks, which has the single phase "sparse".
+
+    Args:
+      config: StaticConfig.
+
+    Returns:
+      Recipe, see `make_dynamic`; without statistics.
+    """
+    return make_dynamic("static", config.make_topology(), phases=(sparse_phase("sparse"),))
