@@ -60,6 +60,57 @@ class Experiment:
     max_busy_cores: float = 0.2
 
 
+def static_attention(config: str, pattern: str, density: float) -> Setting:
+    """Return a run whose attention keeps a fixed pattern of blocks.
+
+    Args:
+      config: str, path from the root of the repository.
+      pattern: str, of `recipe.static_attention`.
+      density: float, fraction of the visible blocks.
+
+    Returns:
+      Setting.
+    """
+    overrides = {
+        "recipe.name": "static_attention",
+        "recipe.static_attention.pattern": pattern,
+        "recipe.static_attention.density": density,
+    }
+    return Setting(config=config, overrides=overrides)
+
+
+def shorten(setting: Setting, num_steps: int, **overrides: Any) -> Setting:
+    """Return a setting that trains no longer than a timing run needs.
+
+    Args:
+      setting: Setting.
+      num_steps: int.
+      **overrides: others, with "__" for the dots of a key.
+
+    Returns:
+      Setting.
+    """
+    every = ("num_steps", "eval_every_steps", "checkpoint.every_steps")
+    changed = dict.fromkeys(every, num_steps)
+    changed |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return dataclasses.replace(setting, overrides={**setting.overrides, **changed})
+
+
+def run_named(experiments: Mapping[str, Experiment], arguments: Sequence[str]) -> None:
+    """Run the experiment that a command line names.
+
+    Args:
+      experiments: name -> Experiment.
+      arguments: sequence of one name.
+
+    Raises:
+      SystemExit: if it names none.
+    """
+    if len(arguments) != 1 or arguments[0] not in experiments:
+        raise SystemExit(f"expected one of {list(experiments)}, got {list(arguments)}")
+    run_experiment(experiments[arguments[0]])
+
+
 def run_experiment(
     experiment: Experiment,
     *,
@@ -167,7 +218,7 @@ def _train(setting: Setting, seed: int, workdir: pathlib.Path, trainer: Sequence
     workdir.mkdir(parents=True, exist_ok=True)
     command = [*trainer, f"--config={setting.config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    with open(workdir.with_suffix(".log"), "a") as log:
+    with open(workdir.with_name(f"{workdir.name}.log"), "a") as log:
         finished = subprocess.run(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False
         )
@@ -255,4 +306,6 @@ def _aggregate(values: Sequence[float], kind: str) -> str:
         return f"{values[0]:.4g}"
     if kind == "timing":
         return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+    if len(set(values)) == 1:
+        return f"{values[0]:,.0f}" if values[0] >= 1000 else f"{values[0]:.4g}"
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

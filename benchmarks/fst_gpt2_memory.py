@@ -7,17 +7,14 @@ sequences in 16 parts, search for masks, packing and MVUE included, are compiled
 says what they allocate, ptxas what the kernels spill.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from benchmarks.environment import describe_environment
-from benchmarks.harness import RESULTS
-from benchmarks.nm_matmul_memory import summarise
-from benchmarks.records import Column, Results, make_table
+from benchmarks.compiled import counts, gigabytes, ratios, run_compilations
+from benchmarks.records import Column, Key
 from configs import fst_gpt2, gpt2
 from pallas_kernels import aot
 from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
@@ -51,31 +48,23 @@ def compile_step(
     return compile_programs(config, facts, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
 
 
-def _gigabytes(variant: str, name: str):
-    return lambda record: f"{record['values'][variant][name] / 1e9:.2f}"
-
-
-def _ratio(record: Any) -> str:
-    values = record["values"]
-    return f"{values['FST']['peak_bytes'] / values['dense']['peak_bytes']:.2f}x"
-
-
-def _count(name: str):
-    return lambda record: str(record["values"]["FST"][name])
-
-
 VARIANTS = ("dense", "FST")
 COLUMNS = (
     Column("GPT-2", lambda r: r["key"]["size"]),
-    *(Column(f"{v}, state and batch, GB", _gigabytes(v, "argument_bytes")) for v in VARIANTS),
-    *(Column(f"{v}, temporaries, GB", _gigabytes(v, "temp_bytes")) for v in VARIANTS),
-    *(Column(f"{v}, peak, GB", _gigabytes(v, "peak_bytes")) for v in VARIANTS),
-    Column("FST against dense", _ratio),
-    Column("kernels", _count("kernels")),
-    Column("HGMMA.SP", _count("sparse_instructions")),
-    Column("spilled bytes", _count("spill_bytes")),
-    Column("serialized", _count("serialized_kernels")),
+    *(Column(f"{v}, state and batch, GB", gigabytes(v, "argument_bytes")) for v in VARIANTS),
+    *(Column(f"{v}, temporaries, GB", gigabytes(v, "temp_bytes")) for v in VARIANTS),
+    *(Column(f"{v}, peak, GB", gigabytes(v, "peak_bytes")) for v in VARIANTS),
+    Column("FST against dense", ratios(VARIANTS)),
+    Column("kernels", counts(VARIANTS[1:], "kernels")),
+    Column("HGMMA.SP", counts(VARIANTS[1:], "sparse_instructions")),
+    Column("spilled bytes", counts(VARIANTS[1:], "spill_bytes")),
+    Column("serialized", counts(VARIANTS[1:], "serialized_kernels")),
 )
+
+
+def _compile_both(key: Key, mesh: jax.sharding.Mesh) -> dict[str, aot.AotReport]:
+    size = str(key["size"])
+    return {name: compile_step(size, mesh, sparse=name == "FST") for name in VARIANTS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,26 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       int, exit code: 0 if no kernel spills registers or is serialized.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--force", action="store_true", help="compile steps already recorded")
-    force = parser.parse_args(arguments).force
-    results = Results(RESULTS / "fst_gpt2_memory_h200.json")
-    mesh = aot.make_gpu_mesh(aot.H200)
-    environment = describe_environment() | {"device": f"compiled for {aot.H200.name}"}
-    for size in gpt2.SIZES:
-        key = {"size": size}
-        if key in results and not force:
-            continue
-        values = {
-            name: summarise(compile_step(size, mesh, sparse=name == "FST")) for name in VARIANTS
-        }
-        results.record(key, values, environment)
-        print(f"memory {key}", flush=True)
-    table = make_table(results.records, COLUMNS)
-    (RESULTS / "fst_gpt2_memory_h200.md").write_text(table)
-    print("\n" + table)
-    sparse = [record["values"]["FST"] for record in results.records]
-    return 1 if any(v["spill_bytes"] or v["serialized_kernels"] for v in sparse) else 0
+    return run_compilations(
+        "fst_gpt2_memory_h200",
+        [{"size": size} for size in gpt2.SIZES],
+        _compile_both,
+        COLUMNS,
+        description=__doc__ or "",
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.harness import RESULTS, Case, ForeignCall, Point, parse_arguments, run_points
-from benchmarks.records import Column, Results
-from benchmarks.steps import make_classification_batch, make_step_call, make_steps_case
-from benchmarks.targets import Target, evaluate
+from benchmarks.harness import Case, ForeignCall, Point, parse_arguments
+from benchmarks.records import Column
+from benchmarks.steps import (
+    make_classification_batch,
+    make_step_call,
+    make_steps_case,
+    run_and_evaluate,
+)
+from benchmarks.targets import Target, seconds_of
 from configs import base
 from sparsejax.training.config import (
     TrainConfig,
@@ -98,12 +103,8 @@ def make_case(problem: Problem) -> Case:
     return make_steps_case(calls)
 
 
-def _seconds(record: Any, name: str) -> float:
-    return record["values"][name]["median_seconds"]
-
-
 def _cost(record: Any, name: str) -> float:
-    return _seconds(record, name) / _seconds(record, PLAIN) - 1
+    return seconds_of(record, name) / seconds_of(record, PLAIN) - 1
 
 
 def _percent(name: str, per: int = 1):
@@ -113,7 +114,7 @@ def _percent(name: str, per: int = 1):
 COLUMNS = (
     Column("positions", lambda r: str(r["key"]["length"])),
     Column("batch", lambda r: str(r["key"]["batch"])),
-    Column("dense step, ms", lambda r: f"{1e3 * _seconds(r, PLAIN):.1f}"),
+    Column("dense step, ms", lambda r: f"{1e3 * seconds_of(r, PLAIN):.1f}"),
     Column("SPION's probe, of a dense step", _percent("spion")),
     Column("every 100 steps", _percent("spion", 100)),
     Column("SAT's probe, in every step as published", _percent("sat")),
@@ -171,9 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
     problems = list_problems(jax.devices()[0].platform, headline=parsed.pop("headline"))
     points = [Point(p.key(), functools.partial(make_case, p)) for p in problems]
-    failures = run_points("probe_cost", points, COLUMNS, limit_seconds=120.0, **parsed)
-    print(evaluate(TARGETS, Results(RESULTS / "probe_cost.json").records))
-    return 1 if failures else 0
+    return run_and_evaluate("probe_cost", points, COLUMNS, TARGETS, **parsed)
 
 
 if __name__ == "__main__":

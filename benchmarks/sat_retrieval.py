@@ -15,10 +15,15 @@ from typing import Any
 
 import jax
 
-from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
-from benchmarks.records import Column, Results
-from benchmarks.steps import make_classification_batch, make_step_call, make_steps_case
-from benchmarks.targets import Target, evaluate
+from benchmarks.harness import Case, Point, parse_arguments
+from benchmarks.records import Column
+from benchmarks.steps import (
+    make_classification_batch,
+    make_step_call,
+    make_steps_case,
+    run_and_evaluate,
+)
+from benchmarks.targets import Target, seconds_of
 from configs import sat
 from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
 from sparsejax.training.optimizer import make_optimizer
@@ -64,19 +69,15 @@ def make_case(batch_size: int, dtype: str) -> Case:
     )
 
 
-def _seconds(record: Any, name: str) -> float:
-    return record["values"][name]["median_seconds"]
-
-
 def _speedup(record: Any) -> float:
-    return min(_seconds(record, DENSE), _seconds(record, LOOP)) / _seconds(record, SPARSE)
+    return min(seconds_of(record, DENSE), seconds_of(record, LOOP)) / seconds_of(record, SPARSE)
 
 
 COLUMNS = (
     Column("pairs", lambda r: str(r["key"]["batch"])),
     Column("type", lambda r: r["key"]["dtype"]),
     *(
-        Column(f"{name}, ms", lambda r, name=name: f"{1e3 * _seconds(r, name):.0f}")
+        Column(f"{name}, ms", lambda r, name=name: f"{1e3 * seconds_of(r, name):.0f}")
         for name in (DENSE, LOOP, SPARSE)
     ),
     Column("SAT against the faster", lambda r: f"{_speedup(r):.2f}x"),
@@ -99,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batch_size, dtype = (1, "float32") if on_cpu else (8, "bfloat16")
     key = {"batch": batch_size, "dtype": dtype}
     point = Point(key, functools.partial(make_case, batch_size, dtype))
-    failures = run_points("sat_retrieval", [point], COLUMNS, limit_seconds=120.0, **parsed)
-    print(evaluate(TARGETS, Results(RESULTS / "sat_retrieval.json").records))
-    return 1 if failures else 0
+    return run_and_evaluate("sat_retrieval", [point], COLUMNS, TARGETS, **parsed)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,10 @@ SPION-C is asked for a density that leaves it there too, after its overlap with 
 
 import sys
 
-from benchmarks.experiments import Experiment, Setting, run_experiment
+from benchmarks.experiments import Experiment, Setting, run_named, shorten, static_attention
 
 _CONFIG = "configs/quickstart.py"
 _DENSITY = 0.14
-
-
-def _static(pattern: str, density: float) -> Setting:
-    overrides = {
-        "recipe.name": "static_attention",
-        "recipe.static_attention.pattern": pattern,
-        "recipe.static_attention.density": density,
-    }
-    return Setting(config=_CONFIG, overrides=overrides)
 
 
 _DENSE = Setting(config=_CONFIG, overrides={"recipe.name": "dense"})
@@ -37,9 +28,9 @@ _QUALITY = Experiment(
             config=_CONFIG,
             overrides={"recipe.spion.variant": "c", "recipe.spion.density": 0.19},
         ),
-        "sliding window": _static("sliding_window", _DENSITY),
-        "Longformer": _static("longformer", _DENSITY),
-        "BigBird": _static("bigbird", _DENSITY),
+        "sliding window": static_attention(_CONFIG, "sliding_window", _DENSITY),
+        "Longformer": static_attention(_CONFIG, "longformer", _DENSITY),
+        "BigBird": static_attention(_CONFIG, "bigbird", _DENSITY),
     },
     seeds=(0, 1, 2),
     columns={
@@ -50,28 +41,19 @@ _QUALITY = Experiment(
     },
 )
 
-
-def _short(setting: Setting) -> Setting:
-    overrides = {"num_steps": 40, "eval_every_steps": 40, "checkpoint.every_steps": 40}
-    return Setting(config=setting.config, overrides={**setting.overrides, **overrides})
-
-
 _TIMING = Experiment(
     name="spion_quickstart_timing",
     kind="timing",
     settings={
-        "dense, jax.nn": _short(_DENSE),
+        "dense, jax.nn": shorten(_DENSE, 40),
         # Every block kept, but computed by the block-sparse loop: causal blocks above the diagonal
         # cost nothing, which the dense attention of jax.nn pays for.
-        "dense, own loop": _short(_static("sliding_window", 1.0)),
-        "SPION-CF": _short(
-            Setting(
-                config=_CONFIG,
-                overrides={
-                    "recipe.spion.probe_every_steps": 20,
-                    "recipe.spion.latest_switch_step": 20,
-                },
-            )
+        "dense, own loop": shorten(static_attention(_CONFIG, "sliding_window", 1.0), 40),
+        "SPION-CF": shorten(
+            Setting(config=_CONFIG),
+            40,
+            recipe__spion__probe_every_steps=20,
+            recipe__spion__latest_switch_step=20,
         ),
     },
     seeds=(0, 1, 2),
@@ -84,21 +66,5 @@ _TIMING = Experiment(
     },
 )
 
-
-def main(arguments: list[str]) -> None:
-    """Run the experiment named on the command line.
-
-    Args:
-      arguments: list with "quality" or "timing".
-
-    Raises:
-      SystemExit: if it names neither.
-    """
-    experiments = {"quality": _QUALITY, "timing": _TIMING}
-    if len(arguments) != 1 or arguments[0] not in experiments:
-        raise SystemExit(f"expected one of {list(experiments)}, got {arguments}")
-    run_experiment(experiments[arguments[0]])
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_named({"quality": _QUALITY, "timing": _TIMING}, sys.argv[1:])

@@ -1,13 +1,16 @@
 """Whole training steps as callables of a benchmark, each on a state of its own that is donated."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import Case, ForeignCall
+from benchmarks.harness import RESULTS, Case, ForeignCall, Point, run_points
+from benchmarks.records import Column, Results
+from benchmarks.targets import Target, evaluate
 from sparsejax.models import TransformerConfig
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.optimizer import Optimizer
@@ -108,3 +111,27 @@ def make_classification_batch(
         "labels": jnp.asarray(draw.integers(0, num_classes, batch_size, np.int32)),
         "weights": jnp.ones(batch_size, jnp.float32),
     }
+
+
+def run_and_evaluate(
+    name: str,
+    points: Sequence[Point],
+    columns: Sequence[Column],
+    targets: Sequence[Target],
+    **options: Any,
+) -> int:
+    """Measure the points that are missing; write and print table and targets.
+
+    Args:
+      name: str, of the results' files.
+      points: of the benchmark.
+      columns: of the table.
+      targets: to be reached.
+      **options: of `run_points`.
+
+    Returns:
+      int, exit code: 0 if every step trained. A missed target is no error.
+    """
+    failures = run_points(name, points, columns, limit_seconds=120.0, **options)
+    print(evaluate(targets, Results(RESULTS / f"{name}.json").records))
+    return 1 if failures else 0

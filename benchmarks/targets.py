@@ -24,6 +24,19 @@ class Target(NamedTuple):
     worst: Callable[[Sequence[float]], float] = min
 
 
+def seconds_of(record: Record, name: str) -> float:
+    """Return the median time of a function.
+
+    Args:
+      record: of one point.
+      name: str, the function.
+
+    Returns:
+      float, seconds.
+    """
+    return record["values"][name]["median_seconds"]
+
+
 def times_faster(record: Record, name: str, peer: str) -> float | None:
     """Return how many times faster a function is than another of the same point.
 

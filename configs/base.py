@@ -154,9 +154,11 @@ def get_config() -> ml_collections.ConfigDict:
     mst.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
     mst.moments = "stale"  # optimizer moments of grown weights, as released; or "zero"
     mst.keep_optimizer_step = False  # False as released: an update takes the place of a step
-    # Stride of hybrid sparse attention in the ultra-sparse phase, positions, a multiple of
-    # model.block_size; None = dense attention
+    # Stride of hybrid sparse attention in the ultra-sparse phase, positions; None = dense attention
     mst.attention_stride = config_dict.placeholder(int)
+    # True keeps the whole blocks that hold the pattern, for speed; the stride is then a multiple of
+    # model.block_size. False keeps the positions alone, by masked dense products.
+    mst.attention_blocks = False
 
     rigl = recipe.rigl = ml_collections.ConfigDict()
     rigl.sparse_weights = ".*=unstructured"  # layers as in fst

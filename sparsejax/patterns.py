@@ -108,32 +108,80 @@ class Unstructured:
     Written "unstructured".
 
     Example:
-      >>> str(Unstructured.parse("unstructured"))
+      >>> str(Unstructured())
       'unstructured'
     """
 
     def __str__(self) -> str:
         return "unstructured"
 
-    @classmethod
-    def parse(cls, text: str) -> "Unstructured":
-        """Read the pattern as `str` writes it.
+
+@dataclasses.dataclass(frozen=True)
+class WeightBlocks:
+    """Weights kept or dropped in blocks of a kernel [in, out], or of an embedding [tokens, width].
+
+    Written "ROWSxCOLUMNS".
+
+    Attributes:
+      rows: int, entries of a block along the first axis.
+      columns: int, entries along the second.
+
+    Raises:
+      ValueError: if a side is not a positive int.
+
+    Example:
+      >>> WeightBlocks.parse("64x32")
+      WeightBlocks(rows=64, columns=32)
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self):
+        for name in ("rows", "columns"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {name}={value!r}")
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return (I, J), the number of blocks along both axes of a weight.
 
         Args:
-          text: str; space around it is ignored.
+          shape: (K, N) of the weight; multiples of the sides.
 
         Returns:
-          Unstructured.
+          tuple of two ints.
 
         Raises:
-          ValueError: if the text is anything else.
+          ValueError: if a side does not divide its axis.
         """
-        if text.strip() != "unstructured":
-            raise ValueError(f"a pattern must be 'unstructured', got {text!r}")
-        return cls()
+        if shape[0] % self.rows or shape[1] % self.columns:
+            raise ValueError(f"blocks of {self} must divide the weight, got shape {list(shape)}")
+        return shape[0] // self.rows, shape[1] // self.columns
+
+    @classmethod
+    def parse(cls, text: str) -> "WeightBlocks":
+        """Read a pattern as `str` writes it.
+
+        Args:
+          text: str, "ROWSxCOLUMNS"; space around it is ignored.
+
+        Returns:
+          WeightBlocks.
+
+        Raises:
+          ValueError: if the text is anything else, or a side is 0.
+        """
+        match = re.fullmatch(r"([0-9]+)x([0-9]+)", text.strip())
+        if match is None:
+            raise ValueError(f"a pattern must be like '64x64', got {text!r}")
+        return cls(int(match[1]), int(match[2]))
 
 
-type WeightPattern = NMPattern | Unstructured
+type WeightPattern = NMPattern | Unstructured | WeightBlocks
 """The shapes of a sparse weight."""
 
 
@@ -141,13 +189,14 @@ def parse_weight_pattern(text: str) -> WeightPattern:
     """Read the pattern of a sparse weight.
 
     Args:
-      text: str, "n:m", "n:m transposable" or "unstructured"; space around it is ignored.
+      text: str, "n:m", "n:m transposable", "ROWSxCOLUMNS" or "unstructured"; space around it is
+        ignored.
 
     Returns:
-      NMPattern or Unstructured.
+      NMPattern, WeightBlocks or Unstructured.
 
     Raises:
-      ValueError: if the text is anything else, or not 1 <= n <= m.
+      ValueError: if the text is anything else, not 1 <= n <= m, or a side is 0.
 
     Example:
       >>> parse_weight_pattern("1:4")
@@ -155,9 +204,10 @@ def parse_weight_pattern(text: str) -> WeightPattern:
     """
     if ":" in text:
         return NMPattern.parse(text)
-    try:
-        return Unstructured.parse(text)
-    except ValueError:
-        raise ValueError(
-            f"a pattern must be like '2:4', '2:4 transposable' or 'unstructured', got {text!r}"
-        ) from None
+    if text.strip() == "unstructured":
+        return Unstructured()
+    if re.fullmatch(r" *[0-9]+x[0-9]+ *", text):
+        return WeightBlocks.parse(text)
+    raise ValueError(
+        f"a pattern must be like '2:4', '2:4 transposable', '64x64' or 'unstructured', got {text!r}"
+    )

@@ -22,6 +22,7 @@ from sparsejax.masks.learned_pattern import (
 from sparsejax.masks.magnitude import magnitude_nm_mask
 from sparsejax.masks.metrics import block_density, flip_rate, retained_l1, total_flip_rate
 from sparsejax.masks.mst_schedules import MSTSchedules, mst_schedules
+from sparsejax.masks.nm_topology import drop_and_grow_nm
 from sparsejax.masks.schedules import (
     AnnealingPhase,
     CosineAnnealing,
@@ -41,6 +42,7 @@ from sparsejax.masks.topology import (
     block_scores,
     drop_and_grow,
     expand_blocks,
+    expand_mask,
     reset_moments,
 )
 from sparsejax.masks.transposable import transposable_mask
@@ -59,7 +61,9 @@ __all__ = [
     "count_kept",
     "count_kept_blocks",
     "drop_and_grow",
+    "drop_and_grow_nm",
     "expand_blocks",
+    "expand_mask",
     "flip_rate",
     "flood_fill",
     "hybrid_blocks",

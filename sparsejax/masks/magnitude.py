@@ -41,12 +41,29 @@ def magnitude_nm_mask(w: jax.Array, *, n: int = 2, m: int = 4, axis: int) -> jax
         raise ValueError(f"n and m must be 1 <= n <= m, got n={n}, m={m}")
     groups, axis = split_groups(w, m=m, axis=axis)
     magnitude = jnp.where(jnp.isnan(groups), jnp.inf, jnp.abs(groups))
-    position = jax.lax.broadcasted_iota(jnp.int32, magnitude.shape, axis)
-    rank = jnp.zeros(magnitude.shape, jnp.int32)
-    for j in range(m):
-        other = jax.lax.slice_in_dim(magnitude, j, j + 1, axis=axis)
-        rank += (other > magnitude) | ((other == magnitude) & (j < position))
-    return (rank < n).reshape(w.shape)
+    return (rank_along(magnitude, axis) < n).reshape(w.shape)
+
+
+def rank_along(x: jax.Array, axis: int) -> jax.Array:
+    """Return how many entries along a short axis come before each, largest first.
+
+    Args:
+      x: number[...], without NaN; of equal entries the earlier comes first.
+      axis: int.
+
+    Returns:
+      i32, shape of x.
+
+    Example:
+      >>> rank_along(jnp.array([1, 4, 4, 2]), 0)
+      Array([3, 0, 1, 2], dtype=int32)
+    """
+    position = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    rank = jnp.zeros(x.shape, jnp.int32)
+    for j in range(x.shape[axis]):
+        other = jax.lax.slice_in_dim(x, j, j + 1, axis=axis)
+        rank += (other > x) | ((other == x) & (j < position))
+    return rank
 
 
 def split_groups(w: jax.Array, *, m: int, axis: int) -> tuple[jax.Array, int]:

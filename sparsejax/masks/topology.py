@@ -246,6 +246,53 @@ def expand_blocks(mask: jax.Array, block: tuple[int, int]) -> jax.Array:
     return mask.repeat(block[0], axis=-2).repeat(block[1], axis=-1)
 
 
+def expand_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the mask of every weight, whether this one has an entry for each or for each block.
+
+    Args:
+      mask: bool[..., I, J], True = kept.
+      shape: (..., K, N) of the weight; K and N are multiples of I and J.
+
+    Returns:
+      bool[shape].
+
+    Raises:
+      ValueError: if the mask does not fit the weight.
+
+    Example:
+      >>> expand_mask(jnp.array([[True, False]]), (1, 4)).astype(int)
+      Array([[1, 1, 0, 0]], dtype=int32)
+    """
+    if mask.shape == tuple(shape):
+        return mask
+    return expand_blocks(mask, block_of(mask, shape))
+
+
+def block_of(mask: jax.Array, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return (rows, columns) of the blocks that a mask has an entry for.
+
+    Args:
+      mask: bool[..., I, J].
+      shape: (..., K, N) of the weight.
+
+    Returns:
+      tuple of two ints, K / I and N / J.
+
+    Raises:
+      ValueError: if the mask does not fit the weight.
+
+    Example:
+      >>> block_of(jnp.ones((2, 3), bool), (8, 48))
+      (4, 16)
+    """
+    fits = mask.shape[:-2] == tuple(shape[:-2])
+    if not fits or shape[-2] % mask.shape[-2] or shape[-1] % mask.shape[-1]:
+        raise ValueError(
+            f"mask must have one entry for each block of a weight {list(shape)}, got {mask.shape=}"
+        )
+    return shape[-2] // mask.shape[-2], shape[-1] // mask.shape[-1]
+
+
 def _map_masks(function, tree: PyTree, old_mask: PyTree, new_mask: PyTree) -> PyTree:
     def apply(old, new, x):
         if old is None and new is None:

@@ -6,6 +6,7 @@ heads, H head dim, I query blocks, J key blocks.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,11 +26,14 @@ class AttentionMode(NamedTuple):
       sparse: bool, False attends everywhere and ignores the masks.
       pruned_logits: "masked" or "zero", how pruned blocks count in the softmax.
       implementation: which kernel runs sparse attention, None for the best on the device.
+      position_mask: (T) -> bool[T, T], True = kept, positions attended to instead of blocks of the
+        masks; dense products, masked. None attends to blocks.
     """
 
     sparse: bool = True
     pruned_logits: Literal["masked", "zero"] = "masked"
     implementation: Implementation | None = None
+    position_mask: Callable[[int], jax.Array] | None = None
 
 
 SPARSE = AttentionMode()
@@ -175,7 +179,19 @@ class BlockSparseAttention(nnx.Module):
                 kv_mask_BS=kv_mask_BT,
             )
         attend = functools.partial(block_sparse_attention, causal=self.causal)
-        if not mode.sparse:
+        if mode.sparse and mode.position_mask is not None:
+            y_BTNH = attend(
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                mode.position_mask(T)[None, None],
+                block_q=1,
+                block_kv=1,
+                kv_mask=kv_mask_BT,
+                pruned_logits=mode.pruned_logits,
+                implementation="dense",
+            )
+        elif not mode.sparse:
             # Without a mask one block may cover everything, whatever the length.
             y_BTNH = attend(
                 q_BTNH,

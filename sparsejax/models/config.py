@@ -5,10 +5,13 @@ import re
 from typing import Literal, get_args
 
 from sparsejax.models.mlp import MLPActivation
-from sparsejax.patterns import BlockPattern, WeightPattern
+from sparsejax.patterns import BlockPattern, NMPattern, WeightPattern
 
 LINEAR_LAYERS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
 """The linear layers of a block, whose weights may be sparse."""
+
+EMBEDDING = "embedding"
+"""The embedding of tokens, tied to the head of a language model; its weight may be sparse too."""
 
 DECODER_LINEAR_LAYERS = ("decoder/mlp/up", "decoder/mlp/down")
 """Those of a decoder's block, beside the encoder's."""
@@ -35,9 +38,10 @@ class TransformerConfig:
       num_decoder_layers: int, blocks of a decoder that attends to the output of the `num_layers`
         blocks before it, those of a bidirectional encoder; 0 = no decoder.
       mlp_activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
-      sparse_weights: pairs of a regular expression and an NMPattern or Unstructured. A linear layer
-        of a block, one of `LINEAR_LAYERS` or, in a decoder, `DECODER_LINEAR_LAYERS`, takes the
-        pattern of the first expression that matches its whole name, and is dense if none does.
+      sparse_weights: pairs of a regular expression and a WeightPattern. A linear layer of a block,
+        one of `LINEAR_LAYERS` or, in a decoder, `DECODER_LINEAR_LAYERS`, and the `EMBEDDING` that
+        is tied to a head, take the pattern of the first expression that matches the whole name, and
+        are dense if none does. An embedding has no NMPattern.
       positions: "learned" table or "rotary" embedding.
       block: BlockPattern of the attention mask.
       dropout_rate: float in [0, 1), applied to embeddings and residual branches.
@@ -164,9 +168,15 @@ class TransformerConfig:
                 ) from error
             if not matches:
                 raise ValueError(
-                    f"model.sparse_weights must match linear layers {layers}, but {regex!r} "
-                    "matches none"
+                    f"model.sparse_weights must match some of {layers}, but {regex!r} matches none"
                 )
+        embedding = sparse_weight_patterns(self).get(EMBEDDING)
+        _check(
+            not isinstance(embedding, NMPattern),
+            "sparse_weights",
+            f"{embedding}",
+            f"'unstructured' or blocks such as '64x64' for {EMBEDDING!r}",
+        )
 
     def _check_patches(self):
         _check(self.patch_values >= 0, "patch_values", self.patch_values, "at least 0")
@@ -186,14 +196,14 @@ class TransformerConfig:
 
 
 def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern]:
-    """Return which linear layers of a block have sparse weights, and their patterns.
+    """Return which layers have sparse weights, and their patterns.
 
     Args:
       config: TransformerConfig.
 
     Returns:
-      dict from names out of `LINEAR_LAYERS` and `DECODER_LINEAR_LAYERS`, in that order, to
-      NMPattern or Unstructured.
+      dict from names out of `LINEAR_LAYERS`, `DECODER_LINEAR_LAYERS` and `EMBEDDING`, in that
+      order, to WeightPattern.
 
     Example:
       >>> from sparsejax.patterns import BlockPattern, NMPattern
@@ -213,7 +223,13 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern
 
 
 def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
-    return LINEAR_LAYERS + (DECODER_LINEAR_LAYERS if config.num_decoder_layers else ())
+    names = LINEAR_LAYERS
+    if config.num_decoder_layers:
+        names += DECODER_LINEAR_LAYERS
+    # Without a head that is tied to it, an embedding is looked up only.
+    if not (config.num_classes or config.patch_values):
+        names += (EMBEDDING,)
+    return names
 
 
 def _check(ok: bool, name: str, value, expected: str):

@@ -1,6 +1,6 @@
 """A linear layer that ignores the weights its mask prunes, in place of `nnx.Linear`.
 
-Legend: K contracted axis, N columns of the kernel.
+Legend: K contracted axis, N columns of the kernel, I x J its blocks.
 """
 
 import math
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from pallas_kernels import choose_nm_implementation, nm_matmul
+from pallas_kernels import block_sparse_matmul, choose_nm_implementation, nm_matmul
 from pallas_kernels.nm_matmul.op import Activation, GradPruning, NMImplementation
 from sparsejax.models.variables import SparsityMask
-from sparsejax.patterns import NMPattern, WeightPattern
+from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
 
 type LayerActivation = Activation | Literal["relu"]
 """What may follow a layer; the kernels fuse all of it but "relu"."""
@@ -55,7 +55,9 @@ class SparseLinear(nnx.Module):
     Attributes:
       kernel: nnx.Param f32[K, N], all weights, pruned ones too.
       bias: nnx.Param f32[N], or None.
-      kernel_mask: SparsityMask bool[K, N], True = kept.
+      kernel_mask: SparsityMask, True = kept: bool[K, N], or bool[I, J] of blocks.
+      gradient_mask: SparsityMask bool[I, J], the blocks whose gradient is computed; others get 0.
+        Of blocks only.
 
     Example:
       >>> layer = SparseLinear(8, 3, rngs=nnx.Rngs(0))
@@ -82,7 +84,7 @@ class SparseLinear(nnx.Module):
           in_features: int, K; a multiple of m of an NMPattern.
           out_features: int, N; a multiple of m if the pattern is transposable.
           use_bias: bool, add a bias.
-          pattern: NMPattern or Unstructured, what masks are to follow.
+          pattern: NMPattern, Unstructured or WeightBlocks, what masks are to follow.
           dtype: type of the product, None for that of input and parameters together; parameters
             are float32.
           kernel_init: initializer of the kernel.
@@ -90,7 +92,7 @@ class SparseLinear(nnx.Module):
           rngs: nnx.Rngs with a `params` stream.
 
         Raises:
-          ValueError: if the groups of the pattern do not fill an axis.
+          ValueError: if the groups or blocks of the pattern do not fill an axis.
         """
         _, m, transposable = _get_groups(pattern)
         sizes = {"in_features": in_features}
@@ -110,6 +112,9 @@ class SparseLinear(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32))
         else:
             self.bias = nnx.data(None)
+        if isinstance(pattern, WeightBlocks):
+            shape = pattern.grid(shape)
+            self.gradient_mask = SparsityMask(jnp.ones(shape, bool))
         self.kernel_mask = SparsityMask(jnp.ones(shape, bool))
 
     def __call__(
@@ -138,7 +143,7 @@ class SparseLinear(nnx.Module):
 
         Numerics:
           With a dense mode, those of `nnx.Linear` and then `activate`, bit for bit; otherwise
-          those of `pallas_kernels.nm_matmul`.
+          those of `pallas_kernels.nm_matmul`, or of `block_sparse_matmul`.
         """
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         x, kernel, bias = promote_dtype((x, kernel, bias), dtype=self.dtype)
@@ -146,6 +151,20 @@ class SparseLinear(nnx.Module):
             y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
             if bias is not None:
                 y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+            return activate(y, activation)
+        if isinstance(self.pattern, WeightBlocks):
+            if mode.grad_pruning != "none":
+                raise ValueError(
+                    f"grad_pruning must be 'none' for weights in blocks, got {mode.grad_pruning!r}"
+                )
+            y = block_sparse_matmul(
+                x,
+                kernel,
+                self.kernel_mask[...],
+                grad_mask=self.gradient_mask[...],
+                bias=bias,
+                implementation=mode.implementation,
+            )
             return activate(y, activation)
         n, m, transposable = _get_groups(self.pattern)
         fused = None if activation == "relu" else activation
@@ -226,7 +245,7 @@ def make_linear(
     Args:
       in_features: int.
       out_features: int.
-      pattern: NMPattern or Unstructured of a sparse weight, None for `nnx.Linear`.
+      pattern: WeightPattern of a sparse weight, None for `nnx.Linear`.
       **options: what both take.
 
     Returns:

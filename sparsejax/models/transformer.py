@@ -12,8 +12,9 @@ from flax import nnx
 
 from pallas_kernels import make_block_schedule
 from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
-from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
+from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.decoder import Decoder
+from sparsejax.models.embedding import compute_logits, look_up, make_embed
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
 from sparsejax.models.mlp import MLP
 from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
@@ -127,7 +128,7 @@ class Transformer(nnx.Module):
     Parameters and masks of the blocks are stacked on a leading layer axis.
 
     Attributes:
-      embedding: nnx.Embed, f32[V, D]; of token ids only.
+      embedding: nnx.Embed or SparseEmbed, f32[V, D]; of token ids only.
       patches: nnx.Linear, f32[P, D]; of patches only.
       position: nnx.Param f32[max_length, D], learned positions only.
       embedding_norm: nnx.LayerNorm over D, if configured.
@@ -157,9 +158,10 @@ class Transformer(nnx.Module):
                 rngs=rngs,
             )
         else:
-            self.embedding = nnx.Embed(
+            self.embedding = make_embed(
                 config.vocab_size,
                 config.model_dim,
+                pattern=sparse_weight_patterns(config).get(EMBEDDING),
                 dtype=dtype,
                 embedding_init=table_init,
                 rngs=rngs,
@@ -224,7 +226,7 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"pruning_key must be given where grad_pruning={linear_mode.grad_pruning!r}"
             )
-        x_BTD = self._embed(tokens)
+        x_BTD = self._embed(tokens, linear_mode)
         mask_BT = None if mask is None else mask.reshape(x_BTD.shape[:2])
         embedding_key = block_key = dropout_key
         if dropout_key is not None:
@@ -241,7 +243,7 @@ class Transformer(nnx.Module):
         x_BTD = self.final_norm(x_BTD)
         if decoder_tokens is not None:
             x_BTD = self.decoder(
-                self.embedding(decoder_tokens),
+                look_up(self.embedding, decoder_tokens, mode=linear_mode),
                 x_BTD,
                 kv_mask_BS=mask_BT,
                 dropout_key=dropout_key,
@@ -249,7 +251,8 @@ class Transformer(nnx.Module):
                 pruning_key=pruning_key,
             )
         if not config.num_classes:
-            return ModelOutput(self.embedding.attend(x_BTD).astype(jnp.float32), attention_maps)
+            logits = compute_logits(self.embedding, x_BTD, mode=linear_mode)
+            return ModelOutput(logits, attention_maps)
         if mask_BT is not None:
             x_BTD = x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
         # The mean runs over all T positions, padding included, as the published models do.
@@ -260,12 +263,13 @@ class Transformer(nnx.Module):
         logits_BC = self.classifier(nnx.relu(self.hidden(pooled_BD)))
         return ModelOutput(logits_BC.astype(jnp.float32), attention_maps)
 
-    def _embed(self, tokens):
+    def _embed(self, tokens, linear_mode):
         config = self.config
         if config.patch_values:
             x_BTD = self.patches(tokens / 127.5 - 1)
         else:
-            x_BTD = self.embedding(tokens.reshape(-1, tokens.shape[-1]))
+            tokens = tokens.reshape(-1, tokens.shape[-1])
+            x_BTD = look_up(self.embedding, tokens, mode=linear_mode)
         if config.positions == "learned":
             x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
@@ -273,7 +277,8 @@ class Transformer(nnx.Module):
     def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, probe):
         config = self.config
         schedules = None
-        if mode.sparse and x_BTD.shape[1] == config.max_length:
+        by_blocks = mode.sparse and mode.position_mask is None
+        if by_blocks and x_BTD.shape[1] == config.max_length:
             schedules = make_block_schedule(self.blocks.attention.block_mask[...])
 
         def apply(block, x_BTD, keys, schedule):

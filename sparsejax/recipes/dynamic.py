@@ -6,15 +6,16 @@
                unless the method takes one
 
 Which method it is, its schedules and its growth say: see `mst.py`, `rigl.py`, `set.py`,
-`magnitude.py`, `static.py`. The weights chosen are linear layers of blocks. Embeddings and the
-head, tied to that of tokens, stay dense, so that sparsity and density are of the chosen weights
-and FLOPs of a run count the head as dense.
+`magnitude.py`, `static.py`. Sparsity and density are of the chosen weights: linear layers of
+blocks, and the embedding of tokens, which is the weight of the head too and has one mask.
 
 Legend: L layers, K rows and N columns of a weight.
 """
 
 import contextlib
 import dataclasses
+import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -27,18 +28,15 @@ from sparsejax.masks import (
     SparsitySchedule,
     UpdateSteps,
     apply_topology,
-    count_kept,
-    drop_and_grow,
+    expand_mask,
     layer_densities,
     layer_densities_at,
-    magnitude_mask,
-    random_mask,
     reset_moments,
-    update_counts,
 )
 from sparsejax.masks.densities import DensityMethod
 from sparsejax.masks.topology import Growth
-from sparsejax.patterns import Unstructured, WeightPattern
+from sparsejax.patterns import NMPattern, WeightPattern
+from sparsejax.recipes.layer_topology import begin_mask, change_mask, prune_mask
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
     compute_weight_density,
@@ -46,6 +44,7 @@ from sparsejax.recipes.weight_masks import (
     map_moments,
     map_sparse_weights,
     map_weight_masks,
+    set_gradient_masks,
 )
 from sparsejax.types import PyTree
 
@@ -110,6 +109,7 @@ class Topology:
 def make_dynamic(
     name: str,
     topology: Topology,
+    patterns: Mapping[str, WeightPattern],
     *,
     phases: tuple[Phase, ...],
     enter_phase: Callable[[Sparsity, Phase], Sparsity] | None = None,
@@ -119,6 +119,7 @@ def make_dynamic(
     Args:
       name: str.
       topology: Topology.
+      patterns: layer name -> WeightPattern.
       phases: tuple of Phase; see `sparse_phase`.
       enter_phase: as of Recipe; None changes nothing.
 
@@ -132,22 +133,28 @@ def make_dynamic(
 
     def init(masks, params, key):
         density = topology.sparsity.density(0)
+        densities = _share_out(topology, density, masks, params)
 
         def begin(name, mask, w):
-            count = count_kept(w[0].size, densities[name])
-            if topology.initial_mask == "magnitude":
-                return jax.vmap(lambda w: magnitude_mask(w, count))(w)
-            keys = _split_key(key, name, w.shape[0])
-            return jax.vmap(lambda key: random_mask(key, w.shape[1:], count))(keys)
+            keys = None
+            if topology.initial_mask == "random":
+                keys = _split_key(key, name, w.shape[0])
+            choose = functools.partial(begin_mask, patterns[name], density=densities[name])
+            return jax.vmap(lambda mask, w, key: choose(mask, w, key=key))(mask, w, keys)
 
-        densities = _share_out(topology, density, get_weight_masks(masks))
         masks = map_weight_masks(begin, masks, params)
         statistics = {}
         if topology.updates is not None:
-            statistics = _measure(masks, density, jnp.float32(0))
+            statistics = _measure(masks, params, density, jnp.float32(0))
         return Sparsity(
             masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
         )
+
+    def choose_masks(sparsity, *, step, phase):
+        del phase
+        # Blocks outside the mask have a gradient only in the step that asks for it.
+        wanted = is_due(step) & topology.needs_dense_gradient
+        return set_gradient_masks(sparsity.masks, wanted)
 
     def mask_gradients(grads, sparsity, phase):
         del phase
@@ -169,17 +176,23 @@ def make_dynamic(
         def change(state):
             sparsity, params, opt_state = state
             masks, statistics = _change_masks(
-                topology, sparsity.masks, params, grads["model"], step=step, key=key
+                topology, patterns, sparsity.masks, params, grads["model"], step=step, key=key
             )
-            old, new = get_weight_masks(sparsity.masks), get_weight_masks(masks)
-            params = map_sparse_weights(
-                lambda name, _, w: apply_topology(w, old[name], new[name]), masks, params
-            )
-            opt_state = map_moments(
-                lambda name, _, m: reset_moments(m, old[name], new[name], rule=topology.moments),
-                masks,
-                opt_state,
-            )
+            old = get_weight_masks(sparsity.masks)
+
+            def move(name, new, w):
+                return apply_topology(w, expand_mask(old[name], w.shape), expand_mask(new, w.shape))
+
+            def forget(name, new, m):
+                return reset_moments(
+                    m,
+                    expand_mask(old[name], m.shape),
+                    expand_mask(new, m.shape),
+                    rule=topology.moments,
+                )
+
+            params = map_sparse_weights(move, masks, params)
+            opt_state = map_moments(forget, masks, opt_state)
             sparsity = dataclasses.replace(sparsity, masks=masks, statistics=statistics)
             return sparsity, params, opt_state
 
@@ -198,6 +211,7 @@ def make_dynamic(
         name=name,
         phases=phases,
         init=init,
+        choose_masks=choose_masks,
         mask_gradients=mask_gradients,
         skip_optimizer=skip_optimizer,
         update=update,
@@ -219,19 +233,39 @@ def sparse_phase(name: str, **options) -> Phase:
     return Phase(name, sparse_weights=True, masked_gradients=True, **options)
 
 
-def check_patterns(patterns: Mapping[str, WeightPattern]) -> None:
-    """Refuse anything but unstructured weights.
+def check_patterns(
+    patterns: Mapping[str, WeightPattern], *, constant_sparsity: float | None = None
+) -> None:
+    """Refuse patterns that a method cannot follow.
 
     Args:
       patterns: layer name -> pattern of its weight.
+      constant_sparsity: float, the sparsity of the whole run; None if it changes.
 
     Raises:
-      ValueError: if there is no weight, or one of another pattern.
+      ValueError: if there is no weight; or one of n:m whose sparsity would not be that of the run,
+        or transposable, or beside weights of other patterns.
     """
-    if not patterns or not all(isinstance(p, Unstructured) for p in patterns.values()):
-        shown = {name: str(pattern) for name, pattern in patterns.items()}
+    shown = {name: str(pattern) for name, pattern in patterns.items()}
+    if not patterns:
+        raise ValueError(f"sparse_weights must name at least one weight, got {shown}")
+    groups = {p for p in patterns.values() if isinstance(p, NMPattern)}
+    if not groups:
+        return
+    if constant_sparsity is None:
         raise ValueError(
-            f"sparse_weights must be 'unstructured' and name at least one weight, got {shown}"
+            "sparse_weights must be 'unstructured' or blocks such as '64x64' where the sparsity "
+            f"changes while training, got {shown}"
+        )
+    if len({*patterns.values()}) > 1 or any(p.transposable for p in groups):
+        raise ValueError(
+            f"sparse_weights must be one n:m pattern, not transposable, or none of n:m, got {shown}"
+        )
+    (pattern,) = groups
+    if constant_sparsity != 1 - pattern.n / pattern.m:
+        raise ValueError(
+            f"sparsity must be {1 - pattern.n / pattern.m:g}, that of the pattern '{pattern}', got "
+            f"sparsity={constant_sparsity}"
         )
 
 
@@ -274,54 +308,49 @@ def named_settings(section: str):
 
 
 def _change_masks(
-    topology: Topology, masks: PyTree, params: PyTree, grads: PyTree, *, step, key
+    topology: Topology,
+    patterns: Mapping[str, WeightPattern],
+    masks: PyTree,
+    params: PyTree,
+    grads: PyTree,
+    *,
+    step: jax.Array,
+    key: jax.Array,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    density = topology.sparsity.density(step)
-    fraction = jnp.float32(0)
+    density, fraction = topology.sparsity.density(step), jnp.float32(0)
     if topology.annealing is not None:
         fraction = topology.annealing.fraction(step)
-    densities = _share_out(topology, density, get_weight_masks(masks))
+    densities = _share_out(topology, density, masks, params)
     by_name = {}
-    map_sparse_weights(lambda name, _, g: by_name.setdefault(name, g), masks, grads)
+    if topology.needs_dense_gradient:
+        map_sparse_weights(lambda name, _, g: by_name.setdefault(name, g), masks, grads)
 
     def change(name, mask, w):
-        size = w[0].size
-
-        def prune(mask, w):
-            return magnitude_mask(w, count_kept(size, densities[name]), among=mask)
-
-        def replace(mask, w, grad, key):
-            num_drop, num_grow = update_counts(
-                mask.sum(dtype=jnp.int32),
-                size=size,
-                density=densities[name],
-                update_fraction=fraction,
-            )
-            return drop_and_grow(
-                mask,
-                weight=w,
-                grad=grad,
-                num_drop=num_drop,
-                num_grow=num_grow,
-                growth=topology.growth,
-                mix=topology.mix,
-                key=key,
-            )
-
         if topology.growth is None:
+            prune = functools.partial(prune_mask, patterns[name], density=densities[name])
             return jax.vmap(prune)(mask, w)
-        grad = by_name[name] if topology.needs_dense_gradient else None
-        return jax.vmap(replace, in_axes=(0, 0, None if grad is None else 0, 0))(
-            mask, w, grad, _split_key(key, name, w.shape[0])
+        change_layer = functools.partial(
+            change_mask,
+            patterns[name],
+            density=densities[name],
+            update_fraction=fraction,
+            growth=topology.growth,
+            mix=topology.mix,
+        )
+        keys = _split_key(key, name, w.shape[0])
+        return jax.vmap(lambda mask, w, grad, key: change_layer(mask, w, grad, key=key))(
+            mask, w, by_name.get(name), keys
         )
 
     masks = map_weight_masks(change, masks, params)
-    return masks, _measure(masks, density, fraction)
+    return masks, _measure(masks, params, density, fraction)
 
 
-def _measure(masks: PyTree, density: jax.Array, fraction: jax.Array) -> dict[str, jax.Array]:
-    densities = compute_weight_density(masks)
-    sizes = {name: mask.size for name, mask in get_weight_masks(masks).items()}
+def _measure(
+    masks: PyTree, params: PyTree, density: jax.Array, fraction: jax.Array
+) -> dict[str, jax.Array]:
+    densities, shapes = compute_weight_density(masks), _get_shapes(masks, params)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     kept = sum(densities[name].mean() * sizes[name] for name in sizes)
     return {f"mask_density/{name}": x for name, x in densities.items()} | {
         "mask_density": kept / sum(sizes.values()),
@@ -331,14 +360,27 @@ def _measure(masks: PyTree, density: jax.Array, fraction: jax.Array) -> dict[str
 
 
 def _share_out(
-    topology: Topology, density: jax.Array, masks: Mapping[str, jax.Array]
+    topology: Topology, density: jax.Array, masks: PyTree, params: PyTree
 ) -> dict[str, jax.Array]:
-    shapes = {name: mask.shape for name, mask in masks.items()}
+    shapes = _get_shapes(masks, params)
     return layer_densities_at(density, shapes, method=topology.layer_density)
 
 
+def _get_shapes(masks: PyTree, params: PyTree) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+
+    def note(name, _, w):
+        shapes[name] = w.shape
+        return w
+
+    map_sparse_weights(note, masks, params)
+    return shapes
+
+
 def _mask(masks: PyTree, tree: PyTree) -> PyTree:
-    return map_sparse_weights(lambda name, mask, x: jnp.where(mask, x, 0), masks, tree)
+    return map_sparse_weights(
+        lambda name, mask, x: jnp.where(expand_mask(mask, x.shape), x, 0), masks, tree
+    )
 
 
 def _split_key(key: jax.Array, name: str, num_layers: int) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sparsejax.masks import magnitude_nm_mask, masked_decay, transposable_mask
 from sparsejax.patterns import NMPattern
+from sparsejax.recipes.checks import make_check
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
     compare_weight_masks,
@@ -59,12 +60,7 @@ class FSTConfig:
     patterns: Mapping[str, NMPattern]
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"recipe.fst.{name} must be {expected}, got {getattr(self, name)!r}"
-                )
-
+        check = make_check("fst", self)
         variants = ("fst", "ste", "sr_ste", "dense")
         check(self.variant in variants, "variant", f"one of {variants}")
         check(self.refresh_steps >= 1, "refresh_steps", "at least 1")

@@ -28,7 +28,7 @@ class MagnitudeConfig:
       update_interval: int, steps from one pruning to the next.
       layer_density: "uniform" as published, "erdos_renyi" or "erk".
       num_steps: int, steps of the run.
-      patterns: layer name -> Unstructured.
+      patterns: layer name -> Unstructured or WeightBlocks.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -97,4 +97,6 @@ def make_magnitude(config: MagnitudeConfig) -> Recipe:
     References:
       Zhu, Gupta, To prune, or not to prune, arXiv:1710.01878.
     """
-    return make_dynamic("magnitude", config.make_topology(), phases=(sparse_phase("sparse"),))
+    return make_dynamic(
+        "magnitude", config.make_topology(), config.patterns, phases=(sparse_phase("sparse"),)
+    )

@@ -10,9 +10,10 @@ Legend: L layers, I = J attention blocks along one side.
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 
-from sparsejax.masks import MSTSchedules, hybrid_blocks, mst_schedules
+from sparsejax.masks import MSTSchedules, hybrid_blocks, hybrid_mask, mst_schedules
 from sparsejax.masks.densities import DensityMethod
 from sparsejax.masks.topology import Growth
 from sparsejax.patterns import WeightPattern
@@ -50,8 +51,11 @@ class MSTConfig:
       attention_stride: int or None, l of hybrid sparse attention in the ultra-sparse phase, in
         positions; None attends to everything. The released script's default is 128, if attention is
         sparse at all.
+      attention_blocks: bool, keep every block that holds a position of the pattern (ours), at the
+        speed of block-sparse attention. False as released: the positions alone, by dense products
+        whose saving is counted and not had.
       num_steps: int, steps of the run.
-      patterns: layer name -> Unstructured.
+      patterns: layer name -> Unstructured or WeightBlocks.
       block_size: int, side of an attention block in positions.
       length: int, positions.
       causal: bool, a decoder.
@@ -73,6 +77,7 @@ class MSTConfig:
     moments: MomentRule = "stale"
     keep_optimizer_step: bool = False
     attention_stride: int | None = None
+    attention_blocks: bool = False
     num_steps: int
     patterns: Mapping[str, WeightPattern]
     block_size: int
@@ -84,12 +89,18 @@ class MSTConfig:
             check_patterns(self.patterns)
             self.make_topology()
             stride, block = self.attention_stride, self.block_size
-            if stride is not None and (stride < 1 or stride % block or stride >= self.length):
+            if stride is not None and not 1 <= stride < self.length:
+                raise ValueError(
+                    "attention_stride must be positive and below the sequence length "
+                    f"{self.length}, got attention_stride={stride}"
+                )
+            if stride is not None and self.attention_blocks and stride % block:
                 raise ValueError(
                     f"attention_stride must be a multiple of the attention block, {block} "
-                    f"positions, and below the sequence length {self.length}: the pattern is kept "
-                    f"in whole blocks, got attention_stride={stride}"
+                    f"positions, where whole blocks are kept, got attention_stride={stride}"
                 )
+            if self.attention_blocks and stride is None:
+                raise ValueError("attention_blocks must be False without an attention_stride")
 
     def make_schedules(self) -> MSTSchedules:
         """Return the schedules of sparsity, update fraction and updates.
@@ -127,14 +138,40 @@ class MSTConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class HybridAttention:
+    """The positions of hybrid sparse attention, as `Phase.position_mask`.
+
+    Attributes:
+      stride: int, l.
+      causal: bool.
+
+    Example:
+      >>> int(HybridAttention(stride=128, causal=True)(1024).sum())
+      126528
+    """
+
+    stride: int
+    causal: bool
+
+    def __call__(self, length: int) -> jax.Array:
+        """Return `hybrid_mask` of a length.
+
+        Args:
+          length: int, T.
+
+        Returns:
+          bool[T, T], True = kept.
+        """
+        return hybrid_mask(length, stride=self.stride, causal=self.causal)
+
+
 def make_mst(config: MSTConfig) -> Recipe:
     """Return MST with the phases "warm-up", "ultra-sparse" and "restoration".
 
-    The schedules are one function of the step; phases differ in attention only. Hybrid attention
-    keeps every block that holds a position of the pattern, local or strided, in all layers and
-    heads. That is the speed of block-sparse attention, and more than MST keeps: of 1,024 positions
-    with a stride of 128, blocks of 64 keep 64 % of what is visible, the positions alone 24 %. It is
-    used in evaluation too, as in the released code.
+    The schedules are one function of the step; phases differ in attention only. Hybrid attention is
+    used in evaluation too, as in the released code. Of 1,024 positions a stride of 128 keeps 24 %
+    of the visible pairs; blocks of 64 that cover them (`attention_blocks`) keep 64 %.
 
     Args:
       config: MSTConfig.
@@ -144,14 +181,16 @@ def make_mst(config: MSTConfig) -> Recipe:
 
     References:
       Hu, Li, Huang, Mixed Sparsity Training, arXiv:2408.11746. Where it is silent the released code
-      is followed; the sparsified head, tied to the embedding, is not: both are dense here.
+      is followed, which makes the embedding, tied to the head, sparse too.
     """
     start_step, end_step = config.make_schedules().sparse_attention
-    stride = config.attention_stride
+    stride, position_mask = config.attention_stride, None
+    if stride is not None and not config.attention_blocks:
+        position_mask = HybridAttention(stride, config.causal)
 
     def enter_phase(sparsity, phase):
         pattern_LIJ = jnp.ones_like(get_attention_masks(sparsity.masks))
-        if phase.sparse_attention and stride is not None:
+        if phase.sparse_attention and config.attention_blocks and stride is not None:
             pattern_LIJ &= hybrid_blocks(
                 pattern_LIJ.shape[-1],
                 block=config.block_size,
@@ -163,9 +202,15 @@ def make_mst(config: MSTConfig) -> Recipe:
     return make_dynamic(
         "mst",
         config.make_topology(),
+        config.patterns,
         phases=(
             sparse_phase("warm-up", last_step=start_step),
-            sparse_phase("ultra-sparse", last_step=end_step, sparse_attention=stride is not None),
+            sparse_phase(
+                "ultra-sparse",
+                last_step=end_step,
+                sparse_attention=stride is not None,
+                position_mask=position_mask,
+            ),
             sparse_phase("restoration"),
         ),
         enter_phase=enter_phase,

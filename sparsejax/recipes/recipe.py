@@ -4,9 +4,9 @@ A recipe is a NamedTuple of pure functions on pytrees, like an Optax transformat
 runs through its phases in order; a phase is static, so each one compiles its own step. Every
 function has an identity default, so a method states only what it does:
 
-  inside every step        transform_params -> forward -> auxiliary_loss -> mask_gradients ->
-                           clip -> transform_gradients -> skip_optimizer -> optimizer -> update ->
-                           metrics
+  inside every step        choose_masks, transform_params -> forward -> auxiliary_loss ->
+                           mask_gradients -> clip -> transform_gradients -> skip_optimizer ->
+                           optimizer -> update -> metrics
   in a step that probes    observe, before transform_gradients; it may ask for the next phase
   between two phases       enter_phase
 """
@@ -27,6 +27,8 @@ class Phase(NamedTuple):
     Attributes:
       name: str, unique in the recipe; recorded in checkpoints.
       sparse_attention: bool, False attends everywhere.
+      position_mask: (T) -> bool[T, T], True = kept: sparse attention goes to these positions and
+        not to the blocks of the masks, which saves counted FLOPs and no time. None: to the blocks.
       pruned_logits: "masked" or "zero", how pruned attention blocks count in the softmax.
       sparse_weights: bool, False ignores the masks of weights.
       grad_pruning: "none", "mvue" or "mvue_exact", how gradients are pruned for the gradient of
@@ -46,6 +48,7 @@ class Phase(NamedTuple):
 
     name: str
     sparse_attention: bool = False
+    position_mask: Callable[[int], jax.Array] | None = None
     pruned_logits: Literal["masked", "zero"] = "masked"
     sparse_weights: bool = False
     grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
@@ -91,6 +94,11 @@ class Observation(NamedTuple):
 def _init(masks: PyTree, params: PyTree, key: jax.Array) -> Sparsity:
     del params, key
     return Sparsity(masks=masks, params={}, statistics={}, phase_start_step=jnp.int32(0))
+
+
+def _choose_masks(sparsity: Sparsity, *, step: jax.Array, phase: Phase) -> PyTree:
+    del step, phase
+    return sparsity.masks
 
 
 def _transform_params(params: PyTree, sparsity: Sparsity, phase: Phase) -> PyTree:
@@ -145,6 +153,8 @@ class Recipe(NamedTuple):
       name: str.
       phases: tuple of Phase, in the order of training.
       init: (masks, params, key) -> Sparsity, before the first step; masks are all True.
+      choose_masks: (sparsity, *, step, phase) -> masks that the forward pass of a training step
+        sees, like `sparsity.masks`; evaluation sees those.
       transform_params: (params, sparsity, phase) -> params that the forward pass sees.
       auxiliary_loss: (sparsity, attention_maps, phase) -> f32[], added to the loss. Gradients
         flow to `sparsity.params` only. Maps are None in a step that does not probe.
@@ -169,6 +179,7 @@ class Recipe(NamedTuple):
     name: str
     phases: tuple[Phase, ...]
     init: Callable = _init
+    choose_masks: Callable = _choose_masks
     transform_params: Callable = _transform_params
     auxiliary_loss: Callable = _auxiliary_loss
     mask_gradients: Callable = _mask_gradients

@@ -34,7 +34,7 @@ class RigLConfig:
       keep_optimizer_step: bool, take the optimizer's step at an update too, before it. False as
         published: the update takes its place.
       num_steps: int, steps of the run.
-      patterns: layer name -> Unstructured.
+      patterns: layer name -> WeightPattern.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -53,7 +53,7 @@ class RigLConfig:
 
     def __post_init__(self):
         with named_settings("recipe.rigl"):
-            check_patterns(self.patterns)
+            check_patterns(self.patterns, constant_sparsity=self.sparsity)
             self.make_topology()
 
     def make_topology(self) -> Topology:
@@ -88,4 +88,6 @@ def make_rigl(config: RigLConfig) -> Recipe:
     References:
       Evci, Gale, Menick, Castro, Elsen, Rigging the Lottery, arXiv:1911.11134.
     """
-    return make_dynamic("rigl", config.make_topology(), phases=(sparse_phase("sparse"),))
+    return make_dynamic(
+        "rigl", config.make_topology(), config.patterns, phases=(sparse_phase("sparse"),)
+    )

@@ -29,6 +29,7 @@ from sparsejax.masks import (
     sat_pattern,
 )
 from sparsejax.recipes.attention_masks import set_attention_masks
+from sparsejax.recipes.checks import check_attention_sizes, make_check
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
 _LOSS_SCALE = 0.01
@@ -80,19 +81,9 @@ class SatConfig:
     head_dim: int
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"recipe.sat.{name} must be {expected}, got {getattr(self, name)!r}"
-                )
-
-        for name in ("num_layers", "length", "block_size", "head_dim", "probe_every_steps"):
-            check(getattr(self, name) > 0, name, "positive")
-        check(
-            self.length % self.block_size == 0,
-            "block_size",
-            f"a divisor of the sequence length {self.length}",
-        )
+        check = make_check("sat", self)
+        check_attention_sizes(check, self)
+        check(self.head_dim > 0, "head_dim", "positive")
         try:
             count_kept_blocks(self.num_blocks, density=self.density, causal=self.causal)
         except ValueError as error:

@@ -33,7 +33,7 @@ class SETConfig:
       moments: "zero" or "stale", the optimizer's moments of a grown weight; published with plain
         momentum and without a rule.
       num_steps: int, steps of the run.
-      patterns: layer name -> Unstructured.
+      patterns: layer name -> WeightPattern.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -51,7 +51,7 @@ class SETConfig:
 
     def __post_init__(self):
         with named_settings("recipe.set"):
-            check_patterns(self.patterns)
+            check_patterns(self.patterns, constant_sparsity=self.sparsity)
             self.make_topology()
 
     def make_topology(self) -> Topology:
@@ -94,4 +94,6 @@ def make_set(config: SETConfig) -> Recipe:
       Mocanu et al., Scalable training of artificial neural networks with adaptive sparse
       connectivity inspired by network science, arXiv:1707.04780.
     """
-    return make_dynamic("set", config.make_topology(), phases=(sparse_phase("sparse"),))
+    return make_dynamic(
+        "set", config.make_topology(), config.patterns, phases=(sparse_phase("sparse"),)
+    )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
 from sparsejax.recipes.attention_masks import set_attention_masks
+from sparsejax.recipes.checks import check_attention_sizes, make_check
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
 
@@ -66,20 +67,9 @@ class SpionConfig:
     length: int
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"recipe.spion.{name} must be {expected}, got {getattr(self, name)!r}"
-                )
-
+        check = make_check("spion", self)
         check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
-        for name in ("num_layers", "length", "block_size", "probe_every_steps"):
-            check(getattr(self, name) > 0, name, "positive")
-        check(
-            self.length % self.block_size == 0,
-            "block_size",
-            f"a divisor of the sequence length {self.length}",
-        )
+        check_attention_sizes(check, self)
         if self.variant == "c":
             num_blocks = self.length // self.block_size
             diagonal = 2 / (num_blocks + 1) if self.causal else 1 / num_blocks

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sparsejax.masks import soft_threshold_mask, soft_threshold_scale, soft_threshold_ste
 from sparsejax.patterns import NMPattern
+from sparsejax.recipes.checks import make_check
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
     compare_weight_masks,
@@ -48,12 +49,7 @@ class SSTEConfig:
     patterns: Mapping[str, NMPattern]
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"recipe.sste.{name} must be {expected}, got {getattr(self, name)!r}"
-                )
-
+        check = make_check("sste", self)
         prunings = ("none", "mvue", "mvue_exact")
         check(self.grad_pruning in prunings, "grad_pruning", f"one of {prunings}")
         check(self.flip_interval_steps >= 1, "flip_interval_steps", "at least 1")

@@ -26,7 +26,7 @@ class StaticConfig:
       layer_density: "erdos_renyi", "erk" or "uniform", how a density is shared out among weights.
       initial_mask: "random" or "magnitude", what the masks keep of the initial weights.
       num_steps: int, steps of the run.
-      patterns: layer name -> Unstructured.
+      patterns: layer name -> WeightPattern.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -40,7 +40,7 @@ class StaticConfig:
 
     def __post_init__(self):
         with named_settings("recipe.static"):
-            check_patterns(self.patterns)
+            check_patterns(self.patterns, constant_sparsity=self.sparsity)
             self.make_topology()
 
     def make_topology(self) -> Topology:
@@ -65,4 +65,6 @@ def make_static(config: StaticConfig) -> Recipe:
     Returns:
       Recipe, see `make_dynamic`; without statistics.
     """
-    return make_dynamic("static", config.make_topology(), phases=(sparse_phase("sparse"),))
+    return make_dynamic(
+        "static", config.make_topology(), config.patterns, phases=(sparse_phase("sparse"),)
+    )

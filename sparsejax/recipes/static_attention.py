@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from sparsejax.masks import pattern_at_density
 from sparsejax.recipes.attention_masks import set_attention_masks
+from sparsejax.recipes.checks import make_check
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 
 
@@ -40,13 +41,7 @@ class StaticAttentionConfig:
     num_blocks: int
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"recipe.static_attention.{name} must be {expected}, "
-                    f"got {getattr(self, name)!r}"
-                )
-
+        check = make_check("static_attention", self)
         patterns = ("sliding_window", "longformer", "bigbird")
         check(self.pattern in patterns, "pattern", f"one of {patterns}")
         for name in ("num_layers", "num_blocks"):

@@ -1,6 +1,9 @@
 """How recipes find the masks of weights in a stacked model, and the weights that belong to them.
 
-Legend: L layers, K contracted axis, N columns of a weight.
+A weight that is not stacked, the embedding of tokens, counts as a stack of one. The mask of a
+weight in blocks has an entry for each of them: where this says bool[L, K, N], it is bool[L, I, J].
+
+Legend: L layers, K contracted axis, N columns of a weight, I x J blocks.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,9 @@ import numpy as np
 from sparsejax.masks import flip_rate, total_flip_rate
 from sparsejax.types import PyTree
 
-_MASK, _WEIGHT = "kernel_mask", "kernel"
+_WEIGHTS = {"kernel_mask": "kernel", "embedding_mask": "embedding"}
+_GRADIENT_MASK = "gradient_mask"
+_STACK = "blocks"
 
 
 def map_weight_masks(
@@ -32,12 +37,31 @@ def map_weight_masks(
     """
 
     def replace(path, mask):
-        if path[-1].key != _MASK:
+        if path[-1].key not in _WEIGHTS:
             return mask
-        layer = params
-        for entry in path[:-1]:
-            layer = layer[entry.key]
-        return function(_layer_name(path), mask, layer[_WEIGHT])
+        weight = _find_layer(params, path)[_WEIGHTS[path[-1].key]]
+        return _map_stacked(path, function, mask, weight)
+
+    return jax.tree_util.tree_map_with_path(replace, masks)
+
+
+def set_gradient_masks(masks: PyTree, everywhere: jax.typing.ArrayLike) -> PyTree:
+    """Say of which blocks a step computes the gradient: of those kept, or of all.
+
+    Args:
+      masks: nested dict of the model's masks.
+      everywhere: bool[], True for all; a traced value does not recompile.
+
+    Returns:
+      Nested dict like `masks`, with other `gradient_mask` leaves; without any, the same.
+    """
+
+    def replace(path, mask):
+        if path[-1].key != _GRADIENT_MASK:
+            return mask
+        layer = _find_layer(masks, path)
+        (kept,) = (layer[name] for name in _WEIGHTS if name in layer)
+        return kept | everywhere
 
     return jax.tree_util.tree_map_with_path(replace, masks)
 
@@ -52,9 +76,9 @@ def get_weight_masks(masks: PyTree) -> dict[str, jax.Array]:
       dict of bool[L, K, N], such as {"mlp/up": ...}; empty if no weight is sparse.
     """
     return {
-        _layer_name(path): mask
+        _layer_name(path): mask if _is_stacked(path) else mask[None]
         for path, mask in jax.tree_util.tree_leaves_with_path(masks)
-        if path[-1].key == _MASK
+        if path[-1].key in _WEIGHTS
     }
 
 
@@ -94,9 +118,9 @@ def map_sparse_weights(
 
     def replace(path, *leaves):
         name = _layer_name(path)
-        if path[-1].key != _WEIGHT or name not in by_name:
+        if path[-1].key not in _WEIGHTS.values() or name not in by_name:
             return leaves[0]
-        return function(name, by_name[name], *leaves)
+        return _map_stacked(path, lambda name, *x: function(name, by_name[name], *x), *leaves)
 
     return jax.tree_util.tree_map_with_path(replace, tree, *rest)
 
@@ -162,4 +186,20 @@ def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax
 
 def _layer_name(path: tuple[Any, ...]) -> str:
     # Where the stack lies tells layers of equal names apart: decoder/blocks/mlp/up.
-    return "/".join(entry.key for entry in path[:-1] if entry.key != "blocks")
+    return "/".join(entry.key for entry in path[:-1] if entry.key != _STACK)
+
+
+def _find_layer(tree: PyTree, path: tuple[Any, ...]) -> dict[str, Any]:
+    for entry in path[:-1]:
+        tree = tree[entry.key]
+    return tree
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+    return any(entry.key == _STACK for entry in path)
+
+
+def _map_stacked(path: tuple[Any, ...], function: Callable[..., jax.Array], *leaves: jax.Array):
+    if _is_stacked(path):
+        return function(_layer_name(path), *leaves)
+    return function(_layer_name(path), *(x[None] for x in leaves))[0]

@@ -9,7 +9,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sparsejax.models import GATED_ACTIVATIONS, TransformerConfig, sparse_weight_patterns
+from sparsejax.models import (
+    EMBEDDING,
+    GATED_ACTIVATIONS,
+    TransformerConfig,
+    sparse_weight_patterns,
+)
 from sparsejax.patterns import NMPattern, WeightPattern
 from sparsejax.recipes import Phase, compute_attention_density, compute_weight_density
 from sparsejax.training.flops import count_transformer_flops
@@ -22,7 +27,8 @@ class Density(NamedTuple):
     """What a phase keeps of a model, by layer.
 
     Attributes:
-      attention: f32[L], fraction of the visible attention blocks.
+      attention: f32[L], fraction of the visible attention blocks, or of the visible pairs of
+        positions where attention goes by positions.
       weights: name -> f32[L], fraction of the entries of a sparse weight; empty if the phase has
         none.
     """
@@ -50,7 +56,12 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
       Density.
     """
     attention = np.ones(model.num_layers, np.float32)
-    if phase.sparse_attention:
+    if phase.sparse_attention and phase.position_mask is not None:
+        kept_TT, visible_TT = np.asarray(phase.position_mask(model.max_length)), True
+        if model.causal:
+            visible_TT = np.tri(model.max_length, dtype=bool)
+        attention *= kept_TT.mean(where=visible_TT)
+    elif phase.sparse_attention:
         attention = np.asarray(compute_attention_density(masks, causal=model.causal))
     weights = {}
     if phase.sparse_weights:
@@ -156,7 +167,13 @@ def _count_forward(model, attention_density, weight_density) -> float:
         gated_mlp=model.mlp_activation in GATED_ACTIVATIONS,
         sequence_length=model.max_length,
     )
-    in_decoder = {n: x for n, x in weight_density.items() if n.startswith(_DECODER)}
+    in_decoder = {}
+    if model.num_decoder_layers:
+        in_decoder = {
+            name: density
+            for name, density in weight_density.items()
+            if name.startswith(_DECODER) or name == EMBEDDING
+        }
     first = count(
         num_layers=model.num_layers,
         causal=model.causal,

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-_WEIGHTS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
+_LAYER_WEIGHTS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
+_HEAD = "embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def count_transformer_flops(
       output   2 T N H D           * weight_density["attention/out"]
       up       2 T D mlp_dim, twice that if gated, * weight_density["mlp/up"]
       down     2 T D mlp_dim       * weight_density["mlp/down"]
-      head     2 T D vocab_size, or 2 D num_classes
+      head     2 T D vocab_size    * weight_density["embedding"], or 2 D num_classes
       patches  2 T D patch_values
 
     The module's docstring states what is counted and what is not. Multiply by the batch size
@@ -139,7 +140,8 @@ def count_transformer_flops(
       patch_values: int, inputs of the embedding of a patch; 0 for token ids, which are looked up.
       attention_density: float[] or float[num_layers] in [0, 1], kept fraction of the counted pairs.
       weight_density: name -> float[] or float[num_layers] in [0, 1], kept fraction of a weight;
-        1 for weights without a name.
+        1 for weights without a name. That of the embedding, tied to the head, is float[] or
+        float[1].
 
     Returns:
       TransformerFlops for one sequence.
@@ -184,12 +186,15 @@ def count_transformer_flops(
     scores = 2 * pairs * num_heads * head_dim
     output = 2 * sequence_length * num_heads * head_dim * model_dim
     down = 2 * sequence_length * model_dim * mlp_dim
-    weights = dict.fromkeys(_WEIGHTS, 1.0) | dict(weight_density or {})
-    if unknown := set(weights) - set(_WEIGHTS):
-        raise ValueError(f"weight_density must name some of {_WEIGHTS}, got {sorted(unknown)}")
+    names = (*_LAYER_WEIGHTS, _HEAD)
+    weights = dict.fromkeys(names, 1.0) | dict(weight_density or {})
+    if unknown := set(weights) - set(names):
+        raise ValueError(f"weight_density must name some of {names}, got {sorted(unknown)}")
     densities = [
-        _per_layer(f"weight_density[{name!r}]", weights[name], num_layers) for name in _WEIGHTS
+        _per_layer(f"weight_density[{name!r}]", weights[name], num_layers)
+        for name in _LAYER_WEIGHTS
     ]
+    (to_head,) = _per_layer(f"weight_density[{_HEAD!r}]", weights[_HEAD], 1)
     densities.append(_per_layer("attention_density", attention_density, num_layers))
     layers = tuple(
         LayerFlops(
@@ -202,7 +207,7 @@ def count_transformer_flops(
         )
         for to_qkv, to_output, to_up, to_down, attention in zip(*densities, strict=True)
     )
-    head = num_classes or sequence_length * vocab_size
+    head = num_classes or sequence_length * vocab_size * to_head
     return TransformerFlops(
         layers=layers,
         head=2.0 * model_dim * head,

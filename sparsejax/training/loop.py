@@ -25,6 +25,7 @@ from sparsejax.training.evaluation import compute_validation, find_phase
 from sparsejax.training.ledger import FlopsLedger
 from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
 from sparsejax.training.plot_flips import has_flip_rates, plot_flip_rates
+from sparsejax.training.plot_topology import has_topology, plot_topology
 from sparsejax.training.plots import plot_attention_patterns, plot_training
 from sparsejax.training.progress import (
     StepTimer,
@@ -380,6 +381,8 @@ def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
     plot_training(rows, switch_steps=switches, path=workdir / "training.png")
     if has_flip_rates(rows):
         plot_flip_rates(rows, path=workdir / "flip_rates.png")
+    if has_topology(rows):
+        plot_topology(rows, path=workdir / "topology.png")
     say(format_summary(summary, phases=phases))
     return summary
 

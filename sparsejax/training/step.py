@@ -78,7 +78,8 @@ def make_train_step(
 
     def compute_loss(seen, state, batch, key, count):
         sparsity = dataclasses.replace(state.sparsity, params=seen["recipe"])
-        output = _apply(graphdef, seen["model"], sparsity, batch, modes, key=key, probe=probes)
+        masks = recipe.choose_masks(sparsity, step=state.step, phase=phase)
+        output = _apply(graphdef, seen["model"], masks, batch, modes, key=key, probe=probes)
         totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
         auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
@@ -178,7 +179,7 @@ def make_eval_step(
         params = recipe.transform_params(state.params, state.sparsity, phase)
 
         def evaluate(part, _):
-            return compute_totals(_apply(graphdef, params, state.sparsity, part, modes), part)
+            return compute_totals(_apply(graphdef, params, state.sparsity.masks, part, modes), part)
 
         return _sum_over_parts(evaluate, batch, state.key, num_micro_batches)
 
@@ -236,6 +237,7 @@ def _make_modes(phase, implementation, weight_implementation):
     return (
         AttentionMode(
             sparse=phase.sparse_attention,
+            position_mask=phase.position_mask,
             pruned_logits=phase.pruned_logits,
             implementation=implementation,
         ),
@@ -247,9 +249,9 @@ def _make_modes(phase, implementation, weight_implementation):
     )
 
 
-def _apply(graphdef, params, sparsity, batch, modes, *, key=None, probe=False):
+def _apply(graphdef, params, masks, batch, modes, *, key=None, probe=False):
     """Run the model; without a key, without dropout and without gradients to be pruned."""
-    model = nnx.merge(graphdef, params, sparsity.masks)
+    model = nnx.merge(graphdef, params, masks)
     mode, linear_mode = modes
     pruning_key = None
     if key is None:

@@ -49,7 +49,12 @@ HOMES = {
     "ml_collections": ("configs", "train"),
     "absl": ("train",),
     "tensorboardX": ("sparsejax.training.metrics",),
-    "matplotlib": ("sparsejax.training.plots", "sparsejax.training.plot_flips", "benchmarks"),
+    "matplotlib": (
+        "sparsejax.training.plots",
+        "sparsejax.training.plot_flips",
+        "sparsejax.training.plot_topology",
+        "benchmarks",
+    ),
     "torch": ("benchmarks.attention_torch", "benchmarks.nm_matmul_torch"),
     "grain": ("sparsejax.training.data",),
     "array_record": ("sparsejax.training.data",),

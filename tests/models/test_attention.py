@@ -139,6 +139,21 @@ def test_rotated_grouped_queries_at_a_length_between_blocks(sparse):
         np.testing.assert_allclose(attend(attention, x, real, mode=mode), expected, atol=1e-5)
 
 
+def test_attention_goes_to_the_positions_of_a_mask():
+    attention, x = make_attention(causal=True), draw(2, 20, WIDTH)
+    i, j = np.indices((20, 20))
+    kept = (i - j < 3) | ((i - j) % 5 == 0)
+    mode = AttentionMode(position_mask=lambda length: jnp.asarray(kept[:length, :length]))
+    visible = np.broadcast_to(kept & (i >= j), (2, 20, 20))
+    expected = dense_attention(attention, x, visible)
+    np.testing.assert_allclose(attend(attention, x, mode=mode), expected, atol=1e-5)
+    real = np.arange(20) >= np.array([[0], [4]])
+    expected = dense_attention(attention, x, visible & real[:, None])
+    got = attend(attention, x, real, mode=mode)
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(got[1, 4:], expected[1, 4:], atol=1e-5)
+
+
 def test_a_sequence_beyond_the_mask_is_refused():
     with pytest.raises(ValueError, match=r"at most max_length=48 positions, got x_BTD.shape"):
         make_attention()(jnp.ones((1, 64, WIDTH)))

@@ -335,7 +335,7 @@ def test_gradients_of_pruned_weights_are_masked():
 
 
 def test_attention_is_hybrid_in_the_ultra_sparse_phase():
-    recipe = mst(attention_stride=32)
+    recipe = mst(attention_stride=32, attention_blocks=True)
     assert [(p.name, p.sparse_attention, p.last_step) for p in recipe.phases] == [
         ("warm-up", False, 12),
         ("ultra-sparse", True, 28),
@@ -353,6 +353,18 @@ def test_attention_is_hybrid_in_the_ultra_sparse_phase():
     assert not any(phase.sparse_attention for phase in mst().phases)
 
 
+def test_hybrid_attention_is_of_positions_as_published():
+    recipe = mst(attention_stride=3)
+    dense, sparse, restored = recipe.phases
+    assert (dense.sparse_attention, restored.sparse_attention) == (False, False)
+    i, j = np.indices((80, 80))
+    expected = (i >= j) & ((i - j < 3) | ((i - j) % 3 == 0))
+    np.testing.assert_array_equal(sparse.position_mask(80), expected)
+    sparsity, _ = begin(recipe)
+    inside = recipe.enter_phase(sparsity, sparse)
+    assert get_attention_masks(inside.masks).all(), "blocks have no part in it"
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
@@ -361,8 +373,13 @@ def test_attention_is_hybrid_in_the_ultra_sparse_phase():
         (mst, {"stairs": 13}, "stairs must be at most the steps of the ramp, got stairs=13"),
         (mst, {"update_interval": 40}, "there must be an update, got none every interval=40"),
         (mst, {"mix": 0}, "recipe.mst: mix must be at least 1, got mix=0"),
-        (mst, {"attention_stride": 24}, "multiple of the attention block, 16 .* got attention_str"),
-        (mst, {"attention_stride": 80}, "below the sequence length 80: .* attention_stride=80"),
+        (
+            mst,
+            {"attention_stride": 24, "attention_blocks": True},
+            "multiple of the attention block, 16 .* got attention_stride=24",
+        ),
+        (mst, {"attention_stride": 80}, "below the sequence length 80, got attention_stride=80"),
+        (mst, {"attention_blocks": True}, "attention_blocks must be False without an attention_st"),
         (rigl, {"end_fraction": 1.5}, r"recipe.rigl: end_fraction must be in \(0, 1\], got .*1.5"),
         (rigl, {"update_fraction": 2.0}, r"fraction must be in \[0, 1\], got fraction=2.0"),
         (gradual_set, {"update_interval": 0}, "recipe.set: interval must be an int of at least 1"),
@@ -372,9 +389,23 @@ def test_attention_is_hybrid_in_the_ultra_sparse_phase():
         (
             rigl.__wrapped__,
             {"patterns": {}},
-            "sparse_weights must be 'unstructured' and name at least one",
+            "sparse_weights must name at least one",
         ),
-        (rigl.__wrapped__, {"patterns": {"mlp/up": NMPattern()}}, r"got \{'mlp/up': '2:4'\}"),
+        (
+            rigl.__wrapped__,
+            {"patterns": {"mlp/up": NMPattern()}},
+            "sparsity must be 0.5, that of the pattern '2:4', got sparsity=0.8",
+        ),
+        (
+            mst.__wrapped__,
+            {"patterns": {"mlp/up": NMPattern()}},
+            r"where the sparsity changes while training, got \{'mlp/up': '2:4'\}",
+        ),
+        (
+            static.__wrapped__,
+            {"sparsity": 0.5, "patterns": {"a": NMPattern(), "b": Unstructured()}},
+            "sparse_weights must be one n:m pattern, not transposable, or none of n:m, got",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(make, changes, message):

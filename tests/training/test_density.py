@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from sparsejax.models import TransformerConfig
-from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.patterns import BlockPattern, NMPattern, Unstructured, WeightBlocks
 from sparsejax.recipes import Phase
+from sparsejax.recipes.mst import HybridAttention
 from sparsejax.training.density import Density, compute_density, count_phase_flops
 
 _LAYERS, _LENGTH, _WIDTH, _HIDDEN = 2, 16, 8, 32
@@ -100,3 +101,31 @@ def test_a_decoder_is_counted_with_what_it_keeps():
     # Keys and values of one head instead of two, in three attentions.
     saved = 3 * (_LAYERS + 2 * 3) * projection
     assert count({}, num_kv_heads=1) == dense - saved
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), WeightBlocks(5, 4)], ids=str)
+def test_a_sparse_embedding_thins_the_head(pattern):
+    model = _model(sparse_weights=(("embedding", pattern),))
+    kept = jnp.zeros((10, _WIDTH) if isinstance(pattern, Unstructured) else (2, 2), bool)
+    kept = kept.at[: len(kept) // 2].set(True)
+    phase = _SPARSE._replace(masked_gradients=True)
+    masks = {"embedding": {"embedding_mask": kept, "gradient_mask": jnp.ones((2, 2), bool)}}
+    density = compute_density(model, masks, phase)
+    assert density.weights["embedding"].tolist() == [0.5]
+    dense = count_phase_flops(model, phase, density._replace(weights={}))
+    head = 2 * _LENGTH * _WIDTH * 10
+    assert count_phase_flops(model, phase, density) == pytest.approx(dense - 3 * head / 2)
+    # With the dense gradient, as in a step that changes the topology.
+    flops = count_phase_flops(model, phase, density, dense_gradient=True)
+    assert flops == pytest.approx(dense - 2 * head / 2)
+
+
+def test_hybrid_attention_counts_positions():
+    # What MST keeps of GPT-2's causal pairs with its strides.
+    model = _model(max_length=1024, block=BlockPattern(block_q=64, block_kv=64))
+    for stride, kept in {128: 0.241, 64: 0.136, 32: 0.092, 16: 0.093}.items():
+        phase = Phase(
+            "sparse", sparse_attention=True, position_mask=HybridAttention(stride, causal=True)
+        )
+        density = compute_density(model, {}, phase)
+        np.testing.assert_allclose(density.attention, [kept] * _LAYERS, atol=6e-4)

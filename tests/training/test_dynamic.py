@@ -198,7 +198,7 @@ def test_moments_of_grown_weights_begin_at_zero_or_where_they_were():
 
 def test_flops_follow_the_masks():
     phase = make_static(StaticConfig(**_KNOWN)).phases[0]
-    model = dataclasses.replace(_MODEL, sparse_weights=((".*", Unstructured()),))
+    model = dataclasses.replace(_MODEL, sparse_weights=((".*/.*", Unstructured()),))
     weights = {name: np.full(2, 0.5, np.float32) for name in sparse_weight_patterns(model)}
     density = Density(np.ones(2, np.float32), weights)
     ledger = FlopsLedger(model, phase, density, batch_size=3)
@@ -338,13 +338,19 @@ def test_the_configs_that_ship_can_be_traced(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe__mst__sparse_weights": ".*=2:4"}, "must be 'unstructured'"),
+        (
+            {"recipe__mst__sparse_weights": "mlp/.*=2:4"},
+            "'unstructured' or blocks .* where the sparsity changes",
+        ),
         (
             {"recipe__mst__sparse_weights": ".*=half"},
             "like '2:4', .* or 'unstructured', got 'half'",
         ),
         ({"recipe__mst__sparse_weights": ""}, "'regex=pattern' of at least one weight"),
-        ({"recipe__mst__attention_stride": 24}, "multiple of the attention block, 16 positions"),
+        (
+            {"recipe__mst__attention_stride": 24, "recipe__mst__attention_blocks": True},
+            "multiple of the attention block, 16 positions",
+        ),
         ({"recipe__mst__sparsity": 1.0}, r"recipe.mst: sparsity must be in \[0, 1\)"),
         ({"recipe__mst__growth": "best"}, "recipe.mst.growth must be one of .* got 'best'"),
         ({"recipe__mst__warmup": 0.8}, "leave an ultra-sparse phase between"),

@@ -9,6 +9,7 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from sparsejax.training.plot_topology import has_topology, plot_topology
 from sparsejax.training.plots import plot_attention_patterns, plot_training
 
 BLUE, GREY = "#0072B2", "#C4C4C4"
@@ -75,6 +76,32 @@ def test_training_picture_shows_the_step_time_or_the_loss_alone(tmp_path, figure
     plot_training(rows[1:], switch_steps={}, path=tmp_path / "b.png")
     assert [panel.get_ylabel() for panel in figures[0].axes] == ["loss (nats)", "time per step (s)"]
     assert [panel.get_ylabel() for panel in figures[1].axes] == ["loss (nats)"]
+
+
+def test_topology_picture_shows_sparsity_updates_loss_and_flops(tmp_path, figures):
+    rows = [{"kind": "phase", "phase": "warm-up", "step": 0, "dense_step_flops": 8.0}]
+    rows.append({"kind": "phase", "phase": "ultra-sparse", "step": 40, "dense_step_flops": 8.0})
+    for step in range(1, 101):
+        row = {"kind": "train", "step": step, "loss": 5 / step, "step_flops": 8 - step / 20}
+        if step % 10 == 0:
+            row |= {"mask_density": 1 - step / 125, "update_fraction": 0.3 - step / 1000}
+            row["mask_density/mlp/up"] = [1 - step / 100, 1.0]
+        rows.append(row)
+    rows.append({"kind": "validation", "step": 100, "validation_loss": 0.2})
+    assert has_topology(rows) and not has_topology(rows[:2])
+    plot_topology(rows, path=tmp_path / "topology.png")
+    sparsity, fraction, loss, flops = figures[0].axes
+    layer, overall, *bounds = sparsity.get_lines()
+    np.testing.assert_allclose(layer.get_ydata(), [step / 200 for step in range(10, 101, 10)])
+    np.testing.assert_allclose(overall.get_ydata(), [step / 125 for step in range(10, 101, 10)])
+    assert [line.get_xdata()[0] for line in bounds] == [40]
+    assert [text.get_text() for text in sparsity.texts] == ["warm-up", "ultra-sparse"]
+    assert len(fraction.get_lines()[0].get_xdata()) == 10
+    assert loss.get_lines()[1].get_ydata() == [0.2]
+    np.testing.assert_allclose(flops.get_lines()[0].get_ydata()[-1], 3 / 8)
+    assert_texts_do_not_overlap(figures[0])
+    with pytest.raises(ValueError, match="rows must contain 'mask_density'"):
+        plot_topology(rows[:2], path=tmp_path / "none.png")
 
 
 def test_a_run_without_losses_cannot_be_drawn(tmp_path):

@@ -1,0 +1,179 @@
+"""A token embedding, tied to the head of a language model, that ignores what its mask prunes.
+
+Legend: V tokens, D model width, I x J blocks of the embedding.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from pallas_kernels import block_sparse_matmul
+from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
+from sparsejax.models.variables import SparsityMask
+from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
+
+_EMBEDDING_INIT = nnx.initializers.normal(0.02)
+
+
+class SparseEmbed(nnx.Module):
+    """Embedding with a mask, in place of `nnx.Embed`: one weight and one mask at both ends.
+
+    x = (embedding * mask)[token],  logits = x (embedding * mask)^T
+
+    Trained straight-through, as `SparseLinear`: pruned weights get their gradient too; of blocks,
+    the head computes it where `gradient_mask` says. Assign to `embedding_mask`, outside a trace, to
+    prune.
+
+    Attributes:
+      embedding: nnx.Param f32[V, D], all weights, pruned ones too.
+      embedding_mask: SparsityMask, True = kept: bool[V, D], or bool[I, J] of blocks.
+      gradient_mask: SparsityMask bool[I, J], blocks whose gradient the head computes; blocks only.
+
+    Example:
+      >>> from sparsejax.patterns import Unstructured
+      >>> embed = SparseEmbed(4, 2, pattern=Unstructured(), dtype=None, rngs=nnx.Rngs(0))
+      >>> embed.embedding_mask[...] = jnp.zeros((4, 2), bool).at[1].set(True)
+      >>> embed.attend(embed(jnp.array([1, 2]))) != 0
+      Array([[False,  True, False, False],
+             [False, False, False, False]], dtype=bool)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        pattern: WeightPattern,
+        dtype,
+        embedding_init=_EMBEDDING_INIT,
+        rngs: nnx.Rngs,
+    ):
+        """Create the parameter, that of an `nnx.Embed` with these `rngs`, and a full mask.
+
+        Args:
+          num_embeddings: int, V.
+          features: int, D.
+          pattern: Unstructured or WeightBlocks.
+          dtype: type of activations, None for that of input and parameter together.
+          embedding_init: initializer.
+          rngs: nnx.Rngs with a `params` stream.
+
+        Raises:
+          ValueError: if the pattern is another, or its blocks do not divide the embedding.
+        """
+        shape = (num_embeddings, features)
+        if isinstance(pattern, NMPattern):
+            raise ValueError(
+                "an embedding's pattern must be 'unstructured' or blocks such as '64x64', got "
+                f"'{pattern}'"
+            )
+        self.pattern, self.dtype = pattern, dtype
+        self.embedding = nnx.Param(embedding_init(rngs.params(), shape, jnp.float32))
+        if isinstance(pattern, WeightBlocks):
+            shape = pattern.grid(shape)
+            self.gradient_mask = SparsityMask(jnp.ones(shape, bool))
+        self.embedding_mask = SparsityMask(jnp.ones(shape, bool))
+
+    def __call__(self, tokens: jax.Array, *, mode: LinearMode = SPARSE_LINEAR) -> jax.Array:
+        """Look tokens up.
+
+        Args:
+          tokens: i32[...], below V.
+          mode: LinearMode, static.
+
+        Returns:
+          float[..., D].
+        """
+        (embedding,) = promote_dtype((self.embedding[...],), dtype=self.dtype)
+        x = jnp.take(embedding, tokens, axis=0)
+        if not mode.sparse:
+            return x
+        kept, columns = self.embedding_mask[...], 1
+        if isinstance(self.pattern, WeightBlocks):
+            tokens, columns = tokens // self.pattern.rows, self.pattern.columns
+        return _keep(x, jnp.take(kept, tokens, axis=0).repeat(columns, axis=-1))
+
+    def attend(self, x: jax.Array, *, mode: LinearMode = SPARSE_LINEAR) -> jax.Array:
+        """Compute logits: the product of the head that is tied to this embedding.
+
+        Args:
+          x: float[..., D].
+          mode: LinearMode, static; `grad_pruning` has no effect here.
+
+        Returns:
+          float[..., V].
+
+        Numerics:
+          As `nnx.Embed.attend`; of blocks, those of `pallas_kernels.block_sparse_matmul`.
+        """
+        x, embedding = promote_dtype((x, self.embedding[...]), dtype=self.dtype)
+        if mode.sparse and isinstance(self.pattern, WeightBlocks):
+            return block_sparse_matmul(
+                x,
+                embedding.T,
+                self.embedding_mask[...].T,
+                grad_mask=self.gradient_mask[...].T,
+                implementation=mode.implementation,
+            )
+        if mode.sparse:
+            embedding = _keep(embedding, self.embedding_mask[...])
+        return jnp.dot(x, embedding.T)
+
+
+@jax.custom_jvp
+def _keep(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, x, 0)
+
+
+@_keep.defjvp
+def _pass_all_gradients(primals, tangents):
+    return _keep(*primals), tangents[0]
+
+
+def make_embed(
+    num_embeddings: int, features: int, *, pattern: WeightPattern | None, **options
+) -> nnx.Embed | SparseEmbed:
+    """Create the embedding of tokens, whose weight may be sparse.
+
+    Args:
+      num_embeddings: int, V.
+      features: int, D.
+      pattern: of `SparseEmbed`, None for `nnx.Embed`.
+      **options: what both take.
+
+    Returns:
+      SparseEmbed or nnx.Embed, with equal parameters.
+    """
+    if pattern is None:
+        return nnx.Embed(num_embeddings, features, **options)
+    return SparseEmbed(num_embeddings, features, pattern=pattern, **options)
+
+
+def look_up(embed: nnx.Embed | SparseEmbed, tokens: jax.Array, *, mode: LinearMode) -> jax.Array:
+    """Look tokens up in an embedding of either kind.
+
+    Args:
+      embed: nnx.Embed or SparseEmbed.
+      tokens: i32[...], below V.
+      mode: LinearMode, static.
+
+    Returns:
+      float[..., D].
+    """
+    return embed(tokens, mode=mode) if isinstance(embed, SparseEmbed) else embed(tokens)
+
+
+def compute_logits(embed: nnx.Embed | SparseEmbed, x: jax.Array, *, mode: LinearMode) -> jax.Array:
+    """Apply the head that is tied to an embedding of either kind.
+
+    Args:
+      embed: nnx.Embed or SparseEmbed.
+      x: float[..., D].
+      mode: LinearMode, static.
+
+    Returns:
+      f32[..., V].
+    """
+    logits = embed.attend(x, mode=mode) if isinstance(embed, SparseEmbed) else embed.attend(x)
+    return logits.astype(jnp.float32)

@@ -1,0 +1,135 @@
+"""The product with a block-sparse weight: one contract for all, and broken ones it must reject."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_sparse_matmul
+from tests.kernels.block_matmul_contract import (
+    BlockMatmulCase,
+    call_block_matmul,
+    check_block_matmul,
+)
+from tests.kernels.oracles import make_masks, make_normal
+
+PLAIN = BlockMatmulCase()
+CASES = {
+    "plain": PLAIN,
+    "one axis": BlockMatmulCase(leading=(24,), block=(1, 3)),
+    "one block": BlockMatmulCase(grid=(1, 1), block=(8, 8)),
+    "bfloat16": BlockMatmulCase(dtype="bfloat16", block=(16, 8)),
+    "float16": BlockMatmulCase(dtype="float16", grid=(5, 3)),
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_contract(case, implementation):
+    if case.grid == (1, 1):
+        # make_masks wants three columns; a grid of one has two masks.
+        case = _OneBlock(**{**case.__dict__})
+    check_block_matmul(case, call_block_matmul(implementation))
+
+
+class _OneBlock(BlockMatmulCase):
+    def masks(self):
+        full, none = jnp.ones((1, 1), bool), jnp.zeros((1, 1), bool)
+        return {"full": (full, full), "none": (none, none), "gradient": (none, full)}
+
+
+def _masks_swapped(x, w, mask, grad_mask, bias):
+    return block_sparse_matmul(x, w, mask, grad_mask=mask, bias=bias)
+
+
+def _dense_gradient(x, w, mask, grad_mask, bias):
+    full = jnp.ones_like(grad_mask)
+    return block_sparse_matmul(x, w, mask, grad_mask=full, bias=bias)
+
+
+def _multiplied_mask(x, w, mask, grad_mask, bias):
+    rows, columns = w.shape[0] // mask.shape[0], w.shape[1] // mask.shape[1]
+    kept = w * mask.repeat(rows, 0).repeat(columns, 1)  # NaN * 0 is NaN
+    return block_sparse_matmul(x, kept, jnp.ones_like(mask), grad_mask=grad_mask, bias=bias)
+
+
+def _one_block_forgotten(x, w, mask, grad_mask, bias):
+    first = jnp.argmax(mask.ravel())
+    mask = mask.ravel().at[first].set(False).reshape(mask.shape)
+    return block_sparse_matmul(x, w, mask, grad_mask=grad_mask, bias=bias)
+
+
+def _rounded_twice(x, w, mask, grad_mask, bias):
+    y = 0
+    for i in range(mask.shape[0]):
+        row = jnp.zeros_like(mask).at[i].set(mask[i])
+        y = (y + block_sparse_matmul(x, w, row, grad_mask=grad_mask & row)).astype(jnp.bfloat16)
+    return y.astype(x.dtype) + bias
+
+
+def _no_bias(x, w, mask, grad_mask, bias):
+    return block_sparse_matmul(x, w, mask, grad_mask=grad_mask) + 0 * bias
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        _masks_swapped,
+        _dense_gradient,
+        _multiplied_mask,
+        _one_block_forgotten,
+        _rounded_twice,
+        _no_bias,
+    ],
+)
+def test_the_contract_rejects_broken_implementations(broken):
+    with pytest.raises(AssertionError):
+        check_block_matmul(PLAIN, broken)
+
+
+def test_layers_that_are_scanned_and_recomputed_keep_their_masks():
+    x, w, dy = make_normal(((12, 16), (3, 16, 16), (12, 16)))
+    masks = make_masks((4, 4))
+    mask = jnp.stack([masks[name] for name in ("random", "one_block", "full")])
+
+    def deep(implementation, x, w):
+        matmul = functools.partial(block_sparse_matmul, implementation=implementation)
+        body = jax.checkpoint(lambda x, layer: (jnp.tanh(matmul(x, *layer)), None))
+        return jax.lax.scan(body, x, (w, mask))[0]
+
+    results = []
+    for implementation in ("xla", "reference"):
+        y, pull_back = jax.vjp(functools.partial(deep, implementation), x, w)
+        results.append((y, *pull_back(dy)))
+    for got, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_work_follows_the_mask():
+    # A trip count that is data: XLA counts the body of the loop once.
+    x, w = jnp.ones((64, 128)), jnp.ones((128, 256))
+    mask = jnp.ones((8, 16), bool)
+    compiled = jax.jit(block_sparse_matmul).lower(x, w, mask).compile()
+    assert compiled.cost_analysis()["flops"] < 2 * x.size * w.shape[1] / 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": jnp.ones((3, 5))}, r"x must be \[..., K\] and w \[K, N\], got x.shape=\(3, 5\)"),
+        ({"x": jnp.ones((0, 4))}, "must not be empty"),
+        ({"x": jnp.ones((3, 4), jnp.int32)}, "must share one of float32, bfloat16, float16"),
+        ({"mask": jnp.ones((2, 3))}, r"mask must be bool\[I, J\], got float32\[2, 3\]"),
+        ({"mask": jnp.ones((3, 3), bool)}, r"I a divisor of K and J of N, got \[3, 3\] for a wei"),
+        ({"mask": jnp.ones((2, 3, 1), bool)}, r"mask must be bool\[I, J\], got bool\[2, 3, 1\]"),
+        ({"grad_mask": jnp.ones((4, 6), bool)}, r"grad_mask must be bool\[2, 3\], got"),
+        ({"bias": jnp.ones(4)}, r"bias must be float32\[6\] or None, got float32\[4\]"),
+        ({"implementation": "dense"}, "implementation must be None or one of .* got 'dense'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    arguments = {"x": jnp.ones((3, 4)), "w": jnp.ones((4, 6)), "mask": jnp.ones((2, 3), bool)}
+    with pytest.raises(ValueError, match=message):
+        block_sparse_matmul(**arguments | changes)
