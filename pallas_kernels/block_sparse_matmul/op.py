@@ -10,7 +10,7 @@ Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the w
 
 import functools
 import logging
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +93,12 @@ def block_sparse_matmul(
         y = block_sparse_matmul_reference(x_MK, w, mask, grad_mask, bias)
     else:
         PRODUCTS[chosen].check(x_MK, w, mask)
-        y = _multiply(x_MK, w, mask, grad_mask, bias, chosen)
+        y = jnp.asarray(_multiply(x_MK, w, mask, grad_mask, bias, chosen))
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen) -> Any:
+def _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen):
     del grad_mask_IJ
     y_MN = PRODUCTS[chosen].multiply(x_MK, w_KN, mask_IJ)
     if bias_N is not None:
