@@ -59,7 +59,7 @@ _METHODS = Experiment(
         "RigL 80 %": _setting("rigl"),
         "RigL 90 %": _setting("rigl", sparsity=0.9),
         "MST": _setting("mst"),
-        "MST, blocks": _setting("mst", sparse_weights=f".*={_BLOCKS}", attention_blocks=True),
+        "MST, blocks": _setting("mst", sparse_weights=f".*={_BLOCKS}"),
     },
     seeds=(0, 1, 2),
     columns=_COLUMNS,
