@@ -1,35 +1,33 @@
-"""Products with a block-sparse weight on Hopper tensor cores.
+"""The products of `block_sparse_matmul` on Hopper tensor cores.
 
-  y = x w       a tile of y, 128 tokens by one column of blocks, walks the kept blocks of its column
-  dx = dy w^T   the same along rows of blocks, with blocks turned around as they are read
-  dw = x^T dy   every kept block walks the tokens, every pruned one is filled with zeros
+  y = x w     for each column block of the weight, the list of its kept row blocks
+  dx = dy w^T for each row block, the list of its kept column blocks
+  dw = x^T dy for each block, all tokens, or none where the mask of the gradient is False
 
-A copying warpgroup fetches tiles into a ring ahead of one or two that multiply, 64 rows each. A
-list's length is read from GPU memory: a new mask is new data for the same program.
+All are one kernel with three plans; see `mosaic_sm90_kernel` for how it works. What it does not do
+raises NotImplementedError with the reason.
 
-Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight.
+Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight   U lists.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import matrix_smem
-from pallas_kernels.dispatch import check_hopper
+from pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel import (
+    NUM_COMPUTE,
+    TILE,
+    Lists,
+    Plan,
+    Tile,
+    multiply_lists,
+)
+from pallas_kernels.dispatch import check_hopper, count_processors
 
-_ROWS = 64
-"""Rows of a product that a warpgroup computes."""
-_SIDES = (64, 128)
-_STAGES = 4
-# Registers per thread: a copying thread needs few.
-_COMPUTE_REGISTERS, _COPY_REGISTERS = 232, 40
+BLOCKS = (64, 128)
+# Row tiles of x that are taken together: they stay in the cache while all columns read them.
+_GROUP = 8
 
 
 def check(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> None:
@@ -38,301 +36,183 @@ def check(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> None:
     Args:
       x_MK: [M, K].
       w_KN: [K, N].
-      mask_IJ: bool[I, J].
+      mask_IJ: [I, J].
 
     Raises:
-      NotImplementedError: if the device, a type or the size of the blocks is another.
+      NotImplementedError: with the reason.
     """
-    check_hopper()
     if x_MK.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Hopper kernels take bfloat16 and float16, got {x_MK.dtype}")
+    sides = tuple(size // count for size, count in zip(w_KN.shape, mask_IJ.shape, strict=True))
+    if not all(side in BLOCKS for side in sides):
         raise NotImplementedError(
-            f"implementation='mosaic_sm90' takes bfloat16 and float16, got {x_MK.dtype}"
+            f"the Hopper kernels take blocks whose sides are one of {BLOCKS}, got {sides} from "
+            f"{w_KN.shape=}, {mask_IJ.shape=}"
         )
-    block = (w_KN.shape[0] // mask_IJ.shape[0], w_KN.shape[1] // mask_IJ.shape[1])
-    if not all(side in _SIDES for side in block):
-        raise NotImplementedError(
-            f"implementation='mosaic_sm90' takes blocks with sides of {_SIDES}, got {block} for "
-            f"w {list(w_KN.shape)} and mask {list(mask_IJ.shape)}"
-        )
+    check_hopper()
 
 
-def multiply(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
-    """Multiply by the kept blocks.
+def multiply(
+    x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array, bias_N: jax.Array | None
+) -> jax.Array:
+    """Multiply by the kept blocks, and add the bias before rounding.
 
     Args:
-      x_MK: bf16 or f16[M, K]; filled up with zeros to a multiple of 128 rows.
+      x_MK: bf16 or f16[M, K].
       w_KN: [K, N].
       mask_IJ: bool[I, J].
+      bias_N: [N] or None.
 
     Returns:
-      [M, N], typed like x.
+      [M, N], dtype of x.
     """
     schedule = make_block_schedule(mask_IJ)
-    return _multiply_blocks(
-        x_MK, w_KN, schedule.q_counts, schedule.q_indices, mask_IJ.shape, turned=False
-    )
+    lists = _start_longest_first(schedule.q_counts, schedule.q_indices)
+    return _multiply_rows(x_MK, w_KN, lists, bias_N, mask_IJ.shape, transposed=False)
 
 
 def multiply_transposed(dy_MN: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
     """Multiply by the transpose of the kept blocks.
 
     Args:
-      dy_MN: bf16 or f16[M, N]; filled up as by `multiply`.
+      dy_MN: bf16 or f16[M, N].
       w_KN: [K, N].
       mask_IJ: bool[I, J].
 
     Returns:
-      [M, K], typed like dy.
+      [M, K], dtype of dy.
     """
     schedule = make_block_schedule(mask_IJ)
-    return _multiply_blocks(
-        dy_MN, w_KN, schedule.kv_counts, schedule.kv_indices, mask_IJ.shape, turned=True
-    )
+    lists = _start_longest_first(schedule.kv_counts, schedule.kv_indices)
+    return _multiply_rows(dy_MN, w_KN, lists, None, mask_IJ.shape, transposed=True)
 
 
 def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
     """Compute the kept blocks of x^T dy.
 
     Args:
-      x_MK: bf16 or f16[M, K]; filled up with zeros to a multiple of 64 rows, as is dy.
+      x_MK: bf16 or f16[M, K].
       dy_MN: [M, N].
       mask_IJ: bool[I, J].
 
     Returns:
-      [K, N], typed like x; 0 elsewhere.
+      [K, N], dtype of x, 0 elsewhere.
     """
-    x_MK, dy_MN = _pad_rows(x_MK, _ROWS), _pad_rows(dy_MN, _ROWS)
-    (num_tokens, inner), columns = x_MK.shape, dy_MN.shape[1]
-    rows, width = inner // mask_IJ.shape[0], columns // mask_IJ.shape[1]
-    num_compute, num_steps, dtype = rows // _ROWS, num_tokens // _ROWS, x_MK.dtype
-    ring = _Ring(num_steps=num_steps, num_compute=num_compute)
+    shape = (x_MK.shape[1], dy_MN.shape[1])
+    plan = make_gradient_plan(shape, mask_IJ.shape)
+    tokens = TILE * (NUM_COMPUTE if plan.is_split else 1)
+    x_MK, dy_MN = (_pad_rows(array, tokens) for array in (x_MK, dy_MN))
+    counts = jnp.where(mask_IJ.ravel(), x_MK.shape[0] // tokens, 0)
+    lists = _start_longest_first(counts, None)
+    return multiply_lists(x_MK, dy_MN, lists, None, shape, plan, num_programs=count_processors())
 
-    def kernel(kept_gmem, x_gmem, dy_gmem, dw_gmem, x_smem, dy_smem, staging, full, free):
-        i, j = lax.axis_index("i"), lax.axis_index("j")
-        warpgroup = lax.axis_index("warpgroup")
-        count = jnp.where(kept_gmem[i, j] != 0, num_steps, 0)
 
-        def copy(step, slot):
-            at = pl.ds(pl.multiple_of(step * _ROWS, _ROWS), _ROWS)
-            for part in range(num_compute):
-                start = pl.multiple_of(i * rows + part * _ROWS, _ROWS)
-                plgpu.copy_gmem_to_smem(
-                    x_gmem.at[at, pl.ds(start, _ROWS)], x_smem.at[slot, part], full.at[slot]
-                )
-            across = pl.ds(pl.multiple_of(j * width, width), width)
-            plgpu.copy_gmem_to_smem(dy_gmem.at[at, across], dy_smem.at[slot], full.at[slot])
+def make_row_plan(
+    num_rows: int,
+    shape: tuple[int, ...],
+    grid: tuple[int, ...],
+    *,
+    transposed: bool,
+    num_programs: int,
+) -> Plan:
+    """Plan y = x w, or dx = dy w^T.
 
-        def operands(slot):
-            return x_smem.at[slot, warpgroup].transpose((1, 0)), dy_smem.at[slot]
+    Args:
+      num_rows: int, M.
+      shape: (K, N).
+      grid: (I, J).
+      transposed: bool, dx.
+      num_programs: int, processors of the GPU.
 
-        def store(product):
-            start = pl.multiple_of(i * rows + warpgroup * _ROWS, _ROWS)
-            across = pl.ds(pl.multiple_of(j * width, width), width)
-            _store(product, staging.at[warpgroup], dw_gmem.at[pl.ds(start, _ROWS), across])
+    Returns:
+      Plan; M is to be filled up to whole row tiles.
+    """
+    sides = shape[0] // grid[0], shape[1] // grid[1]
+    inner, columns = sides[::-1] if transposed else sides
+    num_lists = grid[0] if transposed else grid[1]
+    # Tall tiles read the weight less often, if there are enough of them.
+    tall = 2 * TILE * NUM_COMPUTE
+    rows = 2 * TILE if num_rows // tall * num_lists >= num_programs else TILE
+    num_row_tiles = -(-num_rows // (NUM_COMPUTE * rows))
 
-        ring.run(count, copy, operands, store, full=full, free=free, columns=width)
+    def find_out(row_tile, owner, part):
+        return (row_tile * NUM_COMPUTE + part) * rows, owner * columns
 
-    return ring.launch(
-        kernel,
-        (mask_IJ.astype(jnp.int32), x_MK, dy_MN),
-        grid={"i": mask_IJ.shape[0], "j": mask_IJ.shape[1]},
-        matrices=[(num_compute, _ROWS, _ROWS), (_ROWS, width)],
-        staging=(num_compute, _ROWS, width),
-        out=jax.ShapeDtypeStruct((inner, columns), dtype),
-        num_copies=num_compute + 1,
-        name="block_sparse_matmul_gradient",
+    def find_lhs(row_tile, owner, entry, piece, part):
+        return find_out(row_tile, owner, part)[0], entry * inner + piece * TILE
+
+    def find_weight(row_tile, owner, entry, piece, part):
+        start = entry * inner + piece * TILE, owner * columns
+        return start[::-1] if transposed else start
+
+    weight_shape = (columns, TILE) if transposed else (TILE, columns)
+    return Plan(
+        name="transposed" if transposed else "forward",
+        lhs=Tile((rows, TILE), NUM_COMPUTE, is_transposed=False, find=find_lhs),
+        rhs=Tile(weight_shape, 1, is_transposed=transposed, find=find_weight),
+        shape=(rows, columns),
+        is_split=False,
+        find=find_out,
+        steps_per_entry=inner // TILE,
+        num_row_tiles=num_row_tiles,
+        group=min(_GROUP, num_row_tiles),
     )
 
 
-def _multiply_blocks(x, w, counts, indices, grid, *, turned: bool) -> jax.Array:
-    """Return x w, or x w^T of turned blocks, by lists of one output block each."""
-    num_rows, dtype = x.shape[0], x.dtype
-    side = [size // count for size, count in zip(w.shape, grid, strict=True)]
-    inner, width = side[::-1] if turned else side
-    num_compute = 2
-    tokens = num_compute * _ROWS
-    x = _pad_rows(x, tokens)
-    out_width = w.shape[0 if turned else 1]
-    ring = _Ring(num_steps=indices.shape[1], num_compute=num_compute)
+def make_gradient_plan(shape: tuple[int, ...], grid: tuple[int, ...]) -> Plan:
+    """Plan dw = x^T dy. The warpgroups share rows of a block, or its tokens where it has 64 rows.
 
-    def kernel(counts_gmem, indices_gmem, x_gmem, w_gmem, y_gmem, x_smem, w_smem, *rest):
-        staging, full, free = rest
-        tile, column = lax.axis_index("tile"), lax.axis_index("column")
-        warpgroup = lax.axis_index("warpgroup")
+    Args:
+      shape: (K, N).
+      grid: (I, J).
 
-        def copy(step, slot):
-            block = indices_gmem[column, step]
-            at = pl.ds(pl.multiple_of(tile * tokens, tokens), tokens)
-            along = pl.ds(pl.multiple_of(block * inner, inner), inner)
-            across = pl.ds(pl.multiple_of(column * width, width), width)
-            plgpu.copy_gmem_to_smem(x_gmem.at[at, along], x_smem.at[slot], full.at[slot])
-            place = (across, along) if turned else (along, across)
-            plgpu.copy_gmem_to_smem(w_gmem.at[place], w_smem.at[slot], full.at[slot])
-
-        def operands(slot):
-            own = pl.ds(pl.multiple_of(warpgroup * _ROWS, _ROWS), _ROWS)
-            block = w_smem.at[slot]
-            return x_smem.at[slot, own], block.transpose((1, 0)) if turned else block
-
-        def store(product):
-            start = pl.multiple_of(tile * tokens + warpgroup * _ROWS, _ROWS)
-            across = pl.ds(pl.multiple_of(column * width, width), width)
-            _store(product, staging.at[warpgroup], y_gmem.at[pl.ds(start, _ROWS), across])
-
-        ring.run(counts_gmem[column], copy, operands, store, full=full, free=free, columns=width)
-
-    y = ring.launch(
-        kernel,
-        (counts, indices, x, w),
-        # Neighbours read the same tokens.
-        grid={"tile": x.shape[0] // tokens, "column": indices.shape[0]},
-        matrices=[(tokens, inner), tuple(side)],
-        staging=(num_compute, _ROWS, width),
-        out=jax.ShapeDtypeStruct((x.shape[0], out_width), dtype),
-        num_copies=2,
-        name="block_sparse_matmul_turned" if turned else "block_sparse_matmul",
-    )
-    return y[:num_rows]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Ring:
-    """Tiles in shared memory that are filled and used up in turn, and who does it.
-
-    Attributes:
-      num_steps: int, the most steps there may be.
-      num_compute: int, warpgroups that multiply.
+    Returns:
+      Plan; M is to be filled up to multiples of 64, or 128 if split.
     """
+    rows, columns = shape[0] // grid[0], shape[1] // grid[1]
+    is_split = rows == TILE
 
-    num_steps: int
-    num_compute: int
+    def find_block(owner):
+        return lax.div(owner, grid[1]) * rows, lax.rem(owner, grid[1]) * columns
 
-    @property
-    def stages(self) -> int:
-        """Steps that the ring holds."""
-        return min(_STAGES, self.num_steps)
+    def find_out(row_tile, owner, part):
+        row, column = find_block(owner)
+        return row + (0 if is_split else part * TILE), column
 
-    def run(
-        self,
-        count: Any,
-        copy: Callable[[Any, Any], None],
-        operands: Callable[[Any], tuple[Any, Any]],
-        store: Callable[[jax.Array], None],
-        *,
-        full: Any,
-        free: Any,
-        columns: int,
-    ) -> None:
-        """Add the products of so many steps and store their sum.
+    def find_tokens(step, part):
+        return (step * NUM_COMPUTE + part if is_split else step) * TILE
 
-        Args:
-          count: int32, steps.
-          copy: (step, slot) -> None, starts the copies of a step.
-          operands: (slot) -> left and right operand of this warpgroup's product.
-          store: (sum) -> None.
-          full: barriers of filled slots.
-          free: barriers of slots that were used up.
-          columns: int, of the sum.
-        """
-        warpgroup, stages = lax.axis_index("warpgroup"), self.stages
+    def find_lhs(row_tile, owner, entry, piece, part):
+        return find_tokens(entry, part), find_out(row_tile, owner, part)[0]
 
-        @pl.when(warpgroup == self.num_compute)
-        def _copy():
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+    def find_rhs(row_tile, owner, entry, piece, part):
+        return find_tokens(entry, part), find_block(owner)[1]
 
-            def copy_step(step, _):
-                slot = lax.rem(step, jnp.int32(stages))
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
-                copy(step, slot)
-
-            lax.fori_loop(0, count, copy_step, None)
-
-            def drain(step, _):
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
-
-            # So that no barrier is left with an arrival nobody waited for.
-            lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
-
-        @pl.when(warpgroup < self.num_compute)
-        def _compute():
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-
-            def add(acc):
-                def step(step, _):
-                    slot = lax.rem(step, jnp.int32(stages))
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.wgmma(acc, *operands(slot))
-                    # One product stays in flight; that of the step before is done.
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(step > 0)
-                    def _():
-                        plgpu.barrier_arrive(free.at[lax.rem(step - 1, jnp.int32(stages))])
-
-                lax.fori_loop(0, count, step, None)
-                plgpu.wgmma_wait(0)
-
-                @pl.when(count > 0)
-                def _():
-                    plgpu.barrier_arrive(free.at[lax.rem(count - 1, jnp.int32(stages))])
-
-                return acc[...]
-
-            store(pl.run_scoped(add, plgpu.WGMMAAccumulatorRef((_ROWS, columns), jnp.float32)))
-
-    def launch(
-        self,
-        kernel: Callable[..., None],
-        operands: tuple[jax.Array, ...],
-        *,
-        grid: dict[str, int],
-        matrices: list[tuple[int, ...]],
-        staging: tuple[int, ...],
-        out: jax.ShapeDtypeStruct,
-        num_copies: int,
-        name: str,
-    ) -> jax.Array:
-        """Start a kernel whose scratch is the ring, the staging memory and the barriers.
-
-        Args:
-          kernel: function of references.
-          operands: arrays in GPU memory.
-          grid: name -> size.
-          matrices: shapes of what a slot holds.
-          staging: shape of what is stored.
-          out: shape and type of the result.
-          num_copies: int, copies that fill a slot.
-          name: str.
-
-        Returns:
-          array.
-        """
-        kernel.__name__ = name
-        return plgpu.kernel(
-            kernel,
-            out_type=out,
-            scratch_types=[
-                *(matrix_smem((self.stages, *shape), out.dtype) for shape in matrices),
-                matrix_smem(staging, out.dtype),
-                plgpu.Barrier(num_arrivals=num_copies, num_barriers=self.stages),
-                plgpu.Barrier(num_arrivals=self.num_compute, num_barriers=self.stages),
-            ],
-            grid=tuple(grid.values()),
-            grid_names=tuple(grid),
-            num_threads=self.num_compute + 1,
-            thread_name="warpgroup",
-        )(*operands)
+    return Plan(
+        name="gradient",
+        lhs=Tile((TILE, TILE), NUM_COMPUTE, is_transposed=True, find=find_lhs),
+        rhs=Tile((TILE, columns), NUM_COMPUTE if is_split else 1, False, find=find_rhs),
+        shape=(TILE, columns),
+        is_split=is_split,
+        find=find_out,
+    )
 
 
-def _store(product: jax.Array, staging: Any, target: Any) -> None:
-    staging[...] = product.astype(staging.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, target)
-    plgpu.wait_smem_to_gmem(0)
+def _multiply_rows(lhs, w_KN, lists, bias, grid, *, transposed):
+    num_rows, num_programs = lhs.shape[0], count_processors()
+    plan = make_row_plan(
+        num_rows, w_KN.shape, grid, transposed=transposed, num_programs=num_programs
+    )
+    lhs = _pad_rows(lhs, NUM_COMPUTE * plan.shape[0])
+    out_shape = (lhs.shape[0], w_KN.shape[0 if transposed else 1])
+    out = multiply_lists(lhs, w_KN, lists, bias, out_shape, plan, num_programs=num_programs)
+    return out[:num_rows]
+
+
+def _start_longest_first(counts_U: jax.Array, entries_UP: jax.Array | None) -> Lists:
+    order_U = jnp.argsort(-counts_U, stable=True).astype(jnp.int32)
+    counts_U = counts_U[order_U].astype(jnp.int32)
+    return Lists(order_U, counts_U, None if entries_UP is None else entries_UP[order_U])
 
 
 def _pad_rows(array: jax.Array, multiple: int) -> jax.Array:

@@ -100,10 +100,7 @@ def block_sparse_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen):
     del grad_mask_IJ
-    y_MN = PRODUCTS[chosen].multiply(x_MK, w_KN, mask_IJ)
-    if bias_N is not None:
-        y_MN = y_MN.astype(jnp.float32) + bias_N.astype(jnp.float32)
-    return y_MN.astype(x_MK.dtype)
+    return PRODUCTS[chosen].multiply(x_MK, w_KN, mask_IJ, bias_N).astype(x_MK.dtype)
 
 
 def _multiply_forward(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.block_sparse_matmul import xla
+from pallas_kernels.block_sparse_matmul import mosaic_sm90, xla
 
 
 class Products(NamedTuple):
@@ -16,13 +16,14 @@ class Products(NamedTuple):
 
     Attributes:
       check: (x_MK, w_KN, mask_IJ) -> None; raises NotImplementedError where it does not run.
-      multiply: (x_MK, w_KN, mask_IJ) -> f32[M, N], or x's dtype.
-      multiply_transposed: (dy_MN, w_KN, mask_IJ) -> [M, K].
-      multiply_gradient: (x_MK, dy_MN, mask_IJ) -> [K, N], 0 where the mask is False.
+      multiply: (x_MK, w_KN, mask_IJ, bias_N or None) -> [M, N], in f32 or in the dtype of x; the
+        bias is added in f32.
+      multiply_transposed: (dy_MN, w_KN, mask_IJ) -> [M, K], likewise.
+      multiply_gradient: (x_MK, dy_MN, mask_IJ) -> [K, N], likewise; 0 where the mask is False.
     """
 
     check: Callable[[jax.Array, jax.Array, jax.Array], None]
-    multiply: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    multiply: Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
     multiply_transposed: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     multiply_gradient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -32,6 +33,12 @@ def _check_nothing(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> None
 
 
 PRODUCTS: dict[str, Products] = {
+    "mosaic_sm90": Products(
+        check=mosaic_sm90.check,
+        multiply=mosaic_sm90.multiply,
+        multiply_transposed=mosaic_sm90.multiply_transposed,
+        multiply_gradient=mosaic_sm90.multiply_gradient,
+    ),
     "xla": Products(
         check=_check_nothing,
         multiply=xla.multiply,

@@ -16,13 +16,16 @@ import jax.numpy as jnp
 _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def multiply(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
-    """Multiply by the kept blocks.
+def multiply(
+    x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array, bias_N: jax.Array | None
+) -> jax.Array:
+    """Multiply by the kept blocks, and add the bias.
 
     Args:
       x_MK: float[M, K].
       w_KN: float[K, N], dtype of x.
       mask_IJ: bool[I, J].
+      bias_N: float[N] or None.
 
     Returns:
       f32[M, N].
@@ -38,7 +41,10 @@ def multiply(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
         y = jax.lax.dynamic_slice(y_MN, (0, n), (M, columns))
         return jax.lax.dynamic_update_slice(y_MN, y + _dot(x, w), (0, n))
 
-    return jax.lax.fori_loop(0, count, add_block, jnp.zeros((M, N), jnp.float32))
+    first_MN = jnp.zeros((M, N), jnp.float32)
+    if bias_N is not None:
+        first_MN += bias_N.astype(jnp.float32)
+    return jax.lax.fori_loop(0, count, add_block, first_MN)
 
 
 def multiply_transposed(dy_MN: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
