@@ -1,0 +1,226 @@
+"""The Hopper kernels of `block_sparse_matmul`: interpreted, or on a GPU where there is one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul import mosaic_sm90
+from pallas_kernels.block_sparse_matmul.mosaic_sm90 import make_gradient_plan, make_row_plan
+from pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel import (
+    SHARED_MEMORY_BYTES,
+    Lists,
+    count_stages,
+    multiply_lists,
+)
+from tests.kernels.block_matmul_contract import (
+    BlockMatmulCase,
+    call_block_matmul,
+    check_block_matmul,
+)
+from tests.kernels.interpreter import hopper, miss_barrier
+from tests.kernels.oracles import error, make_normal
+
+SMALL = BlockMatmulCase(
+    leading=(2, 65),
+    grid=(2, 3),
+    block=(64, 64),
+    dtype="bfloat16",
+    # Lists of several lengths, of one and of none; a gradient of more than what is kept.
+    mask_names=("global_row_and_column", "gradient of everything", "empty_columns"),
+)
+CASES = {
+    "64x64": SMALL,
+    "128x64_f16": dataclasses.replace(SMALL, block=(128, 64), dtype="float16"),
+}
+SLOW_CASES = {
+    "64x128": dataclasses.replace(SMALL, block=(64, 128)),
+    "128x128": dataclasses.replace(SMALL, block=(128, 128)),
+    "every_mask": dataclasses.replace(SMALL, leading=(64,), mask_names=None),
+    "every_mask_128": dataclasses.replace(
+        SMALL, leading=(7,), block=(128, 128), dtype="float16", mask_names=None
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_contract(case):
+    with hopper():
+        check_block_matmul(case, call_block_matmul("mosaic_sm90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW_CASES.values(), ids=SLOW_CASES)
+def test_contract_of_every_block(case):
+    with hopper():
+        check_block_matmul(case, call_block_matmul("mosaic_sm90"))
+
+
+def multiply_by_plan(plan, lhs, rhs, lists, bias, shape, num_programs):
+    @jax.jit
+    def run(lhs, rhs, lists, bias):
+        return multiply_lists(lhs, rhs, lists, bias, shape, plan, num_programs=num_programs)
+
+    with hopper():
+        return run(lhs, rhs, lists, bias)
+
+
+def check_rows(num_rows, blocks, mask, *, transposed=False, planned_for=1, num_programs=1):
+    """Multiply through a plan, and compare with the product of the masked weight."""
+    mask = np.asarray(mask, bool)
+    shape = tuple(count * side for count, side in zip(mask.shape, blocks, strict=True))
+    inner, columns = shape[::-1] if transposed else shape
+    lhs, w, bias = make_normal(((num_rows, inner), shape, (columns,)), "bfloat16")
+    plan = make_row_plan(
+        num_rows, shape, mask.shape, transposed=transposed, num_programs=planned_for
+    )
+    rows = mask if transposed else mask.T
+    lists = Lists(
+        jnp.arange(len(rows), dtype=jnp.int32),
+        jnp.asarray(rows.sum(1), jnp.int32),
+        jnp.asarray(np.argsort(~rows, axis=1, kind="stable"), jnp.int32),
+    )
+    got = multiply_by_plan(plan, lhs, w, lists, bias, (num_rows, columns), num_programs)
+    kept = np.where(np.kron(mask, np.ones(blocks)), np.asarray(w, np.float32), 0)
+    expected = np.asarray(lhs, np.float32) @ (kept.T if transposed else kept)
+    expected += np.asarray(bias, np.float32)
+    # An f32 sum, rounded once.
+    assert error(got, expected) <= 2.0**-8 * np.abs(expected).max()
+    return plan
+
+
+def test_tall_tiles_and_groups_of_them(monkeypatch):
+    monkeypatch.setattr(mosaic_sm90, "_GROUP", 2)
+    plan = check_rows(768, (64, 64), [[1, 0], [1, 0]], num_programs=2)
+    # Three row tiles of 256, two and one of them together.
+    assert plan.shape == (128, 64) and plan.num_row_tiles == 3 and plan.group == 2
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "transposed"),
+    [(1, True), (64, False), pytest.param(3, True, marks=pytest.mark.slow)],
+)
+def test_any_number_of_programs(num_programs, transposed):
+    mask = [[1, 0, 1], [1, 0, 0]]
+    check_rows(
+        128, (128, 64), mask, transposed=transposed, planned_for=9, num_programs=num_programs
+    )
+
+
+@pytest.mark.slow
+def test_a_ring_is_used_again_and_again():
+    mask = np.ones((9, 1))
+    plan = check_rows(128, (128, 64), mask, planned_for=9)
+    assert 9 * plan.steps_per_entry > 2 * count_stages(plan)
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("num_rows", [128, 8192])
+def test_chosen_tiles_fit(blocks, num_rows):
+    shape, grid = (8 * blocks[0], 6 * blocks[1]), (8, 6)
+    plans = [make_gradient_plan(shape, grid)]
+    plans += [
+        make_row_plan(num_rows, shape, grid, transposed=transposed, num_programs=132)
+        for transposed in (False, True)
+    ]
+    for plan in plans:
+        stages = count_stages(plan)
+        assert 3 <= stages <= 6
+        assert stages * (plan.lhs.num_bytes + plan.rhs.num_bytes) < SHARED_MEMORY_BYTES
+
+
+def _missing(monkeypatch, number):
+    miss_barrier(monkeypatch, number)
+    return functools.partial(check_rows, 128, (64, 64), np.ones((9, 1)), planned_for=9)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
+@pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
+def test_a_missing_barrier_is_noticed(missing, monkeypatch):
+    # Awaited in the order: a slot that is filled again, all slots at the end, a tile to multiply.
+    check = _missing(monkeypatch, missing)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check()
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
+@pytest.mark.parametrize("missing", [3, 4], ids=["sum_overwritten", "sum_read"])
+def test_a_missing_barrier_between_warpgroups_is_noticed(missing, monkeypatch):
+    miss_barrier(monkeypatch, missing)
+    x, dy = make_normal(((128, 64), (128, 128)), "bfloat16")
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
+        jax.block_until_ready(mosaic_sm90.multiply_gradient(x, dy, jnp.ones((1, 2), bool)))
+
+
+def _lists_of_other_owners(monkeypatch):
+    start = mosaic_sm90._start_longest_first
+    monkeypatch.setattr(
+        mosaic_sm90,
+        "_start_longest_first",
+        lambda *args: start(*args)._replace(owners=jnp.arange(len(args[0]), dtype=jnp.int32)),
+    )
+
+
+def _first_half_of_each_block(monkeypatch):
+    make = mosaic_sm90.make_row_plan
+    monkeypatch.setattr(
+        mosaic_sm90, "make_row_plan", lambda *args, **kw: make(*args, **kw)._replace(
+            steps_per_entry=1
+        ),
+    )  # fmt: skip
+
+
+def _half_of_the_tokens(monkeypatch):
+    make = mosaic_sm90.make_gradient_plan
+
+    def broken(*args):
+        plan = make(*args)
+        # One warpgroup reads what the other does.
+        return plan._replace(
+            **{
+                side: tile._replace(find=lambda *a, tile=tile: tile.find(*a[:-1], 0))
+                for side, tile in (("lhs", plan.lhs), ("rhs", plan.rhs))
+            }
+        )
+
+    monkeypatch.setattr(mosaic_sm90, "make_gradient_plan", broken)
+
+
+@pytest.mark.parametrize(
+    ("broken", "case", "part"),
+    [
+        (_lists_of_other_owners, "64x64", "y"),
+        (_first_half_of_each_block, "128x64_f16", "y"),
+        (_half_of_the_tokens, "64x64", "dw"),
+    ],
+)
+def test_the_contract_rejects_broken_plans(broken, case, part, monkeypatch):
+    broken(monkeypatch)
+    case = dataclasses.replace(CASES[case], leading=(128,), mask_names=("global_row_and_column",))
+    with pytest.raises(AssertionError, match=f"^{part} of mask"), hopper():
+        check_block_matmul(case, call_block_matmul("mosaic_sm90"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((64, 64), "float32", "bfloat16 and float16, got float32"),
+        ((32, 64), "bfloat16", r"one of \(64, 128\), got \(32, 64\) from w_KN.shape=\(64, 64\)"),
+    ],
+)
+def test_what_the_kernels_do_not_do_is_refused_with_the_reason(shape, dtype, message):
+    x, w = make_normal(((8, 64), (64, 64)), dtype)
+    mask = jnp.ones((64 // shape[0], 64 // shape[1]), bool)
+    with hopper(), pytest.raises(NotImplementedError, match=message):
+        block_sparse_matmul(x, w, mask, implementation="mosaic_sm90")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there may be a Hopper GPU")
+def test_a_cpu_is_refused():
+    x, w = make_normal(((8, 64), (64, 64)), "bfloat16")
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU .*found 'cpu'"):
+        block_sparse_matmul(x, w, jnp.ones((1, 1), bool), implementation="mosaic_sm90")
