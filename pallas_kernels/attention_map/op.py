@@ -69,7 +69,7 @@ def mean_attention_map(
     _check(q_BTNH, k_BSKH, kv_mask_BS, lse_BTN)
     if implementation is not None:
         check_implementation(implementation, _IMPLEMENTATIONS)
-    operands = [jax.lax.stop_gradient(x) for x in (q_BTNH, k_BSKH)]
+    operands = jax.lax.stop_gradient(q_BTNH), jax.lax.stop_gradient(k_BSKH)
     if implementation == "reference":
         return mean_attention_map_reference(*operands, kv_mask_BS, causal=causal)
     if implementation in (None, "xla"):
