@@ -73,8 +73,8 @@ def test_a_good_config_passes():
         ),
         (
             {"sparse_weights": (("mlp/.*", NMPattern()), ("mlp/gate", NMPattern()))},
-            "model.sparse_weights must match linear layers ('attention/qkv', 'attention/out', "
-            "'mlp/up', 'mlp/down'), but 'mlp/gate' matches none",
+            "model.sparse_weights must match some of ('attention/qkv', 'attention/out', "
+            "'mlp/up', 'mlp/down', 'embedding'), but 'mlp/gate' matches none",
         ),
         (
             {"sparse_weights": (("mlp/(", NMPattern()),)},
