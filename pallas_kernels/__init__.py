@@ -1,5 +1,6 @@
 """Sparse kernels behind pure functions: arrays in, arrays out."""
 
+from pallas_kernels.attention_map import mean_attention_map as mean_attention_map
 from pallas_kernels.block_sparse_attention import BlockSchedule as BlockSchedule
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from pallas_kernels.block_sparse_attention import make_block_schedule as make_block_schedule

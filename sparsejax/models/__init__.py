@@ -5,7 +5,6 @@ from pallas_kernels.nm_matmul.op import NMImplementation as NMImplementation
 from sparsejax.models.attention import AttentionMode as AttentionMode
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.attention import apply_rotary as apply_rotary
-from sparsejax.models.attention import mean_attention_map as mean_attention_map
 from sparsejax.models.config import EMBEDDING as EMBEDDING
 from sparsejax.models.config import TransformerConfig as TransformerConfig
 from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patterns

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import BlockSchedule, Implementation, block_sparse_attention
+from pallas_kernels import (
+    BlockSchedule,
+    Implementation,
+    block_sparse_attention,
+    mean_attention_map,
+)
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import BlockPattern, WeightPattern
@@ -25,7 +30,8 @@ class AttentionMode(NamedTuple):
     Attributes:
       sparse: bool, False attends everywhere and ignores the masks.
       pruned_logits: "masked" or "zero", how pruned blocks count in the softmax.
-      implementation: which kernel runs sparse attention, None for the best on the device.
+      implementation: which kernel runs sparse attention, None for the best on the device;
+        "mosaic_sm90" also runs the probe, whatever attention the phase has.
       position_mask: (T) -> bool[T, T], True = kept, positions attended to instead of blocks of the
         masks; dense products, masked. None attends to blocks.
     """
@@ -37,7 +43,6 @@ class AttentionMode(NamedTuple):
 
 
 SPARSE = AttentionMode()
-_MAP_BYTES = 8_000_000
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
@@ -173,10 +178,11 @@ class BlockSparseAttention(nnx.Module):
         attention_map_TS = None
         if probe:
             attention_map_TS = mean_attention_map(
-                jax.lax.stop_gradient(q_BTNH),
-                jax.lax.stop_gradient(k_BSKH),
+                q_BTNH,
+                k_BSKH,
                 causal=self.causal,
                 kv_mask_BS=kv_mask_BT,
+                implementation="mosaic_sm90" if mode.implementation == "mosaic_sm90" else None,
             )
         attend = functools.partial(block_sparse_attention, causal=self.causal)
         if mode.sparse and mode.position_mask is not None:
@@ -261,61 +267,3 @@ def apply_rotary(x_BTNH: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.
     cos, sin = (f(angle_Th)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
-
-
-def mean_attention_map(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    *,
-    causal: bool = False,
-    kv_mask_BS: jax.Array | None = None,
-) -> jax.Array:
-    """Average the softmax map over batch and heads, a few rows at a time.
-
-    A = 1/(B N) sum_bn softmax(q_bn k_bn^T / sqrt(H))
-
-    Whatever B and N, only as many rows are held at once as fit in 8 MB (or one): the map of every
-    head together would not fit a GPU, and rows that stay in a cache are computed faster.
-
-    Args:
-      q_BTNH: float[B, T, N, H].
-      k_BSKH: float[B, S, K, H], K divides N.
-      causal: bool, a query sees keys at its position and before.
-      kv_mask_BS: bool[B, S], True = visible; None = all.
-
-    Returns:
-      f32[T, S]; each row sums to 1 if every query sees a key. A query of an example that sees no
-      key has no distribution and adds nothing.
-
-    Numerics:
-      Scores, softmax and sums are f32.
-    """
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    most = max(1, _MAP_BYTES // (4 * B * N * S))
-    rows = max(r for r in range(1, T + 1) if T % r == 0 and r <= most)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-
-    def average_rows(start):
-        q_BRKGH = jax.lax.dynamic_slice_in_dim(q_BTKGH, start, rows, axis=1)
-        scores_BKGRS = jnp.einsum(
-            "BRKGH,BSKH->BKGRS", q_BRKGH, k_BSKH, preferred_element_type=jnp.float32
-        )
-        scores_BKGRS *= H**-0.5
-        visible = None
-        if causal:
-            visible = jnp.arange(S) <= start + jnp.arange(rows)[:, None]
-        if kv_mask_BS is not None:
-            real_B111S = kv_mask_BS[:, None, None, None]
-            visible = real_B111S if visible is None else real_B111S & visible
-        if visible is not None:
-            scores_BKGRS = jnp.where(visible, scores_BKGRS, -jnp.inf)
-        top = scores_BKGRS.max(axis=-1, keepdims=True)
-        weights_BKGRS = jnp.exp(scores_BKGRS - jnp.where(jnp.isfinite(top), top, 0.0))
-        total_BKGR = weights_BKGRS.sum(axis=-1)
-        share_BKGR = jnp.where(total_BKGR > 0, 1 / total_BKGR, 0.0) / (B * N)
-        return jnp.einsum(
-            "BKGRS,BKGR->RS", weights_BKGRS, share_BKGR, precision=jax.lax.Precision.HIGHEST
-        )
-
-    return jax.lax.map(average_rows, jnp.arange(0, T, rows)).reshape(T, S)

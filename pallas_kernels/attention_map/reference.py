@@ -1,0 +1,52 @@
+"""The mean softmax map as its equation, in f32: the oracle.
+
+Letters: B T S N K H as everywhere (`sparsejax.types`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def mean_attention_map_reference(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    kv_mask_BS: jax.Array | None = None,
+    lse: jax.Array | None = None,
+) -> jax.Array:
+    """Average the maps of all heads, writing out every one.
+
+    A = 1/(B N) sum_bn exp(s_bn - lse_bn),  s = q k^T / sqrt(H),  lse_t = log sum_s exp(s_ts)
+
+    Args:
+      q_BTNH: float[B, T, N, H].
+      k_BSKH: float[B, S, K, H], K divides N.
+      causal: bool, query t sees keys 0..t.
+      kv_mask_BS: bool[B, S] or None, False removes a key.
+      lse: f32[B, T, N] or None: it is computed.
+
+    Returns:
+      f32[T, S].
+    """
+    k_BSNH = jnp.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
+    s_BNTS = jnp.einsum(
+        "BTNH,BSNH->BNTS",
+        q_BTNH.astype(jnp.float32),
+        k_BSNH.astype(jnp.float32),
+        precision="highest",
+    )
+    s_BNTS /= q_BTNH.shape[3] ** 0.5
+    visible = jnp.ones((1, 1, *s_BNTS.shape[2:]), bool)
+    if causal:
+        visible = jnp.tril(visible)
+    if kv_mask_BS is not None:
+        visible &= kv_mask_BS[:, None, None, :]
+    s_BNTS = jnp.where(visible, s_BNTS, -jnp.inf)
+    if lse is None:
+        lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
+    else:
+        lse_BNT = lse.swapaxes(1, 2)
+    # A row that sees nothing has lse -inf, and a map of 0.
+    lse_BNT = jnp.where(lse_BNT > -jnp.inf, lse_BNT, jnp.inf)
+    return jnp.exp(s_BNTS - lse_BNT[..., None]).mean((0, 1))
