@@ -43,10 +43,7 @@ def mean_attention_map_reference(
     if kv_mask_BS is not None:
         visible &= kv_mask_BS[:, None, None, :]
     s_BNTS = jnp.where(visible, s_BNTS, -jnp.inf)
-    if lse is None:
-        lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
-    else:
-        lse_BNT = lse.swapaxes(1, 2)
+    lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1) if lse is None else lse.swapaxes(1, 2)
     # A row that sees nothing has lse -inf, and a map of 0.
     lse_BNT = jnp.where(lse_BNT > -jnp.inf, lse_BNT, jnp.inf)
     return jnp.exp(s_BNTS - lse_BNT[..., None]).mean((0, 1))

@@ -51,6 +51,15 @@ def plain_attention(q, k, v, mask, *, block_q, block_kv, causal, kv_mask, segmen
     return jnp.einsum("bnts,bsnh->btnh", p, v), lse[..., 0].swapaxes(1, 2)
 
 
+def softmax_maps(q_BTNH, k_BSKH, visible_BTS):
+    """Return f64[B, N, T, S] straight from the definition; rows that see nothing are zero."""
+    k_BSNH = np.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
+    scores = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, dtype=np.float64)
+    weights = np.exp(scores / q_BTNH.shape[3] ** 0.5) * visible_BTS[:, None]
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total, total, 1)
+
+
 def error(actual, expected):
     """Largest absolute difference; infinities must stand in the same places."""
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))

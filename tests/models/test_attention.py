@@ -15,9 +15,9 @@ from sparsejax.models import (
     BlockSparseAttention,
     SparsityMask,
     apply_rotary,
-    mean_attention_map,
 )
 from sparsejax.patterns import BlockPattern
+from tests.kernels.oracles import softmax_maps
 
 WIDTH, LENGTH = 32, 48
 BLOCK = BlockPattern(block_q=16, block_kv=16)
@@ -27,52 +27,6 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def softmax_maps(q_BTNH, k_BSKH, visible_BTS):
-    """f64[B, N, T, S] straight from the definition; rows that see nothing are zero."""
-    k_BSNH = np.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
-    scores = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, dtype=np.float64)
-    weights = np.exp(scores / q_BTNH.shape[3] ** 0.5) * visible_BTS[:, None]
-    total = weights.sum(-1, keepdims=True)
-    return weights / np.where(total, total, 1)
-
-
-average_maps = jit(mean_attention_map, static_argnames="causal")
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-def test_mean_attention_map_is_the_mean_of_the_softmax_maps(causal, padded):
-    q_BTNH, k_BSKH = draw(2, 12, 4, 8), draw(2, 12, 2, 8, seed=1)
-    visible_BTS = np.ones((2, 12, 12), bool)
-    kv_mask = None
-    if causal:
-        visible_BTS = np.tril(visible_BTS)
-    if padded:
-        # Under causality queries 0 to 2 of the second example see no key at all.
-        kv_mask = np.arange(12) >= np.array([[0], [3]])
-        visible_BTS = visible_BTS & kv_mask[:, None]
-    got = average_maps(q_BTNH, k_BSKH, causal=causal, kv_mask_BS=kv_mask)
-    expected = softmax_maps(q_BTNH, k_BSKH, visible_BTS).mean((0, 1))
-    np.testing.assert_allclose(got, expected, atol=1e-6)
-    assert got.dtype == jnp.float32
-
-
-def test_the_map_is_streamed_over_queries():
-    # A head's map has 4 MB here, the maps of all heads 64 MB.
-    shapes = [jax.ShapeDtypeStruct((4, 1024, 4, 8), jnp.float32)] * 2
-    compiled = jit(mean_attention_map).lower(*shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 24e6
-    q, k = draw(4, 1024, 4, 8), draw(4, 1024, 4, 8, seed=1)
-    expected = softmax_maps(q, k, np.ones((4, 1024, 1024), bool)).mean((0, 1))
-    np.testing.assert_allclose(compiled(q, k), expected, atol=1e-7, rtol=1e-5)
-
-
-def test_a_query_that_sees_nothing_has_an_empty_map():
-    q = draw(1, 4, 2, 8)
-    got = average_maps(q, q, kv_mask_BS=np.zeros((1, 4), bool))
-    np.testing.assert_array_equal(got, np.zeros((4, 4)))
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -194,6 +148,24 @@ def test_assigning_the_mask_of_a_module_prunes():
     expected = x + dense_attention(layer.attention, np.asarray(layer.norm(x)), visible)
     np.testing.assert_allclose(run(layer, x), expected, atol=1e-5)
     assert isinstance(nnx.state(layer, SparsityMask)["attention"]["block_mask"], SparsityMask)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_probe_runs_on_the_kernel_that_is_named_for_attention(sparse):
+    attention = BlockSparseAttention(
+        64, 2, max_length=128, block=BlockPattern(block_q=64, block_kv=64), causal=True,
+        dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jnp.ones((1, 128, 64), jnp.bfloat16)
+
+    def find_shape(implementation):
+        mode = AttentionMode(sparse=sparse, implementation=implementation)
+        return jax.eval_shape(lambda x: attention(x, mode=mode, probe=True)[1], x).shape
+
+    assert [find_shape(name) for name in (None, "xla", "dense", "reference")] == [(128, 128)] * 4
+    # There is no Hopper GPU here; dense attention does not need one.
+    with pytest.raises(NotImplementedError, match="'mosaic_sm90' needs a Hopper GPU"):
+        find_shape("mosaic_sm90")
 
 
 class MyAttention(nnx.Module):
