@@ -130,11 +130,14 @@ def test_a_missing_barrier_is_noticed(missing, monkeypatch):
         jax.block_until_ready(jax.jit(_mean_map)(q, k, lse=lse))
 
 
-def test_a_repeated_call_agrees_to_the_bit():
+def test_a_repeated_call_agrees_to_the_bit_and_lse_of_minus_infinity_adds_nothing():
     q, k, lse = Case(heads=(4, 2), head_dim=32).inputs()
+    nothing = lse.at[:, 5].set(-jnp.inf)
     run = jax.jit(_mean_map)
     with hopper():
-        np.testing.assert_array_equal(run(q, k, lse=lse), run(q, k, lse=lse))
+        first, second, emptied = (run(q, k, lse=x) for x in (lse, lse, nothing))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(emptied, first.at[5].set(0.0))
 
 
 @pytest.mark.parametrize(
