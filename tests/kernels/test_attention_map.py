@@ -14,6 +14,13 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 average_maps = jit(mean_attention_map, static_argnames=("causal", "implementation"))
 
 
+@pytest.fixture(autouse=True)
+def _full_precision():
+    # GPUs would otherwise round f32 operands to TF32.
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def _draw(*shapes):
     return tuple(np.asarray(x) for x in make_normal(shapes))
 
