@@ -37,8 +37,8 @@ def _check_kernel(kernel):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"head_dim": 32, "kv_mask": True},
-        {"head_dim": 64},
+        pytest.param({"head_dim": 32, "kv_mask": True}, marks=pytest.mark.slow),
+        pytest.param({"head_dim": 64}, marks=pytest.mark.slow),
         {"head_dim": 64, "causal": True, "group": 4, "dtype": "float16"},
         {"head_dim": 128, "causal": True, "kv_mask": True, "group": 2},
     ],
