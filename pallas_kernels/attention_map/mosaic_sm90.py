@@ -32,10 +32,10 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import NUM_COMPUTE, ROWS
 
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS
-# Heads in flight: 3 x 64 KB of queries and keys at H = 128.
-_STAGES = 3
+# Heads in flight: queries and keys of one take 64 KB at H = 128, 128 KB at H = 256.
+_MOST_STAGES = 3
 # Tiles of queries that are taken together before the next tile of keys, for the cache.
 _GROUP = 8
 
@@ -52,11 +52,12 @@ def mean_attention_map_mosaic_sm90(
 
     A = 1/(B N) sum_bn exp(q_bn k_bn^T / sqrt(H) - lse_bn)
 
-    Without `lse` the kernel of block-sparse attention computes it first.
+    Without `lse` the forward kernel of block-sparse attention computes it first: one more product
+    of queries and keys, one with keys in place of values, and an output like q that is dropped.
 
     Args:
       q_BTNH: bf16 or f16[B, T, N, H].
-      k_BSKH: [B, S, K, H], K divides N; finite everywhere.
+      k_BSKH: [B, S, K, H], K divides N.
       causal: bool, query t sees keys 0..t.
       kv_mask_BS: bool[B, S] or None, False removes a key.
       lse: f32[B, T, N] or None: it is computed.
@@ -113,15 +114,16 @@ def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
     dtype = arrays["q"].dtype
     grid = T // TILE, S // TILE
     scale = H**-0.5 * LOG2_E
+    stages = 1 if H > 128 else _MOST_STAGES
     shapes = {
-        "q": matrix_smem((_STAGES, TILE, H), dtype),
-        "k": matrix_smem((_STAGES, TILE, H), dtype),
-        "lse": plgpu.SMEM((_STAGES, TILE), jnp.float32),
-        "kv_mask": plgpu.SMEM((_STAGES, TILE), jnp.int32),
+        "q": matrix_smem((stages, TILE, H), dtype),
+        "k": matrix_smem((stages, TILE, H), dtype),
+        "lse": plgpu.SMEM((stages, TILE), jnp.float32),
+        "kv_mask": plgpu.SMEM((stages, TILE), jnp.int32),
     }
     rings = [shapes[name] for name in arrays]
-    full = plgpu.Barrier(num_arrivals=len(arrays), num_barriers=_STAGES)
-    free = plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=_STAGES)
+    full = plgpu.Barrier(num_arrivals=len(arrays), num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=stages)
 
     def kernel(*refs):
         gmem = dict(zip(arrays, refs, strict=False))
@@ -135,9 +137,9 @@ def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
         warpgroup = lax.axis_index("warpgroup")
 
         def copy_step(step, _):
-            slot = lax.rem(step, jnp.int32(_STAGES))
+            slot = lax.rem(step, jnp.int32(stages))
 
-            @pl.when(step >= _STAGES)
+            @pl.when(step >= stages)
             def _():
                 plgpu.barrier_wait(free.at[slot])
 
@@ -158,13 +160,13 @@ def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
             lax.fori_loop(0, num_steps, copy_step, None)
 
             def drain(step, _):
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(_STAGES))])
+                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
 
             # So that no barrier is left with an arrival nobody waited for.
-            lax.fori_loop(jnp.maximum(num_steps - _STAGES, 0), num_steps, drain, None)
+            lax.fori_loop(jnp.maximum(num_steps - stages, 0), num_steps, drain, None)
 
         def add_step(step, acc, *, rows):
-            slot = lax.rem(step, jnp.int32(_STAGES))
+            slot = lax.rem(step, jnp.int32(stages))
             plgpu.barrier_wait(full.at[slot])
             s = multiply(smem["q"].at[slot, rows], smem["k"].at[slot].transpose((1, 0)))
             lse = plgpu.load(smem["lse"].at[slot, rows], layout=BY_ROW)

@@ -49,9 +49,10 @@ def mean_attention_map(
       lse: f32[B, T, N], as `block_sparse_attention(..., return_lse=True)` returns it where every
         block is kept and `causal` and `kv_mask` are those of this call; None: it is computed.
       implementation: "xla", a few rows at a time; "reference", every map written out, in f32;
-        "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16, head dims 32, 64 and 128 and
-        lengths that are multiples of 128; or None, which is "xla" until the kernel was run on a
-        GPU. A named one runs or raises.
+        "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16, head dims 32, 64, 128 and 256
+        and lengths that are multiples of 128; or None, which is "xla" until the kernel was run on a
+        GPU. A named one runs or raises. Without `lse` the kernel costs a forward pass of attention
+        more.
 
     Returns:
       f32[T, S]; each row sums to 1 if every query sees a key. A query of an example that sees no
@@ -78,8 +79,6 @@ def mean_attention_map(
     _check(q_BTNH, k_BSKH, causal, kv_mask_BS, lse)
     chosen = _choose(implementation)
     q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))
-    if kv_mask_BS is not None:
-        k_BSKH = jnp.where(kv_mask_BS[:, :, None, None], k_BSKH, 0)
     options = {"causal": causal, "kv_mask_BS": kv_mask_BS, "lse": lse}
     if chosen == "reference":
         return mean_attention_map_reference(q_BTNH, k_BSKH, **options)

@@ -41,6 +41,7 @@ def _check_kernel(kernel):
         pytest.param({"head_dim": 64}, marks=pytest.mark.slow),
         {"head_dim": 64, "causal": True, "group": 4, "dtype": "float16"},
         {"head_dim": 128, "causal": True, "kv_mask": True, "group": 2},
+        pytest.param({"head_dim": 256, "kv_mask": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -62,24 +63,34 @@ def test_lse_comes_from_the_attention_kernel_when_it_is_not_given():
     assert report.temp_bytes < MAPS_BYTES / 20
 
 
-def test_a_training_step_that_probes_runs_the_kernel():
+def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads():
+    length, heads = 512, 4
+    map_bytes = 4 * length**2
     attention = BlockSparseAttention(
-        128, 2, max_length=256, block=BlockPattern(block_q=64, block_kv=64), causal=True,
+        64 * heads, heads, max_length=length, block=BlockPattern(block_q=64, block_kv=64),
         dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
     )  # fmt: skip
     graphdef, state = nnx.split(attention)
-    x = jax.ShapeDtypeStruct((2, 256, 128), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, length, 64 * heads), jnp.bfloat16)
+    # As in the dense phase of a recipe, whose attention is dense whatever is named.
+    mode = AttentionMode(sparse=False, implementation="mosaic_sm90")
 
-    @functools.partial(jax.grad, has_aux=True, allow_int=True)
-    def step(state, x):
-        mode = AttentionMode(sparse=False, implementation="mosaic_sm90")
-        y, mean_map = jax.checkpoint(
-            lambda state, x: nnx.merge(graphdef, state)(x, mode=mode, probe=True)
-        )(state, x)
-        return y.astype(jnp.float32).sum(), mean_map
+    def compile_step(probe):
+        @functools.partial(jax.grad, has_aux=True, allow_int=True)
+        def step(state, x):
+            y, mean_map = jax.checkpoint(
+                lambda state, x: nnx.merge(graphdef, state)(x, mode=mode, probe=probe)
+            )(state, x)
+            return y.astype(jnp.float32).sum(), mean_map
 
-    report = aot.compile_for(step, state, x)
-    assert sum("mean_attention_map" in kernel.name for kernel in report.kernels) >= 1
+        return aot.compile_for(step, state, x)
+
+    probing, plain = compile_step(True), compile_step(False)
+    names = [kernel.name for kernel in probing.kernels]
+    assert ["mean_attention_map" in name for name in names] == [False, True], names
+    assert not plain.kernels
+    # Of 16 maps of heads.
+    assert probing.temp_bytes - plain.temp_bytes < 2 * map_bytes
 
 
 def test_an_unproven_kernel_is_not_chosen():

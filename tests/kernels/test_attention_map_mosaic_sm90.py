@@ -33,6 +33,9 @@ class Case:
         shapes = (self.batch, T, N, self.head_dim), (self.batch, S, K, self.head_dim)
         q, k = make_normal(shapes, self.dtype)
         q = (q * self.loudness).astype(self.dtype)
+        if self.has_kv_mask:
+            # What a removed key holds has no effect.
+            k = jnp.where(self.kv_mask()[..., None, None], k, jnp.nan)
         if self.own_lse:
             return q, k, None
         f32 = (x.astype(jnp.float32) for x in (q, k, k))
@@ -57,8 +60,11 @@ CASES = {
     "causal_grouped_f16": Case(
         heads=(4, 2), lengths=(256, 256), head_dim=32, causal=True, dtype="float16"
     ),
+    "grouped_causal_key_mask": Case(heads=(4, 2), head_dim=32, causal=True, has_kv_mask=True),
     "causal_key_mask": Case(batch=2, lengths=(256, 256), causal=True, has_kv_mask=True),
     "more_keys_than_queries_wide_head": Case(lengths=(128, 256), causal=True, head_dim=128),
+    # One head in flight: the slot is used again at once.
+    "widest_head": Case(heads=(2, 1), head_dim=256, has_kv_mask=True),
     # What lies above the diagonal is exp of hundreds before it is dropped.
     "loud_causal": Case(causal=True, loudness=100.0),
     "own_lse": Case(batch=2, heads=(2, 1), causal=True, has_kv_mask=True, own_lse=True),
@@ -114,10 +120,38 @@ def _with_heads_of_another_group(q, k, **options):
     return _mean_map(q, k[:, :, ::-1], **options)
 
 
-@pytest.mark.parametrize("broken", [_without_lse, _of_one_head, _with_heads_of_another_group])
+def _of_the_sum(q, k, **options):
+    return _mean_map(q, k, **options) * q.shape[2]
+
+
+def _one_key_ahead(q, k, *, causal, **options):
+    return jnp.tril(_mean_map(q, k, **options), 1 if causal else q.shape[1])
+
+
+def _one_key_behind(q, k, *, causal, **options):
+    return jnp.tril(_mean_map(q, k, **options), -1 if causal else q.shape[1])
+
+
+def _with_removed_keys(q, k, *, kv_mask_BS, **options):
+    del kv_mask_BS
+    return _mean_map(q, jnp.nan_to_num(k), **options)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        _without_lse,
+        _of_one_head,
+        _of_the_sum,
+        _with_heads_of_another_group,
+        _one_key_ahead,
+        _one_key_behind,
+        _with_removed_keys,
+    ],
+)
 def test_a_broken_mean_is_noticed(broken):
     with pytest.raises(AssertionError, match="off by"), hopper():
-        _check(Case(heads=(4, 2), head_dim=32), broken)
+        _check(CASES["grouped_causal_key_mask"], broken)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
@@ -144,7 +178,7 @@ def test_a_repeated_call_agrees_to_the_bit_and_lse_of_minus_infinity_adds_nothin
     ("case", "message"),
     [
         (Case(dtype="float32"), "takes bfloat16 and float16, got float32"),
-        (Case(head_dim=48), r"takes head dims \(32, 64, 128\), got H=48"),
+        (Case(head_dim=48), r"takes head dims \(32, 64, 128, 256\), got H=48"),
         (Case(lengths=(192, 128)), "lengths that are multiples of 128, got T=192, S=128"),
         (Case(lengths=(128, 100)), "lengths that are multiples of 128, got T=128, S=100"),
     ],
