@@ -55,6 +55,7 @@ def test_the_kernel(setting):
     assert report.temp_bytes < MAPS_BYTES / 50
 
 
+@pytest.mark.slow
 def test_lse_comes_from_the_attention_kernel_when_it_is_not_given():
     report = _compile(64, lse=False, causal=True, implementation="mosaic_sm90")
     assert ["forward" in k.name or "mean" in k.name for k in report.kernels] == [True, True]
@@ -63,34 +64,31 @@ def test_lse_comes_from_the_attention_kernel_when_it_is_not_given():
     assert report.temp_bytes < MAPS_BYTES / 20
 
 
-def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads():
-    length, heads = 512, 4
-    map_bytes = 4 * length**2
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads(sparse):
     attention = BlockSparseAttention(
-        64 * heads, heads, max_length=length, block=BlockPattern(block_q=64, block_kv=64),
+        64 * N, N, max_length=T, block=BlockPattern(block_q=128, block_kv=128),
         dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
     )  # fmt: skip
     graphdef, state = nnx.split(attention)
-    x = jax.ShapeDtypeStruct((4, length, 64 * heads), jnp.bfloat16)
-    # As in the dense phase of a recipe, whose attention is dense whatever is named.
-    mode = AttentionMode(sparse=False, implementation="mosaic_sm90")
+    x = jax.ShapeDtypeStruct((B, T, 64 * N), jnp.bfloat16)
+    mode = AttentionMode(sparse=sparse, implementation="mosaic_sm90")
 
-    def compile_step(probe):
-        @functools.partial(jax.grad, has_aux=True, allow_int=True)
-        def step(state, x):
-            y, mean_map = jax.checkpoint(
-                lambda state, x: nnx.merge(graphdef, state)(x, mode=mode, probe=probe)
-            )(state, x)
-            return y.astype(jnp.float32).sum(), mean_map
+    @functools.partial(jax.grad, has_aux=True, allow_int=True)
+    def step(state, x):
+        y, mean_map = jax.checkpoint(
+            lambda state, x: nnx.merge(graphdef, state)(x, mode=mode, probe=True)
+        )(state, x)
+        return y.astype(jnp.float32).sum(), mean_map
 
-        return aot.compile_for(step, state, x)
-
-    probing, plain = compile_step(True), compile_step(False)
-    names = [kernel.name for kernel in probing.kernels]
-    assert ["mean_attention_map" in name for name in names] == [False, True], names
-    assert not plain.kernels
-    # Of 16 maps of heads.
-    assert probing.temp_bytes - plain.temp_bytes < 2 * map_bytes
+    report = aot.compile_for(step, state, x)
+    assert ["mean_attention_map" in k.name for k in report.kernels].count(True) == 1
+    assert ["attention_forward" in k.name for k in report.kernels].count(True) == 1 + sparse
+    for kernel in report.kernels:
+        _check_kernel(kernel)
+    # The dense attention of a recipe's first phase, whatever is named, holds maps of its own.
+    if sparse:
+        assert report.temp_bytes < MAPS_BYTES / 4
 
 
 def test_an_unproven_kernel_is_not_chosen():
