@@ -16,7 +16,8 @@ help:
 	@echo "make test       lint and the fast tests       make test-all   every test"
 	@echo "make lint       ruff and pyright              make bench      the ops' benchmarks and their tables"
 	@echo "make gpu        contracts and headline benchmarks on a GPU"
-	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles"
+	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
+	@echo "                block_sparse_matmul"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 
@@ -39,6 +40,7 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/train.stamp
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.nm_matmul
+	$(PY) -m benchmarks.block_sparse_matmul
 
 plan: $(VENV)/train.stamp $(VENV)/compile.stamp
 	PYTHONPATH=$(VENV)/compile $(PY) train.py --mode=plan --config=$(CONFIG) --target=$(TARGET) $(FLAGS)

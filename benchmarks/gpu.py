@@ -17,7 +17,7 @@ from benchmarks.environment import ROOT
 
 BUDGET_SECONDS = 540.0
 CONTRACT_SECONDS = 300.0
-PARTS = ("attention", "nm_matmul", "fst_gpt2")
+PARTS = ("attention", "nm_matmul", "block_sparse_matmul", "fst_gpt2")
 SWEEPS = (*PARTS, "nm_matmul_tiles")
 
 

@@ -104,7 +104,7 @@ def plot_costs(methods: Results, timing: Results, path: pathlib.Path) -> None:
     figure = Figure(figsize=(7, 8), layout="constrained")
     by_flops, by_time = figure.subplots(2, 1, sharey=True)
     timed = _group(timing)
-    colors = colormaps["tab10"].colors
+    colors = colormaps["tab10"](range(10))
     for color, (row, runs) in zip(colors, _group(methods).items(), strict=False):
         curves = [run["curves"] for run in runs]
         steps = [step for step, _ in curves[0]["validation_loss"]]

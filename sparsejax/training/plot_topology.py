@@ -83,14 +83,13 @@ def plot_topology(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLike)
         panel.spines[["top", "right"]].set_visible(False)
         for row in phases[1:]:
             panel.axvline(row["step"], color="#6E6E6E", linestyle="--", linewidth=1)
-    for row in phases:
+    for number, row in enumerate(phases):
         sparsity.annotate(
             row["phase"],
             (row["step"], 1),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -2),
+            xytext=(0, 3 + 11 * (number % 2)),
             textcoords="offset points",
-            va="top",
             fontsize="small",
             color="#6E6E6E",
         )

@@ -4,6 +4,7 @@ import collections
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pallas_kernels.block_sparse_matmul import mosaic_sm90_kernel
 _matmul = functools.partial(block_sparse_matmul, implementation="mosaic_sm90")
 
 
-def _struct(*shape, dtype="bfloat16"):
+def _struct(*shape: int, dtype: Any = "bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

@@ -1,7 +1,6 @@
 """The Hopper kernels of `block_sparse_matmul`: interpreted, or on a GPU where there is one."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -133,18 +132,13 @@ def test_chosen_tiles_fit(blocks, num_rows):
         assert stages * (plan.lhs.num_bytes + plan.rhs.num_bytes) < SHARED_MEMORY_BYTES
 
 
-def _missing(monkeypatch, number):
-    miss_barrier(monkeypatch, number)
-    return functools.partial(check_rows, 128, (64, 64), np.ones((9, 1)), planned_for=9)
-
-
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
 @pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
     # Awaited in the order: a slot that is filled again, all slots at the end, a tile to multiply.
-    check = _missing(monkeypatch, missing)
+    miss_barrier(monkeypatch, missing)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-        check()
+        check_rows(128, (64, 64), np.ones((9, 1)), planned_for=9)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
@@ -167,25 +161,25 @@ def _lists_of_other_owners(monkeypatch):
 
 def _first_half_of_each_block(monkeypatch):
     make = mosaic_sm90.make_row_plan
-    monkeypatch.setattr(
-        mosaic_sm90, "make_row_plan", lambda *args, **kw: make(*args, **kw)._replace(
-            steps_per_entry=1
-        ),
-    )  # fmt: skip
+
+    def broken(*args, **options):
+        return make(*args, **options)._replace(steps_per_entry=1)
+
+    monkeypatch.setattr(mosaic_sm90, "make_row_plan", broken)
 
 
 def _half_of_the_tokens(monkeypatch):
     make = mosaic_sm90.make_gradient_plan
 
+    def read_as_the_first(tile):
+        def find(row_tile, owner, entry, piece, part):
+            return tile.find(row_tile, owner, entry, piece, 0)
+
+        return tile._replace(find=find)
+
     def broken(*args):
         plan = make(*args)
-        # One warpgroup reads what the other does.
-        return plan._replace(
-            **{
-                side: tile._replace(find=lambda *a, tile=tile: tile.find(*a[:-1], 0))
-                for side, tile in (("lhs", plan.lhs), ("rhs", plan.rhs))
-            }
-        )
+        return plan._replace(lhs=read_as_the_first(plan.lhs), rhs=read_as_the_first(plan.rhs))
 
     monkeypatch.setattr(mosaic_sm90, "make_gradient_plan", broken)
 
