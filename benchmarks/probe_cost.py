@@ -3,8 +3,9 @@
     python -m benchmarks.probe_cost [--headline] [--force] [--budget-seconds=N]
 
 Timed are whole steps of an encoder of the shape of Long Range Arena (4 layers, width 64, 2 heads),
-dense, state donated: one that probes for each method, and one that does
-not probe. What a probe costs is the difference. SAT as published pays it in every step.
+dense, state donated: one that probes for each method, and one that does not probe. On a Hopper GPU
+a second set of points names the kernel that adds up the maps. What a probe costs is the difference.
+SAT as published pays it in every step.
 """
 
 import functools
@@ -24,6 +25,7 @@ from benchmarks.steps import (
 )
 from benchmarks.targets import Target, seconds_of
 from configs import base
+from pallas_kernels import Implementation
 from sparsejax.training.config import (
     TrainConfig,
     make_recipe,
@@ -43,11 +45,13 @@ class Problem(NamedTuple):
       length: int, positions.
       batch: int, examples.
       dtype: str, of activations.
+      implementation: what runs the probe; None for what a run gets that names nothing.
     """
 
     length: int
     batch: int
     dtype: str = "float32"
+    implementation: Implementation | None = None
 
     def key(self) -> dict[str, str | int]:
         """Return the settings as a key of the results.
@@ -55,7 +59,7 @@ class Problem(NamedTuple):
         Returns:
           dict.
         """
-        return dict(self._asdict())
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def config(self, method: str) -> TrainConfig:
         """Return the settings of a run.
@@ -96,7 +100,15 @@ def make_case(problem: Problem) -> Case:
         )
         recipe = make_recipe(config, model)
         optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-        return make_step_call(model, recipe, recipe.phases[0], optimizer, batch, probes=probes)
+        return make_step_call(
+            model,
+            recipe,
+            recipe.phases[0],
+            optimizer,
+            batch,
+            probes=probes,
+            implementation=problem.implementation,
+        )
 
     calls = {PLAIN: make_call("dense", False)}
     calls |= {method: make_call(method, True) for method in METHODS}
@@ -114,6 +126,7 @@ def _percent(name: str, per: int = 1):
 COLUMNS = (
     Column("positions", lambda r: str(r["key"]["length"])),
     Column("batch", lambda r: str(r["key"]["batch"])),
+    Column("probe on", lambda r: r["key"].get("implementation"), optional=True),
     Column("dense step, ms", lambda r: f"{1e3 * seconds_of(r, PLAIN):.1f}"),
     Column("SPION's probe, of a dense step", _percent("spion")),
     Column("every 100 steps", _percent("spion", 100)),
@@ -143,11 +156,12 @@ TARGETS = (
 )
 
 
-def list_problems(platform: str, *, headline: bool) -> list[Problem]:
+def list_problems(platform: str, capability: str = "", *, headline: bool) -> list[Problem]:
     """Return what is measured.
 
     Args:
       platform: str, of the device.
+      capability: str, compute capability of a GPU; the Hopper kernel runs on 9.
       headline: bool, only the first point.
 
     Returns:
@@ -157,6 +171,8 @@ def list_problems(platform: str, *, headline: bool) -> list[Problem]:
         problems = [Problem(2048, 4), Problem(4096, 1)]
     else:
         problems = [Problem(2048, 32, "bfloat16"), Problem(4096, 16, "bfloat16")]
+        if capability.startswith("9."):
+            problems += [p._replace(implementation="mosaic_sm90") for p in problems]
     return problems[:1] if headline else problems
 
 
@@ -170,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       int, exit code: 0 if every step trained. A missed target is no error.
     """
     parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
-    problems = list_problems(jax.devices()[0].platform, headline=parsed.pop("headline"))
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    problems = list_problems(device.platform, capability, headline=parsed.pop("headline"))
     points = [Point(p.key(), functools.partial(make_case, p)) for p in problems]
     return run_and_evaluate("probe_cost", points, COLUMNS, TARGETS, **parsed)
 

@@ -1,3 +1,3 @@
-"""The softmax map of attention, averaged over batch and heads."""
+"""The softmax map averaged over batch and heads."""
 
 from pallas_kernels.attention_map.op import mean_attention_map as mean_attention_map

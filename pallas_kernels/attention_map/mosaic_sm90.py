@@ -1,14 +1,14 @@
-"""The averaged softmax map on Hopper tensor cores.
+"""The mean softmax map on Hopper tensor cores.
 
-A program owns 128 by 128 entries of the map. Two warpgroups hold 64 rows of the sum each in
-registers while all heads of all examples pass by: a third copies queries, keys and the softmax's
-denominators ahead of them into a ring. So the work is one product of queries and keys, and what
-goes to memory is one map.
+A program owns a tile of the result, [128 queries, 128 keys], and keeps its sum in registers while
+it goes through all examples and heads: two warpgroups compute, 64 queries each, and a third copies
+the queries, keys and lse of the next heads to shared memory ahead of them. Nothing of a single
+head's map is written.
 
 Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,6 +16,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention.mosaic_sm90_program import (
+    COMPUTE_REGISTERS,
+    COPY_REGISTERS,
+)
 from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -25,156 +30,178 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     multiply,
     zeros,
 )
-from pallas_kernels.dispatch import check_hopper
+from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import NUM_COMPUTE, ROWS
 
-TILE = 128
-"""Queries and keys of a program's part of the map."""
-_ROWS, _NUM_COMPUTE = 64, 2
-_HEAD_DIMS = (64, 128)
-# Registers per thread: a copying thread needs few.
-_COMPUTE_REGISTERS, _COPY_REGISTERS = 240, 24
+HEAD_DIMS = (32, 64, 128, 256)
+TILE = NUM_COMPUTE * ROWS
+# Heads in flight: queries and keys of one take 64 KB at H = 128, 128 KB at H = 256.
+_MOST_STAGES = 3
+# Tiles of queries that are taken together before the next tile of keys, for the cache.
+_GROUP = 8
 
 
 def mean_attention_map_mosaic_sm90(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
-    kv_mask_BS: jax.Array | None,
-    lse_BTN: jax.Array,
     *,
-    causal: bool,
+    causal: bool = False,
+    kv_mask_BS: jax.Array | None = None,
+    lse: jax.Array | None = None,
 ) -> jax.Array:
-    """Launch the kernel.
+    """Average the maps of all heads, tile by tile of the result.
+
+    A = 1/(B N) sum_bn exp(q_bn k_bn^T / sqrt(H) - lse_bn)
+
+    Without `lse` the forward kernel of block-sparse attention computes it first: one more product
+    of queries and keys, one with keys in place of values, and an output like q that is dropped.
 
     Args:
       q_BTNH: bf16 or f16[B, T, N, H].
-      k_BSKH: [B, S, K, H].
-      kv_mask_BS: bool[B, S] or None.
-      lse_BTN: f32[B, T, N]; -inf where a query sees no key.
-      causal: bool.
+      k_BSKH: [B, S, K, H], K divides N.
+      causal: bool, query t sees keys 0..t.
+      kv_mask_BS: bool[B, S] or None, False removes a key.
+      lse: f32[B, T, N] or None: it is computed.
 
     Returns:
       f32[T, S].
 
     Raises:
-      NotImplementedError: if the device, a type or a size is another.
+      NotImplementedError: with the reason.
+
+    Numerics:
+      Products accumulate in f32; scores, exponentials and sums are f32, in one order: a repeated
+      call agrees to the bit.
     """
-    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-    _check(q_BTNH, T, S, H)
-    # A query without a key: 2^(s - inf) = 0.
-    lse_BNT = jnp.where(jnp.isneginf(lse_BTN), jnp.inf, lse_BTN * LOG2_E).swapaxes(1, 2)
-    stages = 3 if H == 64 else 2
-    names = ["q", "k", "lse"] + ["kv_mask"] * (kv_mask_BS is not None)
+    _check(q_BTNH, k_BSKH)
+    if lse is None:
+        _, lse = block_sparse_attention(
+            q_BTNH,
+            k_BSKH,
+            k_BSKH,
+            None,
+            block_q=TILE,
+            block_kv=TILE,
+            causal=causal,
+            kv_mask=kv_mask_BS,
+            return_lse=True,
+            implementation="mosaic_sm90",
+        )
+    # A row that sees nothing has no probabilities: exp(s - inf) = 0.
+    lse2_BNT = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf).swapaxes(1, 2)
+    arrays = {"q": q_BTNH, "k": k_BSKH, "lse": lse2_BNT}
+    if kv_mask_BS is not None:
+        arrays["kv_mask"] = kv_mask_BS.astype(jnp.int32)
+    return _launch(arrays, causal=causal)
+
+
+def _check(q, k):
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {q.dtype}")
+    if q.shape[3] not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"the Hopper kernel takes head dims {HEAD_DIMS}, got H={q.shape[3]}"
+        )
+    if q.shape[1] % TILE or k.shape[1] % TILE:
+        raise NotImplementedError(
+            f"the Hopper kernel takes lengths that are multiples of {TILE}, "
+            f"got T={q.shape[1]}, S={k.shape[1]}"
+        )
+
+
+def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
+    B, T, N, H = arrays["q"].shape
+    S, K = arrays["k"].shape[1:3]
+    dtype = arrays["q"].dtype
+    grid = T // TILE, S // TILE
+    scale = H**-0.5 * LOG2_E
+    stages = 1 if H > 128 else _MOST_STAGES
+    shapes = {
+        "q": matrix_smem((stages, TILE, H), dtype),
+        "k": matrix_smem((stages, TILE, H), dtype),
+        "lse": plgpu.SMEM((stages, TILE), jnp.float32),
+        "kv_mask": plgpu.SMEM((stages, TILE), jnp.int32),
+    }
+    rings = [shapes[name] for name in arrays]
+    full = plgpu.Barrier(num_arrivals=len(arrays), num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=stages)
 
     def kernel(*refs):
-        gmem = dict(zip(names, refs, strict=False))
-        map_gmem = refs[len(names)]
-        smem = dict(zip(scratch, refs[len(names) + 1 :], strict=True))
-        row, column = lax.axis_index("row") * TILE, lax.axis_index("column") * TILE
+        gmem = dict(zip(arrays, refs, strict=False))
+        out_gmem = refs[len(arrays)]
+        smem = dict(zip(arrays, refs[len(arrays) + 1 :], strict=False))
+        full, free = refs[-2:]
+        tile = plgpu.planar_snake(lax.axis_index("tile"), grid, 0, _GROUP)
+        query, key = (pl.multiple_of(x * TILE, TILE) for x in tile)
+        # A tile above the diagonal is zeros.
+        num_steps = jnp.where(query >= key, B * N, 0) if causal else jnp.int32(B * N)
         warpgroup = lax.axis_index("warpgroup")
-        count = jnp.int32(B * N)
-        if causal:
-            count = jnp.where(column > row, 0, count)
 
-        @pl.when(warpgroup == _NUM_COMPUTE)
+        def copy_step(step, _):
+            slot = lax.rem(step, jnp.int32(stages))
+
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(free.at[slot])
+
+            example, head = lax.div(step, jnp.int32(N)), lax.rem(step, jnp.int32(N))
+            queries, keys = pl.ds(query, TILE), pl.ds(key, TILE)
+            places = {
+                "q": (example, queries, head),
+                "k": (example, keys, lax.div(head, jnp.int32(N // K))),
+                "lse": (example, head, queries),
+                "kv_mask": (example, keys),
+            }
+            for name, ref in gmem.items():
+                plgpu.copy_gmem_to_smem(ref.at[places[name]], smem[name].at[slot], full.at[slot])
+
+        @pl.when(warpgroup == NUM_COMPUTE)
         def _copy():
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-
-            def copy_head(step, _):
-                slot = lax.rem(step, jnp.int32(stages))
-                example, head = lax.div(step, jnp.int32(N)), lax.rem(step, jnp.int32(N))
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(smem["free"].at[slot])
-
-                queries = pl.ds(pl.multiple_of(row, TILE), TILE)
-                keys = pl.ds(pl.multiple_of(column, TILE), TILE)
-                tiles = {
-                    "q": gmem["q"].at[example, queries, head],
-                    "k": gmem["k"].at[example, keys, lax.div(head, jnp.int32(N // K))],
-                    "lse": gmem["lse"].at[example, head, queries],
-                }
-                if kv_mask_BS is not None:
-                    tiles["kv_mask"] = gmem["kv_mask"].at[example, keys]
-                for name, tile in tiles.items():
-                    plgpu.copy_gmem_to_smem(tile, smem[name].at[slot], smem["full"].at[slot])
-
-            lax.fori_loop(0, count, copy_head, None)
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            lax.fori_loop(0, num_steps, copy_step, None)
 
             def drain(step, _):
-                plgpu.barrier_wait(smem["free"].at[lax.rem(step, jnp.int32(stages))])
+                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
 
             # So that no barrier is left with an arrival nobody waited for.
-            lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+            lax.fori_loop(jnp.maximum(num_steps - stages, 0), num_steps, drain, None)
 
-        @pl.when(warpgroup < _NUM_COMPUTE)
+        def add_step(step, acc, *, rows):
+            slot = lax.rem(step, jnp.int32(stages))
+            plgpu.barrier_wait(full.at[slot])
+            s = multiply(smem["q"].at[slot, rows], smem["k"].at[slot].transpose((1, 0)))
+            lse = plgpu.load(smem["lse"].at[slot, rows], layout=BY_ROW)
+            present = None
+            if "kv_mask" in smem:
+                present = plgpu.load(smem["kv_mask"].at[slot], layout=BY_COLUMN)
+            plgpu.barrier_arrive(free.at[slot])
+            p = jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
+            if present is not None:
+                p = jnp.where(lax.broadcast_in_dim(present, s.shape, [1]) != 0, p, 0.0)
+            return acc + p
+
+        @pl.when(warpgroup < NUM_COMPUTE)
         def _compute():
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-            own = pl.ds(pl.multiple_of(warpgroup * _ROWS, _ROWS), _ROWS)
-
-            def add_head(step, total):
-                slot = lax.rem(step, jnp.int32(stages))
-                plgpu.barrier_wait(smem["full"].at[slot])
-                s = multiply(smem["q"].at[slot, own], smem["k"].at[slot].transpose((1, 0)))
-                lse = plgpu.load(smem["lse"].at[slot, own], layout=BY_ROW)
-                p = jnp.exp2(s * (H**-0.5 * LOG2_E) - lax.broadcast_in_dim(lse, s.shape, [0]))
-                if kv_mask_BS is not None:
-                    seen = plgpu.load(smem["kv_mask"].at[slot], layout=BY_COLUMN)
-                    p = jnp.where(lax.broadcast_in_dim(seen, s.shape, [1]) != 0, p, 0.0)
-                plgpu.barrier_arrive(smem["free"].at[slot])
-                return total + p
-
-            total = lax.fori_loop(0, count, add_head, zeros((_ROWS, TILE))) / (B * N)
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            first = pl.multiple_of(warpgroup * ROWS, ROWS)
+            add = functools.partial(add_step, rows=pl.ds(first, ROWS))
+            acc = lax.fori_loop(0, num_steps, add, zeros((ROWS, TILE)))
             if causal:
-                # Once for all heads: what a key ahead has added, however large, is dropped.
-                q_at, kv_at = (
-                    plgpu.broadcasted_iota(jnp.int32, total.shape, axis, layout=LAYOUT) + start
-                    for axis, start in ((0, row + warpgroup * _ROWS), (1, column))
+                # Once for all heads: what stands above the diagonal, infinity too, is dropped.
+                q_at, k_at = (
+                    plgpu.broadcasted_iota(jnp.int32, acc.shape, axis, layout=LAYOUT) + start
+                    for axis, start in ((0, query + first), (1, key))
                 )
-                total = jnp.where(q_at >= kv_at, total, 0.0)
-            staging = smem["staging"].at[warpgroup]
-            staging[...] = total
-            plgpu.commit_smem()
-            start = pl.multiple_of(row + warpgroup * _ROWS, _ROWS)
-            across = pl.ds(pl.multiple_of(column, TILE), TILE)
-            plgpu.copy_smem_to_gmem(staging, map_gmem.at[pl.ds(start, _ROWS), across])
-            plgpu.wait_smem_to_gmem(0)
+                acc = jnp.where(q_at >= k_at, acc, 0.0)
+            out_gmem[pl.ds(query + first, ROWS), pl.ds(key, TILE)] = acc * (1 / (B * N))
 
-    scratch: dict[str, Any] = {
-        "q": matrix_smem((stages, TILE, H), q_BTNH.dtype),
-        "k": matrix_smem((stages, TILE, H), q_BTNH.dtype),
-        "lse": plgpu.SMEM((stages, TILE), jnp.float32),
-    }
-    operands = [q_BTNH, k_BSKH, lse_BNT]
-    if kv_mask_BS is not None:
-        scratch["kv_mask"] = plgpu.SMEM((stages, TILE), jnp.int32)
-        operands.append(kv_mask_BS.astype(jnp.int32))
-    scratch |= {
-        "staging": plgpu.SMEM((_NUM_COMPUTE, _ROWS, TILE), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=_NUM_COMPUTE, num_barriers=stages),
-    }
     kernel.__name__ = "mean_attention_map"
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((T, S), jnp.float32),
-        scratch_types=list(scratch.values()),
-        grid=(T // TILE, S // TILE),
-        grid_names=("row", "column"),
-        num_threads=_NUM_COMPUTE + 1,
+        scratch_types=[*rings, full, free],
+        grid=(grid[0] * grid[1],),
+        grid_names=("tile",),
+        num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands)
-
-
-def _check(q_BTNH, T, S, H):
-    check_hopper()
-    name = "implementation='mosaic_sm90' of mean_attention_map"
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{name} takes bfloat16 and float16, got {q_BTNH.dtype}")
-    if H not in _HEAD_DIMS:
-        raise NotImplementedError(f"{name} takes head dims {_HEAD_DIMS}, got {H}")
-    if T % TILE or S % TILE:
-        raise NotImplementedError(
-            f"{name} takes lengths in multiples of {TILE}, got {T} queries and {S} keys"
-        )
+    )(*arrays.values())

@@ -1,12 +1,11 @@
-"""The softmax map of attention, averaged over batch and heads.
+"""The softmax map averaged over batch and heads, which is never held for a single head.
 
-  A = 1/(B N) sum_bn softmax(q_bn k_bn^T / sqrt(H))
-
-What methods look at that learn a sparsity pattern. The maps of single heads are never held.
+  A = 1/(B N) sum_bn exp(q_bn k_bn^T / sqrt(H) - lse_bn)
 
 Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
 
+import logging
 from typing import Literal, get_args
 
 import jax
@@ -14,13 +13,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention_map.mosaic_sm90 import mean_attention_map_mosaic_sm90
 from pallas_kernels.attention_map.reference import mean_attention_map_reference
-from pallas_kernels.attention_map.xla import log_sum_exp, mean_attention_map_xla
-from pallas_kernels.dispatch import check_implementation
+from pallas_kernels.attention_map.xla import mean_attention_map_xla
+from pallas_kernels.dispatch import check_hopper, check_implementation, target_platform
 
-type MapImplementation = Literal["mosaic_sm90", "xla", "reference"]
+type AttentionMapImplementation = Literal["mosaic_sm90", "xla", "reference"]
 """Names a caller may pass as `implementation`."""
 
-_IMPLEMENTATIONS: tuple[str, ...] = get_args(MapImplementation.__value__)
+_IMPLEMENTATIONS: tuple[str, ...] = get_args(AttentionMapImplementation.__value__)
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+_logger = logging.getLogger(__name__)
 
 
 def mean_attention_map(
@@ -29,69 +31,93 @@ def mean_attention_map(
     *,
     causal: bool = False,
     kv_mask_BS: jax.Array | None = None,
-    lse_BTN: jax.Array | None = None,
-    implementation: MapImplementation | None = None,
+    lse: jax.Array | None = None,
+    implementation: AttentionMapImplementation | None = None,
 ) -> jax.Array:
     """Average the softmax map over batch and heads.
 
-    A = 1/(B N) sum_bn exp(q_bn k_bn^T / sqrt(H) - lse_bn)
+    A = 1/(B N) sum_bn exp(s_bn - lse_bn),  s = q k^T / sqrt(H),  lse_t = log sum_s exp(s_ts)
+
+    A measurement of the model: no gradient passes.
 
     Args:
-      q_BTNH: float[B, T, N, H].
-      k_BSKH: float[B, S, K, H], dtype of q, K divides N. No gradient.
-      causal: bool, a query sees keys at its position and before.
-      kv_mask_BS: bool[B, S], True = visible; None = all.
-      lse_BTN: f32[B, T, N], what `block_sparse_attention(return_lse=True)` returned for these
-        inputs with every block kept, for "mosaic_sm90", which computes it otherwise by one more
-        product of queries and keys; the others have no use for it. It is not compared with them.
-      implementation: "xla", rows streamed; "reference", all maps in memory; "mosaic_sm90", tiles of
-        A that stay in registers while heads pass by, on a Hopper GPU, for bf16 and f16, head dims
-        64 and 128 and lengths in multiples of 128; or None, which is "xla" until the kernel was run
-        on a GPU. A named one runs or raises.
+      q_BTNH: float[B, T, N, H], queries, in f32, bf16 or f16.
+      k_BSKH: float[B, S, K, H], keys, dtype of q; K divides N (grouped queries).
+      causal: bool, query t sees keys 0..t, counted from the start of both sequences.
+      kv_mask_BS: bool[B, S], True = visible; None = all. What a removed key holds, NaN too, has no
+        effect.
+      lse: f32[B, T, N], as `block_sparse_attention(..., return_lse=True)` returns it where every
+        block is kept and `causal` and `kv_mask` are those of this call; None: it is computed.
+      implementation: "xla", a few rows at a time; "reference", every map written out, in f32;
+        "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16, head dims 32, 64, 128 and 256
+        and lengths that are multiples of 128; or None, which is "xla" until the kernel was run on a
+        GPU. A named one runs or raises. Without `lse` the kernel costs a forward pass of attention
+        more.
 
     Returns:
       f32[T, S]; each row sums to 1 if every query sees a key. A query of an example that sees no
       key has no distribution and adds nothing.
 
     Raises:
-      ValueError: if a shape or dtype is not as described, or the name is unknown.
+      ValueError: if a shape, dtype or option is not as described, or the name is unknown.
       NotImplementedError: if `implementation` names a backend that does not run on the device, or
-        not with these shapes or types.
+        not with these shapes or types; the message says which.
 
     Numerics:
-      Scores, softmax and sums are f32.
+      Products accumulate in f32; scores, softmax and sums are f32. Products of f32 follow
+      `jax_default_matmul_precision`, but for "reference", which computes in full f32.
+
+    References:
+      SPION, arXiv:2309.12578, and SAT, doi:10.1109/ACCESS.2024.3425638, look for their patterns in
+      this map.
 
     Example:
-      >>> q = jnp.zeros((1, 2, 1, 4))
-      >>> mean_attention_map(q, q, causal=True).tolist()
-      [[1.0, 0.0], [0.5, 0.5]]
+      >>> q = k = jnp.ones((2, 4, 3, 8))
+      >>> mean_attention_map(q, k, causal=True)[1].tolist()
+      [0.5, 0.5, 0.0, 0.0]
     """
-    _check(q_BTNH, k_BSKH, kv_mask_BS, lse_BTN)
+    _check(q_BTNH, k_BSKH, causal, kv_mask_BS, lse)
+    chosen = _choose(implementation)
+    q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))
+    options = {"causal": causal, "kv_mask_BS": kv_mask_BS, "lse": lse}
+    if chosen == "reference":
+        return mean_attention_map_reference(q_BTNH, k_BSKH, **options)
+    if chosen == "xla":
+        return mean_attention_map_xla(q_BTNH, k_BSKH, **options)
+    check_hopper()
+    return mean_attention_map_mosaic_sm90(q_BTNH, k_BSKH, **options)
+
+
+def _choose(implementation: AttentionMapImplementation | None) -> AttentionMapImplementation:
     if implementation is not None:
         check_implementation(implementation, _IMPLEMENTATIONS)
-    operands = jax.lax.stop_gradient(q_BTNH), jax.lax.stop_gradient(k_BSKH)
-    if implementation == "reference":
-        return mean_attention_map_reference(*operands, kv_mask_BS, causal=causal)
-    if implementation in (None, "xla"):
-        return mean_attention_map_xla(*operands, kv_mask_BS, causal=causal)
-    if lse_BTN is None:
-        lse_BTN = log_sum_exp(*operands, kv_mask_BS, causal=causal)
-    return mean_attention_map_mosaic_sm90(*operands, kv_mask_BS, lse_BTN, causal=causal)
+        return implementation
+    _logger.debug("mean_attention_map: chose 'xla' on %s", target_platform())
+    return "xla"
 
 
-def _check(q_BTNH, k_BSKH, kv_mask_BS, lse_BTN):
-    shapes = f"{q_BTNH.shape=}, {k_BSKH.shape=}"
-    if q_BTNH.ndim != 4 or k_BSKH.ndim != 4 or q_BTNH.shape[::3] != k_BSKH.shape[::3]:
-        raise ValueError(f"q must be [B, T, N, H] and k [B, S, K, H], got {shapes}")
-    if q_BTNH.shape[2] % k_BSKH.shape[2]:
-        raise ValueError(f"the heads of k must divide those of q, got {shapes}")
-    if q_BTNH.dtype != k_BSKH.dtype or not jnp.issubdtype(q_BTNH.dtype, jnp.floating):
+def _check(q, k, causal, kv_mask, lse):
+    for name, x, axes in (("q_BTNH", q, "[B, T, N, H]"), ("k_BSKH", k, "[B, S, K, H]")):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be {axes} and not empty, got {list(x.shape)}")
+    if q.dtype not in _DTYPES or k.dtype != q.dtype:
         raise ValueError(
-            f"q and k must share a floating dtype, got {q_BTNH.dtype=}, {k_BSKH.dtype=}"
+            "q_BTNH and k_BSKH must share one of float32, bfloat16, float16, "
+            f"got {q.dtype} and {k.dtype}"
         )
-    B, S = k_BSKH.shape[:2]
-    if kv_mask_BS is not None and (kv_mask_BS.shape != (B, S) or kv_mask_BS.dtype != jnp.bool_):
-        got = f"{kv_mask_BS.dtype}{list(kv_mask_BS.shape)}"
-        raise ValueError(f"kv_mask_BS must be bool{[B, S]} or None, got {got}")
-    if lse_BTN is not None and lse_BTN.shape != q_BTNH.shape[:3]:
-        raise ValueError(f"lse_BTN must be f32{list(q_BTNH.shape[:3])}, got {lse_BTN.shape=}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "q_BTNH and k_BSKH must share B and H, and key heads divide query heads, "
+            f"got {list(q.shape)} and {list(k.shape)}"
+        )
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be a bool, got {causal=!r}")
+    for name, x, dtype, shape in (
+        ("kv_mask_BS", kv_mask, jnp.bool_, k.shape[:2]),
+        ("lse", lse, jnp.float32, q.shape[:3]),
+    ):
+        if x is not None and (x.dtype != dtype or x.shape != shape):
+            raise ValueError(
+                f"{name} must be {jnp.dtype(dtype)}{list(shape)} or None, "
+                f"got {x.dtype}{list(x.shape)}"
+            )

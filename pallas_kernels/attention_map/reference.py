@@ -1,4 +1,4 @@
-"""The averaged softmax map as its equation, in f32, with the map of every head in memory.
+"""The mean softmax map as its equation, in f32: the oracle.
 
 Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
@@ -8,27 +8,42 @@ import jax.numpy as jnp
 
 
 def mean_attention_map_reference(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, kv_mask_BS: jax.Array | None, *, causal: bool
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    kv_mask_BS: jax.Array | None = None,
+    lse: jax.Array | None = None,
 ) -> jax.Array:
-    """Average the softmax maps of all examples and heads.
+    """Average the maps of all heads, writing out every one.
+
+    A = 1/(B N) sum_bn exp(s_bn - lse_bn),  s = q k^T / sqrt(H),  lse_t = log sum_s exp(s_ts)
 
     Args:
       q_BTNH: float[B, T, N, H].
       k_BSKH: float[B, S, K, H], K divides N.
-      kv_mask_BS: bool[B, S] or None.
-      causal: bool.
+      causal: bool, query t sees keys 0..t.
+      kv_mask_BS: bool[B, S] or None, False removes a key.
+      lse: f32[B, T, N] or None: it is computed.
 
     Returns:
       f32[T, S].
     """
-    q_BTNH = q_BTNH.astype(jnp.float32)
-    k_BSNH = jnp.repeat(k_BSKH.astype(jnp.float32), q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, precision="highest")
-    scores_BNTS *= q_BTNH.shape[3] ** -0.5
-    visible_BNTS = jnp.ones(scores_BNTS.shape, bool)
+    k_BSNH = jnp.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
+    s_BNTS = jnp.einsum(
+        "BTNH,BSNH->BNTS",
+        q_BTNH.astype(jnp.float32),
+        k_BSNH.astype(jnp.float32),
+        precision="highest",
+    )
+    s_BNTS /= q_BTNH.shape[3] ** 0.5
+    visible = jnp.ones((1, 1, *s_BNTS.shape[2:]), bool)
     if causal:
-        visible_BNTS = jnp.tril(visible_BNTS)
+        visible = jnp.tril(visible)
     if kv_mask_BS is not None:
-        visible_BNTS &= kv_mask_BS[:, None, None]
-    map_BNTS = jax.nn.softmax(scores_BNTS, where=visible_BNTS)
-    return jnp.where(visible_BNTS, map_BNTS, 0.0).mean((0, 1))
+        visible &= kv_mask_BS[:, None, None, :]
+    s_BNTS = jnp.where(visible, s_BNTS, -jnp.inf)
+    lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1) if lse is None else lse.swapaxes(1, 2)
+    # A row that sees nothing has lse -inf, and a map of 0.
+    lse_BNT = jnp.where(lse_BNT > -jnp.inf, lse_BNT, jnp.inf)
+    return jnp.exp(s_BNTS - lse_BNT[..., None]).mean((0, 1))

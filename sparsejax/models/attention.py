@@ -30,8 +30,8 @@ class AttentionMode(NamedTuple):
     Attributes:
       sparse: bool, False attends everywhere and ignores the masks.
       pruned_logits: "masked" or "zero", how pruned blocks count in the softmax.
-      implementation: which kernel runs sparse attention, None for the best on the device. Probes
-        follow it where it is "mosaic_sm90".
+      implementation: which kernel runs sparse attention, None for the best on the device;
+        "mosaic_sm90" also runs the probe, whatever attention the phase has.
       position_mask: (T) -> bool[T, T], True = kept, positions attended to instead of blocks of the
         masks; dense products, masked. None attends to blocks.
     """

@@ -18,6 +18,17 @@ def test_a_step_without_and_steps_with_probes_are_timed():
     assert len(losses) > 1, "a call goes on from where the one before has come"
 
 
+def test_a_hopper_gpu_measures_the_kernel_too():
+    everywhere = probe_cost.list_problems("gpu", "8.0", headline=False)
+    hopper = probe_cost.list_problems("gpu", "9.0", headline=False)
+    assert hopper == everywhere + [p._replace(implementation="mosaic_sm90") for p in everywhere]
+    assert "implementation" not in everywhere[0].key()
+    # It is the step that probes that needs the GPU, and it is not there.
+    case = probe_cost.make_case(hopper[-1]._replace(length=384, batch=1))
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        case.foreign["sat"].call()
+
+
 def test_the_cost_of_a_probe_is_what_its_step_takes_longer():
     seconds = {"no probe": 1.0, "spion": 1.3, "sat": 1.5}
     values = {name: {"median_seconds": s} for name, s in seconds.items()}

@@ -9,8 +9,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-# Races are only printed, and an exception leaves the interpreter unusable: neither has a public
-# name.
+# Races are only printed, and an exception leaves the interpreter and the tokens that order its
+# callbacks unusable: none has a public name.
+from jax._src import dispatch
 from jax._src.pallas.mosaic_gpu.interpret import (
     gpu_callbacks,
     interpret_pallas_call,
@@ -55,6 +56,7 @@ def hopper():
             jax.effects_barrier()
         assert not any(state.races_found for state in races), "the interpreter saw a race"
     finally:
+        dispatch.runtime_tokens.clear()
         interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 

@@ -52,7 +52,7 @@ def plain_attention(q, k, v, mask, *, block_q, block_kv, causal, kv_mask, segmen
 
 
 def softmax_maps(q_BTNH, k_BSKH, visible_BTS):
-    """f64[B, N, T, S] straight from the definition; rows that see nothing are zero."""
+    """Return f64[B, N, T, S] straight from the definition; rows that see nothing are zero."""
     k_BSNH = np.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
     scores = np.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, dtype=np.float64)
     weights = np.exp(scores / q_BTNH.shape[3] ** 0.5) * visible_BTS[:, None]

@@ -150,6 +150,24 @@ def test_assigning_the_mask_of_a_module_prunes():
     assert isinstance(nnx.state(layer, SparsityMask)["attention"]["block_mask"], SparsityMask)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_probe_runs_on_the_kernel_that_is_named_for_attention(sparse):
+    attention = BlockSparseAttention(
+        64, 2, max_length=128, block=BlockPattern(block_q=64, block_kv=64), causal=True,
+        dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jnp.ones((1, 128, 64), jnp.bfloat16)
+
+    def find_shape(implementation):
+        mode = AttentionMode(sparse=sparse, implementation=implementation)
+        return jax.eval_shape(lambda x: attention(x, mode=mode, probe=True)[1], x).shape
+
+    assert [find_shape(name) for name in (None, "xla", "dense", "reference")] == [(128, 128)] * 4
+    # There is no Hopper GPU here; dense attention does not need one.
+    with pytest.raises(NotImplementedError, match="'mosaic_sm90' needs a Hopper GPU"):
+        find_shape("mosaic_sm90")
+
+
 class MyAttention(nnx.Module):
     """Attention of somebody's own model, on the bare op."""
 

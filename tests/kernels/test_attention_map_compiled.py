@@ -1,0 +1,95 @@
+"""The mean softmax map compiled for an H200 without one: one sum in registers, no maps of heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pallas_kernels import aot, mean_attention_map
+from sparsejax.models import AttentionMode, BlockSparseAttention
+from sparsejax.patterns import BlockPattern
+
+B, T, N = 4, 2048, 8
+MAPS_BYTES = 4 * B * N * T * T
+
+
+def _compile(head_dim, *, group=1, kv_mask=False, lse=True, dtype="bfloat16", **options):
+    arguments = {
+        "q_BTNH": jax.ShapeDtypeStruct((B, T, N, head_dim), dtype),
+        "k_BSKH": jax.ShapeDtypeStruct((B, T, N // group, head_dim), dtype),
+    }
+    if kv_mask:
+        arguments["kv_mask_BS"] = jax.ShapeDtypeStruct((B, T), bool)
+    if lse:
+        arguments["lse"] = jax.ShapeDtypeStruct((B, T, N), jnp.float32)
+    return aot.compile_for(lambda x: mean_attention_map(**x, **options), arguments)
+
+
+def _check_kernel(kernel):
+    assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
+    assert kernel.shared_memory_bytes <= aot.H200.shared_memory_per_block_bytes, kernel
+    assert not kernel.is_serialized, kernel
+    assert "UTMALDG" in kernel.sass, f"{kernel} copies no tiles"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param({"head_dim": 32, "kv_mask": True}, marks=pytest.mark.slow),
+        pytest.param({"head_dim": 64}, marks=pytest.mark.slow),
+        {"head_dim": 64, "causal": True, "group": 4, "dtype": "float16"},
+        {"head_dim": 128, "causal": True, "kv_mask": True, "group": 2},
+        pytest.param({"head_dim": 256, "kv_mask": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_kernel(setting):
+    report = _compile(**setting, implementation="mosaic_sm90")
+    (kernel,) = report.kernels
+    _check_kernel(kernel)
+    # 64 x 128 scores, 16 features an instruction.
+    assert kernel.sass.count("HGMMA") == setting["head_dim"] // 16
+    # The lse of all heads, and keys without what the mask removes.
+    assert report.temp_bytes < MAPS_BYTES / 50
+
+
+@pytest.mark.slow
+def test_lse_comes_from_the_attention_kernel_when_it_is_not_given():
+    report = _compile(64, lse=False, causal=True, implementation="mosaic_sm90")
+    assert ["forward" in k.name or "mean" in k.name for k in report.kernels] == [True, True]
+    for kernel in report.kernels:
+        _check_kernel(kernel)
+    assert report.temp_bytes < MAPS_BYTES / 20
+
+
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads(sparse):
+    attention = BlockSparseAttention(
+        64 * N, N, max_length=T, block=BlockPattern(block_q=128, block_kv=128),
+        dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    graphdef, state = nnx.split(attention)
+    x = jax.ShapeDtypeStruct((B, T, 64 * N), jnp.bfloat16)
+    mode = AttentionMode(sparse=sparse, implementation="mosaic_sm90")
+
+    @functools.partial(jax.grad, has_aux=True, allow_int=True)
+    def step(state, x):
+        y, mean_map = jax.checkpoint(
+            lambda state, x: nnx.merge(graphdef, state)(x, mode=mode, probe=True)
+        )(state, x)
+        return y.astype(jnp.float32).sum(), mean_map
+
+    report = aot.compile_for(step, state, x)
+    assert ["mean_attention_map" in k.name for k in report.kernels].count(True) == 1
+    assert ["attention_forward" in k.name for k in report.kernels].count(True) == 1 + sparse
+    for kernel in report.kernels:
+        _check_kernel(kernel)
+    # The dense attention of a recipe's first phase, whatever is named, holds maps of its own.
+    if sparse:
+        assert report.temp_bytes < MAPS_BYTES / 4
+
+
+def test_an_unproven_kernel_is_not_chosen():
+    assert not _compile(64).kernels
