@@ -30,21 +30,10 @@ def multiply(
     Returns:
       f32[M, N].
     """
-    M, N = x_MK.shape[0], w_KN.shape[1]
-    rows, columns = _sides(mask_IJ, w_KN.shape)
-    count, i_P, j_P = _list_kept(mask_IJ, by_column=True)
-
-    def add_block(p, y_MN):
-        k, n = i_P[p] * rows, j_P[p] * columns
-        x = jax.lax.dynamic_slice(x_MK, (0, k), (M, rows))
-        w = jax.lax.dynamic_slice(w_KN, (k, n), (rows, columns))
-        y = jax.lax.dynamic_slice(y_MN, (0, n), (M, columns))
-        return jax.lax.dynamic_update_slice(y_MN, y + _dot(x, w), (0, n))
-
-    first_MN = jnp.zeros((M, N), jnp.float32)
+    start_MN = jnp.zeros((x_MK.shape[0], w_KN.shape[1]), jnp.float32)
     if bias_N is not None:
-        first_MN += bias_N.astype(jnp.float32)
-    return jax.lax.fori_loop(0, count, add_block, first_MN)
+        start_MN += bias_N.astype(jnp.float32)
+    return _add_products(start_MN, x_MK, w_KN, mask_IJ, transposed=False)
 
 
 def multiply_transposed(dy_MN: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
@@ -58,18 +47,8 @@ def multiply_transposed(dy_MN: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -
     Returns:
       f32[M, K].
     """
-    M, K = dy_MN.shape[0], w_KN.shape[0]
-    rows, columns = _sides(mask_IJ, w_KN.shape)
-    count, i_P, j_P = _list_kept(mask_IJ, by_column=False)
-
-    def add_block(p, dx_MK):
-        k, n = i_P[p] * rows, j_P[p] * columns
-        dy = jax.lax.dynamic_slice(dy_MN, (0, n), (M, columns))
-        w = jax.lax.dynamic_slice(w_KN, (k, n), (rows, columns))
-        dx = jax.lax.dynamic_slice(dx_MK, (0, k), (M, rows))
-        return jax.lax.dynamic_update_slice(dx_MK, dx + _dot(dy, w.T), (0, k))
-
-    return jax.lax.fori_loop(0, count, add_block, jnp.zeros((M, K), jnp.float32))
+    start_MK = jnp.zeros((dy_MN.shape[0], w_KN.shape[0]), jnp.float32)
+    return _add_products(start_MK, dy_MN, w_KN, mask_IJ, transposed=True)
 
 
 def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> jax.Array:
@@ -94,6 +73,24 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
         return jax.lax.dynamic_update_slice(dw_KN, _dot(x.T, dy), (k, n))
 
     return jax.lax.fori_loop(0, count, set_block, jnp.zeros((K, N), jnp.float32))
+
+
+def _add_products(start, x, w_KN, mask_IJ, *, transposed: bool) -> jax.Array:
+    """Add x w, or x w^T, to what is there, one kept block after another."""
+    M, (rows, columns) = x.shape[0], _sides(mask_IJ, w_KN.shape)
+    inner, outer = (columns, rows) if transposed else (rows, columns)
+    count, i_P, j_P = _list_kept(mask_IJ, by_column=not transposed)
+
+    def add_block(p, total):
+        k, n = i_P[p] * rows, j_P[p] * columns
+        read, write = ((0, n), (0, k)) if transposed else ((0, k), (0, n))
+        part = jax.lax.dynamic_slice(x, read, (M, inner))
+        w = jax.lax.dynamic_slice(w_KN, (k, n), (rows, columns))
+        old = jax.lax.dynamic_slice(total, write, (M, outer))
+        new = old + _dot(part, w.T if transposed else w)
+        return jax.lax.dynamic_update_slice(total, new, write)
+
+    return jax.lax.fori_loop(0, count, add_block, start)
 
 
 def _list_kept(mask_IJ: jax.Array, *, by_column: bool) -> tuple[jax.Array, jax.Array, jax.Array]:

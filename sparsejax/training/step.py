@@ -76,9 +76,8 @@ def make_train_step(
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
         return weights | {"model": recipe.transform_params(weights["model"], sparsity, phase)}
 
-    def compute_loss(seen, state, batch, key, count):
+    def compute_loss(seen, masks, state, batch, key, count):
         sparsity = dataclasses.replace(state.sparsity, params=seen["recipe"])
-        masks = recipe.choose_masks(sparsity, step=state.step, phase=phase)
         output = _apply(graphdef, seen["model"], masks, batch, modes, key=key, probe=probes)
         totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
@@ -91,9 +90,10 @@ def make_train_step(
         count = _spread_weights(batch).sum() / num_micro_batches
         # Transformed once, whatever the number of parts; so is the sum of their gradients, back.
         seen, pull_back = jax.vjp(lambda weights: transform(weights, state), weights)
+        masks = recipe.choose_masks(state.sparsity, step=state.step, phase=phase)
 
         def differentiate(part, part_key):
-            return jax.grad(compute_loss, has_aux=True)(seen, state, part, part_key, count)
+            return jax.grad(compute_loss, has_aux=True)(seen, masks, state, part, part_key, count)
 
         total = _sum_over_parts(differentiate, batch, key, num_micro_batches)
         grads, observed = jax.tree.map(lambda x: x / num_micro_batches, total)

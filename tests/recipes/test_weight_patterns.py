@@ -17,6 +17,7 @@ from sparsejax.recipes import (
     make_set,
 )
 from sparsejax.recipes.weight_masks import set_gradient_masks
+from tests.recipes.test_dynamic import make_update
 
 L, K, N, V = 2, 24, 16, 20
 BLOCKS, TABLE_BLOCKS = WeightBlocks(4, 8), WeightBlocks(5, 4)
@@ -53,24 +54,6 @@ def make_recipe(blocks):
         sparsity=0.5, update_interval=INTERVAL, num_steps=100, patterns=patterns, moments="zero"
     )
     return make_rigl(config)
-
-
-@functools.cache
-def make_update(recipe):
-    @jax.jit
-    def update(sparsity, params, moments, grads, step):
-        return recipe.update(
-            sparsity,
-            params,
-            moments,
-            {"model": grads, "recipe": {}},
-            step=step,
-            key=jax.random.fold_in(jax.random.key(7), step),
-            phase=recipe.phases[0],
-            learning_rate=0.1,
-        )
-
-    return update
 
 
 def expand(mask, like):
