@@ -64,7 +64,8 @@ def test_lse_comes_from_the_attention_kernel_when_it_is_not_given():
     assert report.temp_bytes < MAPS_BYTES / 20
 
 
-@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse", [False, True])
 def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads(sparse):
     attention = BlockSparseAttention(
         64 * N, N, max_length=T, block=BlockPattern(block_q=128, block_kv=128),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ from sparsejax.training.run import prepare_run
 from sparsejax.training.settings import ConfigError
 from sparsejax.training.state import create_train_state, make_abstract_state, make_graphdef
 from sparsejax.training.step import make_train_step
-from tests.training.runs import NUM_STEPS, make_settings, train
+from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
 _MODEL = TransformerConfig(
     vocab_size=17,
@@ -250,17 +249,16 @@ def _load(settings, workdir, step):
     return run, phase, dataclasses.replace(state, key=jax.random.key_data(state.key)), data_state
 
 
-@pytest.mark.parametrize("step", [4, 6], ids=["ultra_sparse", "before_an_update_and_a_switch"])
+@pytest.mark.parametrize(
+    "step",
+    [4, pytest.param(6, marks=pytest.mark.slow)],
+    ids=["ultra_sparse", "before_an_update_and_a_switch"],
+)
 def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
     settings, workdir, _ = trained
-    resumed = tmp_path / "resumed"
-    shutil.copytree(workdir, resumed)
-    for info in find_checkpoints(resumed / "checkpoints"):
-        if info.step > step:
-            shutil.rmtree(info.path)
+    resumed = copy_until(workdir, step, tmp_path / "resumed")
     train(settings, resumed)
-    _, _, state, data = _load(settings, resumed, NUM_STEPS)
-    _, _, expected, expected_data = _load(settings, workdir, NUM_STEPS)
+    (state, data), (expected, expected_data) = (load_end(settings, x) for x in (resumed, workdir))
     assert data == expected_data
     _assert_same(state, expected)
 

@@ -193,7 +193,9 @@ def _trained(tmp_path_factory):
     return settings, workdir, summary
 
 
-@pytest.mark.parametrize("step", [3, 7], ids=["sparse", "at_the_switch"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, marks=pytest.mark.slow), 7], ids=["sparse", "at_the_switch"]
+)
 def test_resuming_is_bit_exact_across_refresh_and_switch(step, trained, tmp_path):
     settings, workdir, _ = trained
     resumed = copy_until(workdir, step, tmp_path / "resumed")

@@ -103,7 +103,11 @@ def _assert_same_end(settings, workdir, reference):
     assert repr(_numbers(workdir)) == repr(_numbers(reference))
 
 
-@pytest.mark.parametrize("step", [3, 6, 8], ids=["before", "at", "after"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(8, marks=pytest.mark.slow)],
+    ids=["before", "at", "after"],
+)
 def test_kill_and_resume_is_bit_exact(step, settings, uninterrupted, tmp_path):
     code, _ = _start(settings, tmp_path, step, signal.SIGKILL)
     assert code == -signal.SIGKILL

@@ -66,7 +66,9 @@ def test_after_the_switch_the_rate_is_constant_and_the_pattern_frozen(trained):
     assert fresh == 9 - _SWITCH, "the optimizer began anew at the switch"
 
 
-@pytest.mark.parametrize("step", [3, _SWITCH], ids=["dense", "at_the_switch"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, marks=pytest.mark.slow), _SWITCH], ids=["dense", "at_the_switch"]
+)
 def test_resuming_is_bit_exact(step, trained, tmp_path):
     settings, workdir, _ = trained
     resumed = copy_until(workdir, step, tmp_path / "resumed")

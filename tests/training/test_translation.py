@@ -1,8 +1,6 @@
 """An encoder-decoder through settings, step, loop and checkpoints: it learns to copy sentences."""
 
-import dataclasses
 import random
-import shutil
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ from sparsejax.training.metrics import read_metrics
 from sparsejax.training.plan import make_abstract_batch
 from sparsejax.training.run import compile_phase, prepare_run
 from sparsejax.training.settings import ConfigError
-from tests.training.runs import make_settings, train
+from tests.training.runs import copy_until, load_end, make_settings, train
 
 _NUM_STEPS, _DENSE_STEPS = 120, 40
 _LAYERS = ("mlp/up", "mlp/down", "decoder/mlp/up", "decoder/mlp/down")
@@ -100,22 +98,15 @@ def test_masks_of_both_stacks_are_searched_for_by_name(trained):
         np.testing.assert_array_equal(mask, transposable_mask(stack[layer]["kernel"]))
 
 
-@pytest.mark.parametrize("step", [40, 80], ids=["sparse", "at_the_switch"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(40, marks=pytest.mark.slow), 80], ids=["sparse", "at_the_switch"]
+)
 def test_resuming_is_bit_exact(step, trained, tmp_path):
     settings, workdir, _ = trained
-    resumed = tmp_path / "resumed"
-    shutil.copytree(workdir, resumed)
-    for info in find_checkpoints(resumed / "checkpoints"):
-        if info.step > step:
-            shutil.rmtree(info.path)
+    resumed = copy_until(workdir, step, tmp_path / "resumed")
     train(settings, resumed)
-    (got, data), (expected, expected_data) = (
-        _restore(settings, folder, _NUM_STEPS) for folder in (resumed, workdir)
-    )
+    (got, data), (expected, expected_data) = (load_end(settings, x) for x in (resumed, workdir))
     assert data == expected_data
-    got, expected = (
-        dataclasses.replace(state, key=jax.random.key_data(state.key)) for state in (got, expected)
-    )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     losses = [
         [
