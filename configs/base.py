@@ -74,9 +74,10 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "adamw"  # or "lion", "sgd"
     optimizer.learning_rate = 1e-3  # peak
-    optimizer.schedule = "cosine"  # or "one_cycle", "inverse_sqrt", "constant", "triangle"
+    optimizer.schedule = "cosine"  # or "one_cycle", "inverse_sqrt", "wsd", "constant", "triangle"
     optimizer.warmup_steps = 100
-    optimizer.final_fraction = 0.1  # last rate of "cosine" relative to the peak
+    optimizer.final_fraction = 0.1  # last rate of "cosine" and "wsd" relative to the peak
+    optimizer.decay_fraction = 0.2  # share of the run, at its end, in which "wsd" falls
     optimizer.initial_fraction = 0.0  # first rate of "triangle" relative to the peak
     optimizer.weight_decay = 0.1  # decoupled, kernels and token embeddings only
     optimizer.b1 = 0.9

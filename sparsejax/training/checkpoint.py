@@ -134,7 +134,8 @@ class Checkpointer:
             "metrics": metrics or {},
             "leaves": describe_leaves(leaves),
         }
-        dump_json(manifest, "checkpoint")
+        # As it is now: the caller's dicts may change before it is written.
+        manifest = load_json(dump_json(manifest, "checkpoint"))
         arrays = {name: _check_storable(name, leaf) for name, leaf in leaves.items()}
         final = choose_folder(self._directory, step)
         unfinished = final.with_name(final.name + ".tmp")

@@ -44,6 +44,25 @@ class Density(NamedTuple):
         return float(np.mean([density.mean() for density in self.weights.values()]))
 
 
+class PhaseFlops(NamedTuple):
+    """FLOPs of a step on one example, by part: "layer 0", "decoder layer 0", "head", "patches".
+
+    Attributes:
+      forward: part -> float.
+      backward: part -> float, of the gradients that every step needs.
+      update: part -> float, what an update of the topology adds: the gradient of pruned weights.
+    """
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+    update: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """FLOPs of all parts and passes."""
+        return sum(sum(parts.values()) for parts in self)
+
+
 def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> Density:
     """Return what a phase keeps.
 
@@ -69,10 +88,10 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
     return Density(attention, weights)
 
 
-def count_phase_flops(
+def split_phase_flops(
     model: TransformerConfig, phase: Phase, density: Density, *, dense_gradient: bool = False
-) -> float:
-    """Count the FLOPs of forward and backward pass on one example in a phase.
+) -> PhaseFlops:
+    """Count the FLOPs of forward and backward pass on one example in a phase, by part.
 
     The three products of a linear layer leave out different things. y = x (W * M) computes what M
     keeps; dx = dy (W * M)^T too if the mask is transposable or unstructured, and everything if not;
@@ -86,47 +105,55 @@ def count_phase_flops(
       dense_gradient: bool, whether dW computes everything all the same.
 
     Returns:
-      float, as `training/flops.py` counts; of both documents if there are two towers. The
+      PhaseFlops, as `training/flops.py` counts; of both documents if there are two towers. The
       sentences of an encoder-decoder are counted with all their positions, padding included.
     """
     patterns = sparse_weight_patterns(model)
     share = 1.0 if phase.grad_pruning == "none" else 0.5
-    kept = dict.fromkeys(density.weights, 1.0)
-    if phase.masked_gradients and not dense_gradient:
-        kept = density.weights
-    products = (
-        density.weights,
-        {name: d for name, d in density.weights.items() if _thins_backward(patterns[name])},
-        {name: share * d for name, d in kept.items()},
-    )
-    return model.num_towers * sum(
-        _count_forward(model, density.attention, weights) for weights in products
+    every = dict.fromkeys(density.weights, share)
+    kept = {name: share * d for name, d in density.weights.items()}
+    thinned = {name: d for name, d in density.weights.items() if _thins_backward(patterns[name])}
+
+    def count(weights):
+        parts = _count_forward(model, density.attention, weights)
+        return {part: model.num_towers * flops for part, flops in parts.items()}
+
+    y, dx, dw = (count(w) for w in (density.weights, thinned, every))
+    step_dw = count(kept) if phase.masked_gradients else dw
+    return PhaseFlops(
+        forward=y,
+        backward={part: dx[part] + step_dw[part] for part in dx},
+        update={part: (dw[part] - step_dw[part]) * dense_gradient for part in dw},
     )
 
 
-def count_step_flops(
-    model: TransformerConfig,
-    phase: Phase,
-    density: Density,
-    batch_size: int,
-    *,
-    dense_gradient: bool = False,
-) -> tuple[float, float]:
-    """Count the FLOPs of a training step, and those of a dense one.
+def count_phase_flops(
+    model: TransformerConfig, phase: Phase, density: Density, *, dense_gradient: bool = False
+) -> float:
+    """Count the FLOPs of forward and backward pass on one example in a phase.
 
     Args:
       model: TransformerConfig.
       phase: Phase.
       density: Density of the phase.
-      batch_size: int, examples.
-      dense_gradient: bool, as `count_phase_flops`.
+      dense_gradient: bool, as `split_phase_flops`.
 
     Returns:
-      tuple of float.
+      float, all that `split_phase_flops` counts.
     """
-    dense = Density(np.ones_like(density.attention), {})
-    flops = count_phase_flops(model, phase, density, dense_gradient=dense_gradient)
-    return flops * batch_size, count_phase_flops(model, phase, dense) * batch_size
+    return split_phase_flops(model, phase, density, dense_gradient=dense_gradient).total
+
+
+def make_dense(density: Density) -> Density:
+    """Return the density of a phase that keeps everything.
+
+    Args:
+      density: Density, of as many layers.
+
+    Returns:
+      Density.
+    """
+    return Density(np.ones_like(density.attention), {})
 
 
 def describe_density(density: Density) -> str:
@@ -156,7 +183,7 @@ def _thins_backward(pattern: WeightPattern) -> bool:
     return not isinstance(pattern, NMPattern) or pattern.transposable
 
 
-def _count_forward(model, attention_density, weight_density) -> float:
+def _count_forward(model, attention_density, weight_density) -> dict[str, float]:
     count = functools.partial(
         count_transformer_flops,
         model_dim=model.model_dim,
@@ -183,8 +210,10 @@ def _count_forward(model, attention_density, weight_density) -> float:
         attention_density=attention_density,
         weight_density={n: x for n, x in weight_density.items() if n not in in_decoder},
     )
+    parts = {"patches": first.patches} if model.patch_values else {}
+    parts |= {f"layer {index}": layer.forward for index, layer in enumerate(first.layers)}
     if not model.num_decoder_layers:
-        return first.forward
+        return parts | {"head": first.head}
     decoder = count(
         num_layers=model.num_decoder_layers,
         causal=True,
@@ -193,5 +222,7 @@ def _count_forward(model, attention_density, weight_density) -> float:
     )
     # Queries of the target, keys and values of the source: as many as in a layer of the encoder.
     to_source = count(num_layers=model.num_decoder_layers, causal=False)
-    cross_attention = sum(x.qkv + x.attention + x.output for x in to_source.layers)
-    return first.forward + decoder.forward + cross_attention
+    for index, (layer, cross) in enumerate(zip(decoder.layers, to_source.layers, strict=True)):
+        cross_attention = cross.qkv + cross.attention + cross.output
+        parts[f"decoder layer {index}"] = layer.forward + cross_attention
+    return parts | {"head": decoder.head}

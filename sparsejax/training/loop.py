@@ -14,6 +14,7 @@ import numpy as np
 from sparsejax.recipes import Observation, Phase, get_attention_masks
 from sparsejax.training.checkpoint import (
     Checkpointer,
+    CheckpointInfo,
     check_free_space,
     count_bytes,
     find_checkpoints,
@@ -97,10 +98,10 @@ def _train(
         say(f"warning: checkpoint ignored: {problem}")
     if info is not None and info.step >= config.num_steps:
         say(f"{workdir} is finished: {info.step} steps were trained")
-        return _finish(run, workdir, info.path)
+        return _finish(run, workdir, info)
 
     if info is None:
-        phase = run.recipe.phases[0]
+        phase, spent = run.recipe.phases[0], None
         needed = count_bytes(run.make_abstract_state(phase.name))
         try:
             # All that are kept, and the one being written before the oldest goes.
@@ -112,7 +113,7 @@ def _train(
         say(f"training {workdir}: {describe_model(run, state)}")
     else:
         try:
-            phase = find_phase(run, info.metadata["phase"])
+            phase, spent = find_phase(run, info.metadata["phase"]), info.metadata["flops"]
             state, data_state = restore(info, run.make_abstract_state(phase.name))
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -133,7 +134,8 @@ def _train(
         stack.enter_context(checkpointer)
         stack.enter_context(writer)
         stop = stack.enter_context(StopRequest())
-        loop = _Loop(run, state, phase, writer, workdir)
+        ledger = FlopsLedger(run.model, batch_size=config.data.batch_size, spent=spent)
+        loop = _Loop(run, state, phase, ledger, writer, workdir)
         last = stopping = False
         while not (last or stopping):
             loop.advance()
@@ -151,7 +153,7 @@ def _train(
         say(f"stopped by {stop.signal_name}; step {newest.step} is saved in {newest.path}")
         say(f"resume with: {resume_command}")
         return None
-    return _finish(run, workdir, newest.path)
+    return _finish(run, workdir, newest)
 
 
 def describe_model(run: Run, state: TrainState) -> str:
@@ -176,15 +178,20 @@ class _Loop:
     """The moving parts of a run: state, phase, compiled programs and what was measured."""
 
     def __init__(
-        self, run: Run, state: TrainState, phase: Phase, writer: MetricsWriter, workdir: Path
+        self,
+        run: Run,
+        state: TrainState,
+        phase: Phase,
+        ledger: FlopsLedger,
+        writer: MetricsWriter,
+        workdir: Path,
     ):
         self.run, self.state, self.phase = run, state, phase
-        self.writer, self.workdir = writer, workdir
+        self.ledger, self.writer, self.workdir = ledger, writer, workdir
         self.step = int(state.step)
         self.metrics, self.timer = DeferredMetrics(), StepTimer()
         self.programs: Programs | None = None
         self.step_seconds: float | None = None
-        self.ledger: FlopsLedger
         self.num_skipped = 0
         self.flip_rate: float | None = None
         self.tokens_per_step = _count_step_tokens(run)
@@ -247,7 +254,7 @@ class _Loop:
             self.step,
             self.state,
             self.run.data.train.get_state(),
-            metadata={"phase": self.phase.name},
+            metadata={"phase": self.phase.name, "flops": self.ledger.spent},
             metrics=metrics,
             block=block,
         )
@@ -270,9 +277,7 @@ class _Loop:
         self.flip_rate = None
         programs = compile_phase(self.run, self.phase, batch)
         density = compute_density(self.run.model, self.state.sparsity.masks, self.phase)
-        self.ledger = FlopsLedger(
-            self.run.model, self.phase, density, batch_size=self.run.config.data.batch_size
-        )
+        self.ledger.begin_phase(self.phase, density)
         flops, dense_flops = self.ledger.step_flops, self.ledger.dense_step_flops
         row = {
             "kind": "phase",
@@ -361,29 +366,31 @@ def _count_step_tokens(run: Run) -> int:
     return run.config.data.batch_size * run.config.data.sequence_length * run.model.num_towers
 
 
-def _finish(run: Run, workdir: Path, checkpoint: Path) -> dict[str, Any]:
+def _finish(run: Run, workdir: Path, last: CheckpointInfo) -> dict[str, Any]:
+    spent = last.metadata["flops"]
     rows = read_metrics(workdir / "metrics.jsonl")
     phases = [phase.name for phase in run.recipe.phases]
     summary = {
         "recipe": run.recipe.name,
         "seed": run.config.seed,
         "num_steps": run.config.num_steps,
-        **summarise(rows, phases=phases, tokens_per_step=_count_step_tokens(run)),
+        **summarise(rows, spent, phases=phases, tokens_per_step=_count_step_tokens(run)),
         "workdir": str(workdir),
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(last.path),
         "device": jax.devices()[0].device_kind,
     }
-    last = find_phase(run, [row["phase"] for row in rows if row["kind"] == "phase"][-1])
-    if last is not run.recipe.phases[-1]:
-        summary["waited_until"] = last.ends_when
+    phase = find_phase(run, last.metadata["phase"])
+    if phase is not run.recipe.phases[-1]:
+        summary["waited_until"] = phase.ends_when
     (workdir / "summary.json").write_text(dump_json(summary) + "\n")
+    (workdir / "flops.json").write_text(dump_json(spent) + "\n")
     switches = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase" and row["step"]}
     plot_training(rows, switch_steps=switches, path=workdir / "training.png")
     if has_flip_rates(rows):
         plot_flip_rates(rows, path=workdir / "flip_rates.png")
     if has_topology(rows):
         plot_topology(rows, path=workdir / "topology.png")
-    say(format_summary(summary, phases=phases))
+    say(format_summary(summary, spent, phases=phases))
     return summary
 
 

@@ -6,7 +6,7 @@ clipping, and a phase may restart, scale or hold the learning rate without touch
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ import optax
 
 from sparsejax.recipes import Phase
 from sparsejax.types import PyTree
+
+type Schedule = Literal["cosine", "one_cycle", "inverse_sqrt", "wsd", "constant", "triangle"]
+"""How the learning rate moves, see `OptimizerConfig`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,11 @@ class OptimizerConfig:
       name: "adamw", "lion" or "sgd".
       learning_rate: float, peak rate.
       schedule: "cosine", "one_cycle" (linear up, linear down), "inverse_sqrt" (as one over the
-        root of the step) or "constant", each after a linear warm-up; or "triangle", linear up and
-        linear down to 0.
+        root of the step), "wsd" (the peak, then linear down at the end) or "constant", each after a
+        linear warm-up; or "triangle", linear up and linear down to 0.
       warmup_steps: int, steps from the initial to the peak rate.
-      final_fraction: float in [0, 1], last rate of "cosine" relative to the peak.
+      final_fraction: float in [0, 1], last rate of "cosine" and "wsd" relative to the peak.
+      decay_fraction: float in (0, 1], share of the run, at its end, in which "wsd" falls.
       initial_fraction: float in [0, 1], first rate of "triangle" relative to the peak.
       weight_decay: float, decoupled, on kernels and token embeddings only.
       b1: float, decay of the first moment (momentum of "sgd").
@@ -42,9 +46,10 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "sgd"]
     learning_rate: float
-    schedule: Literal["cosine", "one_cycle", "inverse_sqrt", "constant", "triangle"]
+    schedule: Schedule
     warmup_steps: int
     final_fraction: float
+    decay_fraction: float = 0.2
     initial_fraction: float = 0.0
     weight_decay: float
     b1: float
@@ -62,11 +67,12 @@ class OptimizerConfig:
 
         check(self.name in ("adamw", "lion", "sgd"), "name", "'adamw', 'lion' or 'sgd'")
         check(self.learning_rate > 0, "learning_rate", "positive")
-        schedules = ("cosine", "one_cycle", "inverse_sqrt", "constant", "triangle")
+        schedules = get_args(Schedule.__value__)
         check(self.schedule in schedules, "schedule", f"one of {schedules}")
         least = 1 if self.schedule == "inverse_sqrt" else 0
         check(self.warmup_steps >= least, "warmup_steps", f"at least {least}")
         check(0 <= self.final_fraction <= 1, "final_fraction", "in [0, 1]")
+        check(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]")
         check(0 <= self.initial_fraction <= 1, "initial_fraction", "in [0, 1]")
         check(self.weight_decay >= 0, "weight_decay", "at least 0")
         check(0 <= self.b1 < 1, "b1", "in [0, 1)")
@@ -105,7 +111,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
       Optimizer.
 
     Raises:
-      ValueError: if the warm-up is as long as the run.
+      ValueError: if the warm-up is as long as the run, or reaches into the decay of "wsd".
     """
     if config.schedule != "constant" and config.warmup_steps >= num_steps:
         raise ValueError(
@@ -158,6 +164,24 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
             warmup_steps=warmup,
             decay_steps=num_steps,
             end_value=peak * config.final_fraction,
+        )
+    if config.schedule == "wsd":
+        # Hu et al., MiniCPM, arXiv:2404.06395; its end is linear here.
+        decay_step = num_steps - round(config.decay_fraction * num_steps)
+        if warmup > decay_step:
+            raise ValueError(
+                "optimizer.warmup_steps must end before optimizer.decay_fraction begins, at step "
+                f"{decay_step} of {num_steps}, got {warmup}"
+            )
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, peak, max(warmup, 1)),
+                optax.constant_schedule(peak),
+                optax.linear_schedule(
+                    peak, peak * config.final_fraction, max(num_steps - decay_step, 1)
+                ),
+            ],
+            [warmup, decay_step],
         )
     if config.schedule == "inverse_sqrt":
         # Vaswani et al., arXiv:1706.03762, equation 3, scaled to the peak.

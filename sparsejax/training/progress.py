@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsejax.training.ledger import Spent, format_flops, summarise_flops
+
 
 def say(text: str) -> None:
     """Print one line at once.
@@ -76,20 +78,24 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
 
 
 def summarise(
-    rows: Sequence[Mapping[str, Any]], *, phases: Sequence[str], tokens_per_step: int
+    rows: Sequence[Mapping[str, Any]],
+    spent: Spent,
+    *,
+    phases: Sequence[str],
+    tokens_per_step: int,
 ) -> dict[str, Any]:
     """Condense a run's metrics into a flat dict.
 
     Args:
       rows: lines of `metrics.jsonl`.
+      spent: Spent, the run's ledger.
       phases: names of the recipe's phases, in order.
       tokens_per_step: int.
 
     Returns:
-      dict of scalars: last and best validation loss; FLOPs of the whole run, and as a fraction of
-      those of dense training; and for each phase that ran its median step time in seconds, tokens
-      per second, densities, and memory and FLOPs of a step, the mean over its steps; and its FLOPs,
-      also as a fraction of those of dense training.
+      dict of scalars: last and best validation loss; those of `summarise_flops`; and for each phase
+      that ran its median step time in seconds, tokens per second, mean densities, and memory of a
+      step.
     """
     validations = [row for row in rows if row["kind"] == "validation"]
     summary: dict[str, Any] = {}
@@ -103,13 +109,13 @@ def summarise(
             summary[f"{row['phase']}_first_step"] = row["step"]
             summary[f"{row['phase']}_attention_density"] = row["density"]
             summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
-    summary |= _sum_flops(rows)
+    summary |= summarise_flops(spent)
     for phase in phases:
-        seconds = [
-            row["step_seconds"]
-            for row in rows
-            if row["kind"] == "train" and row["phase"] == phase and "step_seconds" in row
-        ]
+        steps = [row for row in rows if row["kind"] == "train" and row["phase"] == phase]
+        densities = [row["weight_density"] for row in steps if "weight_density" in row]
+        if densities:
+            summary[f"{phase}_weight_density"] = statistics.fmean(densities)
+        seconds = [row["step_seconds"] for row in steps if "step_seconds" in row]
         if seconds:
             summary[f"{phase}_step_seconds"] = statistics.median(seconds)
             summary[f"{phase}_tokens_per_second"] = tokens_per_step / statistics.median(seconds)
@@ -120,11 +126,12 @@ def summarise(
     return summary
 
 
-def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
+def format_summary(summary: Mapping[str, Any], spent: Spent, *, phases: Sequence[str]) -> str:
     """Write the closing summary for a person.
 
     Args:
       summary: what `summarise` returned, and where things are: "workdir", "checkpoint".
+      spent: Spent, the run's ledger.
       phases: names of the recipe's phases, in order.
 
     Returns:
@@ -142,7 +149,6 @@ def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
                 f"  {phase + ' phase':<18} {_format_rate(summary[f'{phase}_tokens_per_second'])}"
                 f" tokens/s, {summary[f'{phase}_step_seconds'] * 1e3:.0f} ms/step,"
                 f" {_format_density(summary, phase)},"
-                f" {summary[f'{phase}_training_flops_of_dense']:.1%} of dense FLOPs,"
                 f" {summary[f'{phase}_step_memory_bytes'] / 1e6:,.0f} MB per step"
             )
         elif f"{phase}_first_step" not in summary:
@@ -153,37 +159,10 @@ def format_summary(summary: Mapping[str, Any], *, phases: Sequence[str]) -> str:
             f"  sparse phase       from step {summary['sparse_first_step']},"
             f" a step is {summary['sparse_step_speedup']:.2f}x faster than in the dense phase"
         )
-    if "training_flops" in summary:
-        lines.append(
-            f"  whole run          {summary['training_flops'] / 1e12:,.2f} TFLOPs,"
-            f" {summary['training_flops_of_dense']:.1%} of dense training"
-        )
+    lines += [f"  {line}" for line in format_flops(spent)]
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
     return "\n".join(lines)
-
-
-def _sum_flops(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    begins = [row for row in rows if row["kind"] == "phase"]
-    if not begins:
-        return {}
-    summary: dict[str, float] = {}
-    flops = dense_flops = 0.0
-    for begin in begins:
-        phase = begin["phase"]
-        steps = [row for row in rows if row["kind"] == "train" and row["phase"] == phase]
-        if not steps:
-            continue
-        spent = sum(row.get("step_flops", begin["step_flops"]) for row in steps)
-        dense = begin["dense_step_flops"] * len(steps)
-        summary[f"{phase}_step_flops"] = spent / len(steps)
-        summary[f"{phase}_training_flops"] = spent
-        summary[f"{phase}_training_flops_of_dense"] = spent / dense
-        densities = [row["weight_density"] for row in steps if "weight_density" in row]
-        if densities:
-            summary[f"{phase}_weight_density"] = statistics.fmean(densities)
-        flops, dense_flops = flops + spent, dense_flops + dense
-    return summary | {"training_flops": flops, "training_flops_of_dense": flops / dense_flops}
 
 
 def _format_density(summary: Mapping[str, Any], phase: str) -> str:

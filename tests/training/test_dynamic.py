@@ -26,8 +26,14 @@ from sparsejax.recipes import (
 from sparsejax.recipes.weight_masks import map_sparse_weights
 from sparsejax.training.checkpoint import find_checkpoints, restore
 from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
-from sparsejax.training.density import Density, compute_density, count_step_flops
-from sparsejax.training.ledger import FlopsLedger
+from sparsejax.training.density import (
+    Density,
+    PhaseFlops,
+    compute_density,
+    count_phase_flops,
+    make_dense,
+)
+from sparsejax.training.ledger import FlopsLedger, summarise_flops
 from sparsejax.training.metrics import read_metrics
 from sparsejax.training.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.training.run import prepare_run
@@ -200,7 +206,8 @@ def test_flops_follow_the_masks():
     model = dataclasses.replace(_MODEL, sparse_weights=((".*/.*", Unstructured()),))
     weights = {name: np.full(2, 0.5, np.float32) for name in sparse_weight_patterns(model)}
     density = Density(np.ones(2, np.float32), weights)
-    ledger = FlopsLedger(model, phase, density, batch_size=3)
+    ledger = FlopsLedger(model, batch_size=3)
+    ledger.begin_phase(phase, density)
     tokens = 3 * 16
     linears = 2 * tokens * 2 * 16 * (3 * 16 + 16 + 2 * 32)  # two layers, one pass
     rest = ledger.dense_step_flops - 3 * linears
@@ -216,8 +223,22 @@ def test_flops_follow_the_masks():
     }
     row = ledger.book({"dense_gradient": 0.0})
     assert row["step_flops"] == rest + 3 * linears / 4 and row["weight_density"] == 0.25
+    # All that was entered: by pass and part of the model, and what dense training takes.
+    page = ledger.spent[phase.name]
+    layer = linears / 2
+    attention = 2 * 2 * 3 * (16 * 17 // 2) * 16
+    kept = 0.5 + 0.5 + 0.25
+    assert page["steps"] == 3 and page["update"] == {"layer 0": layer / 2, "layer 1": layer / 2} | {
+        "head": 0
+    }
+    for name, passes in {"forward": 1, "backward": 2}.items():
+        expected = passes * (3 * attention + kept * layer)
+        assert page[name]["layer 0"] == page[name]["layer 1"] == expected
+        assert page[name]["head"] == 3 * passes * 2 * tokens * 16 * 17
+    assert sum(page["dense"].values()) == 3 * ledger.dense_step_flops
+    assert summarise_flops(ledger.spent)["training_flops"] == 3 * rest + linears * (3 * kept + 0.5)
     straight_through = phase._replace(masked_gradients=False)
-    flops, _ = count_step_flops(model, straight_through, density, 3)
+    flops = 3 * count_phase_flops(model, straight_through, density)
     assert flops == rest + linears * (0.5 + 0.5 + 1)
 
 
@@ -274,6 +295,8 @@ def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
         return [row for row in rows if row["kind"] == "train"]
 
     assert only_training(rows(resumed)) == only_training(rows(workdir))
+    books = [(folder / "flops.json").read_text() for folder in (resumed, workdir)]
+    assert books[0] == books[1]
 
 
 def test_a_run_shows_phases_densities_and_flops(trained):
@@ -297,9 +320,8 @@ def test_a_run_shows_phases_densities_and_flops(trained):
         run, phase, state, _ = _load(settings, workdir, step)
         density = compute_density(run.model, state.sparsity.masks, phase)
         dense_gradient = step + 1 in (3, 5, 7, 9)
-        flops, dense_flops = count_step_flops(
-            run.model, phase, density, 4, dense_gradient=dense_gradient
-        )
+        flops = 4 * count_phase_flops(run.model, phase, density, dense_gradient=dense_gradient)
+        dense_flops = 4 * count_phase_flops(run.model, phase, make_dense(density))
         assert steps[step + 1]["step_flops"] == flops, step
         spent += flops
     assert steps[1]["step_flops"] == dense_flops
@@ -308,6 +330,13 @@ def test_a_run_shows_phases_densities_and_flops(trained):
     assert summary["training_flops_of_dense"] == pytest.approx(spent / dense_flops / NUM_STEPS)
     parts = [summary[f"{name}_training_flops"] for name in dict.fromkeys(names)]
     assert sum(parts) == pytest.approx(spent)
+    book = json.loads((workdir / "flops.json").read_text())
+    assert {name: page["steps"] for name, page in book.items()} == {
+        name: names.count(name) for name in names
+    }
+    passes = [sum(x[name].values()) for x in book.values() for name in PhaseFlops._fields]
+    assert sum(passes) == pytest.approx(spent)
+    assert sum(book["ultra-sparse"]["update"].values()) > 0
     shares = [summary[f"{name}_training_flops_of_dense"] for name in dict.fromkeys(names)]
     # Warm-up ends with its first update, whose step is still dense.
     assert shares[0] == 1 and shares[1] < shares[2] < 1

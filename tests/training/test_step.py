@@ -255,6 +255,15 @@ def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
         np.testing.assert_allclose(rates, [first, (1 + first) / 2, 1, 0.5, 0], atol=1e-6)
 
 
+def test_wsd_stays_at_the_peak_and_falls_linearly_at_the_end():
+    config = _optimizer_config(schedule="wsd", warmup_steps=10, decay_fraction=0.25)
+    schedule = make_optimizer(config, num_steps=100).schedule
+    rates = [float(schedule(step)) / 1e-2 for step in (0, 5, 10, 75, 85, 100)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 0.64, 0.1], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"at step 75 of 100, got 80"):
+        make_optimizer(dataclasses.replace(config, warmup_steps=80), num_steps=100)
+
+
 def test_adamw_is_that_of_optax():
     import optax
 
