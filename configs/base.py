@@ -153,7 +153,8 @@ def get_config() -> ml_collections.ConfigDict:
     mst.growth = "mixed"  # or "gradient", "random"
     mst.mix = 3  # weights grown by gradient for each grown at random
     mst.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
-    mst.moments = "stale"  # optimizer moments of grown weights, as released; or "zero"
+    # Optimizer moments of grown weights: "stale" as released, "zero", or "mean" of their layer's
+    mst.moments = "stale"
     mst.keep_optimizer_step = False  # False as released: an update takes the place of a step
     # Stride of hybrid sparse attention in the ultra-sparse phase, positions; None = dense attention
     mst.attention_stride = config_dict.placeholder(int)
@@ -169,7 +170,7 @@ def get_config() -> ml_collections.ConfigDict:
     rigl.end_fraction = 0.75  # updates end after this share of the run
     rigl.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
     rigl.initial_mask = "random"  # or "magnitude"
-    rigl.moments = "zero"  # optimizer moments of grown weights; or "stale"
+    rigl.moments = "zero"  # optimizer moments of grown weights; or "stale", "mean"
     rigl.keep_optimizer_step = False  # False as published: an update takes the place of a step
 
     dst_set = recipe.set = ml_collections.ConfigDict()
@@ -180,7 +181,7 @@ def get_config() -> ml_collections.ConfigDict:
     dst_set.end_fraction = 1.0  # updates end after this share of the run
     dst_set.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
     dst_set.initial_mask = "random"  # or "magnitude"
-    dst_set.moments = "zero"  # optimizer moments of grown weights; or "stale"
+    dst_set.moments = "zero"  # optimizer moments of grown weights; or "stale", "mean"
 
     magnitude = recipe.magnitude = ml_collections.ConfigDict()
     magnitude.sparse_weights = ".*=unstructured"  # layers as in fst

@@ -139,23 +139,28 @@ def reset_moments(
     old_mask: PyTree,
     new_mask: PyTree,
     *,
-    rule: Literal["stale", "zero"] = "zero",
+    rule: Literal["stale", "zero", "mean"] = "zero",
 ) -> PyTree:
     """Return an optimizer's moments after an update of the topology.
 
     zero:  m' = 0 where new_mask and not old_mask, else m
+    mean:  m' = mean of m over old_mask, likewise; 0 if that keeps nothing
     stale: m' = m
 
     As RigL has it, a grown weight does not inherit the momentum of its former life. MST's released
     code leaves Adam's moments as they are. A weight dropped and grown in the same update keeps its
-    moments under either rule.
+    moments under every rule.
+
+    The mean is ours, for second moments. Where Adam's is 0, or has decayed while the weight was
+    pruned, the first steps of all grown weights are as long as the learning rate, whatever their
+    gradients. With the mean of the layer they are as long as those of others.
 
     Args:
-      moments: floating[...], or a pytree of them: one moment of every weight.
+      moments: floating[..., K, N], or a pytree of them: one moment of every weight.
       old_mask: bool[...], True = kept, shape of the moment; or a pytree like `moments`, with None
         for a leaf that is never sparse.
       new_mask: like `old_mask`.
-      rule: "zero" or "stale".
+      rule: "zero", "mean" or "stale". A mean is over the last two axes.
 
     Returns:
       Like `moments`.
@@ -172,11 +177,17 @@ def reset_moments(
       >>> reset_moments(jnp.array([1.0, 2, 3]), old, new)
       Array([1., 2., 0.], dtype=float32)
     """
-    if rule not in ("stale", "zero"):
-        raise ValueError(f"rule must be 'stale' or 'zero', got rule={rule!r}")
+    if rule not in ("stale", "zero", "mean"):
+        raise ValueError(f"rule must be 'stale', 'zero' or 'mean', got rule={rule!r}")
 
     def reset(moment, old, new):
-        return jnp.where(new & ~old, 0, moment) if rule == "zero" else moment
+        if rule == "stale":
+            return moment
+        first = jnp.zeros((), moment.dtype)
+        if rule == "mean":
+            count = jnp.maximum(old.sum((-2, -1), keepdims=True), 1).astype(moment.dtype)
+            first = jnp.where(old, moment, 0).sum((-2, -1), keepdims=True) / count
+        return jnp.where(new & ~old, first, moment)
 
     return _map_masks(reset, moments, old_mask, new_mask)
 

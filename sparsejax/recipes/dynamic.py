@@ -53,8 +53,10 @@ _TOPOLOGY = zlib.crc32(b"topology")
 type InitialMask = Literal["random", "magnitude"]
 """Which weights a run begins with."""
 
-type MomentRule = Literal["stale", "zero"]
-"""What becomes of the optimizer's moments of a grown weight, see `reset_moments`."""
+type MomentRule = Literal["stale", "zero", "mean"]
+"""What becomes of the optimizer's moments of a grown weight, see `reset_moments`.
+
+Of "mean" (ours), first moments begin at 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class Topology:
         for name, known in {
             "initial_mask": ("random", "magnitude"),
             "growth": (None, "gradient", "random", "mixed"),
-            "moments": ("stale", "zero"),
+            "moments": ("stale", "zero", "mean"),
         }.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -183,13 +185,12 @@ def make_dynamic(
             def move(name, new, w):
                 return apply_topology(w, expand_mask(old[name], w.shape), expand_mask(new, w.shape))
 
-            def forget(name, new, m):
-                return reset_moments(
-                    m,
-                    expand_mask(old[name], m.shape),
-                    expand_mask(new, m.shape),
-                    rule=topology.moments,
-                )
+            def forget(name, new, m, *, order):
+                rule = topology.moments
+                if rule == "mean" and order == 1:
+                    rule = "zero"
+                masks = expand_mask(old[name], m.shape), expand_mask(new, m.shape)
+                return reset_moments(m, *masks, rule=rule)
 
             params = map_sparse_weights(move, masks, params)
             opt_state = map_moments(forget, masks, opt_state)

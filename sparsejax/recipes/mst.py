@@ -45,7 +45,7 @@ class MSTConfig:
       mix: int, R, entries grown by gradient for each grown at random.
       layer_density: "erdos_renyi" as released, "erk" or "uniform".
       moments: "stale" as released, Adam's moments of a grown weight are those of its former life;
-        or "zero".
+        "zero"; or "mean", see `reset_moments`.
       keep_optimizer_step: bool, take the optimizer's step at an update too, before it. False as
         released: the update takes its place.
       attention_stride: int or None, l of hybrid sparse attention in the ultra-sparse phase, in

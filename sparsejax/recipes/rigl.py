@@ -30,7 +30,8 @@ class RigLConfig:
       end_fraction: float in (0, 1], T_end as a share of the run.
       layer_density: "erdos_renyi", "erk" (the same, of matrices) or "uniform".
       initial_mask: "random" as published, or "magnitude".
-      moments: "zero" as published, a grown weight inherits no momentum; or "stale".
+      moments: "zero" as published, a grown weight inherits no momentum; "stale"; or "mean",
+        see `reset_moments`.
       keep_optimizer_step: bool, take the optimizer's step at an update too, before it. False as
         published: the update takes its place.
       num_steps: int, steps of the run.

@@ -30,8 +30,8 @@ class SETConfig:
       end_fraction: float in (0, 1], updates end after this share of the run.
       layer_density: "erdos_renyi" as published, "erk" or "uniform".
       initial_mask: "random" as published, or "magnitude".
-      moments: "zero" or "stale", the optimizer's moments of a grown weight; published with plain
-        momentum and without a rule.
+      moments: "zero", "stale" or "mean", the optimizer's moments of a grown weight, see
+        `reset_moments`; published with plain momentum and without a rule.
       num_steps: int, steps of the run.
       patterns: layer name -> WeightPattern.
 

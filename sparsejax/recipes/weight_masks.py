@@ -6,6 +6,7 @@ weight in blocks has an entry for each of them: where this says bool[L, K, N], i
 Legend: L layers, K contracted axis, N columns of a weight, I x J blocks.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -125,13 +126,12 @@ def map_sparse_weights(
     return jax.tree_util.tree_map_with_path(replace, tree, *rest)
 
 
-def map_moments(
-    function: Callable[[str, jax.Array, jax.Array], jax.Array], masks: PyTree, opt_state: PyTree
-) -> PyTree:
+def map_moments(function: Callable[..., jax.Array], masks: PyTree, opt_state: PyTree) -> PyTree:
     """Replace the moments of every weight with a mask, wherever an optimizer keeps them.
 
     Args:
-      function: (name, mask bool[L, K, N], moment of the weight) -> array like the moment.
+      function: (name, mask bool[L, K, N], moment of the weight, *, order) -> array like the moment.
+        The order is 2 for means of squared gradients, which Optax calls "nu", and 1 for others.
       masks: nested dict of the model's masks.
       opt_state: pytree in which moments are dicts with the key "model", whose value is like the
         model's parameters.
@@ -143,12 +143,14 @@ def map_moments(
     def is_moments(node):
         return isinstance(node, dict) and "model" in node
 
-    def replace(node):
+    def replace(path, node):
         if not is_moments(node):
             return node
-        return node | {"model": map_sparse_weights(function, masks, node["model"])}
+        order = 2 if jax.tree_util.keystr(path[-1:], simple=True) == "nu" else 1
+        change = functools.partial(function, order=order)
+        return node | {"model": map_sparse_weights(change, masks, node["model"])}
 
-    return jax.tree.map(replace, opt_state, is_leaf=is_moments)
+    return jax.tree_util.tree_map_with_path(replace, opt_state, is_leaf=is_moments)
 
 
 def compare_weight_masks(

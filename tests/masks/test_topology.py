@@ -254,6 +254,15 @@ def test_moments_of_grown_weights_are_zeroed_or_stale():
     np.testing.assert_array_equal(stale["up"]["kernel"], moment)
 
 
+def test_grown_weights_may_begin_with_the_mean_moment_of_their_layer():
+    moment = jnp.array([[[1.0, 3, 100]], [[5.0, 6, 7]]])
+    old = jnp.array([[[True, True, False]], [[False, False, False]]])
+    new = jnp.array([[[True, False, True]], [[True, False, False]]])
+    after = reset_moments(moment, old, new, rule="mean")
+    # Of a layer that kept nothing there is no mean.
+    np.testing.assert_array_equal(after, [[[1, 3, 2]], [[0, 6, 7]]])
+
+
 def test_trees_of_weights_keep_leaves_without_a_mask():
     old = {"up": jnp.array([True, False]), "norm": None}
     new = {"up": jnp.array([True, True]), "norm": None}

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sparsejax.masks import count_kept, hybrid_blocks, layer_densities
@@ -284,19 +285,21 @@ def test_magnitude_pruning_only_loses_the_smallest():
         np.testing.assert_array_equal(after[new[name]], kernels_of(params)[name][new[name]])
 
 
-@pytest.mark.parametrize("rule", ["stale", "zero"])
+@pytest.mark.parametrize("rule", ["stale", "zero", "mean"])
 def test_moments_of_grown_weights(rule):
     moment = {"model": draw(30), "recipe": {"x": jnp.float32(3)}}
-    moments = ({"count": jnp.int32(4)}, [moment, moment])
-    old, new, _, _, _, after = update_once(rigl(moments=rule), moments=moments)
-    assert after[0]["count"] == 4 and after[1][0]["recipe"]["x"] == 3
+    adam = optax.ScaleByAdamState(count=jnp.int32(4), mu=moment, nu=moment)
+    old, new, _, _, _, after = update_once(rigl(moments=rule), moments=(adam,))
+    assert after[0].count == 4 and after[0].mu["recipe"]["x"] == 3
     for name in SHAPES:
         grown = new[name] & ~old[name]
         before = kernels_of(moment["model"])[name]
-        expected = np.where(grown & (rule == "zero"), 0, before)
-        for got in after[1]:
-            np.testing.assert_array_equal(kernels_of(got["model"])[name], expected)
-    bias = after[1][0]["model"]["blocks"]["mlp"]["up"]["bias"]
+        mean = before.mean((1, 2), where=old[name], keepdims=True)
+        first = {"stale": (before, before), "zero": (0, 0), "mean": (0, mean)}[rule]
+        for got, value in zip((after[0].mu, after[0].nu), first, strict=True):
+            expected = np.where(grown, value, before)
+            np.testing.assert_allclose(kernels_of(got["model"])[name], expected, rtol=1e-5)
+    bias = after[0].nu["model"]["blocks"]["mlp"]["up"]["bias"]
     np.testing.assert_array_equal(bias, moment["model"]["blocks"]["mlp"]["up"]["bias"])
 
 
