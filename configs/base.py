@@ -156,6 +156,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Optimizer moments of grown weights: "stale" as released, "zero", or "mean" of their layer's
     mst.moments = "stale"
     mst.keep_optimizer_step = False  # False as released: an update takes the place of a step
+    # The learning rate of sparse weights is multiplied by density^-p; 0 as published, 1 as SuPar
+    mst.rate_exponent = 0.0
     # Stride of hybrid sparse attention in the ultra-sparse phase, positions; None = dense attention
     mst.attention_stride = config_dict.placeholder(int)
     # True keeps the whole blocks that hold the pattern, for speed; the stride is then a multiple of
@@ -172,6 +174,7 @@ def get_config() -> ml_collections.ConfigDict:
     rigl.initial_mask = "random"  # or "magnitude"
     rigl.moments = "zero"  # optimizer moments of grown weights; or "stale", "mean"
     rigl.keep_optimizer_step = False  # False as published: an update takes the place of a step
+    rigl.rate_exponent = 0.0  # as of mst
 
     dst_set = recipe.set = ml_collections.ConfigDict()
     dst_set.sparse_weights = ".*=unstructured"  # layers as in fst
@@ -182,6 +185,7 @@ def get_config() -> ml_collections.ConfigDict:
     dst_set.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
     dst_set.initial_mask = "random"  # or "magnitude"
     dst_set.moments = "zero"  # optimizer moments of grown weights; or "stale", "mean"
+    dst_set.rate_exponent = 0.0  # as of mst
 
     magnitude = recipe.magnitude = ml_collections.ConfigDict()
     magnitude.sparse_weights = ".*=unstructured"  # layers as in fst
@@ -190,12 +194,14 @@ def get_config() -> ml_collections.ConfigDict:
     magnitude.end_fraction = 0.75  # and ends after this one
     magnitude.update_interval = 100  # steps from one pruning to the next
     magnitude.layer_density = "uniform"  # or "erdos_renyi", "erk"
+    magnitude.rate_exponent = 0.0  # as of mst
 
     static_weights = recipe.static = ml_collections.ConfigDict()
     static_weights.sparse_weights = ".*=unstructured"  # layers as in fst
     static_weights.sparsity = 0.8  # fraction removed
     static_weights.layer_density = "erdos_renyi"  # or "erk" (the same here), "uniform"
     static_weights.initial_mask = "random"  # or "magnitude"
+    static_weights.rate_exponent = 0.0  # as of mst
 
     checkpoint = config.checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 100

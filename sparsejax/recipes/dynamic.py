@@ -74,6 +74,8 @@ class Topology:
       moments: MomentRule.
       skips_optimizer: bool, an update takes the place of the optimizer's step. Otherwise it comes
         after it and sees the weights that it left.
+      rate_exponent: float in [0, 1], p: the learning rate of a sparse weight is density^-p times
+        that of others, weight decay included, with the density of its layer.
 
     Raises:
       ValueError: if a setting is unknown or out of range.
@@ -88,6 +90,7 @@ class Topology:
     mix: int = 3
     moments: MomentRule = "stale"
     skips_optimizer: bool = False
+    rate_exponent: float = 0.0
 
     def __post_init__(self):
         # Raises where the method is unknown.
@@ -99,6 +102,10 @@ class Topology:
         }.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if not 0 <= self.rate_exponent <= 1:
+            raise ValueError(
+                f"rate_exponent must be in [0, 1], got rate_exponent={self.rate_exponent}"
+            )
         if self.mix < 1:
             raise ValueError(f"mix must be at least 1, got mix={self.mix}")
 
@@ -162,6 +169,19 @@ def make_dynamic(
         del phase
         return grads | {"model": _mask(sparsity.masks, grads["model"])}
 
+    def transform_updates(updates, sparsity, phase):
+        del phase
+        if not topology.rate_exponent:
+            return updates
+        densities = compute_weight_density(sparsity.masks)
+
+        def scale(name, mask, u):
+            del mask
+            return u * densities[name][:, None, None] ** -topology.rate_exponent
+
+        model = map_sparse_weights(scale, sparsity.masks, updates["model"])
+        return updates | {"model": model}
+
     def is_due(step):
         return jnp.bool_(False) if topology.updates is None else topology.updates.due(step)
 
@@ -215,6 +235,7 @@ def make_dynamic(
         choose_masks=choose_masks,
         mask_gradients=mask_gradients,
         skip_optimizer=skip_optimizer,
+        transform_updates=transform_updates,
         update=update,
         metrics=metrics,
     )

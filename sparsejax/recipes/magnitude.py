@@ -27,6 +27,9 @@ class MagnitudeConfig:
       end_fraction: float in (0, 1], and ends after this one.
       update_interval: int, steps from one pruning to the next.
       layer_density: "uniform" as published, "erdos_renyi" or "erk".
+      rate_exponent: float in [0, 1], p: the learning rate of sparse weights is multiplied by
+        density^-p. 0 as published; 1 as SuPar, arXiv:2405.15743, has it, with which the rate of
+        dense training suits sparse weights too.
       num_steps: int, steps of the run.
       patterns: layer name -> Unstructured or WeightBlocks.
 
@@ -39,6 +42,7 @@ class MagnitudeConfig:
     end_fraction: float = 0.75
     update_interval: int = 100
     layer_density: DensityMethod = "uniform"
+    rate_exponent: float = 0.0
     num_steps: int
     patterns: Mapping[str, WeightPattern]
 
@@ -76,6 +80,7 @@ class MagnitudeConfig:
         return Topology(
             sparsity=SparsitySchedule(num_steps=self.num_steps, ramps=(ramp,)),
             layer_density=self.layer_density,
+            rate_exponent=self.rate_exponent,
             updates=updates,
         )
 

@@ -48,6 +48,9 @@ class MSTConfig:
         "zero"; or "mean", see `reset_moments`.
       keep_optimizer_step: bool, take the optimizer's step at an update too, before it. False as
         released: the update takes its place.
+      rate_exponent: float in [0, 1], p: the learning rate of sparse weights is multiplied by
+        density^-p. 0 as published; 1 as SuPar, arXiv:2405.15743, has it, with which the rate of
+        dense training suits sparse weights too.
       attention_stride: int or None, l of hybrid sparse attention in the ultra-sparse phase, in
         positions; None attends to everything. The released script's default is 128, if attention is
         sparse at all.
@@ -76,6 +79,7 @@ class MSTConfig:
     layer_density: DensityMethod = "erdos_renyi"
     moments: MomentRule = "stale"
     keep_optimizer_step: bool = False
+    rate_exponent: float = 0.0
     attention_stride: int | None = None
     attention_blocks: bool = False
     num_steps: int
@@ -135,6 +139,7 @@ class MSTConfig:
             mix=self.mix,
             moments=self.moments,
             skips_optimizer=not self.keep_optimizer_step,
+            rate_exponent=self.rate_exponent,
         )
 
 

@@ -6,7 +6,7 @@ function has an identity default, so a method states only what it does:
 
   inside every step        choose_masks, transform_params -> forward -> auxiliary_loss ->
                            mask_gradients -> clip -> transform_gradients -> skip_optimizer ->
-                           optimizer -> update -> metrics
+                           optimizer -> transform_updates -> update -> metrics
   in a step that probes    observe, before transform_gradients; it may ask for the next phase
   between two phases       enter_phase
 """
@@ -121,6 +121,11 @@ def _transform_gradients(grads: PyTree, params: PyTree, sparsity: Sparsity, phas
     return grads
 
 
+def _transform_updates(updates: PyTree, sparsity: Sparsity, phase: Phase) -> PyTree:
+    del sparsity, phase
+    return updates
+
+
 def _skip_optimizer(step: jax.Array, phase: Phase) -> jax.Array:
     del step, phase
     return jnp.bool_(False)
@@ -162,6 +167,8 @@ class Recipe(NamedTuple):
       transform_gradients: (grads, params, sparsity, phase) -> grads, after clipping and before
         the optimizer.
       skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.
+      transform_updates: (updates, sparsity, phase) -> updates, what the optimizer adds to the
+        parameters at a learning rate of 1, weight decay included.
       update: (sparsity, params, opt_state, grads, *, step, key, phase, learning_rate) ->
         (sparsity, params, opt_state), the method's own changes at the end of a step. Gradients are
         those of the batch, before `mask_gradients` and clipping. Moments in `opt_state` are dicts
@@ -185,6 +192,7 @@ class Recipe(NamedTuple):
     mask_gradients: Callable = _mask_gradients
     transform_gradients: Callable = _transform_gradients
     skip_optimizer: Callable = _skip_optimizer
+    transform_updates: Callable = _transform_updates
     update: Callable = _update
     metrics: Callable = _metrics
     observe: Callable = _observe

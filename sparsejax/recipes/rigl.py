@@ -34,6 +34,9 @@ class RigLConfig:
         see `reset_moments`.
       keep_optimizer_step: bool, take the optimizer's step at an update too, before it. False as
         published: the update takes its place.
+      rate_exponent: float in [0, 1], p: the learning rate of sparse weights is multiplied by
+        density^-p. 0 as published; 1 as SuPar, arXiv:2405.15743, has it, with which the rate of
+        dense training suits sparse weights too.
       num_steps: int, steps of the run.
       patterns: layer name -> WeightPattern.
 
@@ -49,6 +52,7 @@ class RigLConfig:
     initial_mask: InitialMask = "random"
     moments: MomentRule = "zero"
     keep_optimizer_step: bool = False
+    rate_exponent: float = 0.0
     num_steps: int
     patterns: Mapping[str, WeightPattern]
 
@@ -74,6 +78,7 @@ class RigLConfig:
             growth="gradient",
             moments=self.moments,
             skips_optimizer=not self.keep_optimizer_step,
+            rate_exponent=self.rate_exponent,
         )
 
 

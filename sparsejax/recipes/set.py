@@ -32,6 +32,9 @@ class SETConfig:
       initial_mask: "random" as published, or "magnitude".
       moments: "zero", "stale" or "mean", the optimizer's moments of a grown weight, see
         `reset_moments`; published with plain momentum and without a rule.
+      rate_exponent: float in [0, 1], p: the learning rate of sparse weights is multiplied by
+        density^-p. 0 as published; 1 as SuPar, arXiv:2405.15743, has it, with which the rate of
+        dense training suits sparse weights too.
       num_steps: int, steps of the run.
       patterns: layer name -> WeightPattern.
 
@@ -46,6 +49,7 @@ class SETConfig:
     layer_density: DensityMethod = "erdos_renyi"
     initial_mask: InitialMask = "random"
     moments: MomentRule = "zero"
+    rate_exponent: float = 0.0
     num_steps: int
     patterns: Mapping[str, WeightPattern]
 
@@ -75,6 +79,7 @@ class SETConfig:
             annealing=CosineAnnealing(num_steps=self.num_steps, phases=(constant,)),
             growth="random",
             moments=self.moments,
+            rate_exponent=self.rate_exponent,
         )
 
 

@@ -25,6 +25,9 @@ class StaticConfig:
       sparsity: float in [0, 1), fraction of the sparse weights removed.
       layer_density: "erdos_renyi", "erk" or "uniform", how a density is shared out among weights.
       initial_mask: "random" or "magnitude", what the masks keep of the initial weights.
+      rate_exponent: float in [0, 1], p: the learning rate of sparse weights is multiplied by
+        density^-p. 0 as published; 1 as SuPar, arXiv:2405.15743, has it, with which the rate of
+        dense training suits sparse weights too.
       num_steps: int, steps of the run.
       patterns: layer name -> WeightPattern.
 
@@ -35,6 +38,7 @@ class StaticConfig:
     sparsity: float = 0.8
     layer_density: DensityMethod = "erdos_renyi"
     initial_mask: InitialMask = "random"
+    rate_exponent: float = 0.0
     num_steps: int
     patterns: Mapping[str, WeightPattern]
 
@@ -53,6 +57,7 @@ class StaticConfig:
             sparsity=SparsitySchedule(num_steps=self.num_steps, initial_sparsity=self.sparsity),
             layer_density=self.layer_density,
             initial_mask=self.initial_mask,
+            rate_exponent=self.rate_exponent,
         )
 
 

@@ -115,6 +115,7 @@ def make_train_step(
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
         rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        updates = recipe.transform_updates(updates, observed, phase)
         new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
         skip = recipe.skip_optimizer(state.step, phase)
         new_weights, opt_state = _select(skip, (weights, state.opt_state), (new_weights, opt_state))

@@ -104,6 +104,15 @@ def test_gradients_are_transformed_after_clipping():
     assert_close(metrics["grad_norm"], np.linalg.norm(gradient))
 
 
+def test_updates_are_transformed_after_the_optimizer():
+    def double(updates, sparsity, phase):
+        return jax.tree.map(lambda u: 2 * u, updates)
+
+    state, _ = run_step(make_recipe(transform_updates=double))
+    _, gradient = loss_and_gradient(TABLE)
+    assert_close(state.params["table"], TABLE - 2 * gradient)
+
+
 def test_gradients_are_masked_before_clipping_and_the_update_sees_all_of_them():
     def mask(grads, sparsity, phase):
         return grads | {"model": {"table": grads["model"]["table"].at[:, :3].set(0)}}
