@@ -1,13 +1,16 @@
-"""MST on the standard library's own sources: weights 90 % sparse for most of the run, then dense.
+"""MST on the standard library's own sources: weights 85 % sparse for most of the run, then dense.
 
 Command:   python train.py --config=configs/mst_small.py --workdir=runs/mst_small
            --config.recipe.name=rigl (or set, magnitude, static, dense) trains the rivals;
-           --config.recipe.mst.sparse_weights=.*=16x16 keeps weights in blocks, and
-           --config.recipe.mst.attention_blocks=True attention too, which saves time
-Hardware:  2 CPU cores, where unstructured weights save no time: the products are dense ones of
-           masked weights, and FLOPs are counted, not spared
-Source:    arXiv:2408.11746, scaled down; the schedule is ours. A topology lives for 20 of 400 steps
-           and not for the released 100 of 600,000: 19 updates in all
+           --config.recipe.mst.sparse_weights=".*/.*=32x32; embedding=unstructured" keeps the
+           weights of layers in blocks, whose products skip what is pruned
+Hardware:  2 CPU cores, 2 to 3 minutes. Unstructured weights save no time: the products are dense
+           ones of masked weights, and FLOPs are counted, not spared
+Source:    arXiv:2408.11746, scaled down: a topology lives for 20 of 1000 steps and not for the
+           released 100 of 600,000
+Ours:      the schedule, for the paper's is not known; what docs/dynamic_sparse_training.md
+           measures: learning rates by density, moments of grown weights, the optimizer's step in
+           updates too
 """
 
 from configs import base
@@ -20,9 +23,9 @@ def get_config():
       ConfigDict.
     """
     config = base.get_config()
-    config.num_steps = 400
+    config.num_steps = 1000
     config.eval_every_steps = 100
-    config.num_eval_batches = 8
+    config.num_eval_batches = 32
 
     config.model.num_layers = 4
     config.model.model_dim = 128
@@ -32,22 +35,31 @@ def get_config():
     config.model.block_size = 32
 
     config.data.sequence_length = 256
-    config.data.batch_size = 8
+    config.data.batch_size = 4
 
-    # The better one for MST of 3e-3 and 6e-3; for the dense model it is the other.
-    config.optimizer.learning_rate = 6e-3
+    # The best of 1e-3, 1.5e-3, 2e-3 and 3e-3 for the dense model.
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "wsd"
     config.optimizer.warmup_steps = 40
 
     config.recipe.name = "mst"
-    # A quarter of the dense FLOPs with the head counted; so short a run gains from an early start
-    # of the ultra-sparse phase and a long restoration.
-    config.recipe.mst.warmup = 0.05
-    config.recipe.mst.stairs = 1
-    config.recipe.mst.restoration = 0.16
-    config.recipe.mst.attention_stride = 16
+    mst = config.recipe.mst
+    # A quarter of the dense FLOPs with the head counted. The warm-up ends while magnitudes are
+    # those of the initial weights: a few steps later they are the bias of the tied embedding, and a
+    # tenth of the tokens would lose all their weights.
+    mst.sparsity = 0.85
+    mst.warmup = 0.02
+    mst.stairs = 1
+    mst.restoration = 0.14
+    mst.attention_stride = 16
+    mst.moments = "mean"
+    mst.keep_optimizer_step = True
+    config.recipe.rigl.keep_optimizer_step = True
     for name in ("mst", "rigl", "set", "magnitude"):
         config.recipe[name].update_interval = 20
-    # The released 0.3 replaces more than so short a run can train: it ends 0.15 higher.
+    # The released 0.3 replaces more than so short a run can train.
     for name in ("mst", "rigl", "set"):
-        config.recipe[name].update_fraction = 0.05
+        config.recipe[name].update_fraction = 0.02
+    for name in ("mst", "rigl", "set", "magnitude", "static"):
+        config.recipe[name].rate_exponent = 1.0
     return config

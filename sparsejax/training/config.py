@@ -154,17 +154,7 @@ def _check_relations(config: TrainConfig):
     check_setting(
         config.model.vocab_size >= 0, "model.vocab_size", config.model.vocab_size, "at least 0"
     )
-    # A stand-in for what the data will say: everything else can be refused before reading it.
-    # Of an encoder, because a causal pattern has fewer blocks to choose from.
-    patches = bool(config.data.patch_size)
-    task, num_classes = ("translation", 0) if config.data.kind == "pairs" else ("classification", 2)
-    model = make_transformer_config(
-        config,
-        task=task,
-        vocab_size=int(not patches),
-        num_classes=num_classes,
-        patch_values=int(patches),
-    )
+    model = _make_stand_in(config)
     phases = make_recipe(config, model).phases
     check_setting(
         model.num_decoder_layers == 0 or not any(p.sparse_attention for p in phases),
@@ -192,6 +182,31 @@ def _check_relations(config: TrainConfig):
         f"None in recipe {config.recipe_name!r}, which has no sparse weights",
     )
     make_optimizer(config.optimizer, num_steps=config.num_steps)
+
+
+def _make_stand_in(config: TrainConfig) -> TransformerConfig:
+    """Return a model of data that is not read yet: what no data could make valid is refused now.
+
+    It is an encoder, because a causal pattern has fewer blocks to choose from.
+    """
+    patches = bool(config.data.patch_size)
+    tasks = {"classification": 2, "masked_language_model": 0}
+    if config.data.kind == "pairs":
+        tasks = {"translation": 0}
+    refused = None
+    for task, num_classes in tasks.items():
+        try:
+            return make_transformer_config(
+                config,
+                task=task,
+                vocab_size=int(not patches),
+                num_classes=num_classes,
+                patch_values=int(patches),
+            )
+        except ConfigError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def make_transformer_config(

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import base, gpt2, spion_image
+from configs import base, gpt2, mst_small, spion_image
 from sparsejax.training.config import make_transformer_config, parse_config
 from sparsejax.training.settings import ConfigError, find_differences
 
@@ -90,6 +90,14 @@ def test_shipped_configs_are_valid(name):
     settings = importlib.import_module(f"configs.{module}").get_config(*filter(None, [size]))
     settings = settings.to_dict()
     assert parse_config(settings).recipe_name == settings["recipe"]["name"]
+
+
+@pytest.mark.parametrize("weights", ["embedding=unstructured", ".*/.*=8x8; embedding=4x8"])
+def test_an_embedding_may_be_named(weights):
+    # Only a model with a tied head has one that is multiplied, which the data decides.
+    config = mst_small.get_config()
+    config.recipe.mst.sparse_weights = weights
+    parse_config(config.to_dict())
 
 
 def test_clipping_may_be_off():

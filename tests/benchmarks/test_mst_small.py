@@ -1,0 +1,36 @@
+"""What a run of the MST experiment had spent when it was validated."""
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks.mst_small import plot_costs, sum_costs
+
+
+def _record(row, summary, curves=None):
+    return {"key": {"row": row}, "values": {"summary": summary, "curves": curves}}
+
+
+def test_costs_add_up_the_steps_of_each_phase(tmp_path, monkeypatch):
+    summary = {"num_steps": 4, "warm-up_first_step": 0, "restoration_first_step": 3}
+    curves = {
+        "validation_loss": [[2, 5.0], [4, 3.0]],
+        "step_flops": [[1, 10.0], [2, 10.0], [3, 4.0], [4, 4.0]],
+    }
+    other = curves | {"validation_loss": [[2, 6.0], [4, 2.0]]}
+    methods = [_record("MST", summary, curves), _record("MST", summary, other)]
+    methods.append(_record("SET", {"num_steps": 4, "sparse_first_step": 0}, curves))
+    timing = [
+        _record("MST", {"warm-up_step_seconds": 1.0, "restoration_step_seconds": seconds})
+        for seconds in (2.0, 3.0, 10.0)
+    ]
+    costs = sum_costs(methods, timing)
+    assert costs["MST"] == ([5.5, 2.5], [20, 28], [2, 6])
+    assert costs["SET"] == ([5.0, 3.0], [20, 28], None)
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plot_costs(costs, tmp_path / "costs.png")
+    by_flops, by_time = drawn[0].axes
+    assert [line.get_label() for line in by_flops.lines] == ["MST", "SET"]
+    (line,) = by_time.lines
+    assert line.get_xdata().tolist() == [2, 6] and line.get_ydata() == pytest.approx([5.5, 2.5])
