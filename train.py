@@ -5,18 +5,19 @@
   python train.py --config=configs/quickstart.py --mode=plan --target=h200
   python train.py --config=configs/fst_small.py --mode=find_decay --workdir=runs/decay
 
-Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them. The same workdir
-resumes. Exit code 2: a setting has to be changed; the message says which.
+Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them and says where None
+has a meaning. The same workdir resumes. Exit code 2: a setting has to be changed; the message says
+which.
 """
 
-import ast
-import contextlib
 import os
 import shlex
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from sparsejax.training.command_line import clear_settings, describe_error, take_cleared
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
@@ -73,19 +74,13 @@ def main(argv: list[str]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+    argv, cleared = take_cleared(argv)
     try:
         rest = flags.FLAGS(argv)
-        _CONFIG.value.to_dict()  # a missing file shows only when the settings are read
+        # Here, for a missing file shows only when the settings are read.
+        clear_settings(_CONFIG.value, cleared)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections raises these for an unknown key, a mistyped value or a missing file; an
-        # unknown key arrives as the text of a KeyError, which is a quoted string.
-        text = str(error)
-        if "Traceback" in text:  # of a config that refuses its argument
-            text = text.strip().splitlines()[-1]
-        if text[:1] == text[-1:] and text[:1] in ("'", '"'):
-            with contextlib.suppress(SyntaxError, ValueError):
-                text = ast.literal_eval(text)
-        sys.exit(_fail(" ".join(text.split())))
+        sys.exit(_fail(describe_error(error)))
     return rest
 
 

@@ -43,8 +43,13 @@ def test_help_does_not_wait_for_jax():
             "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
         ),
         (["num_steps=3"], "unknown argument 'num_steps=3'"),
+        (
+            ["--config.optimizer.clip_norm=None", "--config.num_steps=None"],
+            "num_steps must be of type int, got None",
+        ),
+        (["--config.optimizer.clip_nrm=None"], 'Did you mean "clip_norm"'),
     ],
-    ids=["key", "type", "file", "value", "argument"],
+    ids=["key", "type", "file", "value", "argument", "cleared", "cleared_key"],
 )
 def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_path):
     result = _type("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments)

@@ -1,0 +1,77 @@
+"""What ml_collections' flags leave open: settings that are cleared, and errors in one line."""
+
+import ast
+import contextlib
+import functools
+import re
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+_CLEARED = re.compile(r"--?config\.([\w.]+)=None")
+
+
+def take_cleared(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take --config.KEY=None out of a command line.
+
+    A flag has the type of its default, and no number is written None.
+
+    Args:
+      argv: sequence of str.
+
+    Returns:
+      (argv, keys): the other arguments, and the settings to clear.
+
+    Example:
+      >>> take_cleared(["train.py", "--config.optimizer.clip_norm=None", "--config.seed=1"])
+      (['train.py', '--config.seed=1'], ['optimizer.clip_norm'])
+    """
+    found = [(argument, _CLEARED.fullmatch(argument)) for argument in argv]
+    return [a for a, match in found if not match], [match[1] for _, match in found if match]
+
+
+def clear_settings(config: ConfigDict, keys: Sequence[str]) -> None:
+    """Set settings to None, whatever their types.
+
+    Args:
+      config: ConfigDict, changed.
+      keys: with dots between the parts.
+
+    Raises:
+      AttributeError: if there is no such setting.
+
+    Example:
+      >>> config = ConfigDict({"optimizer": {"clip_norm": 1.0}})
+      >>> clear_settings(config, ["optimizer.clip_norm"])
+      >>> print(config.optimizer.clip_norm)
+      None
+    """
+    for key in keys:
+        *sections, name = key.split(".")
+        section = functools.reduce(getattr, sections, config)
+        getattr(section, name)  # raises with the key that was probably meant
+        with section.ignore_type():
+            setattr(section, name, None)
+
+
+def describe_error(error: Exception) -> str:
+    """Return what ml_collections raised, as one line.
+
+    Args:
+      error: for an unknown key, a mistyped value or a missing file.
+
+    Returns:
+      str.
+
+    Example:
+      >>> describe_error(KeyError("no such key"))
+      'no such key'
+    """
+    text = str(error)
+    if "Traceback" in text:  # of a config that refuses its argument
+        text = text.strip().splitlines()[-1]
+    # An unknown key arrives as the text of a KeyError, which is a quoted string.
+    if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+        with contextlib.suppress(SyntaxError, ValueError):
+            text = ast.literal_eval(text)
+    return " ".join(text.split())
