@@ -163,6 +163,7 @@ def get_config() -> ml_collections.ConfigDict:
     # True keeps the whole blocks that hold the pattern, for speed; the stride is then a multiple of
     # model.block_size. False keeps the positions alone, by masked dense products.
     mst.attention_blocks = False
+    mst.restore_attention = True  # False: the pattern stays to the end, and in the trained model
 
     rigl = recipe.rigl = ml_collections.ConfigDict()
     rigl.sparse_weights = ".*=unstructured"  # layers as in fst

@@ -9,6 +9,7 @@ Legend: L layers, I = J attention blocks along one side.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,8 @@ class MSTConfig:
       attention_blocks: bool, keep every block that holds a position of the pattern (ours), at the
         speed of block-sparse attention. False as released: the positions alone, by dense products
         whose saving is counted and not had.
+      restore_attention: bool, attend to everything in the restoration, as the released script can.
+        False keeps the pattern to the end and in the trained model.
       num_steps: int, steps of the run.
       patterns: layer name -> Unstructured or WeightBlocks.
       block_size: int, side of an attention block in positions.
@@ -82,6 +85,7 @@ class MSTConfig:
     rate_exponent: float = 0.0
     attention_stride: int | None = None
     attention_blocks: bool = False
+    restore_attention: bool = True
     num_steps: int
     patterns: Mapping[str, WeightPattern]
     block_size: int
@@ -105,6 +109,8 @@ class MSTConfig:
                 )
             if self.attention_blocks and stride is None:
                 raise ValueError("attention_blocks must be False without an attention_stride")
+            if not self.restore_attention and stride is None:
+                raise ValueError("restore_attention must be True without an attention_stride")
 
     def make_schedules(self) -> MSTSchedules:
         """Return the schedules of sparsity, update fraction and updates.
@@ -175,8 +181,9 @@ def make_mst(config: MSTConfig) -> Recipe:
     """Return MST with the phases "warm-up", "ultra-sparse" and "restoration".
 
     The schedules are one function of the step; phases differ in attention only. Hybrid attention is
-    used in evaluation too, as in the released code. Of 1,024 positions a stride of 128 keeps 24 %
-    of the visible pairs; blocks of 64 that cover them (`attention_blocks`) keep 64 %.
+    used in evaluation too, as in the released code, where the steps with it are settings. Of 1,024
+    positions a stride of 128 keeps 24 % of the visible pairs; blocks of 64 that cover them
+    (`attention_blocks`) keep 64 %.
 
     Args:
       config: MSTConfig.
@@ -189,9 +196,10 @@ def make_mst(config: MSTConfig) -> Recipe:
       is followed, which makes the embedding, tied to the head, sparse too.
     """
     start_step, end_step = config.make_schedules().sparse_attention
-    stride, position_mask = config.attention_stride, None
+    stride = config.attention_stride
+    attention: dict[str, Any] = {"sparse_attention": stride is not None}
     if stride is not None and not config.attention_blocks:
-        position_mask = HybridAttention(stride, config.causal)
+        attention["position_mask"] = HybridAttention(stride, config.causal)
 
     def enter_phase(sparsity, phase):
         pattern_LIJ = jnp.ones_like(get_attention_masks(sparsity.masks))
@@ -210,13 +218,8 @@ def make_mst(config: MSTConfig) -> Recipe:
         config.patterns,
         phases=(
             sparse_phase("warm-up", last_step=start_step),
-            sparse_phase(
-                "ultra-sparse",
-                last_step=end_step,
-                sparse_attention=stride is not None,
-                position_mask=position_mask,
-            ),
-            sparse_phase("restoration"),
+            sparse_phase("ultra-sparse", last_step=end_step, **attention),
+            sparse_phase("restoration", **({} if config.restore_attention else attention)),
         ),
         enter_phase=enter_phase,
     )

@@ -389,3 +389,16 @@ def test_hybrid_attention_is_of_positions_as_published():
     sparsity, _ = begin(recipe)
     inside = recipe.enter_phase(sparsity, sparse)
     assert get_attention_masks(inside.masks).all(), "blocks have no part in it"
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_hybrid_attention_may_stay_to_the_end(blocks):
+    recipe = mst(attention_stride=32, attention_blocks=blocks, restore_attention=False)
+    _, sparse, restored = recipe.phases
+    assert restored == sparse._replace(name="restoration", last_step=None)
+    sparsity, _ = begin(recipe)
+    inside = recipe.enter_phase(sparsity, sparse)
+    after = recipe.enter_phase(inside, restored)
+    kept, expected = (get_attention_masks(s.masks) for s in (after, inside))
+    np.testing.assert_array_equal(kept, expected)
+    assert expected.all() != blocks

@@ -20,6 +20,11 @@ from tests.recipes.test_dynamic import gradual_set, magnitude, mst, rigl, static
             "multiple of the attention block, 16 .* got attention_stride=24",
         ),
         (mst, {"attention_stride": 80}, "below the sequence length 80, got attention_stride=80"),
+        (
+            mst,
+            {"restore_attention": False},
+            "restore_attention must be True without an attention_st",
+        ),
         (mst, {"attention_blocks": True}, "attention_blocks must be False without an attention_st"),
         (rigl, {"end_fraction": 1.5}, r"recipe.rigl: end_fraction must be in \(0, 1\], got .*1.5"),
         (rigl, {"update_fraction": 2.0}, r"fraction must be in \[0, 1\], got fraction=2.0"),
