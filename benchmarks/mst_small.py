@@ -12,8 +12,9 @@ in blocks keeps weights of layers in whole blocks, which its products skip, and 
 embedding one by one: a token is nothing without its block.
 
 "patterns" compares shapes of sparsity at one density, half of all weights of the layers, in 400
-steps: RigL chooses them one by one, two of every four, or in blocks. "costs" draws what the others have
-recorded: loss over FLOPs, and over the time that the phases' steps take by themselves.
+steps: RigL chooses them one by one, two of every four, or in blocks. "costs" draws what "methods"
+and "timing" have recorded: loss over FLOPs, and over the time that the phases' steps take by
+themselves.
 """
 
 import pathlib
