@@ -77,7 +77,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     argv, cleared = take_cleared(argv)
     try:
         rest = flags.FLAGS(argv)
-        # Here, for a missing file shows only when the settings are read.
+        _CONFIG.value.to_dict()  # a missing file shows only when the settings are read
         clear_settings(_CONFIG.value, cleared)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         sys.exit(_fail(describe_error(error)))

@@ -1,5 +1,6 @@
 """Refusals of a recipe's settings that name the setting as a user wrote it."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,3 +47,41 @@ def check_attention_sizes(check: Check, settings: Any) -> None:
         check(getattr(settings, name) > 0, name, "positive")
     fits = settings.length % settings.block_size == 0
     check(fits, "block_size", f"a divisor of the sequence length {settings.length}")
+
+
+def share_of_steps(name: str, fraction: float, num_steps: int) -> int:
+    """Return a share of a run in steps.
+
+    Args:
+      name: str, what the message calls the share.
+      fraction: float in (0, 1].
+      num_steps: int, steps of the run.
+
+    Returns:
+      int.
+
+    Raises:
+      ValueError: if the fraction is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {name}={fraction}")
+    return round(fraction * num_steps)
+
+
+@contextlib.contextmanager
+def named_settings(section: str):
+    """Put a section's name before the message of whatever is refused within.
+
+    Args:
+      section: str, such as "recipe.mst".
+
+    Yields:
+      None.
+
+    Raises:
+      ValueError: as the body does, with the name in front.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from error

@@ -12,7 +12,6 @@ blocks, and the embedding of tokens, which is the weight of the head too and has
 Legend: L layers, K rows and N columns of a weight.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -289,44 +288,6 @@ def check_patterns(
             f"sparsity must be {1 - pattern.n / pattern.m:g}, that of the pattern '{pattern}', got "
             f"sparsity={constant_sparsity}"
         )
-
-
-def share_of_steps(name: str, fraction: float, num_steps: int) -> int:
-    """Return a share of a run in steps.
-
-    Args:
-      name: str, what the message calls the share.
-      fraction: float in (0, 1].
-      num_steps: int, steps of the run.
-
-    Returns:
-      int.
-
-    Raises:
-      ValueError: if the fraction is out of range.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {name}={fraction}")
-    return round(fraction * num_steps)
-
-
-@contextlib.contextmanager
-def named_settings(section: str):
-    """Put a section's name before the message of whatever is refused within.
-
-    Args:
-      section: str, such as "recipe.mst".
-
-    Yields:
-      None.
-
-    Raises:
-      ValueError: as the body does, with the name in front.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{section}: {error}") from error
 
 
 def _change_masks(

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from sparsejax.masks import Ramp, SparsitySchedule, UpdateSteps
 from sparsejax.masks.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
+from sparsejax.recipes.checks import named_settings, share_of_steps
 from sparsejax.recipes.dynamic import (
     Topology,
     check_patterns,
     make_dynamic,
-    named_settings,
-    share_of_steps,
     sparse_phase,
 )
 from sparsejax.recipes.recipe import Recipe

@@ -19,12 +19,12 @@ from sparsejax.masks.densities import DensityMethod
 from sparsejax.masks.topology import Growth
 from sparsejax.patterns import WeightPattern
 from sparsejax.recipes.attention_masks import get_attention_masks, set_attention_masks
+from sparsejax.recipes.checks import named_settings
 from sparsejax.recipes.dynamic import (
     MomentRule,
     Topology,
     check_patterns,
     make_dynamic,
-    named_settings,
     sparse_phase,
 )
 from sparsejax.recipes.recipe import Recipe

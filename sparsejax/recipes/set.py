@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from sparsejax.masks import AnnealingPhase, CosineAnnealing, SparsitySchedule, UpdateSteps
 from sparsejax.masks.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
+from sparsejax.recipes.checks import named_settings, share_of_steps
 from sparsejax.recipes.dynamic import (
     InitialMask,
     MomentRule,
     Topology,
     check_patterns,
     make_dynamic,
-    named_settings,
-    share_of_steps,
     sparse_phase,
 )
 from sparsejax.recipes.recipe import Recipe

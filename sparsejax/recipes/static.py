@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from sparsejax.masks import SparsitySchedule
 from sparsejax.masks.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
+from sparsejax.recipes.checks import named_settings
 from sparsejax.recipes.dynamic import (
     InitialMask,
     Topology,
     check_patterns,
     make_dynamic,
-    named_settings,
     sparse_phase,
 )
 from sparsejax.recipes.recipe import Recipe

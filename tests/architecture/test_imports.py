@@ -46,7 +46,7 @@ HOMES = {
     "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),
     "optax": ("sparsejax.training",),
     "orbax": ("sparsejax.training.checkpoint",),
-    "ml_collections": ("configs", "train"),
+    "ml_collections": ("configs", "train", "sparsejax.training.command_line"),
     "absl": ("train",),
     "tensorboardX": ("sparsejax.training.metrics",),
     "matplotlib": (
