@@ -50,7 +50,7 @@ class FlopsLedger:
         self._phase: Phase
         self.density: Density
         self._flops: PhaseFlops
-        self._dense: PhaseFlops
+        self._dense: dict[str, float]
 
     def begin_phase(self, phase: Phase, density: Density) -> None:
         """Turn to the page of a phase, or back to it after a resumption.
@@ -61,7 +61,8 @@ class FlopsLedger:
         """
         self._phase, self.density = phase, density
         self._flops = self._count(density)
-        self._dense = self._count(make_dense(density))
+        dense = self._count(make_dense(density))
+        self._dense = {part: sum(x[part] for x in dense) for part in dense.forward}
 
     @property
     def step_flops(self) -> float:
@@ -71,7 +72,7 @@ class FlopsLedger:
     @property
     def dense_step_flops(self) -> float:
         """See the class."""
-        return self._dense.total
+        return sum(self._dense.values())
 
     def describe_step(self) -> dict[str, float]:
         """Return what a row of metrics tells of the next step.
@@ -113,8 +114,7 @@ class FlopsLedger:
     def _enter(self, flops: PhaseFlops) -> None:
         page = self.spent.setdefault(self._phase.name, {"steps": 0})
         page["steps"] += 1
-        dense = {part: sum(x[part] for x in self._dense) for part in self._dense.forward}
-        _add(page, flops._asdict() | {_DENSE: dense})
+        _add(page, flops._asdict() | {_DENSE: self._dense})
 
     def _count(self, density: Density, **options: bool) -> PhaseFlops:
         flops = split_phase_flops(self._model, self._phase, density, **options)
