@@ -111,7 +111,6 @@ def _multiply(
         has_bias=bias is not None,
         activation=activation,
         keeps_inputs=keeps_inputs,
-        interpreted=is_interpreted(),
     )
     results = multiply_sparse(sparse, dense, bias, problem, tiles, num_programs=num_programs)
     return [result[:num_columns] for result in results]

@@ -28,7 +28,6 @@ from jax import lax
 from pallas_kernels.nm_matmul.activations import gelu_with_slope, silu_with_slope
 from pallas_kernels.nm_matmul.packing import TILE, Compressed
 from pallas_kernels.nm_matmul.wgmma_sp import (
-    emulate_multiply_add,
     finish_multiply_add,
     start_multiply_add,
     zero_sums,
@@ -54,6 +53,8 @@ class Tiles:
       contraction: int, 64 or 128, how much of C a step takes.
       stages: int, steps that the ring holds.
       group: int, tiles of P that are taken together before the next tile of R, for the cache.
+      in_flight: int, 0 or 1, steps whose instructions may run on while the next is started. With 0
+        every step waits for its own, which is slower and leaves least to go wrong.
     """
 
     blocks: int
@@ -61,6 +62,7 @@ class Tiles:
     contraction: int
     stages: int
     group: int = 8
+    in_flight: int = 1
 
     @property
     def rows(self) -> int:
@@ -82,7 +84,6 @@ class Problem:
       activation: str or None; of a gated one, R holds values and then gates, and the result has
         R/2 columns.
       keeps_inputs: bool, what the activation was applied to is returned as well.
-      interpreted: bool.
     """
 
     rows: int
@@ -93,7 +94,6 @@ class Problem:
     has_bias: bool = False
     activation: str | None = None
     keeps_inputs: bool = False
-    interpreted: bool = False
 
     @property
     def is_gated(self) -> bool:
@@ -240,33 +240,41 @@ def multiply_sparse(
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
             own = [block * NUM_COMPUTE + warpgroup for block in range(blocks)]
 
-            def multiply_step(step, state):
-                accs, slot = state
+            def multiply_step(accs, slot, *, is_first):
                 plgpu.barrier_wait(smem["full"].at[slot])
-                operands = (
+                accs = start_multiply_add(
                     accs,
                     [smem["values"].at[slot, pl.ds(block * TILE, TILE)] for block in own],
                     [smem["metadata"].at[slot, block] for block in own],
                     smem["dense"].at[slot],
+                    values_transforms=values_transforms,
+                    dense_transforms=dense_transforms,
+                    dense_is_transposed=problem.dense_is_transposed,
                 )
-                if problem.interpreted:
-                    accs = emulate_multiply_add(
-                        *operands, dense_is_transposed=problem.dense_is_transposed
-                    )
-                else:
-                    accs = start_multiply_add(
-                        *operands,
-                        values_transforms=values_transforms,
-                        dense_transforms=dense_transforms,
-                        dense_is_transposed=problem.dense_is_transposed,
-                    )
+                plgpu.wgmma_wait(tiles.in_flight)
+                # What is in flight still reads its slot; the step before is done.
+                finished = _before(slot, tiles.stages) if tiles.in_flight else slot
 
-                # What is started now still reads its slot; that of the step before is done.
-                @pl.when(step > 0)
+                @pl.when(jnp.logical_not(is_first) if tiles.in_flight else True)
                 def _():
-                    plgpu.barrier_arrive(smem["free"].at[_before(slot, tiles.stages)])
+                    plgpu.barrier_arrive(smem["free"].at[finished])
 
                 return accs, _after(slot, tiles.stages)
+
+            # A turn of the loop has a call for each step in flight and for the one that starts.
+            steps_of_turn = 1 + tiles.in_flight
+
+            def multiply_turn(turn, state):
+                for step in range(steps_of_turn):
+                    state = multiply_step(*state, is_first=(turn == 0) & (step == 0))
+                return state
+
+            def multiply_all(accs, slot):
+                num_turns, rest = divmod(num_steps, steps_of_turn)
+                state = lax.fori_loop(0, num_turns, multiply_turn, (accs, slot))
+                for step in range(rest):
+                    state = multiply_step(*state, is_first=num_turns == 0 and step == 0)
+                return state
 
             def compute_tile(place, slot):
                 row, column = place
@@ -281,15 +289,10 @@ def multiply_sparse(
                             smem["bias"].at[warpgroup, block],
                             smem["bias_full"].at[warpgroup],
                         )
-                shape = (TILE, columns)
-                if problem.interpreted:
-                    accs = (jnp.zeros(shape, jnp.float32),) * blocks
-                else:
-                    accs = zero_sums(shape, blocks)
-                accs, slot = lax.fori_loop(0, num_steps, multiply_step, (accs, slot))
-                if not problem.interpreted:
-                    accs = finish_multiply_add(accs)
-                plgpu.barrier_arrive(smem["free"].at[_before(slot, tiles.stages)])
+                accs, slot = multiply_all(zero_sums((TILE, columns), blocks), slot)
+                accs = finish_multiply_add(accs)
+                if tiles.in_flight:
+                    plgpu.barrier_arrive(smem["free"].at[_before(slot, tiles.stages)])
                 biases = [None] * blocks
                 if problem.has_bias:
                     plgpu.barrier_wait(smem["bias_full"].at[warpgroup])

@@ -1,10 +1,14 @@
-"""Hopper's sparse tensor-core instruction, `wgmma.mma_async.sp`, and what it computes.
+"""Hopper's sparse tensor-core instruction, `wgmma.mma_async.sp`, from Pallas.
 
 One instruction multiplies 64 rows of a 2:4 sparse matrix, 32 columns wide and 16 values as stored,
 with a dense matrix of 32 rows: D[64, P] += A[64, 32] B[32, P], for P up to 256. Pallas has no
-operation for it, so that it is written as inline PTX, in the way Mosaic writes the dense one. The
-interpreter cannot run that: there, the same operands, metadata included, are multiplied by
-`emulate_multiply_add`.
+operation for it, so that it is written as inline PTX, in the way Mosaic writes the dense one. JAX's
+interpreter cannot run that; the tests teach it to (`tests/kernels/sparse_products.py`).
+
+*Registers in flight.* The instruction is asynchronous, and besides shared memory it reads a
+register: the metadata of its thread. The register must hold them until the group of instructions
+has been waited for. Each call of `start_multiply_add` has registers of its own, so a loop that
+starts a group while another is in flight has to contain a call for each of the two.
 
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
@@ -21,7 +25,7 @@ from jax.experimental.mosaic.gpu import mma_utils, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
-from pallas_kernels.nm_matmul.packing import TILE, Compressed, decompress
+from pallas_kernels.nm_matmul.packing import TILE
 
 # How a sum lies in registers: one value in each, which LLVM leaves alone between instructions.
 ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT  # noqa: SLF001
@@ -61,9 +65,10 @@ def start_multiply_add(
     dense_transforms: tuple[Any, ...],
     dense_is_transposed: bool,
 ) -> tuple[jax.Array, ...]:
-    """Start D += A B for blocks of 64 rows, and wait for what was started by the call before.
+    """Start D += A B for blocks of 64 rows, as one group of asynchronous instructions.
 
-    The sums are complete after `finish_multiply_add`; until then nothing else may touch them.
+    Until `plgpu.wgmma_wait` has waited for the group, nothing else may touch the sums, overwrite
+    the operands or run this call again.
 
     Args:
       accs: D of each block, f32[64, P] laid out as ACCUMULATOR.
@@ -92,10 +97,12 @@ def start_multiply_add(
     def start(_, accs, values, metadata, dense):
         if dense_is_transposed:
             dense = utils.memref_transpose(dense, (1, 0, 3, 2))
+        # All words before the fence: it makes registers that were written so far visible to the
+        # instructions, and a load between them splits the group (ptxas says so in C7519).
+        words = _load_words(metadata)
         nvvm.wgmma_fence_aligned()
-        started = tuple(map(_issue, accs, values, metadata, [dense] * len(accs)))
+        started = tuple(map(_issue, accs, values, words, [dense] * len(accs)))
         nvvm.wgmma_commit_group_sync_aligned()
-        nvvm.wgmma_wait_group_sync_aligned(1)
         return started
 
     return start(tuple(accs), tuple(values_smem), tuple(metadata_smem), dense_smem)
@@ -119,37 +126,6 @@ def finish_multiply_add(accs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(fa.optimization_barrier(acc).to_layout(fa.WGMMA_LAYOUT) for acc in accs)
 
     return finish(tuple(accs))
-
-
-def emulate_multiply_add(
-    accs: Sequence[jax.Array],
-    values_smem: Sequence[Any],
-    metadata_smem: Sequence[Any],
-    dense_smem: Any,
-    *,
-    dense_is_transposed: bool,
-) -> tuple[jax.Array, ...]:
-    """Compute D += A B for blocks of 64 rows from the same operands, under the interpreter.
-
-    Args:
-      accs: D of each block, f32[64, P].
-      values_smem: reference [64, C/2] of each block.
-      metadata_smem: reference uint32[C/64, 128] of each block.
-      dense_smem: reference [P, C] if transposed, else [C, P].
-      dense_is_transposed: bool.
-
-    Returns:
-      tuple of new D.
-    """
-    dense = dense_smem[...].astype(jnp.float32)
-    dense_CP = dense.T if dense_is_transposed else dense
-    blocks = [
-        decompress(Compressed(values[...], metadata[...][None])).astype(jnp.float32)
-        for values, metadata in zip(values_smem, metadata_smem, strict=True)
-    ]
-    # Tensor cores read through the same proxy that copies write through; these loads do not.
-    plgpu.commit_smem()
-    return tuple(acc + jnp.dot(block, dense_CP) for acc, block in zip(accs, blocks, strict=True))
 
 
 def operand_offsets(
@@ -184,7 +160,7 @@ def operand_offsets(
     ]
 
 
-def _issue(acc, values, metadata, dense):
+def _issue(acc, values, words, dense):
     """Issue the instructions of one block of rows; all arguments are values of the compiler."""
     (_, columns), dtype = mma_utils.tiled_memref_shape(dense)
     (_, half_contraction), _ = mma_utils.tiled_memref_shape(values)
@@ -215,13 +191,11 @@ def _issue(acc, values, metadata, dense):
     )
     registers = list(acc.registers.flat)
     for step, (values_offset, dense_offset) in enumerate(offsets):
-        if step % 2 == 0:
-            word = _load_word(metadata, step // 2)
         registers = _instruction(
             registers,
             _advance(values_base, values_offset),
             _advance(dense_base, dense_offset),
-            word,
+            words[step // 2],
             selector=step % 2,
             columns=columns,
             dtype=str(dtype),
@@ -234,12 +208,23 @@ def _issue(acc, values, metadata, dense):
     )
 
 
-def _load_word(metadata, tile):
-    """Load the metadata of this thread for 64 columns."""
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.remui(utils.thread_idx(), utils.c(utils.WARPGROUP_SIZE, i32))
+def _load_words(metadata):
+    """Load the metadata of this thread: of each block, a word for every 64 columns."""
     index = ir.IndexType.get()
-    return memref.load(metadata, [utils.c(tile, index), arith.index_cast(index, thread)])
+    size = utils.c(utils.WARPGROUP_SIZE, ir.IntegerType.get_signless(32))
+    thread = arith.index_cast(index, arith.remui(utils.thread_idx(), size))
+    return [
+        [
+            _keep_in_place(memref.load(block, [utils.c(tile, index), thread]))
+            for tile in range(ir.MemRefType(block.type).shape[0])
+        ]
+        for block in metadata
+    ]
+
+
+def _keep_in_place(word):
+    """Pass a word through an empty instruction, before which it has to be loaded."""
+    return llvm.inline_asm(word.type, [word], "", "=r,0", asm_dialect=0, has_side_effects=True)
 
 
 def _advance(descriptor, num_bytes):

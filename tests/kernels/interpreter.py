@@ -1,4 +1,8 @@
-"""Pallas GPU kernels on the CPU: interpreted, with races detected and asserted."""
+"""Pallas GPU kernels on the CPU: interpreted, with races detected and asserted.
+
+Asynchronous products read their operands as late as their waits allow (`asynchronous`), and sparse
+ones are taught to JAX's interpreter (`sparse_products`).
+"""
 
 import contextlib
 import functools
@@ -15,18 +19,26 @@ from jax._src import dispatch
 from jax._src.pallas.mosaic_gpu.interpret import (
     gpu_callbacks,
     interpret_pallas_call,
+    jaxpr_interpret,
     race_detection_state,
     shared_memory,
 )
 
 from pallas_kernels.dispatch import check_hopper
+from tests.kernels.asynchronous import take_time
+from tests.kernels.sparse_products import interpret_inline
 
 
 @contextlib.contextmanager
-def hopper():
+def hopper(copies="early", seed=0):
     """Run Hopper kernels: on a Hopper GPU, or interpreted and free of races where there is no GPU.
 
     On another GPU the test is skipped: kernels would be refused there.
+
+    Args:
+      copies: when copies land: "early", as soon as they are started; "late", not before a thread
+        waits for them; or "random".
+      seed: int, of what is random.
     """
     if jax.default_backend() == "gpu":
         try:
@@ -48,8 +60,11 @@ def hopper():
             plgpu.force_gpu_interpret_mode(params),
             # JAX itself remembers the races of the last kernel alone.
             mock.patch.object(gpu_callbacks, "GPURaceDetectionState", record),
-            mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
             mock.patch.object(gpu_callbacks, "_barrier_arrive", _barrier_arrive),
+            mock.patch.object(
+                jaxpr_interpret.JaxprInterpreter, "_interpret_inline_mgpu_p", _interpret_inline
+            ),
+            take_time(copies, seed),
         ):
             _settle()
             yield
@@ -62,27 +77,12 @@ def hopper():
 
 _RaceDetection = race_detection_state.GPURaceDetectionState
 _SMEM = shared_memory.get_memory_space_idx(plgpu.MemorySpace.SMEM)
-_jax_wgmma, _jax_barrier_arrive = gpu_callbacks.wgmma, gpu_callbacks._barrier_arrive
+_jax_barrier_arrive = gpu_callbacks._barrier_arrive
+_jax_inline = jaxpr_interpret.JaxprInterpreter._interpret_inline_mgpu_p
 
 
-def _wgmma(*, thread, **arguments):
-    """Multiply, and tell the race detector what is read, which JAX 0.11 leaves out."""
-    memory = gpu_callbacks._get_shared_memory()
-    # Like a copy: a clock of its own, known to the thread from here on.
-    clock = memory.get_clock(thread)
-    assert clock is not None
-    clock.inc(memory.get_next_tma_thread_id())
-    for side in ("a", "b"):
-        key_array = arguments[f"{side}_allocation_key_as_array"]
-        key = shared_memory.HostAllocationKey.from_array(key_array)
-        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
-        access = memory.access(key, jax.tree.map(int, transforms))
-        gpu_callbacks.get_races().check_read(
-            thread, clock.async_smem_clock, key, access, source_info=arguments["source_info"]
-        )
-    with memory.lock:
-        memory.clocks[thread].update(clock)
-    return _jax_wgmma(thread=thread, **arguments)
+def _interpret_inline(interpreter, eqn, token, get_invals):
+    return interpret_inline(_jax_inline, interpreter, eqn, token, get_invals)
 
 
 def _barrier_arrive(token, mesh_location, thread, *arguments, **options):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm
-from pallas_kernels.dispatch import is_interpreted
 from pallas_kernels.nm_matmul import tile_config
 from pallas_kernels.nm_matmul.activations import apply_activation
 from pallas_kernels.nm_matmul.mosaic_sm90_kernel import (
@@ -81,9 +80,7 @@ def make_operands(problem, *, seed=0):
 
 def run(problem, tiles, sparse, dense, bias, *, num_programs=2):
     def multiply(sparse, dense, bias):
-        # Traced inside `hopper`, so that a GPU runs the instruction and a CPU emulates it.
-        here = dataclasses.replace(problem, interpreted=is_interpreted())
-        return multiply_sparse(sparse, dense, bias, here, tiles, num_programs=num_programs)
+        return multiply_sparse(sparse, dense, bias, problem, tiles, num_programs=num_programs)
 
     return jax.jit(multiply)(sparse, dense, bias)
 
