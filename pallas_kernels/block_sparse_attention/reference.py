@@ -71,7 +71,8 @@ def block_sparse_attention_reference(
     top = jnp.maximum(s.max(axis=-1), jnp.where(num_zeros > 0, 0.0, -jnp.inf))
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     e = jnp.exp(s - top[..., None])
-    total = e.sum(axis=-1) + num_zeros * jnp.exp(-top)
+    # Where zeros count, top >= 0. Elsewhere exp(-top) may be infinite, and 0 * inf is NaN.
+    total = e.sum(axis=-1) + num_zeros * jnp.exp(-jnp.maximum(top, 0.0))
     # A row without logits has total 0; the inner `where` keeps its derivative finite too.
     some = total > 0
     total = jnp.where(some, total, 1.0)
