@@ -20,20 +20,25 @@ GATED = ("geglu", "swiglu")
 def gelu_with_slope(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Compute the tanh form of GELU and its derivative.
 
-    gelu(z) = z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
+    gelu(z) = z / 2 (1 + tanh(u)) = z / (1 + exp(-2 u)),  u = sqrt(2 / pi) (z + 0.044715 z^3)
 
     Args:
       z: f32[...].
 
     Returns:
       tuple of f32[...], gelu(z), and f32[...], its derivative.
+
+    Numerics:
+      As for `silu_with_slope`.
     """
-    scale, cubic = math.sqrt(2 / math.pi), 0.044715
-    square = z * z
-    tanh = jnp.tanh(scale * z * (1 + cubic * square))
-    half = 0.5 * (1 + tanh)
-    slope = half + 0.5 * z * (1 - tanh * tanh) * scale * (1 + 3 * cubic * square)
-    return z * half, slope
+    linear = 2 * math.sqrt(2 / math.pi)
+    cubic = 0.044715 * linear
+    value = z / (1 + jnp.exp(-z * (linear + cubic * (z * z))))
+    # Beyond 16 the slope is 0 or 1 in f32. The bound keeps z * z finite, and inf * 0 away.
+    size = jnp.minimum(jnp.abs(z), 16.0)
+    square = size * size
+    exponent, growth = (size * (linear + n * cubic * square) for n in (1, 3))
+    return value, _slope(z, exponent, growth)
 
 
 def silu_with_slope(z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,9 +51,26 @@ def silu_with_slope(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       tuple of f32[...], silu(z), and f32[...], its derivative.
+
+    Numerics:
+      Right to a few roundings, and to that of the exponent: also far below zero, where both results
+      are tiny and `1 + tanh` would have no digits left. What is smaller than 1e-35 may be 0.
+      Finite for every finite z. As in JAX, silu(-inf) is NaN.
     """
-    sigmoid = 0.5 * (1 + jnp.tanh(0.5 * z))
-    return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+    size = jnp.minimum(jnp.abs(z), 128.0)
+    return z / (1 + jnp.exp(-z)), _slope(z, size, size)
+
+
+def _slope(z, exponent, growth):
+    """Differentiate z sigmoid(t): sigmoid(t) + z t' sigmoid(t) sigmoid(-t).
+
+    `exponent` is |t| and `growth` |z t'|. Of |t| the exponential cannot overflow, and neither
+    sigmoid is a difference.
+    """
+    e = jnp.exp(-exponent)
+    inverse = 1 / (1 + e)
+    product = growth * e * inverse
+    return inverse * jnp.where(z >= 0, 1 + product, e - product)
 
 
 def _with_slope(z, name):
