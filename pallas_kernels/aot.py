@@ -130,8 +130,8 @@ class KernelReport:
       stack_bytes: int, per thread.
       spill_bytes: int, stored to and loaded from local memory per thread, together.
       shared_memory_bytes: int, per block: scratch buffers and barriers.
-      is_serialized: bool, ptxas made tensor-core instructions wait for one another, because
-        something else touches their sums while they run.
+      remarks: tuple of str, what ptxas had to change so that tensor-core instructions are right:
+        it made them wait for one another, or split a group of them.
       ptx: str, the program given to ptxas.
       sass: str, the machine program, with its scheduling control codes.
     """
@@ -141,9 +141,14 @@ class KernelReport:
     stack_bytes: int
     spill_bytes: int
     shared_memory_bytes: int
-    is_serialized: bool
+    remarks: tuple[str, ...]
     ptx: str = dataclasses.field(repr=False)
     sass: str = dataclasses.field(repr=False)
+
+    @property
+    def is_serialized(self) -> bool:
+        """Whether tensor-core instructions wait for one another."""
+        return any("serialized" in remark for remark in self.remarks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,7 +388,7 @@ def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
         stack_bytes=stack,
         spill_bytes=stores + loads,
         shared_memory_bytes=scratch + sum(8 * int(size) * int(count) for size, count in barriers),
-        is_serialized="wgmma.mma_async instructions are serialized" in report,
+        remarks=tuple(re.findall(r"\(C75\d\d\) .+", report)),
         ptx=ptxas.with_suffix(".ptx").read_text(),
         sass=ptxas.with_suffix(".sass_ctrl").read_text(),
     )

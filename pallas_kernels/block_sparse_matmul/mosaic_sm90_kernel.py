@@ -17,6 +17,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir.dialects import nvvm
 
 NUM_COMPUTE = 2
 TILE = 64
@@ -217,6 +218,8 @@ def multiply_lists(
                         tile: Tile = getattr(plan, side)
                         ref = smem[side].at[slot, warpgroup if tile.parts > 1 else 0]
                         operands.append(ref.transpose((1, 0)) if tile.is_transposed else ref)
+                    # Sums come from the step before in other registers, as far as ptxas can tell.
+                    fence_products()
                     plgpu.wgmma(acc, *operands)
                     plgpu.wgmma_wait(1)
 
@@ -319,6 +322,21 @@ def multiply_lists(
         num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
     )(*inputs)
+
+
+def fence_products() -> None:
+    """Let tensor-core products see registers that were written so far.
+
+    Pallas does so when an accumulator is made and not in every step of a loop; ptxas would add it.
+    """
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        nvvm.wgmma_fence_aligned()
+
+    # Type checkers take the decorated function for one that still wants the launch context.
+    run: Any = fence
+    run()
 
 
 def _select(gmem: Any, start: Start, shape: tuple[int, int]) -> Any:

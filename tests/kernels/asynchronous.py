@@ -106,10 +106,11 @@ class _Copies:
                 self._waiting[id(barrier)] -= 1
 
     def wait_for_stores(self, thread, most):
-        """Let all but the last `most` copies to global memory land."""
+        """Let all but the last `most` copies to global memory land; return how many did not."""
         stores = self._stores[thread]
         while len(stores) > most:
             stores.popleft()()
+        return len(stores)
 
 
 def _land(memory, task):
@@ -179,7 +180,8 @@ def _wgmma_accumulator_deref(*, thread, wait_n, **arguments):
 
 
 def _wait_smem_to_gmem(*, thread, n, **arguments):
-    _COPIES.wait_for_stores(thread, n)
+    # JAX counts those that have landed.
+    n -= _COPIES.wait_for_stores(thread, n)
     return _jax["wait_smem_to_gmem"](thread=thread, n=n, **arguments)
 
 

@@ -8,23 +8,19 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot, choose_nm_implementation, nm_matmul, pack_nm
-from pallas_kernels.nm_matmul import mosaic_sm90_kernel
+from pallas_kernels.machine_code import parse
 from pallas_kernels.nm_matmul.activations import activation_gradient
 from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.packing import Compressed
 from pallas_kernels.nm_matmul.tile_config import default_config
+from pallas_kernels.products_in_flight import find_loops
+from tests.kernels.machine_checks import check_kernel
 
 NUM_PROCESSORS = 132
 
 
 def _struct(shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _check(kernel):
-    assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
-    assert kernel.shared_memory_bytes <= aot.H200.shared_memory_per_block_bytes, kernel
-    assert not kernel.is_serialized, kernel
 
 
 def _compile(problem, tiles):
@@ -47,21 +43,20 @@ def _compile(problem, tiles):
 
 def _check_product(problem, tiles):
     kernel = _compile(problem, tiles)
-    _check(kernel)
-    # One instruction for 64 rows and 32 columns of the sparse operand. The first step of a tile is
-    # apart from the loop, if it releases no slot there.
-    dtype = {"bfloat16": "BF16", "float16": "F16"}[problem.dtype]
+    check_kernel(kernel, in_flight_at_release=tiles.in_flight)
+    # One instruction for 64 rows and 32 columns of the sparse operand.
     found = collections.Counter(re.findall(r"\bHGMMA\S*", kernel.sass))
-    wanted = f"HGMMA.SP.64x{tiles.columns}x32.F32" + (".BF16" if dtype == "BF16" else "")
-    assert list(found) == [wanted], found
-    of_step = tiles.blocks * tiles.contraction // 32
-    assert found[wanted] in (of_step, 2 * of_step), (found, of_step)
+    suffix = ".BF16" if problem.dtype == "bfloat16" else ""
+    assert list(found) == [f"HGMMA.SP.64x{tiles.columns}x32.F32{suffix}"], found
+    # A turn of the loop has a group for each step, and waits for all but those in flight.
+    of_step, steps = tiles.blocks * tiles.contraction // 32, 1 + tiles.in_flight
+    (loop,) = find_loops(parse(kernel.sass))
+    assert loop.products == steps * of_step and loop.groups == steps, loop
+    assert loop.waits == (tiles.in_flight,) * steps, loop
     # Half of the lanes supply metadata for every other instruction.
     selectors = re.findall(r"HGMMA\.SP.*, (0x[01])(?:, gsb0)? *$", kernel.sass, re.MULTILINE)
-    assert collections.Counter(selectors) == dict.fromkeys(("0x0", "0x1"), found[wanted] // 2)
-    # One group of instructions stays in flight over a step; all are awaited before the epilogue.
-    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\S+)", kernel.sass)
-    assert waits == ["0x1"] * (found[wanted] // of_step) + ["0x0"], waits
+    halves = collections.Counter(selectors)
+    assert set(halves) == {"0x0", "0x1"} and halves["0x0"] == halves["0x1"], halves
     # Operands are copied by the hardware, results are turned around on the way to memory.
     assert "UTMALDG" in kernel.sass and "UTMASTG" in kernel.sass
     assert re.search(r"STSM\S*MT88", kernel.sass), "results are not stored transposed"
@@ -137,15 +132,14 @@ def test_every_tile(tiles, kind):
     _check_product(problem, tiles)
 
 
-def test_a_sum_that_is_touched_too_early_is_noticed(monkeypatch):
-    start = mosaic_sm90_kernel.start_multiply_add
-    monkeypatch.setattr(
-        mosaic_sm90_kernel,
-        "start_multiply_add",
-        lambda *args, **options: tuple(acc + 1.0 for acc in start(*args, **options)),
-    )
-    problem = _make_problem(dict(rows=256, contraction=256, columns=256))
-    assert _compile(problem, Tiles(1, 128, 64, 3)).is_serialized
+@pytest.mark.parametrize(
+    ("num_steps", "in_flight"),
+    [(1, 1), (2, 1), (5, 1), (1, 0), pytest.param(64, 0, marks=pytest.mark.slow)],
+)
+def test_few_steps_and_a_wait_for_every_group(num_steps, in_flight):
+    problem = _make_problem(dict(rows=256, contraction=64 * num_steps, columns=256))
+    kernel = _compile(problem, Tiles(1, 128, 64, 3, in_flight=in_flight))
+    check_kernel(kernel, in_flight_at_release=in_flight)
 
 
 @pytest.mark.parametrize("axis", [0, 1, "both"])
@@ -155,7 +149,7 @@ def test_packing_is_one_kernel_that_reads_once(axis):
 
     report = aot.compile_for(pack, _struct((1600, 6400)), _struct((1600, 6400), bool))
     (kernel,) = report.kernels
-    _check(kernel)
+    check_kernel(kernel)
     assert report.temp_bytes < 4096 and "fusion(" not in report.hlo
     # Eight rows of four by four blocks: one load of four values and one of four flags for each.
     loads = collections.Counter(re.findall(r"\bLDG\S*", kernel.sass))
@@ -192,7 +186,7 @@ def test_a_feed_forward_block_with_its_gradient(grad_pruning):
         x, *map(_struct, shapes), [_struct(shape, bool) for shape in shapes], x,
     )  # fmt: skip
     for kernel in report.kernels:
-        _check(kernel)
+        check_kernel(kernel, in_flight_at_release=1)
     count = collections.Counter(kernel.name.rsplit("_", 1)[0] for kernel in report.kernels)
     # Two layers: y and dx of each, and dw if pruned; packed once for both, and pruned gradients.
     pruned = 2 if grad_pruning == "mvue" else 0

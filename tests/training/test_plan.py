@@ -91,7 +91,7 @@ def test_kernels_are_listed_with_what_ptxas_made_of_them(plan):
         stack_bytes=0,
         spill_bytes=12,
         shared_memory_bytes=151_824,
-        is_serialized=False,
+        remarks=(),
         ptx="",
         sass="",
     )
