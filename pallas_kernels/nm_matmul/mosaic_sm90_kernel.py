@@ -261,16 +261,13 @@ def multiply_sparse(
 
                 return accs, _after(slot, tiles.stages)
 
-            # A turn of the loop has a call for each step in flight and for the one that starts.
-            steps_of_turn = 1 + tiles.in_flight
-
             def multiply_turn(turn, state):
-                for step in range(steps_of_turn):
+                for step in range(_steps_of_turn(tiles)):
                     state = multiply_step(*state, is_first=(turn == 0) & (step == 0))
                 return state
 
             def multiply_all(accs, slot):
-                num_turns, rest = divmod(num_steps, steps_of_turn)
+                num_turns, rest = divmod(num_steps, _steps_of_turn(tiles))
                 state = lax.fori_loop(0, num_turns, multiply_turn, (accs, slot))
                 for step in range(rest):
                     state = multiply_step(*state, is_first=num_turns == 0 and step == 0)
@@ -370,6 +367,11 @@ def multiply_sparse(
 
 def _store_columns(tiles: Tiles) -> int:
     return TILE if tiles.columns % TILE == 0 else TILE // 2
+
+
+def _steps_of_turn(tiles: Tiles) -> int:
+    # Each step has registers of its own for metadata while others are in flight.
+    return 1 + tiles.in_flight
 
 
 def _after(slot, stages):

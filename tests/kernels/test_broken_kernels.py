@@ -1,0 +1,252 @@
+"""Kernels that are broken on purpose, and which proof notices each of them.
+
+"machine code" follows the paths of the compiled program (`machine_checks`), "interpreter" runs it
+with products as late as their waits allow and copies early, late and in between (`hopper`). Some
+faults only one of them can see. Which do is asserted both ways, so that this table stays true.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.block_sparse_attention.mosaic_sm90_program import Group
+from pallas_kernels.nm_matmul import mosaic_sm90_kernel as kernel_module
+from pallas_kernels.nm_matmul import wgmma_sp
+from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.packing import Compressed
+from tests.kernels import asynchronous
+from tests.kernels.contract import Case, call_implementation
+from tests.kernels.interpreter import hopper, miss_barrier
+from tests.kernels.machine_checks import find_faults
+from tests.kernels.oracles import error
+from tests.kernels.test_nm_mosaic_sm90 import make_operands, run
+
+# Five steps: every register and slot is used again, and one step is left over from the turns.
+_PROBLEM = Problem(
+    rows=256, contraction=320, columns=128, dtype="bfloat16", dense_is_transposed=True
+)
+_TILES = Tiles(blocks=2, columns=64, contraction=64, stages=2)
+_ALL_AWAITED = dataclasses.replace(_TILES, in_flight=0)
+_CASE = Case(
+    batch=1, num_heads=1, num_kv_heads=1, num_queries=128, num_keys=320, head_dim=64, block_q=128,
+    block_kv=64, dtype="bfloat16", mask_names=("full",),
+)  # fmt: skip
+
+
+def _reload_metadata(patch):
+    """One step a turn: the register is loaded again while the step before may still read it."""
+    patch.setattr(kernel_module, "_steps_of_turn", lambda tiles: 1)
+
+
+def _load_metadata_behind_the_fence(patch):
+    """Each word is loaded where it is first used, after `wgmma.fence`."""
+    load = wgmma_sp._load_words
+
+    class Later:
+        def __init__(self, block):
+            self._block = block
+
+        def __getitem__(self, at):
+            return load([self._block])[0][at]
+
+    patch.setattr(wgmma_sp, "_load_words", lambda metadata: [Later(block) for block in metadata])
+
+
+def _no_fence(patch):
+    patch.setattr(wgmma_sp.nvvm, "wgmma_fence_aligned", lambda: None)
+
+
+def _read_sums_in_flight(patch):
+    """The epilogue begins without the last wait."""
+    patch.setattr(wgmma_sp.nvvm, "wgmma_wait_group_sync_aligned", lambda n: None)
+
+
+def _touch_sums_between_products(patch):
+    issue = wgmma_sp._issue
+
+    def issue_and_double(acc, *operands):
+        acc = issue(acc, *operands)
+        return acc + acc
+
+    patch.setattr(wgmma_sp, "_issue", issue_and_double)
+
+
+def _no_wait(patch):
+    _wait_otherwise(patch, lambda wait, n: None)
+
+
+def _give_back_the_slot_in_use(patch):
+    """A kernel that waits for every group does so one step too late."""
+    _wait_otherwise(patch, lambda wait, n: wait(n + 1))
+    patch.setattr(kernel_module, "_steps_of_turn", lambda tiles: 2)
+
+
+def _wait_otherwise(patch, change):
+    # On a GPU, and in the interpreter.
+    for module in (plgpu, asynchronous):
+        patch.setattr(module, "wgmma_wait", functools.partial(change, module.wgmma_wait))
+
+
+def _reuse_a_slot_without_waiting(patch):
+    """The copying warpgroup leaves out its wait, as with a wrong parity."""
+    miss_barrier(patch, 0)
+
+
+def _read_a_tile_before_it_arrives(patch):
+    miss_barrier(patch, 2)
+
+
+def _no_proxy_fence(patch):
+    patch.setattr(plgpu, "commit_smem", lambda: None)
+
+
+def _overwrite_what_is_being_stored(patch):
+    wait = plgpu.wait_smem_to_gmem
+
+    def wait_at_the_end(n, wait_read_only=False):
+        if not wait_read_only:
+            wait(n)
+
+    patch.setattr(plgpu, "wait_smem_to_gmem", wait_at_the_end)
+
+
+def _give_back_a_tile_before_it_is_multiplied(patch):
+    give_back, wait = Group.give_back, Group.wait
+
+    def give_back_and_use(group, slot):
+        tiles = wait(group, slot)
+        give_back(group, slot)
+        return tiles
+
+    patch.setattr(Group, "wait", give_back_and_use)
+    patch.setattr(Group, "give_back", lambda *_: None)
+
+
+def _compile_product(tiles=_TILES):
+    # So many steps that ptxas leaves them in a loop.
+    problem, struct = dataclasses.replace(_PROBLEM, contraction=4096), jax.ShapeDtypeStruct
+    half = problem.contraction // 2
+    values = struct((problem.rows, half), "bfloat16")
+    metadata = struct((problem.rows // 64, half // 32, 128), "uint32")
+    dense = struct((problem.columns, problem.contraction), "bfloat16")
+
+    def multiply(values, metadata, dense):
+        sparse = Compressed(values, metadata)
+        return multiply_sparse(sparse, dense, None, problem, tiles, num_programs=132)
+
+    return aot.compile_for(multiply, values, metadata, dense), tiles.in_flight
+
+
+def _run_product(tiles=_TILES):
+    """Return what is wrong with the product, "" if nothing."""
+    a, mask, *operands = make_operands(_PROBLEM)
+    out, *_ = run(_PROBLEM, tiles, *operands, num_programs=1)
+    f32 = functools.partial(np.asarray, dtype=np.float32)
+    exact = f32(operands[1]) @ f32(jnp.where(mask, a, 0)).T
+    return "" if error(out, exact) < 0.01 * np.abs(exact).max() else "other values"
+
+
+def _attend(q, k, v, mask):
+    options = _CASE.options
+    return call_implementation("mosaic_sm90")(q, k, v, mask, **options)
+
+
+def _compile_attention():
+    mask = jnp.ones((1, 1, 1, 5), bool)
+    q, k, v = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in _CASE.shapes)
+    return aot.compile_for(lambda q, k, v: _attend(q, k, v, mask), q, k, v), 0
+
+
+def _run_attention():
+    inputs, mask = _CASE.inputs(), jnp.ones((1, 1, 1, 5), bool)
+    out, _ = jax.jit(_attend)(*inputs, mask)
+    exact, _ = call_implementation("reference")(*inputs, mask, **_CASE.options)
+    return "" if error(out, exact) < 0.02 else "other values"
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A fault and who notices it."""
+
+    break_it: Callable
+    noticed_by: frozenset
+    compile: Callable = _compile_product
+    run: Callable = _run_product
+
+
+_MACHINE_CODE, _INTERPRETER = frozenset({"machine code"}), frozenset({"interpreter"})
+_BOTH = _MACHINE_CODE | _INTERPRETER
+BROKEN = {
+    "metadata reloaded while they are read": Broken(_reload_metadata, _BOTH),
+    "no wait for products": Broken(_no_wait, _BOTH),
+    "no proxy fence before a store": Broken(_no_proxy_fence, _BOTH),
+    "slot in use given back": Broken(
+        _give_back_the_slot_in_use,
+        _BOTH,
+        functools.partial(_compile_product, _ALL_AWAITED),
+        functools.partial(_run_product, _ALL_AWAITED),
+    ),
+    "metadata loaded behind the fence": Broken(_load_metadata_behind_the_fence, _MACHINE_CODE),
+    "no fence before products": Broken(_no_fence, _MACHINE_CODE),
+    "sums read in flight": Broken(_read_sums_in_flight, _MACHINE_CODE),
+    "sums touched between products": Broken(_touch_sums_between_products, _MACHINE_CODE),
+    "slot reused without waiting": Broken(_reuse_a_slot_without_waiting, _INTERPRETER),
+    "tile read before it arrives": Broken(_read_a_tile_before_it_arrives, _INTERPRETER),
+    "staging overwritten while it is stored": Broken(_overwrite_what_is_being_stored, _INTERPRETER),
+    "tile given back before it is multiplied": Broken(
+        _give_back_a_tile_before_it_is_multiplied, _INTERPRETER, _compile_attention, _run_attention
+    ),
+}
+
+
+def _look_at_machine_code(compile_it):
+    report, in_flight = compile_it()
+    return [
+        fault
+        for kernel in report.kernels
+        for fault in find_faults(kernel, in_flight_at_release=in_flight)
+    ]
+
+
+def _interpret(run_it):
+    for copies, seed in (("early", 0), ("late", 0), ("random", 0), ("random", 1)):
+        jax.clear_caches()
+        try:
+            with hopper(copies, seed):
+                wrong = run_it()
+        except (AssertionError, jax.errors.JaxRuntimeError) as noticed:
+            wrong = str(noticed).strip().splitlines()[-1]
+        if wrong:
+            return wrong
+    return ""
+
+
+def test_sound_kernels_pass_both():
+    for compile_it, run_it in (
+        (_compile_product, _run_product),
+        (BROKEN["slot in use given back"].compile, BROKEN["slot in use given back"].run),
+        (_compile_attention, _run_attention),
+    ):
+        assert not _look_at_machine_code(compile_it) and not _interpret(run_it)
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_machine_code_shows_it_or_not(broken, monkeypatch):
+    broken.break_it(monkeypatch)
+    faults = _look_at_machine_code(broken.compile)
+    assert bool(faults) == ("machine code" in broken.noticed_by), faults
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_interpreter_shows_it_or_not(broken, monkeypatch):
+    broken.break_it(monkeypatch)
+    noticed = _interpret(broken.run)
+    print(noticed)
+    assert bool(noticed) == ("interpreter" in broken.noticed_by), noticed
