@@ -33,34 +33,39 @@ def test_contracts_run_before_headline_points(commands):
     assert gpu.main([]) == 0
     assert [command[0] for command in ran] == [
         "pytest",
+        "pytest",
+        "benchmarks.l2_bandwidth",
         "benchmarks.attention",
         "benchmarks.nm_matmul",
         "benchmarks.block_sparse_matmul",
         "benchmarks.fst_gpt2",
     ]
-    ignored = [option.split("=")[1] for option in ran[0] if option.startswith("--ignore-glob=")]
+    first = [gpu.ROOT / path for path in ran[0] if path.startswith("tests/")]
+    assert [path.name for path in first] == list(gpu.CONTRACTS)
+    assert all(path.exists() for path in first)
+    ignored = [option.split("=")[1] for option in ran[1] if option.startswith("--ignore")]
     assert {path for pattern in ignored for path in gpu.ROOT.glob(pattern)} == {
         path
         for path in (gpu.ROOT / "tests/kernels").glob("test_*.py")
-        if "aot" in path.name or "compiled" in path.name
+        if "aot" in path.name or "compiled" in path.name or path in first
     }
     # The last part may take all that the others left.
-    budgets = [command[1:] for command in ran[1:]]
-    assert budgets == [["--headline", f"--budget-seconds={s}"] for s in (135, 180, 270, 540)]
+    budgets = [command[1:] for command in ran[2:]]
+    assert budgets == [["--headline", f"--budget-seconds={s}"] for s in (108, 135, 180, 270, 540)]
 
 
 def test_failed_contracts_fail_the_run_and_points_are_still_measured(commands):
     ran, codes = commands
     codes["pytest"] = 1
     assert gpu.main([]) == 1
-    assert len(ran) == 1 + len(gpu.PARTS)
+    assert len(ran) == 2 + len(gpu.PARTS)
 
 
 def test_no_point_starts_when_time_is_up(commands, monkeypatch):
     ran, _ = commands
     monkeypatch.setattr(gpu, "BUDGET_SECONDS", -1.0)
     assert gpu.main([]) == 0
-    assert {command[2] for command in ran[1:]} == {"--budget-seconds=0"}
+    assert {command[2] for command in ran[2:]} == {"--budget-seconds=0"}
 
 
 def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
@@ -70,6 +75,6 @@ def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
     assert ran == [["benchmarks.attention"], ["benchmarks.nm_matmul_tiles"]]
     assert gpu.main(["--sweep", ""]) == 2
     assert (
-        "PART must be one of attention, nm_matmul, block_sparse_matmul, fst_gpt2, nm_matmul_tiles, "
-        "got ''" in capsys.readouterr().err
+        "PART must be one of l2_bandwidth, attention, nm_matmul, block_sparse_matmul, fst_gpt2, "
+        "nm_matmul_tiles, got ''" in capsys.readouterr().err
     )

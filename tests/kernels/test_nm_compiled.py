@@ -132,6 +132,15 @@ def test_every_tile(tiles, kind):
     _check_product(problem, tiles)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_activations_take_an_exponential_and_no_tanh(activation):
+    # The hardware's tanh errs by 2^-11, of which nothing is left where `1 + tanh` cancels.
+    problem = _make_problem(dict(rows=256, contraction=128, columns=64, activation=activation))
+    kernel = _compile(problem, Tiles(2, 64, 64, 2))
+    check_kernel(kernel, in_flight_at_release=1)
+    assert "MUFU.TANH" not in kernel.sass and "MUFU.EX2" in kernel.sass
+
+
 @pytest.mark.parametrize(
     ("num_steps", "in_flight"),
     [(1, 1), (2, 1), (5, 1), (1, 0), pytest.param(64, 0, marks=pytest.mark.slow)],

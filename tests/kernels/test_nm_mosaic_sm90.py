@@ -141,6 +141,26 @@ def test_any_number_of_programs(num_programs):
     check(_change(rows=256), Tiles(1, 64, 64, 2), num_programs=num_programs)
 
 
+@pytest.mark.parametrize(
+    ("problem", "tiles"),
+    [
+        (_change(contraction=64 * 7), Tiles(1, 64, 64, 3)),
+        (_change(contraction=128 * 6, rows=256), Tiles(2, 128, 128, 2)),
+        (_change(contraction=64 * 8, rows=512, activation="swiglu"), Tiles(2, 64, 64, 4)),
+    ],
+    ids=["odd_steps", "wide_steps", "gated"],
+)
+def test_groups_in_flight_give_the_bits_of_a_kernel_that_waits_for_each(problem, tiles):
+    # Masks that do not repeat along the contraction, and more steps than there are registers for
+    # metadata: on a GPU this shows a register that is loaded while it is read.
+    operands = make_operands(problem)[2:]
+    with hopper("random"):
+        overlapping = run(problem, tiles, *operands)
+        waiting = run(problem, dataclasses.replace(tiles, in_flight=0), *operands)
+    for x, y in zip(overlapping, waiting, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_repeat_is_bit_equal():
     problem, tiles = CUTS["geglu_half_full"]
     operands = make_operands(problem)[2:]
