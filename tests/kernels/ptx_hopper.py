@@ -1,9 +1,9 @@
-"""Hopper's asynchronous instructions for `ptx_machine`: barriers, bulk copies, tensor cores.
+"""Hopper's asynchronous instructions for `ptx_machine`: barriers and bulk copies.
 
 What is asynchronous may happen at any time between where it is started and where it is waited for.
-Both ends are tried: products read memory, metadata and registers as these are when they are issued
-(`reads="early"`) or when they are waited for ("late"); copies land at once or not before some
-thread cannot go on without them. A program that is right at both ends does not depend on luck.
+Both ends are tried: copies land at once (`copies="early"`) or not before some thread cannot go on
+without them ("late"), or at random; of products, see `ptx_tensor_cores`. A program that is right at
+both ends does not depend on luck.
 """
 
 import dataclasses
@@ -12,26 +12,18 @@ import re
 
 import numpy as np
 
-from tests.kernels.ptx_arithmetic import widen_bf16
 from tests.kernels.ptx_machine import (
     PARAM_BASE,
     SHARED_BASE,
     WARP,
-    WARPGROUP,
     PtxError,
     split_operands,
+    whole,
 )
+from tests.kernels.ptx_tensor_cores import TensorCores, swizzle
 
-_LANE = np.arange(WARPGROUP) % WARP
-_WARP = np.arange(WARPGROUP) // WARP
 # Instructions that order what this machine does in order, or that only say how fast to run.
 _NOTHING = ("setmaxnreg", "griddepcontrol")
-
-
-def swizzle(address, size):
-    """Return where memory has a byte: chunks of 16 bytes change places by rows of 128 bytes."""
-    mask = {128: 7, 64: 3, 32: 1, 16: 0}[size]
-    return address ^ ((address >> 7 & mask) << 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,40 +45,6 @@ class TensorMap:
     strides: tuple[int, ...]
     swizzle: int
     box: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A descriptor of a matrix in shared memory for tensor cores."""
-
-    start: int
-    leading: int
-    stride: int
-    swizzle: int
-
-    @classmethod
-    def unpack(cls, bits):
-        """Take the 64 bits apart."""
-        if bits >> 49 & 7:
-            raise PtxError("descriptors with a base offset are unknown")
-        mode = {1: 128, 2: 64, 3: 32}.get(bits >> 62)
-        if mode is None:
-            raise PtxError("descriptors without swizzle are unknown")
-        field = [(bits >> at & 0x3FFF) << 4 for at in (0, 16, 32)]
-        return cls(*field, mode)
-
-    def addresses(self, outer, inner, *, contraction_is_inner):
-        """Return where elements of 16 bits are: `outer` rows or columns by `inner` contraction."""
-        n, k = np.arange(outer)[:, None], np.arange(inner)
-        width = self.swizzle // 2
-        if contraction_is_inner:
-            if self.start % self.swizzle + 2 * inner > self.swizzle:
-                raise PtxError("an operand reaches over the end of its swizzled rows")
-            at = n // 8 * self.stride + n % 8 * self.swizzle + 2 * k
-        else:
-            at = n // width * self.leading + n % width * 2
-            at = at + k // 8 * self.stride + k % 8 * self.swizzle
-        return swizzle(self.start + at, self.swizzle)
 
 
 class Barrier:
@@ -115,31 +73,22 @@ class Barrier:
             self.pending, self.phase = self.count, self.phase + 1
 
 
-@dataclasses.dataclass
-class Products:
-    """Tensor-core instructions of one warpgroup: not committed, and committed groups."""
-
-    started: list = dataclasses.field(default_factory=list)
-    groups: list = dataclasses.field(default_factory=list)
-
-
 class HopperUnits:
     """The asynchronous units of one block."""
 
     def __init__(self, machine, maps, *, reads="late", copies="late", seed=0):
         self.machine, self.maps = machine, maps
-        self.reads, self.copies = reads, copies
+        self.copies = copies
+        self.tensor_cores = TensorCores(machine, reads)
         self.random = random.Random(seed)
         self.barriers, self.named = {}, {}
-        self.products = {}
         self.loads = []
         # Of each thread: copies to global memory that are not committed, and groups of them.
         self.stores, self.store_groups = {}, {}
-        self.fenced = True
 
     def decoders(self):
         """Return functions that decode an instruction or return None."""
-        return (self._sync, self._mbarrier, self._copy, self._wgmma, self._stmatrix)
+        return (self._sync, self._mbarrier, self._copy, *self.tensor_cores.decoders())
 
     def advance(self):
         """Let one copy land, as no thread can go on; return whether there was one."""
@@ -155,9 +104,7 @@ class HopperUnits:
         left += [t for t, copies in self.stores.items() if copies]
         if left or self.loads:
             raise PtxError(f"copies are on their way at the end: {len(self.loads)}, {left}")
-        for products in self.products.values():
-            if products.started or products.groups:
-                raise PtxError("products are on their way at the end")
+        self.tensor_cores.check_end()
         for address, barrier in self.barriers.items():
             if barrier.pending != barrier.count or barrier.bytes:
                 raise PtxError(f"the barrier at {address} is in the middle of a phase")
@@ -183,7 +130,7 @@ class HopperUnits:
                 write(index, group.threads % WARP == 0)
                 write_lane(index, 0)
 
-            return _whole(WARP, elect)
+            return whole(WARP, elect)
         if base == "shfl" and name[1] == "sync":
             return self._shuffle(name[2], operands)
         return None
@@ -229,7 +176,7 @@ class HopperUnits:
                 lanes = lanes ^ np.arange(WARP, dtype=np.uint32)
             write(index, np.take_along_axis(values, (lanes & 31).astype(np.int64), 1).ravel())
 
-        return _whole(WARP, step)
+        return whole(WARP, step)
 
     # Barriers in shared memory.
 
@@ -403,187 +350,10 @@ class HopperUnits:
                 for copy in groups.pop(0):
                     copy()
 
-    # Tensor cores.
-
-    def _wgmma(self, instruction):
-        name, operands = instruction.name, instruction.operands
-        if name[0] != "wgmma":
-            return None
-        if name[1] == "fence":
-            return _whole(WARPGROUP, lambda group, index: None)
-        if name[1] == "commit_group":
-
-            def commit(group, index):
-                for products in self._products(group):
-                    products.groups.append(products.started)
-                    products.started = []
-
-            return _whole(WARPGROUP, commit)
-        if name[1] == "wait_group":
-
-            def wait(group, index):
-                for products in self._products(group):
-                    while len(products.groups) > int(operands[0]):
-                        for product in products.groups.pop(0):
-                            product()
-
-            return _whole(WARPGROUP, wait)
-        return _whole(WARPGROUP, self._multiply(instruction)) if name[1] == "mma_async" else None
-
-    def _products(self, group):
-        for first in group.threads[::WARPGROUP].tolist():
-            yield self.products.setdefault(first, Products())
-
-    def _multiply(self, instruction):
-        name, operands = instruction.name, instruction.operands
-        is_sparse = "sp" in name
-        shape = re.fullmatch(r"m64n(\d+)k(\d+)", name[-4])
-        columns, depth = int(shape[1]), int(shape[2])
-        if name[-3] != "f32" or name[-1] != name[-2] or depth != (32 if is_sparse else 16):
-            raise PtxError("this product is unknown")
-        dtype, machine = name[-1], self.machine
-        sums = [machine.register(x.strip()) for x in split_operands(operands[0].strip("{}"))]
-        if len(sums) != columns // 2:
-            raise PtxError(f"{len(sums)} sums of {columns} columns")
-        in_registers = operands[1].startswith("{")
-        if in_registers:
-            left = [machine.register(x.strip()) for x in split_operands(operands[1].strip("{}"))]
-        else:
-            left = machine.reader(operands[1], "u8")
-        right = machine.reader(operands[2], "u8")
-        rest = operands[3:]
-        word, selector = None, None
-        if is_sparse:
-            word, selector, rest = machine.register(rest[0]), int(rest[1]), rest[2:]
-        adds = machine.reader(rest[0], "?")
-        flags = [int(x) for x in rest[1:]]
-        if flags[:2] != [1, 1] or len(flags) != (3 if in_registers else 4):
-            raise PtxError(f"unknown flags {flags}")
-        left_outside, right_outside = [0, *flags[2:]] if in_registers else flags[2:]
-        row, column = accumulator_places(columns)
-
-        def start(first, index):
-            describe_a = None if in_registers else _descriptor(left, index)
-            describe_b, is_added = _descriptor(right, index), bool(np.all(adds(index)))
-
-            def run():
-                stored = depth // 2 if is_sparse else depth
-                if in_registers:
-                    words = np.stack([x[index] for x in left])
-                    a = _to_float(unpack_left(words), dtype)
-                else:
-                    a = self._read(describe_a, 64, stored, not left_outside, dtype)
-                if is_sparse:
-                    a = spread(a, word[index], selector)
-                b = self._read(describe_b, columns, depth, not right_outside, dtype)
-                product = (a @ b.T)[row, column]
-                for register, values in zip(sums, product, strict=True):
-                    before = register[index].view(np.float32) if is_added else np.float32(0)
-                    register[index] = (before + values).view(np.uint32)
-
-            if self.reads == "early":
-                run()
-            else:
-                self.products.setdefault(first, Products()).started.append(run)
-
-        def step(group, index):
-            for first in group.threads[::WARPGROUP].tolist():
-                start(first, slice(first, first + WARPGROUP))
-
-        return step
-
-    def _read(self, operand, outer, inner, contraction_is_inner, dtype):
-        places = operand.addresses(outer, inner, contraction_is_inner=contraction_is_inner)
-        if places.min() < SHARED_BASE or places.max() >= self.machine.shared.size:
-            raise PtxError("an operand outside of shared memory")
-        return _to_float(self.machine.async_shared.view(np.uint16)[places // 2], dtype)
-
-    def _stmatrix(self, instruction):
-        name, operands = instruction.name, instruction.operands
-        if name[0] != "stmatrix":
-            return None
-        if instruction.opcode.replace(".trans", "") != "stmatrix.sync.aligned.m8n8.x4.shared.b16":
-            raise PtxError("this form of stmatrix is unknown")
-        address = self.machine.address(operands[0])
-        registers = [
-            self.machine.reader(x.strip(), "u4") for x in split_operands(operands[1].strip("{}"))
-        ]
-
-        def step(group, index):
-            rows = address(index).reshape(-1, 4, 8)
-            if (rows % 16).any() or (rows < SHARED_BASE).any():
-                raise PtxError("a row of a matrix is not aligned")
-            words = np.stack([read(index).reshape(-1, WARP) for read in registers], axis=1)
-            halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).astype(np.uint16)
-            matrices = halves.reshape(-1, 4, 8, 8)
-            if "trans" in name:
-                matrices = matrices.swapaxes(2, 3)
-            self.machine.shared.view(np.uint16)[rows[..., None] // 2 + np.arange(8)] = matrices
-
-        return _whole(WARP, step)
-
-
-def accumulator_places(columns):
-    """Return row and column of each sum of each thread, [registers, 128]."""
-    register = np.arange(columns // 2)[:, None]
-    row = 16 * _WARP + _LANE // 4 + 8 * (register // 2 % 2)
-    return row, 8 * (register // 4) + 2 * (_LANE % 4) + register % 2
-
-
-def unpack_left(words):
-    """Return the bits of A[64, 16] of which each thread holds four words."""
-    matrix = np.zeros((64, 16), np.uint16)
-    for i in range(4):
-        row = 16 * _WARP + _LANE // 4 + 8 * (i % 2)
-        column = 8 * (i // 2) + 2 * (_LANE % 4)
-        matrix[row, column], matrix[row, column + 1] = words[i] & 0xFFFF, words[i] >> 16
-    return matrix
-
-
-def spread(values, words, selector):
-    """Return A[64, 32] of its kept values [64, 16] and of the metadata of each thread.
-
-    Of every four lanes two supply metadata, which the selector chooses. Such a lane describes 16
-    columns of row lane / 4 in its lower half, and of the row 8 further down in its upper half.
-    """
-    threads = np.arange(WARPGROUP)[selector == _LANE % 4 // 2]
-    dense = np.zeros((64, 32), np.float32)
-    for upper in range(2):
-        row = 16 * _WARP[threads] + _LANE[threads] // 4 + 8 * upper
-        bits = words[threads] >> np.uint32(16 * upper) & 0xFFFF
-        for group in range(4):
-            nibble = bits >> np.uint32(4 * group) & 0xF
-            if (nibble & 3 >= nibble >> 2).any():
-                raise PtxError("metadata that are not two rising positions")
-            column = 16 * (_LANE[threads] % 2) + 4 * group
-            for which, position in enumerate((nibble & 3, nibble >> 2)):
-                dense[row, column + position] = values[row, column // 2 + which]
-    return dense
-
-
-def _to_float(bits, dtype):
-    return widen_bf16(bits) if dtype == "bf16" else bits.view(np.float16).astype(np.float32)
-
-
-def _descriptor(read, index):
-    (bits,) = set(np.atleast_1d(read(index)).tolist())
-    return Operand.unpack(bits)
-
 
 def _flat(address, size):
     """A copy of bytes in a row, as a box."""
     return TensorMap(address, 4, (size // 4,), (1,), 16, (size // 4,)), (0,)
-
-
-def _whole(unit, step):
-    """Let an instruction wait until all threads of each warp or warpgroup are there."""
-
-    def waiting(group, index):
-        if group.covers(unit):
-            return step(group, index)
-        return lambda: False, f"the other threads of {unit}", True
-
-    return waiting
 
 
 def _one(step, *, with_group=False):

@@ -121,7 +121,7 @@ def parse(ptx):
                 else:
                     scopes[-1][name] = f"{name}@{count}"
                     program.register_types[f"{name}@{count}"] = kind
-        elif statement.startswith(".shared"):
+        elif statement.startswith((".shared", ".pragma")):
             continue
         elif statement.startswith("."):
             raise PtxError(f"unknown directive: {statement}")
@@ -187,6 +187,17 @@ class Group:
             (threads.reshape(-1, unit)[:, 0] % unit == 0).all()
             and (np.diff(threads.reshape(-1, unit)) == 1).all()
         )
+
+
+def whole(unit, step):
+    """Let an instruction wait until all threads of each warp or warpgroup are there."""
+
+    def waiting(group, index):
+        if group.covers(unit):
+            return step(group, index)
+        return lambda: False, f"the other threads of {unit}", True
+
+    return waiting
 
 
 class Machine:
@@ -301,7 +312,9 @@ class Machine:
         name, operands = instruction.name, instruction.operands
         if name[0] not in ("ld", "st"):
             return None
-        space, kind = name[1].split("::")[0], name[-1]
+        # Without a space it is any; those in global memory are the same, others are not known.
+        is_generic = re.fullmatch(r"v\d|[busf]\d+", name[1]) is not None
+        space, kind = "global" if is_generic else name[1].split("::")[0], name[-1]
         size = int(kind[1:]) // 8
         is_load = name[0] == "ld"
         data, place = operands if is_load else operands[::-1]
