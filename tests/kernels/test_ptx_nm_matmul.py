@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import prune_mvue
+from pallas_kernels import nm_matmul, pack_nm, prune_mvue
 from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.pack_sm90 import pack_on_gpu, prune_on_gpu
 from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels import ptx_host
-from tests.kernels.oracles import make_normal
+from tests.kernels.oracles import error, make_normal
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.test_nm_packing import assert_same_bits, make_weight
 
@@ -143,6 +143,28 @@ def test_products_whatever_is_slow(case, reads, copies, seed):
 def test_every_tile(tiles, dense_is_transposed):
     product = dict(rows=256, contraction=3 * tiles[2], columns=tiles[1])
     check_product(product | dict(dense_is_transposed=dense_is_transposed), tiles)
+
+
+def test_a_whole_layer():
+    # Packing, y, dx and dw, the last of a pruned gradient, as a model calls them.
+    x, w, dy = make_normal(((128, 64), (64, 128), (128, 128)), "bfloat16")
+    mask = make_weight((64, 128), transposable=True)[1]["whole"]
+
+    def run(implementation):
+        packed = pack_nm(w, mask, axis="both", implementation=implementation)
+        y, pull_back = jax.vjp(
+            lambda x, w: nm_matmul(
+                x, w, mask, packed=packed, transposable=True, grad_pruning="mvue",
+                key=jax.random.key(0), implementation=implementation,
+            ),
+            x, w,
+        )  # fmt: skip
+        return jax.block_until_ready((y, *pull_back(dy)))
+
+    with ptx_machine_runs_kernels():
+        actual = run("mosaic_sm90")
+    for a, e in zip(actual, run("xla"), strict=True):
+        assert error(a, e.astype(jnp.float32)) < 0.01
 
 
 def _edit_ptx(monkeypatch, pattern, replacement):
