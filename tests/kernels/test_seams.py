@@ -66,6 +66,10 @@ CONSTRUCTS = {
 ONLY_A_GPU = {
     "errors of ex2.approx, rcp.approx, lg2.approx and of tensor cores' sums":
         "the machine gives the nearest value",
+    "wgmma.fence (start_multiply_add, fence_products)":
+        "the machine passes over it; ptxas and pallas_kernels.products_in_flight look for it",
+    "registers that _keep_in_place keeps apart":
+        "PTX has as many as it wants; pallas_kernels.products_in_flight follows the real ones",
     "set_max_registers": "ptxas accepts the numbers; who waits for registers is not modelled",
     "what ptxas makes of the PTX": "pallas_kernels.products_in_flight reads the machine code",
     "memory order where no barrier orders threads": "the machine runs one warpgroup at a time",
