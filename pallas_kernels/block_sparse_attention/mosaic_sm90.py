@@ -24,14 +24,14 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_fwd import (
     make_forward_walk,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import LOG2_E
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import Problem
+from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import Problem, choose_parts
 from pallas_kernels.block_sparse_attention.softmax_rules import count_visible
 from pallas_kernels.block_sparse_attention.tile_lists import (
     make_grain,
     make_key_lists,
     make_query_lists,
 )
-from pallas_kernels.dispatch import is_interpreted
+from pallas_kernels.dispatch import count_processors, is_interpreted
 
 HEAD_DIMS = (32, 64, 128, 256)
 BLOCKS = (32, 64, 128)
@@ -203,15 +203,25 @@ def _attention_bwd(problem, residuals, cotangents):
         segments=segment_ids,
     )
     dq = attention_backward_queries(operands, query_lists, problem)
+    key_walk = _choose_key_walk(problem)
     key_lists = make_key_lists(
         schedule,
         problem.grain,
         causal=problem.causal,
         all_masked=problem.all_masked,
-        group=problem.group if problem.mask_heads > 1 else 1,
+        group=key_walk.members if problem.mask_heads > 1 else 1,
     )
-    dk, dv = attention_backward_keys(operands, key_lists, problem)
+    dk, dv = attention_backward_keys(operands, key_lists, problem, key_walk)
     return dq, dk, dv, None, None, None
+
+
+def _choose_key_walk(problem):
+    walk = make_key_walk(problem)
+    if problem.group == 1:
+        return walk
+    num_items = problem.batch * walk.heads * walk.num_blocks
+    parts = choose_parts(num_items, walk.rings, problem.group, count_processors())
+    return make_key_walk(problem, parts=parts)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

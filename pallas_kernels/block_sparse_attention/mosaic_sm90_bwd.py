@@ -7,18 +7,25 @@ With p = exp(s - lse), dp = dO V^T and ds = p (dp - delta), delta = rowsum(dO * 
   dK = scale ds^T Q      over all query heads that read the key head
 
 Logits are computed again from the saved log-sum-exp. Key heads that serve several query heads sum
-over them in f32 registers. See `mosaic_sm90_program` for who does what.
+over them in f32 registers; or over a part of them, where there are too few key heads to fill the
+device, and the parts, in f32, are added in a fixed order. See `mosaic_sm90_program` for who does
+what.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import launch, write
+from pallas_kernels.block_sparse_attention.mosaic_sm90_program import (
+    launch,
+    write,
+    write_parts,
+)
 from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -88,11 +95,12 @@ def make_query_walk(problem: Problem) -> Walk:
     )
 
 
-def make_key_walk(problem: Problem) -> Walk:
+def make_key_walk(problem: Problem, *, parts: int = 1) -> Walk:
     """Choose the tiles of the kernel for dK and dV.
 
     Args:
       problem: Problem.
+      parts: int, into which the query heads of a key head are split: see `choose_parts`.
 
     Returns:
       Walk.
@@ -118,6 +126,7 @@ def make_key_walk(problem: Problem) -> Walk:
         resident_bytes=2 * head_bytes + 4 * 2,
         streamed_bytes=2 * head_bytes + 4 * (2 + problem.has_segments),
         max_tile=64,
+        parts=parts,
     )
 
 
@@ -197,19 +206,19 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
 
 
 def attention_backward_keys(
-    operands: Operands, lists: TileLists, problem: Problem
+    operands: Operands, lists: TileLists, problem: Problem, walk: Walk
 ) -> tuple[jax.Array, jax.Array]:
     """Launch the kernel for dK and dV.
 
     Args:
       operands: Operands.
-      lists: TileLists of the key blocks; of joined heads if masks differ by head.
+      lists: TileLists of the key blocks; if masks differ by head, of `walk.members` joined heads.
       problem: Problem.
+      walk: Walk, from `make_key_walk`.
 
     Returns:
       tuple of dk and dv, shaped and typed like k and v.
     """
-    walk = make_key_walk(problem)
     logit_scale = problem.scale * LOG2_E
     # Beside a loop with a mask, ptxas finds no room for both products at the widest head.
     overlaps = problem.head_dim < 128 or not problem.causal
@@ -273,10 +282,18 @@ def attention_backward_keys(
 
         state = zeros((ROWS, problem.head_dim)), zeros((ROWS, problem.head_dim))
         dk, dv = walk_list(problem, walk, share.item, step, state)
-        # Keys and values are not read again: their gradients take their place.
-        write(share, [(dk * problem.scale, k_smem, dk_gmem), (dv, v_smem, dv_gmem)])
+        if walk.parts > 1:
+            write_parts(share, [(dk, dk_gmem), (dv, dv_gmem)])
+        else:
+            # Keys and values are not read again: their gradients take their place.
+            write(share, [(dk * problem.scale, k_smem, dk_gmem), (dv, v_smem, dv_gmem)])
 
-    return launch(
+    out_type = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
+    if walk.parts > 1:
+        # The parts of a head lie side by side, so that a program needs to know but one number more.
+        shape = (problem.batch, problem.num_keys, walk.heads, problem.head_dim)
+        out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+    dk, dv = launch(
         compute,
         operands._asdict(),
         lists,
@@ -284,6 +301,15 @@ def attention_backward_keys(
         walk=walk,
         resident=("k", "v", "kv_mask", "segments"),
         streamed=(("q", "lse", "segments"), ("d_out", "delta")),
-        out_type=[jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)] * 2,
+        out_type=[out_type] * 2,
         name="block_sparse_attention_backward_keys",
     )
+    if walk.parts > 1:
+        dk, dv = (_add_parts(x, walk.parts) for x in (dk, dv))
+        dk, dv = ((dk * problem.scale).astype(operands.k.dtype), dv.astype(operands.v.dtype))
+    return dk, dv
+
+
+def _add_parts(x, parts):
+    """Add f32[B, S, K * parts, H] to f32[B, S, K, H], one part after the other."""
+    return functools.reduce(jnp.add, (x[:, :, part::parts] for part in range(parts)))

@@ -6,8 +6,9 @@ what is copied tile by tile is called streamed.
 
 *Rings.* A list belongs to one block of the resident side. Where that block has 128 rows, the two
 computing warpgroups take 64 each and share one ring of streamed tiles. Where it has 64 rows, each
-has a list and a ring of its own; the copying warpgroup serves both in turns. Neither waits for
-the other, so that one computes exponentials while the other keeps the tensor cores busy.
+has a list and a ring of its own, so that one computes exponentials while the other keeps the tensor
+cores busy. The copying warpgroup fills both in turns, and waits for a free slot of the first before
+it turns to the second: the one that is ahead waits once it has used up its ring.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
@@ -84,6 +85,8 @@ class Share(NamedTuple):
       smem: name -> reference [64, ...]: what is resident, loaded, and scratch memory.
       first_slot: int32, where its ring begins.
       stages: int, slots of its ring.
+      find_again: function () -> (Item, int32), `item` and `start` read once more: whoever needs
+        them after the last step alone need not hold them in registers until then.
     """
 
     item: Item
@@ -91,6 +94,7 @@ class Share(NamedTuple):
     smem: dict[str, Any]
     first_slot: Any
     stages: int
+    find_again: Callable[[], tuple[Item, Any]]
 
     def find_slot(self, step: Any) -> Any:
         """Find the slot that the tile of a step is copied to.
@@ -142,6 +146,25 @@ def write(share: Share, outputs: Sequence[tuple[jax.Array, Any, Any]]) -> None:
             )
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def write_parts(share: Share, outputs: Sequence[tuple[jax.Array, Any]]) -> None:
+    """Write the sums over a part of a group of query heads to global memory, in f32.
+
+    They go there from registers: a tile of f32 is twice as large as the tiles in shared memory that
+    `write` puts its results in. Four threads store 32 bytes of a row, a whole sector, at a time.
+
+    Args:
+      share: Share.
+      outputs: for each, the array f32[64, H], and the reference to global memory, f32[B, S, X, H]
+        with X = `walk.heads`.
+    """
+    item, start = share.find_again()
+
+    @pl.when(item.valid)
+    def _():
+        for array, gmem in outputs:
+            select(gmem, item, item.head, start, ROWS)[...] = array
 
 
 def copy_tiles(
@@ -284,15 +307,20 @@ def launch(
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             has_ring = walk.rings == NUM_COMPUTE
             ring = warpgroup if has_ring else 0
-            item = find_item(problem, walk, lists, ring)
-            start = item.block * walk.block + (0 if has_ring else warpgroup * ROWS)
+
+            def find():
+                item = find_item(problem, walk, lists, ring)
+                return item, item.block * walk.block + (0 if has_ring else warpgroup * ROWS)
+
+            item, start = find()
             smem = {key: ref.at[warpgroup] for key, ref in (resident_smem | scratch_smem).items()}
             ready = resident_full.at[warpgroup]
+            head = item.head if walk.parts == 1 else lax.div(item.head, jnp.int32(walk.parts))
             for key in resident:
-                tile = select(gmem[key], item, item.head, start, ROWS)
+                tile = select(gmem[key], item, head, start, ROWS)
                 plgpu.copy_gmem_to_smem(tile, smem[key], ready)
             plgpu.barrier_wait(ready)
-            share = Share(item, start, smem, ring * walk.stages, walk.stages)
+            share = Share(item, start, smem, ring * walk.stages, walk.stages, find)
             compute(share, groups, lists, *outputs)
 
     kernel.__name__ = name

@@ -8,6 +8,9 @@ for the output and dQ, keys for dK and dV. Its entries are blocks of the other s
 the other with long lists first. The hardware starts a program wherever one has ended, so uneven
 lists leave no processor idle, and a head's keys stay in the cache while it is worked on.
 
+*Parts.* Several query heads may read one key head. Where dK and dV would otherwise have too few
+work items for the device, the group is split in equal parts with an item each: see `choose_parts`.
+
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
@@ -91,8 +94,10 @@ class Walk(NamedTuple):
       over_queries: bool, queries are resident and keys streamed, or the reverse.
       block: int, rows of a resident block, 64 or 128.
       num_blocks: int, resident blocks.
-      heads: int, heads of the resident side.
+      heads: int, heads of the resident side, each as often as its group has parts.
       mask_heads: int, of these, how many have lists of their own.
+      parts: int, into which the query heads of a key head are split; 1 if queries are resident.
+      members: int, query heads of a part; 1 if queries are resident.
       tile: int, positions of a streamed tile.
       pieces: int, tiles of one list entry.
       repeats: int, how often a list is walked: once for each query head that reads it.
@@ -104,6 +109,8 @@ class Walk(NamedTuple):
     num_blocks: int
     heads: int
     mask_heads: int
+    parts: int
+    members: int
     tile: int
     pieces: int
     repeats: int
@@ -125,6 +132,43 @@ class Walk(NamedTuple):
         return self.rings * self.stages
 
 
+def choose_parts(num_items: int, rings: int, group: int, processors: int) -> int:
+    """Choose into how many parts the query heads of a key head are split for dK and dV.
+
+    A program takes `rings` items, and each part of a group is an item. The fewest equal parts are
+    chosen that give every processor a program, or else all of the group: 64 programs of groups of
+    four on 132 processors become 256 that take a quarter of the time each. A wave that is not quite
+    full is split as well: if causal, the longest list has twice the mean, and only where items are
+    shorter than a processor's share of the work can the hardware even that out.
+
+    A part writes its sums in f32, which are added up afterwards: 16 bytes written and read for
+    each number of a key. Fewer than 128 keys come to a processor, or nothing is split; so each
+    part costs a processor at most 128 * 16 * H bytes, which its share of 4.8 TB/s moves in 7 us at
+    H = 128. One block of 128 x 128 of one query head takes 5.5 us (at 400 TFLOP/s): a split costs
+    what one or two blocks more on each list would.
+
+    Args:
+      num_items: int, B * K * resident blocks: items without a split.
+      rings: int, items of a program.
+      group: int, query heads of a key head.
+      processors: int, of the device.
+
+    Returns:
+      int, a divisor of the group; 1 leaves it whole.
+
+    Example:
+      >>> choose_parts(num_items=64, rings=1, group=4, processors=132)
+      4
+      >>> choose_parts(num_items=128, rings=1, group=4, processors=132)
+      2
+      >>> choose_parts(num_items=132, rings=1, group=4, processors=132)
+      1
+    """
+    divisors = (parts for parts in range(1, group) if group % parts == 0)
+    enough = (parts for parts in divisors if -(-num_items * parts // rings) >= processors)
+    return next(enough, group)
+
+
 def make_walk(
     problem: Problem,
     *,
@@ -132,6 +176,7 @@ def make_walk(
     resident_bytes: int,
     streamed_bytes: int,
     max_tile: int,
+    parts: int = 1,
 ) -> Walk:
     """Choose tile and ring sizes that fit in shared memory.
 
@@ -141,6 +186,7 @@ def make_walk(
       resident_bytes: int, of one row of a computing warpgroup, without what is staged.
       streamed_bytes: int, of one streamed position.
       max_tile: int, the widest tile that leaves registers enough.
+      parts: int, into which the query heads of a key head are split; 1 if queries are resident.
 
     Returns:
       Walk.
@@ -152,8 +198,9 @@ def make_walk(
     block, streamed_block = (
         (grain.block_q, grain.block_kv) if over_queries else (grain.block_kv, grain.block_q)
     )
-    heads = problem.num_heads if over_queries else problem.num_kv_heads
+    heads = problem.num_heads if over_queries else problem.num_kv_heads * parts
     mask_heads = 1 if problem.mask_heads == 1 else heads
+    members = 1 if over_queries else problem.group // parts
     rings = NUM_COMPUTE if block == ROWS else 1
     for tile in (128, 64):
         staging_bytes = 0 if problem.in_registers else 2 * tile
@@ -167,9 +214,11 @@ def make_walk(
                 num_blocks=(problem.num_queries if over_queries else problem.num_keys) // block,
                 heads=heads,
                 mask_heads=mask_heads,
+                parts=parts,
+                members=members,
                 tile=tile,
                 pieces=streamed_block // tile,
-                repeats=problem.group if not over_queries and problem.mask_heads == 1 else 1,
+                repeats=members if problem.mask_heads == 1 else 1,
                 stages=stages,
             )
     raise NotImplementedError(
@@ -185,7 +234,7 @@ class Item(NamedTuple):
       valid: bool, False for the place beside the last item of an odd number.
       unit: int32, which list.
       batch: int32.
-      head: int32, of the resident side.
+      head: int32, of the `walk.heads`: each of the resident side as often as its group has parts.
       block: int32, resident block.
       count: int32, entries on the list; 0 if not valid.
       num_leading: int32, see `TileLists`.
@@ -268,7 +317,7 @@ def locate(
       block.
     """
     position, piece = lax.div(step, walk.pieces), lax.rem(step, walk.pieces)
-    member = jnp.int32(0)  # which head of a group of query heads
+    member = jnp.int32(0)  # which query head of those of the item
     if walk.repeats > 1:
         # The leading entries of every head come before the others of any.
         leading = item.num_leading * walk.repeats
@@ -284,11 +333,11 @@ def locate(
     if walk.over_queries:
         head = lax.div(item.head, problem.group)
     else:
-        if walk.repeats < problem.group:
-            # The lists of a group's heads are joined: see `make_key_lists`.
+        if walk.repeats < walk.members:
+            # The lists of these heads are joined: see `make_key_lists`.
             num_blocks = problem.num_queries // problem.grain.block_q
             member, index = lax.div(index, num_blocks), lax.rem(index, num_blocks)
-        head = item.head * problem.group + member
+        head = item.head * walk.members + member
     return head, (index * walk.pieces + piece) * walk.tile, bits
 
 

@@ -106,15 +106,16 @@ def make_key_lists(
 ) -> TileLists:
     """List the tile blocks of queries that visit each tile block of keys.
 
-    Where the query heads of a group have masks of their own, their lists are joined: index
-    `g * I + i` is block i of the group's head g.
+    Where the query heads of a key head have masks of their own, the lists of `group` of them at a
+    time are joined: index `g * I + i` is block i of head g of these.
 
     Args:
       schedule: as for `make_query_lists`.
       grain: Grain of the pattern.
       causal: bool, tiles that the diagonal crosses need a mask.
       all_masked: bool, every tile needs a mask.
-      group: int, query heads of a key head if masks differ by head, else 1.
+      group: int, if masks differ by head, the query heads of a key head or an equal part of them;
+        else 1.
 
     Returns:
       TileLists of U = M / group * J units, tiles with a mask first.

@@ -25,8 +25,8 @@ def make_masks(shape, *, seed=0):
     masks["global_row_and_column"] = np.broadcast_to(
         np.eye(num_q, num_kv, dtype=bool), shape
     ).copy()
-    masks["global_row_and_column"][..., 1, :] = True
-    masks["global_row_and_column"][..., :, 2] = True
+    masks["global_row_and_column"][..., min(1, num_q - 1), :] = True
+    masks["global_row_and_column"][..., :, min(2, num_kv - 1)] = True
     return {name: jnp.asarray(mask) for name, mask in masks.items()}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,47 +22,52 @@ class Setting:
     masks: str = "none"  # positions: none, keys, segments, both
     zero: bool = False
     group: int = 1
+    batch: int = 2
     own_masks: bool = False
     dtype: str = "bfloat16"
 
     def __str__(self):
         flags = [n for n in ("causal", "zero", "own_masks") if getattr(self, n)]
-        size = f"h{self.head_dim}-{self.blocks[0]}x{self.blocks[1]}-{self.masks}-g{self.group}"
-        return "-".join([size, *flags, self.dtype])
+        size = f"h{self.head_dim}-{self.blocks[0]}x{self.blocks[1]}-{self.masks}"
+        return "-".join([size, f"g{self.group}-b{self.batch}", *flags, self.dtype])
 
 
 # Every pair of choices that share a loop of a kernel occurs; the slow test has all of them.
 _PAIRWISE = (
     Setting(head_dim=128, blocks=(128, 128)),
-    Setting(head_dim=128, blocks=(64, 64), causal=True, masks="both", group=4, own_masks=True),
+    Setting(
+        head_dim=128, blocks=(64, 64), causal=True, masks="both", group=4, batch=16,
+        own_masks=True,
+    ),
     Setting(head_dim=128, blocks=(64, 128), causal=True, zero=True, dtype="float16"),
     Setting(head_dim=128, blocks=(128, 64), masks="keys", group=4, causal=True),
     Setting(head_dim=128, blocks=(32, 32), masks="keys", zero=True, causal=True),
-    Setting(head_dim=64, blocks=(64, 64), causal=True, group=2),
+    Setting(head_dim=64, blocks=(64, 64), causal=True, group=4, batch=4, own_masks=True),
     Setting(head_dim=64, blocks=(128, 128), masks="segments", own_masks=True, zero=True),
     Setting(head_dim=64, blocks=(64, 32), causal=True, masks="both", zero=True),
     Setting(head_dim=32, blocks=(64, 64), masks="keys", zero=True),
     Setting(head_dim=32, blocks=(32, 32), masks="keys", zero=True),
     Setting(head_dim=32, blocks=(128, 32), causal=True, group=4, masks="segments"),
-)
+)  # fmt: skip
 _GRID = [
     Setting(
         head_dim=head_dim, blocks=blocks, causal=causal, masks=masks, zero=zero, group=group,
-        own_masks=group > 1 and causal,
+        batch=batch, own_masks=group > 1 and causal,
     )
-    for head_dim, blocks, causal, (masks, zero), group in itertools.product(
+    for head_dim, blocks, causal, (masks, zero), (group, batch) in itertools.product(
         (32, 64, 128),
         ((64, 64), (64, 128), (128, 64), (128, 128), (32, 32)),
         (False, True),
         (("none", False), ("keys", True), ("both", False)),
-        (1, 4),
+        # No groups; groups in parts; whole groups, where there is work enough.
+        ((1, 2), (4, 1), (4, 16)),
     )
     if not (head_dim == 128 and blocks == (32, 32) and masks == "both")
 ]  # fmt: skip
 
 
 def _compile(setting, *, gradient=True):
-    B, T, N = 2, 2048, 8
+    B, T, N = setting.batch, 2048, 8
     q = jax.ShapeDtypeStruct((B, T, N, setting.head_dim), setting.dtype)
     k = jax.ShapeDtypeStruct((B, T, N // setting.group, setting.head_dim), setting.dtype)
     grid = (T // setting.blocks[0], T // setting.blocks[1])
@@ -104,6 +110,21 @@ def test_kernels_compile_without_spills(setting):
 @pytest.mark.parametrize("setting", _GRID, ids=str)
 def test_every_configuration_compiles_without_spills(setting):
     _check(_compile(setting), 3)
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, 4), (5, 1)])
+def test_groups_are_split_where_they_leave_processors_idle(batch, parts):
+    # Without a split, 32 programs for each example, on 132 processors.
+    setting = Setting(head_dim=128, blocks=(128, 128), causal=True, group=4, batch=batch)
+    report = _compile(setting)
+    _check(report, 3)
+    sums = re.findall(rf"f32\[{batch},2048,(\d+),128\]\S* get-tuple-element", report.hlo)
+    assert [int(n) for n in sums] == [2 * parts] * (2 if parts > 1 else 0)
+    # The sums of dK and dV; the cotangent; lse, what is made of it and delta; lists.
+    sums_bytes = len(sums) * 4 * batch * 2048 * 2 * parts * 128
+    rows = batch * 2048 * 8
+    others = 2 * rows * 128 + 4 * 4 * rows + 2**17
+    assert sums_bytes <= report.temp_bytes <= sums_bytes + others
 
 
 def test_a_wide_head_compiles_forward():
