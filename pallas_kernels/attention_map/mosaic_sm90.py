@@ -83,6 +83,8 @@ def mean_attention_map_mosaic_sm90(
             block_kv=TILE,
             causal=causal,
             kv_mask=kv_mask_BS,
+            # A NaN of theirs can reach the output alone, for logits are masked first.
+            removed_keys_finite=True,
             return_lse=True,
             implementation="mosaic_sm90",
         )

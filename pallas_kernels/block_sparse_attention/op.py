@@ -45,6 +45,7 @@ def block_sparse_attention(
     block_kv: int,
     causal: bool = ...,
     kv_mask: jax.Array | None = ...,
+    removed_keys_finite: bool = ...,
     segment_ids: jax.Array | None = ...,
     scale: float | None = ...,
     pruned_logits: PrunedLogits = ...,
@@ -64,6 +65,7 @@ def block_sparse_attention(
     block_kv: int,
     causal: bool = ...,
     kv_mask: jax.Array | None = ...,
+    removed_keys_finite: bool = ...,
     segment_ids: jax.Array | None = ...,
     scale: float | None = ...,
     pruned_logits: PrunedLogits = ...,
@@ -82,6 +84,7 @@ def block_sparse_attention(
     block_kv: int,
     causal: bool = False,
     kv_mask: jax.Array | None = None,
+    removed_keys_finite: bool = False,
     segment_ids: jax.Array | None = None,
     scale: float | None = None,
     pruned_logits: PrunedLogits = "masked",
@@ -112,6 +115,9 @@ def block_sparse_attention(
       causal: bool, hide later keys. Blocks above the diagonal cost nothing under "xla" and
         "mosaic_sm90".
       kv_mask: bool[B, S] or None, False removes a key; what it holds, NaN too, has no effect.
+      removed_keys_finite: bool, removed keys and their values are finite, as are their products
+        with q and cotangents, so that they need not be replaced by zeros first: a pass over k and v
+        less, and one over their gradients. Where they are not, results may be NaN.
       segment_ids: int[B, T] or None, segment of each position; needs S == T.
       scale: float or None, factor of the logits; None is 1 / sqrt(H).
       pruned_logits: "masked" or "zero".
@@ -145,12 +151,12 @@ def block_sparse_attention(
     """
     _check_arrays(q, k, v, block_q, block_kv, kv_mask, segment_ids)
     _check_mask(mask_or_schedule, q, k, block_q, block_kv)
-    _check_options(causal, scale, pruned_logits, return_lse)
+    _check_options(causal, removed_keys_finite, scale, pruned_logits, return_lse)
     chosen = choose_implementation(implementation, every_block_kept=mask_or_schedule is None)
     if chosen == "mosaic_sm90":
         check_hopper()
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if kv_mask is not None:
+    if kv_mask is not None and not removed_keys_finite:
         # A removed key meets probability 0, but 0 * NaN is NaN; zeros in its place are safe.
         k, v = (jnp.where(kv_mask[:, :, None, None], x, 0) for x in (k, v))
 
@@ -278,8 +284,12 @@ def _check_mask(mask_or_schedule, q, k, block_q, block_kv):
         )
 
 
-def _check_options(causal, scale, pruned_logits, return_lse):
-    for name, value in (("causal", causal), ("return_lse", return_lse)):
+def _check_options(causal, removed_keys_finite, scale, pruned_logits, return_lse):
+    for name, value in (
+        ("causal", causal),
+        ("removed_keys_finite", removed_keys_finite),
+        ("return_lse", return_lse),
+    ):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be a bool, got {name}={value!r}")
     if scale is not None and (

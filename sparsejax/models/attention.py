@@ -184,7 +184,11 @@ class BlockSparseAttention(nnx.Module):
                 kv_mask_BS=kv_mask_BT,
                 implementation="mosaic_sm90" if mode.implementation == "mosaic_sm90" else None,
             )
-        attend = functools.partial(block_sparse_attention, causal=self.causal)
+        # Keys at padded positions come from activations there. Were those not finite, gradients of
+        # the projections, where they meet zeros, would be NaN whatever attention does.
+        attend = functools.partial(
+            block_sparse_attention, causal=self.causal, removed_keys_finite=True
+        )
         if mode.sparse and mode.position_mask is not None:
             y_BTNH = attend(
                 q_BTNH,

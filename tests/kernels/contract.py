@@ -146,6 +146,11 @@ def expected_results(case):
     return results
 
 
+def has_select(run, *args, shape):
+    """Whether a jitted function chooses between arrays of a shape, element by element."""
+    return f"[{','.join(map(str, shape))}] = select_n" in str(run.trace(*args).jaxpr)
+
+
 def check_case(case, attention, *, optimise=True):
     """Assert that an implementation meets the error bounds on every mask of a case."""
     traces = []

@@ -48,6 +48,10 @@ def _call(**changes):
         ({"scale": float("nan")}, "scale must be None or a finite number, got scale=nan"),
         ({"causal": 1}, "causal must be a bool, got causal=1"),
         ({"return_lse": None}, "return_lse must be a bool, got return_lse=None"),
+        (
+            {"removed_keys_finite": 1},
+            "removed_keys_finite must be a bool, got removed_keys_fin.*=1",
+        ),
         ({"pruned_logits": "drop"}, "pruned_logits must be 'masked' or 'zero', got 'drop'"),
         ({"implementation": "cuda"}, "implementation must be None or one of .* got 'cuda'"),
     ],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, mean_attention_map
+from tests.kernels.contract import has_select
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
 
@@ -106,6 +107,17 @@ def _check(case, mean_map):
 def test_the_mean_map(case):
     with hopper():
         _check(case, _mean_map)
+
+
+def test_keys_are_not_rewritten_to_find_lse_and_removed_ones_have_no_effect():
+    case = dataclasses.replace(CASES["own_lse"], batch=1)
+    q, k, _ = case.inputs()
+    run = jax.jit(functools.partial(_mean_map, causal=case.causal, kv_mask_BS=case.kv_mask()))
+    assert jnp.isnan(k).any()
+    with hopper():
+        poisoned, clean = run(q, k), run(q, jnp.nan_to_num(k))
+        assert not has_select(run, q, k, shape=k.shape)
+    np.testing.assert_array_equal(poisoned, clean)
 
 
 def _without_lse(q, k, *, lse, **options):

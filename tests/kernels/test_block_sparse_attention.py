@@ -1,6 +1,7 @@
 """The contract on every implementation, and on broken ones, which it must reject."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
 from pallas_kernels.block_sparse_attention.tiles import Tiles
-from tests.kernels.contract import CASES, Case, call_implementation, check_case, compile_case
+from tests.kernels.contract import (
+    CASES,
+    Case,
+    call_implementation,
+    check_case,
+    compile_case,
+    has_select,
+)
 from tests.kernels.oracles import error, make_masks, make_normal
 
 IMPLEMENTATIONS = ("xla", "dense")
@@ -97,6 +105,22 @@ def test_nothing_leaks_from_removed_keys(implementation, pruned_logits):
     for x, y in zip(clean, poisoned, strict=True):
         np.testing.assert_array_equal(x, y)
     assert all(not jnp.where(removed, dx, 0).any() for dx in poisoned[3:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_removed_keys_that_are_finite_are_left_as_they_are(implementation):
+    case = dataclasses.replace(CASES["grouped_key_mask_batch"], causal=True)
+    attention = call_implementation(implementation)
+    mask = case.masks()["random"]
+    rewrites, results = [], []
+    for finite in (False, True):
+        attend = functools.partial(attention, removed_keys_finite=finite)
+        run = compile_case(case, attend, optimise=False)
+        rewrites.append(has_select(run, case.inputs(), mask, shape=case.shapes[1]))
+        results.append(run(case.inputs(), mask))
+    assert rewrites == [True, False]
+    for x, y in zip(*results, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_repeat_is_bit_equal_and_jit_agrees_with_eager():

@@ -21,7 +21,13 @@ from sparsejax.masks import flood_fill
 from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
 from sparsejax.patterns import BlockPattern
 from tests.kernels import interpreter
-from tests.kernels.contract import Case, call_implementation, check_case, compile_case
+from tests.kernels.contract import (
+    Case,
+    call_implementation,
+    check_case,
+    compile_case,
+    has_select,
+)
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
 
@@ -197,11 +203,16 @@ def test_nothing_leaks_from_removed_keys():
     removed = ~case.position_masks()["kv_mask"][:, :, None, None]
     mask = case.masks()["random"]
     run = compile_case(case, _attend)
+    leave = compile_case(case, functools.partial(_attend, removed_keys_finite=True))
     with hopper():
         clean = run((q, k, v), mask)
         poisoned = run((q, *(jnp.where(removed, jnp.nan, x) for x in (k, v))), mask)
-    for x, y in zip(clean, poisoned, strict=True):
+        left = leave((q, k, v), mask)
+        rewrites = [has_select(f, (q, k, v), mask, shape=k.shape) for f in (run, leave)]
+    for x, y, z in zip(clean, poisoned, left, strict=True):
         np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
+    assert rewrites == [True, False]
 
 
 def test_a_row_that_counts_nothing_takes_no_gradient_whatever_its_cotangent():
