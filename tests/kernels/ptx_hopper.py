@@ -12,14 +12,8 @@ import re
 
 import numpy as np
 
-from tests.kernels.ptx_machine import (
-    PARAM_BASE,
-    SHARED_BASE,
-    WARP,
-    PtxError,
-    split_operands,
-    whole,
-)
+from tests.kernels.ptx_machine import PARAM_BASE, SHARED_BASE, WARP, whole
+from tests.kernels.ptx_program import PtxError, split_operands
 from tests.kernels.ptx_tensor_cores import TensorCores, swizzle
 
 # Instructions that order what this machine does in order, or that only say how fast to run.

@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 
 from pallas_kernels import aot
-from tests.kernels import ptx_machine
+from tests.kernels import ptx_machine, ptx_program
 from tests.kernels.ptx_hopper import HopperUnits, TensorMap
 
 _ITEM_BYTES = {1: 1, 2: 2, 3: 4, 5: 2, 6: 4, 7: 2}
@@ -48,7 +48,7 @@ def run_host(text, arguments):
         line = line.strip()
         found = re.match(r"(?:(%\w+) = )?([\w.]+) ?(.*)", line)
         if not found:
-            raise ptx_machine.PtxError(f"unknown line of a host program: {line!r}")
+            raise ptx_program.PtxError(f"unknown line of a host program: {line!r}")
         name, op, rest = found.groups()
         used = re.findall(r"%\w+", rest.split(" loc(")[0])
         if op == "llvm.mlir.constant":
@@ -91,8 +91,8 @@ def run_host(text, arguments):
                     params[i] = {at: m for (place, at), m in maps.items() if place == value[0]}
             return grid, params
         else:
-            raise ptx_machine.PtxError(f"unknown operation of a host program: {line!r}")
-    raise ptx_machine.PtxError("a host program launches nothing")
+            raise ptx_program.PtxError(f"unknown operation of a host program: {line!r}")
+    raise ptx_program.PtxError("a host program launches nothing")
 
 
 def run_kernel(ptx, host_log, operands, out_types, **options):
@@ -115,7 +115,7 @@ def run_kernel(ptx, host_log, operands, out_types, **options):
     ]
     addresses = [memory.add(np.asarray(x)) for x in (*operands, *results)]
     grid, params = run_host(host_log, addresses)
-    program = ptx_machine.parse(ptx)
+    program = ptx_program.parse(ptx)
     maps = {}
     for i, param in enumerate(params):
         if isinstance(param, dict):

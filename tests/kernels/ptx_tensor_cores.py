@@ -10,14 +10,8 @@ import re
 import numpy as np
 
 from tests.kernels.ptx_arithmetic import widen_bf16
-from tests.kernels.ptx_machine import (
-    SHARED_BASE,
-    WARP,
-    WARPGROUP,
-    PtxError,
-    split_operands,
-    whole,
-)
+from tests.kernels.ptx_machine import SHARED_BASE, WARP, WARPGROUP, whole
+from tests.kernels.ptx_program import PtxError, split_operands
 
 _LANE = np.arange(WARPGROUP) % WARP
 _WARP = np.arange(WARPGROUP) // WARP

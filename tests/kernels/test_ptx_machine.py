@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels import ptx_arithmetic, ptx_machine, ptx_tensor_cores
+from tests.kernels import ptx_arithmetic, ptx_machine, ptx_program, ptx_tensor_cores
 from tests.kernels.ptx_hopper import HopperUnits
 
 
@@ -17,7 +17,7 @@ def run(body, params=(), num_threads=32, **options):
         ".reg .pred %p<9>;\n.reg .b16 %rs<9>;\n.reg .b32 %r<40>;\n.reg .b64 %rd<9>;\n"
         f".shared .align 16 .b8 __dynamic_shmem__0;\n{body}\nret;\n}}\n"
     )
-    program = ptx_machine.parse(ptx)
+    program = ptx_program.parse(ptx)
 
     def units(machine):
         return HopperUnits(machine, {}, **options)
@@ -137,7 +137,7 @@ def test_metadata_say_where_values_are():
     assert dense[8, 16:20].tolist() == [0, values[8, 8], 0, values[8, 9]]
     words[2::4] = words[3::4] = 0
     assert (ptx_tensor_cores.spread(values, words, 0) == dense).all()
-    with pytest.raises(ptx_machine.PtxError, match="rising"):
+    with pytest.raises(ptx_program.PtxError, match="rising"):
         ptx_tensor_cores.spread(values, words, 1)
 
 
@@ -182,7 +182,7 @@ def test_a_register_that_is_overwritten_in_flight(reads, expected):
     ],
 )  # fmt: skip
 def test_what_a_program_may_not_do(body, message):
-    with pytest.raises(ptx_machine.PtxError, match=message):
+    with pytest.raises(ptx_program.PtxError, match=message):
         run(body, [np.zeros(4, np.uint32)])
 
 

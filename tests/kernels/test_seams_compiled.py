@@ -9,15 +9,24 @@ import ast
 import pathlib
 
 import pallas_kernels
-from tests.kernels import test_ptx_dense, test_ptx_machine, test_ptx_nm_matmul
+from tests.kernels import test_ptx_dense_compiled, test_ptx_machine, test_ptx_nm_compiled
 
 _ROOT = pathlib.Path(pallas_kernels.__file__).parent
-_PACK = ("test_ptx_nm_matmul.test_packing", "test_ptx_nm_matmul.test_pruning")
-_PRODUCT = ("test_ptx_nm_matmul.test_products", "test_ptx_nm_matmul.test_every_tile")
-_ATTENTION = ("test_ptx_dense.test_attention", "test_ptx_dense.test_attention_of_every_kind")
-_MAP = ("test_ptx_dense.test_mean_map", "test_ptx_dense.test_mean_map_of_every_width")
-_BLOCKS = ("test_ptx_dense.test_block_products", "test_ptx_dense.test_block_products_of_every_kind")
-_BREAKS = ("test_ptx_nm_matmul.test_a_broken_program_is_noticed",)
+_PACK = ("test_ptx_nm_compiled.test_packing", "test_ptx_nm_compiled.test_pruning")
+_PRODUCT = ("test_ptx_nm_compiled.test_products", "test_ptx_nm_compiled.test_every_tile")
+_ATTENTION = (
+    "test_ptx_dense_compiled.test_attention",
+    "test_ptx_dense_compiled.test_attention_of_every_kind",
+)
+_MAP = (
+    "test_ptx_dense_compiled.test_mean_map",
+    "test_ptx_dense_compiled.test_mean_map_of_every_width",
+)
+_BLOCKS = (
+    "test_ptx_dense_compiled.test_block_products",
+    "test_ptx_dense_compiled.test_block_products_of_every_kind",
+)
+_BREAKS = ("test_ptx_nm_compiled.test_a_broken_program_is_noticed",)
 
 # File and function -> tests.
 FUNCTIONS = {
@@ -26,9 +35,9 @@ FUNCTIONS = {
     "block_sparse_attention/mosaic_sm90_program.py launch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90_walk.py make_walk": _ATTENTION,
     "block_sparse_matmul/mosaic_sm90_kernel.py fence_products": _BLOCKS,
-    "nm_matmul/mosaic_sm90.py _weight_gradient": ("test_ptx_nm_matmul.test_a_whole_layer",),
+    "nm_matmul/mosaic_sm90.py _weight_gradient": ("test_ptx_nm_compiled.test_a_whole_layer",),
     "nm_matmul/mosaic_sm90_kernel.py multiply_sparse": _PRODUCT,
-    "nm_matmul/pack.py pack_nm": ("test_ptx_nm_matmul.test_a_whole_layer",),
+    "nm_matmul/pack.py pack_nm": ("test_ptx_nm_compiled.test_a_whole_layer",),
     "nm_matmul/thread_words.py _address": _PACK,
     "nm_matmul/thread_words.py _as_stack": _PACK,
     "nm_matmul/thread_words.py _element": _PACK,
@@ -129,7 +138,7 @@ def test_every_seam_is_in_the_table():
 
 
 def test_every_proof_is_there():
-    modules = (test_ptx_dense, test_ptx_machine, test_ptx_nm_matmul)
+    modules = (test_ptx_dense_compiled, test_ptx_machine, test_ptx_nm_compiled)
     names = {
         f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in modules
