@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import aot, block_sparse_attention, choose_implementation
 from pallas_kernels.block_sparse_attention import mosaic_sm90
+from tests.kernels.machine_checks import check_kernel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,7 @@ def _compile(setting, *, gradient=True):
 def _check(report, num_kernels):
     assert len(report.kernels) == num_kernels
     for kernel in report.kernels:
-        assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
-        assert kernel.shared_memory_bytes <= aot.H200.shared_memory_per_block_bytes, kernel
+        check_kernel(kernel)
         assert "HGMMA" in kernel.sass and "wgmma.mma_async" in kernel.ptx, kernel
         assert "UTMALDG" in kernel.sass, f"{kernel} copies no tiles"
 
