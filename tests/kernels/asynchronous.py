@@ -13,6 +13,7 @@ from unittest import mock
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
 
 _KeyOf = shared_memory.HostAllocationKey.from_array
@@ -167,24 +168,29 @@ def _wgmma(*, token, thread, acc_allocation_key_as_array, acc_transforms, **argu
     def run():
         a, b = (read_operand(thread, *operand).astype("float32") for operand in operands)
         acc, _, _ = memory.get_buffer_content(key, access, thread)
-        memory.store_buffer_content(key, access, acc + a @ b, thread)
+        with np.errstate(all="ignore"):  # NaN is a number like others
+            product = a @ b
+        memory.store_buffer_content(key, access, acc + product, thread)
 
     PRODUCTS.start(thread, run)
     return token
 
 
+@gpu_callbacks.fail_on_exception
 def _wgmma_accumulator_deref(*, thread, wait_n, **arguments):
     if wait_n is not None:
         PRODUCTS.wait(thread, wait_n)
     return _jax["wgmma_accumulator_deref"](thread=thread, wait_n=wait_n, **arguments)
 
 
+@gpu_callbacks.fail_on_exception
 def _wait_smem_to_gmem(*, thread, n, **arguments):
     # JAX counts those that have landed.
     n -= _COPIES.wait_for_stores(thread, n)
     return _jax["wait_smem_to_gmem"](thread=thread, n=n, **arguments)
 
 
+@gpu_callbacks.fail_on_exception
 def _kernel_thread_finished(*, thread, **arguments):
     PRODUCTS.finish(thread)
     _COPIES.wait_for_stores(thread, 0)

@@ -98,7 +98,8 @@ def _start(call, *, dense_is_transposed):
         dense_PC = dense().astype(np.float32)
         dense_CP = dense_PC.T if dense_is_transposed else dense_PC
         for number, read, words in zip(numbers, values, registers, strict=True):
-            _sums[number] = _sums[number] + expand(read(), words) @ dense_CP
+            with np.errstate(all="ignore"):  # NaN is a number like others
+                _sums[number] = _sums[number] + expand(read(), words) @ dense_CP
 
     PRODUCTS.start(call.thread, run)
     return accs
