@@ -17,7 +17,7 @@ help:
 	@echo "make lint       ruff and pyright              make bench      the ops' benchmarks and their tables"
 	@echo "make gpu        contracts and headline benchmarks on a GPU"
 	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
-	@echo "                block_sparse_matmul"
+	@echo "                block_sparse_matmul, fst_gpt2, grouped_gradients, l2_bandwidth"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 

@@ -18,7 +18,7 @@ from benchmarks.environment import ROOT
 BUDGET_SECONDS = 540.0
 CONTRACT_SECONDS = 300.0
 PARTS = ("l2_bandwidth", "attention", "nm_matmul", "block_sparse_matmul", "fst_gpt2")
-SWEEPS = (*PARTS, "nm_matmul_tiles")
+SWEEPS = (*PARTS, "nm_matmul_tiles", "grouped_gradients")
 # What others build on comes first: if packing is wrong, so is every product of packed weights.
 CONTRACTS = (
     "test_nm_packing.py",

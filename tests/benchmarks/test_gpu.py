@@ -76,5 +76,5 @@ def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
     assert gpu.main(["--sweep", ""]) == 2
     assert (
         "PART must be one of l2_bandwidth, attention, nm_matmul, block_sparse_matmul, fst_gpt2, "
-        "nm_matmul_tiles, got ''" in capsys.readouterr().err
+        "nm_matmul_tiles, grouped_gradients, got ''" in capsys.readouterr().err
     )
