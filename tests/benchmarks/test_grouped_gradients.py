@@ -1,12 +1,14 @@
 """The benchmark of split gradients compares what it says."""
 
 import jax
+import pytest
 
 from benchmarks import grouped_gradients
 from benchmarks.grouped_gradients import BLOCK, HEAD_DIM, HEADS, KV_HEADS, make_gradient
 from pallas_kernels import aot
 
 
+@pytest.mark.slow
 def test_one_function_splits_and_the_other_does_not():
     length = 512
     q, k = (
