@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir.dialects import nvvm
 
+from pallas_kernels.dispatch import is_interpreted
+
 NUM_COMPUTE = 2
 TILE = 64
 """Rows of one tensor-core instruction, and how much of the contraction a step takes."""
@@ -329,6 +331,8 @@ def fence_products() -> None:
 
     Pallas does so when an accumulator is made and not in every step of a loop; ptxas would add it.
     """
+    if is_interpreted():
+        return
 
     @plgpu.inline_mgpu()
     def fence(_):

@@ -17,7 +17,6 @@ import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel import fence_products
 from pallas_kernels.nm_matmul import wgmma_sp
 from tests.kernels.asynchronous import PRODUCTS, read_operand, wgmma_wait
 
@@ -111,11 +110,6 @@ def _finish(call):
     return [_sums.pop(_number_of(acc)) for acc in accs]
 
 
-def _fence(call):
-    del call
-    return []
-
-
 def _wait(call, *, n):
     PRODUCTS.wait(call.thread, n)
     return []
@@ -127,7 +121,6 @@ _MEANINGS = {
         (wgmma_sp.zero_sums, _zero_sum),
         (wgmma_sp.start_multiply_add, _start),
         (wgmma_sp.finish_multiply_add, _finish),
-        (fence_products, _fence),
         (wgmma_wait, _wait),
     )
 }
