@@ -187,8 +187,13 @@ def multiply_sparse(
         smem = dict(zip(scratch, refs[-len(scratch) :], strict=True))
         warpgroup = lax.axis_index("warpgroup")
 
+        def first_slot():
+            # Not a constant: then the addresses of all slots would be, and cost registers.
+            return lax.rem(lax.axis_index("program"), jnp.int32(tiles.stages))
+
         def copy_step(step, state, *, row, column):
-            used, slot = state, lax.rem(state, jnp.int32(tiles.stages))
+            used = state
+            slot = lax.rem(used + first_slot(), jnp.int32(tiles.stages))
 
             @pl.when(used >= tiles.stages)
             def _():
@@ -230,7 +235,8 @@ def multiply_sparse(
             used = for_each_tile(copy_tile, jnp.int32(0))
 
             def drain(i, _):
-                plgpu.barrier_wait(smem["free"].at[lax.rem(i, jnp.int32(tiles.stages))])
+                slot = lax.rem(i + first_slot(), jnp.int32(tiles.stages))
+                plgpu.barrier_wait(smem["free"].at[slot])
 
             # So that no barrier is left with an arrival nobody waited for.
             lax.fori_loop(jnp.maximum(used - tiles.stages, 0), used, drain, None)
@@ -329,7 +335,7 @@ def multiply_sparse(
                         num_stores += 1
                 return slot
 
-            for_each_tile(compute_tile, jnp.int32(0))
+            for_each_tile(compute_tile, first_slot())
             plgpu.wait_smem_to_gmem(0)
 
     stages = tiles.stages
