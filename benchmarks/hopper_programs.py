@@ -7,6 +7,7 @@ the contraction of a product, or one tile of keys or queries of attention.
 """
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -93,6 +94,8 @@ def list_programs() -> Iterator[Program]:
       Program.
     """
     yield _sparse_product("2:4 product", Tiles(1, 256, 64, 4))
+    waiting = Tiles(1, 256, 64, 4, in_flight=0)
+    yield _sparse_product("2:4 product, every group awaited", waiting)
     yield _sparse_product("2:4 product, steps of 128", Tiles(1, 256, 128, 2))
     yield _sparse_product(
         "2:4 product, B by columns", Tiles(1, 256, 64, 4), dense_is_transposed=False
@@ -127,7 +130,7 @@ def describe(kernel: aot.KernelReport, steps: int) -> dict[str, Any]:
       each innermost loop with products, of one step: `products`, `groups` and `instructions`.
     """
     program = machine_code.parse(kernel.sass)
-    named = [n for x in program.code for n in machine_code.find_named(x)]
+    named = [int(n) for n in re.findall(r"(?<![A-Z])R(\d+)\b", kernel.sass)]
     loops = products_in_flight.find_loops(program)
     return {
         "registers": max(named, default=-1) + 1,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.l2_bandwidth [--headline] [--force] [--budget-seconds=N]
 
-Every processor copies tiles of 64 rows and 128 bytes one after another, as the kernels do, and
+Every processor copies tiles of 256 rows and 128 bytes one after another, as the kernels do, and
 computes nothing. Of an array that fits in the cache, that is the rate that bounds a kernel whose
 operands are read by many processors; of a larger one, that of the memory. The models of the
 kernels' speed assume 30 to 35 bytes for each processor and cycle.
@@ -23,10 +23,12 @@ from benchmarks.records import Column
 from benchmarks.timing import make_random
 from pallas_kernels.dispatch import count_processors
 
-ROWS, COLUMNS = 64, 64
+ROWS, COLUMNS = 256, 64
 TILE_BYTES = 2 * ROWS * COLUMNS
-# 128 KB on their way to each processor.
-STAGES = 16
+# 160 KB on their way to each processor.
+STAGES = 5
+# 64 MB for each processor.
+TILES_OF_PROGRAM = 2048
 MEGABYTES = (4, 16, 32, 256)
 
 
@@ -36,9 +38,9 @@ def read_tiles(x: jax.Array, *, num_programs: int, tiles_of_program: int) -> jax
     Program p copies tiles p, p + num_programs, ... and begins anew at the end of the array.
 
     Args:
-      x: bf16[64 tiles, 64].
+      x: bf16[256 tiles, 64].
       num_programs: int, programs, one for each processor.
-      tiles_of_program: int, how many each of them copies; at least 16.
+      tiles_of_program: int, how many each of them copies; at least 5.
 
     Returns:
       f32[num_programs, 64], sums of the first rows.
@@ -91,7 +93,7 @@ def read_tiles_reference(x: jax.Array, *, num_programs: int, tiles_of_program: i
     """Add up the same rows in plain JAX.
 
     Args:
-      x: bf16[64 tiles, 64].
+      x: bf16[256 tiles, 64].
       num_programs: int.
       tiles_of_program: int.
 
@@ -112,7 +114,7 @@ def make_case(megabytes: int) -> Case:
     Returns:
       Case.
     """
-    options = dict(num_programs=count_processors(), tiles_of_program=_tiles_of_program(megabytes))
+    options = dict(num_programs=count_processors(), tiles_of_program=TILES_OF_PROGRAM)
     x = make_random(
         jax.ShapeDtypeStruct((megabytes * 10**6 // TILE_BYTES * ROWS, COLUMNS), "bfloat16")
     )
@@ -122,11 +124,6 @@ def make_case(megabytes: int) -> Case:
         reference=functools.partial(read_tiles_reference, **options),
         tolerance=1e-4,
     )
-
-
-def _tiles_of_program(megabytes: int) -> int:
-    # Eight times over the array, or 64 MB for each of a hundred processors.
-    return max(8 * megabytes * 10**6 // TILE_BYTES // 100, 8192)
 
 
 def _rate(record) -> float:
@@ -163,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             key={
                 "megabytes": megabytes,
                 "processors": count_processors(),
-                "tiles": _tiles_of_program(megabytes),
+                "tiles": TILES_OF_PROGRAM,
             },
             make_case=functools.partial(make_case, megabytes),
         )

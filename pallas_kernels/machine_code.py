@@ -28,6 +28,11 @@ class Instruction(NamedTuple):
         """Opcode without modifiers."""
         return self.opcode.partition(".")[0]
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether it is executed whenever it is reached."""
+        return self.predicate in ("", "@PT", "@UPT")
+
     def __str__(self) -> str:
         text = f"{self.predicate} {self.opcode} {', '.join(self.operands)}"
         return f"{self.address:#06x}: {text.strip()}"
@@ -49,14 +54,20 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What an opcode writes besides memory: nothing, registers after predicates, or first of all a
-# register. Others are refused: a write that is overlooked would be a hazard that is.
-_WRITE_NOTHING = _names(
+# What an opcode writes besides memory: the first operand after predicates, if that is a register;
+# of some it is read instead. Other opcodes are refused: a write that is overlooked would be a
+# hazard that is.
+_READ_FIRST = _names(
     """
-    BAR BRA BSSY BSYNC CALL CCTL CREDUX DEPBAR ELECT ERRBAR EXIT FCHK FENCE FSETP HSETP2 ISETP
-    MEMBAR NANOSLEEP NOP PLOP3 R2UR RED REDG REDUX RET ST STG STL STS STSM SYNCS UBLKCP UIADD3
-    UIMAD UISETP ULDC ULEA ULOP3 UMOV UP2UR UPLOP3 UPRMT USEL USETMAXREG USGXT USHF UTMACCTL
-    UTMACMDFLUSH UTMALDG UTMASTG VOTEU WARPGROUP WARPSYNC YIELD S2UR R2P UFLO UPOPC UBREV
+    BAR FCHK FSETP HSETP2 ISETP NANOSLEEP PLOP3 R2P R2UR RET WARPSYNC
+    """
+)
+_WRITE_SELDOM = _names(
+    """
+    BRA BSSY BSYNC CALL CCTL CREDUX DEPBAR ELECT ERRBAR EXIT FENCE MEMBAR NOP RED REDG REDUX
+    S2UR ST STG STL STS STSM SYNCS UBLKCP UBREV UFLO UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UMOV
+    UP2UR UPLOP3 UPOPC UPRMT USEL USETMAXREG USGXT USHF UTMACCTL UTMACMDFLUSH UTMALDG UTMASTG
+    VOTEU WARPGROUP YIELD
     """
 )
 _PREDICATES_FIRST = _names(
@@ -110,7 +121,7 @@ def _split(operands: str) -> tuple[str, ...]:
 def _successors(code: Sequence[Instruction], at: int, labels: dict[str, int]) -> tuple[int, ...]:
     instruction = code[at]
     following = (at + 1,) if at + 1 < len(code) else ()
-    always = instruction.predicate in ("", "@PT", "@UPT")
+    always = instruction.is_certain
     if instruction.base in ("BRX", "JMP", "JMX", "BSYNC", "WARPSYNC"):
         raise ValueError(f"control of {instruction} is not known")
     if instruction.base in ("EXIT", "RET"):
@@ -154,9 +165,9 @@ def find_written(instruction: Instruction) -> range:
       ValueError: if what the opcode writes is not known.
     """
     base, operands = instruction.base, list(instruction.operands)
-    if base in _WRITE_NOTHING:
+    if base in _READ_FIRST:
         return range(0)
-    if base in _PREDICATES_FIRST:
+    if base in _PREDICATES_FIRST or base in _WRITE_SELDOM:
         while operands and re.fullmatch(r"!?U?P[0-9T]", operands[0]):
             operands.pop(0)
     elif base not in _REGISTER_FIRST:

@@ -5,6 +5,10 @@ that follow. They are committed in groups, and a wait for all but the last n gro
 Until then they read registers (left operands, metadata of sparse ones) and shared memory, and write
 sums. Neither ptxas nor the interpreter of Pallas checks that nothing comes in between. Here every
 path of the machine code is followed, around loops too, with the groups in flight on it.
+
+Registers are followed, memory is not: which slot a barrier stands for, or an address, is not known.
+Registers that all threads share (UR) are taken to be read when a product is started. That a fence
+comes between writes to registers and the products that read them is left to ptxas's remarks.
 """
 
 import re
@@ -155,8 +159,10 @@ def find_loops(program: Program) -> list[Loop]:
 
 def _product(instruction: Instruction) -> Group:
     """Return what an HGMMA reads and adds to."""
+    if not instruction.is_certain:
+        raise ValueError(f"whether {instruction} is started is not known")
     operands = [x for x in instruction.operands if x != "gsb0"]
-    if operands[0] == "RZ":  # ptxas waits by a product of nothing
+    if operands[0] == "RZ":  # a product that ptxas makes up, to wait for it
         return Group()
     shape = re.search(r"\.64x(\d+)x\d+\.F32", instruction.opcode)
     if shape is None:
@@ -176,7 +182,7 @@ def _wait(instruction: Instruction) -> int | None:
     """Return how many groups may stay in flight, if the instruction waits for groups."""
     if instruction.base != "WARPGROUP" or ".DEPBAR" not in instruction.opcode:
         return None
-    if instruction.predicate or instruction.operands[0] != "gsb0":
+    if not instruction.is_certain or instruction.operands[0] != "gsb0":
         raise ValueError(f"what {instruction} waits for is not known")
     return int(instruction.operands[1], 16)
 
@@ -192,7 +198,7 @@ def _step(instruction: Instruction, state: _State) -> _State:
         return state._replace(pending=state.pending[len(state.pending) - left :] if left else ())
     if instruction.base in ("STS", "STSM"):
         return state._replace(unfenced=True)
-    if instruction.opcode.startswith("FENCE.VIEW.ASYNC"):
+    if instruction.opcode.startswith("FENCE.VIEW.ASYNC") and instruction.is_certain:
         return state._replace(unfenced=False)
     return state
 
@@ -200,10 +206,15 @@ def _step(instruction: Instruction, state: _State) -> _State:
 def _check(instruction: Instruction, state: _State, in_flight_at_release: int) -> Iterator[str]:
     running = [*state.pending, state.open]
     if instruction.base == "HGMMA":
+        product = _product(instruction)
         if len(state.pending) == _MOST_IN_FLIGHT:
             yield f"{instruction} starts while {_MOST_IN_FLIGHT} groups are in flight"
+        if any(product.reads & group.sums for group in running):
+            yield f"{instruction} reads a sum in flight"
+        if any(product.sums & group.reads for group in running):
+            yield f"{instruction} adds to a register that a product in flight reads"
         return
-    if instruction.base == "UTMASTG" and state.unfenced:
+    if instruction.base in ("UTMASTG", "UBLKCP") and state.unfenced:
         yield f"{instruction} may not see what was stored before: a proxy fence is missing"
     written = set(find_written(instruction))
     if any(group.reads & written for group in running):

@@ -142,10 +142,10 @@ def choose_parts(num_items: int, rings: int, group: int, processors: int) -> int
     shorter than a processor's share of the work can the hardware even that out.
 
     A part writes its sums in f32, which are added up afterwards: 16 bytes written and read for
-    each number of a key. Fewer than 128 keys come to a processor, or nothing is split; so each
-    part costs a processor at most 128 * 16 * H bytes, which its share of 4.8 TB/s moves in 7 us at
-    H = 128. One block of 128 x 128 of one query head takes 5.5 us (at 400 TFLOP/s): a split costs
-    what one or two blocks more on each list would.
+    each number of a key. Half as many parts would not have filled the device, so fewer than 256
+    keys and parts of keys come to a processor: at most 256 * 16 * H bytes, which its share of 4.8
+    TB/s moves in 14 us at H = 128. (Of a group with few divisors, more.) One block of 128 x 128 of
+    one query head takes 5.5 us at 400 TFLOP/s: a split costs what three blocks more would.
 
     Args:
       num_items: int, B * K * resident blocks: items without a split.

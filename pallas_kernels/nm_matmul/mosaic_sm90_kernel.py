@@ -54,7 +54,10 @@ class Tiles:
       stages: int, steps that the ring holds.
       group: int, tiles of P that are taken together before the next tile of R, for the cache.
       in_flight: int, 0 or 1, steps whose instructions may run on while the next is started. With 0
-        every step waits for its own, which is slower and leaves least to go wrong.
+        every step waits for its own, which is expected to be slower and leaves least to go wrong.
+
+    Raises:
+      ValueError: if `in_flight` is neither, or the ring has no slot beside those in flight.
     """
 
     blocks: int
@@ -63,6 +66,13 @@ class Tiles:
     stages: int
     group: int = 8
     in_flight: int = 1
+
+    def __post_init__(self):
+        if self.in_flight not in (0, 1) or self.stages <= self.in_flight:
+            raise ValueError(
+                "in_flight must be 0 or 1 and smaller than stages, "
+                f"got in_flight={self.in_flight}, stages={self.stages}"
+            )
 
     @property
     def rows(self) -> int:
@@ -187,13 +197,12 @@ def multiply_sparse(
         smem = dict(zip(scratch, refs[-len(scratch) :], strict=True))
         warpgroup = lax.axis_index("warpgroup")
 
-        def first_slot():
-            # Not a constant: then the addresses of all slots would be, and cost registers.
-            return lax.rem(lax.axis_index("program"), jnp.int32(tiles.stages))
+        def find_slot(used):
+            # Not a constant for 0: then the addresses of all slots would be, and cost registers.
+            return lax.rem(lax.axis_index("program") + used, jnp.int32(tiles.stages))
 
-        def copy_step(step, state, *, row, column):
-            used = state
-            slot = lax.rem(used + first_slot(), jnp.int32(tiles.stages))
+        def copy_step(step, used, *, row, column):
+            slot = find_slot(used)
 
             @pl.when(used >= tiles.stages)
             def _():
@@ -235,8 +244,7 @@ def multiply_sparse(
             used = for_each_tile(copy_tile, jnp.int32(0))
 
             def drain(i, _):
-                slot = lax.rem(i + first_slot(), jnp.int32(tiles.stages))
-                plgpu.barrier_wait(smem["free"].at[slot])
+                plgpu.barrier_wait(smem["free"].at[find_slot(i)])
 
             # So that no barrier is left with an arrival nobody waited for.
             lax.fori_loop(jnp.maximum(used - tiles.stages, 0), used, drain, None)
@@ -335,7 +343,7 @@ def multiply_sparse(
                         num_stores += 1
                 return slot
 
-            for_each_tile(compute_tile, first_slot())
+            for_each_tile(compute_tile, find_slot(jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
 
     stages = tiles.stages

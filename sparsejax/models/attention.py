@@ -184,8 +184,9 @@ class BlockSparseAttention(nnx.Module):
                 kv_mask_BS=kv_mask_BT,
                 implementation="mosaic_sm90" if mode.implementation == "mosaic_sm90" else None,
             )
-        # Keys at padded positions come from activations there. Were those not finite, gradients of
-        # the projections, where they meet zeros, would be NaN whatever attention does.
+        # Keys at padded positions come from activations there. Were those, or their products, not
+        # finite, gradients of the projections, where they meet zeros, would be NaN whatever
+        # attention does. Without gradients a NaN would spread from there: padding has to be finite.
         attend = functools.partial(
             block_sparse_attention, causal=self.causal, removed_keys_finite=True
         )

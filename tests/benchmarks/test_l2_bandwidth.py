@@ -14,7 +14,7 @@ from tests.kernels.oracles import error, make_normal
 
 
 def test_every_program_reads_its_tiles_in_turns():
-    (x,) = make_normal(((64 * 7, 64),), "bfloat16")
+    (x,) = make_normal(((l2_bandwidth.ROWS * 7, 64),), "bfloat16")
     options = dict(num_programs=2, tiles_of_program=20)
     with hopper("late"):
         got = jax.jit(functools.partial(read_tiles, **options))(x)
@@ -22,13 +22,16 @@ def test_every_program_reads_its_tiles_in_turns():
 
 
 def test_it_compiles_for_a_gpu_to_copies_and_little_else():
-    x = jax.ShapeDtypeStruct((64 * 512, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((l2_bandwidth.ROWS * 512, 64), jnp.bfloat16)
     report = aot.compile_for(
-        functools.partial(read_tiles, num_programs=132, tiles_of_program=8192), x
+        functools.partial(read_tiles, num_programs=132, tiles_of_program=2048), x
     )
     (kernel,) = report.kernels
     check_kernel(kernel)
-    assert "UTMALDG" in kernel.sass and kernel.shared_memory_bytes >= 16 * l2_bandwidth.TILE_BYTES
+    assert (
+        "UTMALDG" in kernel.sass
+        and kernel.shared_memory_bytes >= l2_bandwidth.STAGES * l2_bandwidth.TILE_BYTES
+    )
 
 
 def test_without_a_gpu_it_says_so(capfd):

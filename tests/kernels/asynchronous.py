@@ -98,13 +98,18 @@ class _Copies:
             self._waiting[id(barrier)] += 1
             loads = self._loads.pop(id(barrier), [])
         self._random(thread).shuffle(loads)
-        for landing in loads:
-            landing()
         try:
+            for landing in loads:
+                landing()
             yield
         finally:
             with self._lock:
                 self._waiting[id(barrier)] -= 1
+
+    def finish(self):
+        """Raise if a copy has landed for nobody."""
+        if any(self._loads.values()) or any(self._stores.values()):
+            raise AssertionError("a copy was started that no thread waited for")
 
     def wait_for_stores(self, thread, most):
         """Let all but the last `most` copies to global memory land; return how many did not."""
@@ -238,3 +243,6 @@ def take_time(copies="early", seed=0):
         ):
             stack.enter_context(mock.patch.object(where, name, replacement))
         yield
+        # Threads work for as long as results are awaited.
+        jax.effects_barrier()
+        _COPIES.finish()

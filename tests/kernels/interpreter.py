@@ -25,8 +25,8 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 )
 
 from pallas_kernels.dispatch import check_hopper
+from tests.kernels import sparse_products
 from tests.kernels.asynchronous import take_time
-from tests.kernels.sparse_products import interpret_inline
 
 
 @contextlib.contextmanager
@@ -66,6 +66,7 @@ def hopper(copies="early", seed=0):
             ),
             take_time(copies, seed),
         ):
+            sparse_products.reset()
             _settle()
             yield
             jax.effects_barrier()
@@ -82,7 +83,7 @@ _jax_inline = jaxpr_interpret.JaxprInterpreter._interpret_inline_mgpu_p
 
 
 def _interpret_inline(interpreter, eqn, token, get_invals):
-    return interpret_inline(_jax_inline, interpreter, eqn, token, get_invals)
+    return sparse_products.interpret_inline(_jax_inline, interpreter, eqn, token, get_invals)
 
 
 def _barrier_arrive(token, mesh_location, thread, *arguments, **options):

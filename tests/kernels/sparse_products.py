@@ -69,6 +69,12 @@ _registers: dict = collections.defaultdict(list)
 _numbers = itertools.count(1)
 
 
+def reset():
+    """Forget what threads held."""
+    _sums.clear()
+    _registers.clear()
+
+
 def _number_of(handle):
     handle = np.asarray(handle)
     number = int(np.nan_to_num(handle[0, 0]))
@@ -155,6 +161,7 @@ def interpret_inline(fallback, interpreter, eqn, token, get_invals):
             x if transform is None else functools.partial(read_operand, thread, x, transform)
             for x, transform in zip(args, transforms, strict=True)
         ]
+        # The equation lives as long as this function, so that no other has its identity.
         return token, *meaning(Call(thread, id(eqn), jax.tree.unflatten(tree, args)))
 
     token, *out = callback.io_callback(

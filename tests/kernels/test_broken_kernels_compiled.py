@@ -8,6 +8,7 @@ is asserted both ways, so that this table stays true.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,7 @@ from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.ptx_program import PtxError
 from tests.kernels.test_nm_mosaic_sm90 import make_operands, run
 
-# Thirteen steps: too many to be unrolled, and one is left over from the turns.
+# Thirteen steps: too many for LLVM to unroll, and one is left over from the turns.
 _PROBLEM = Problem(
     rows=256, contraction=832, columns=128, dtype="bfloat16", dense_is_transposed=True
 )
@@ -228,6 +229,15 @@ BROKEN = {
 }
 
 
+# A proof that fails for another reason notices nothing.
+_SIGNS = {
+    "machine code": r"writes a register|touches a sum|arrives at|fence is missing|\(C75\d\d\)|"
+    r"in flight|groups of products",
+    "interpreter": r"saw a race|other values|observed|was touched",
+    "PTX": r"other values|on their way|rising positions|after all of the phase|from thread",
+}
+
+
 def _by(proof):
     """Return a parameter for each fault; that a proof is blind to it takes longer to show."""
     return [
@@ -282,22 +292,26 @@ def test_sound_kernels_pass_all():
         assert not _interpret(run_it) and not _run_ptx(run_it)
 
 
+def _check(broken, proof, noticed):
+    if proof in broken.noticed_by:
+        assert re.search(_SIGNS[proof], noticed), noticed
+    else:
+        assert not noticed
+
+
 @pytest.mark.parametrize("broken", _by("machine code"))
 def test_machine_code_shows_it_or_not(broken, monkeypatch):
     broken.break_it(monkeypatch)
-    faults = _look_at_machine_code(broken.compile)
-    assert bool(faults) == ("machine code" in broken.noticed_by), faults
+    _check(broken, "machine code", "\n".join(_look_at_machine_code(broken.compile)))
 
 
 @pytest.mark.parametrize("broken", _by("interpreter"))
 def test_interpreter_shows_it_or_not(broken, monkeypatch):
     broken.break_it(monkeypatch)
-    noticed = _interpret(broken.run)
-    assert bool(noticed) == ("interpreter" in broken.noticed_by), noticed
+    _check(broken, "interpreter", _interpret(broken.run))
 
 
 @pytest.mark.parametrize("broken", _by("PTX"))
 def test_ptx_shows_it_or_not(broken, monkeypatch):
     broken.break_it(monkeypatch)
-    noticed = _run_ptx(broken.run)
-    assert bool(noticed) == ("PTX" in broken.noticed_by), noticed
+    _check(broken, "PTX", _run_ptx(broken.run))

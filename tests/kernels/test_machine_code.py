@@ -98,6 +98,25 @@ def test_sums_in_flight(line, is_fault):
     assert bool(find(code)) == is_fault
 
 
+def test_a_product_that_reads_or_overwrites_what_others_use():
+    left = "HGMMA.64x64x16.F32.BF16 R{}, R{}, gdesc[UR8].tnspB, R{}, gsb0"
+    code = f"{{}}\n{{}}\n{_WAIT.format(0)}\nEXIT"
+    first = left.format(24, 4, 24)
+    assert "reads a sum in flight" in find(code.format(first, left.format(88, 28, 88)))[0]
+    assert "a product in flight reads" in find(code.format(first, left.format(0, 60, 0)))[0]
+    assert not find(code.format(first, left.format(88, 60, 88)))
+    assert not find(code.format(first, first))
+
+
+def test_what_may_not_be_executed_is_no_wait_and_no_fence():
+    for line in (f"@P0 {_PRODUCT}, gsb0", f"@P0 {_WAIT.format(0)}"):
+        with pytest.raises(ValueError, match="is not known"):
+            find(f"{line}\nEXIT")
+    code = "STSM.16.M88.4 [R2], R4\n{}FENCE.VIEW.ASYNC.S\n{} [UR8], [UR4]\nEXIT"
+    assert find(code.format("@P0 ", "UTMASTG.2D")) and find(code.format("@P0 ", "UBLKCP.G.S"))
+    assert not find(code.format("@UPT ", "UTMASTG.2D"))
+
+
 def test_a_wait_covers_the_oldest_groups():
     code = f"{_PRODUCT}, gsb0\n{_PRODUCT.replace('24', '56')}, gsb0\n{_WAIT.format(1)}\n{{}}\n"
     code += f"{_WAIT.format(0)}\nEXIT"
@@ -188,6 +207,12 @@ def test_a_subroutine_belongs_to_each_call():
         ("LDSM.16.M88.4 R8, [R2]", [8, 9, 10, 11]),
         ("S2UR UR4, SR_CTAID.X", []),
         ("IADD3 RZ, P0, R4, R5, RZ", []),
+        ("SYNCS.ARRIVE.TRANS64 R4, [UR8], R5", [4]),
+        ("SYNCS.ARRIVE.TRANS64 RZ, [UR8], R5", []),
+        ("ELECT P0, R4, PT", [4]),
+        ("R2UR UR4, R5", []),
+        ("ISETP.GE.AND P0, PT, R4, R5, PT", []),
+        ("STS [R4], R5", []),
     ],
 )
 def test_registers_that_are_written(line, written):

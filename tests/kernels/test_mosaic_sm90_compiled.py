@@ -10,6 +10,8 @@ import pytest
 
 from pallas_kernels import aot, block_sparse_attention, choose_implementation
 from pallas_kernels.block_sparse_attention import mosaic_sm90
+from pallas_kernels.machine_code import parse
+from pallas_kernels.products_in_flight import find_loops
 from tests.kernels.machine_checks import check_kernel
 
 
@@ -138,6 +140,12 @@ def test_tensor_cores_do_the_products_and_nothing_else():
     count = {k.name.split("attention_")[1].rsplit("_", 1)[0]: k for k in report.kernels}
     instructions = {name: kernel.sass.count("HGMMA") for name, kernel in count.items()}
     assert instructions == {"forward": 8, "backward_queries": 12, "backward_keys": 16}
+    # A group for each product.
+    groups = {
+        name: [loop.groups for loop in find_loops(parse(kernel.sass))]
+        for name, kernel in count.items()
+    }
+    assert groups == {"forward": [2], "backward_queries": [3], "backward_keys": [4]}
 
 
 def test_the_form_for_the_interpreter_compiles_too(monkeypatch):

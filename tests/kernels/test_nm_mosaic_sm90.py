@@ -161,6 +161,25 @@ def test_groups_in_flight_give_the_bits_of_a_kernel_that_waits_for_each(problem,
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.gpu
+def test_groups_in_flight_of_a_whole_device():
+    # Every processor's queue of tensor-core instructions is full, tile after tile.
+    size, tiles = 4096, Tiles(1, 256, 64, 4)
+    problem = _change(rows=size, contraction=size, columns=size)
+    operands = make_operands(problem)[2:]
+    overlapping, waiting = (
+        run(problem, dataclasses.replace(tiles, in_flight=n), *operands, num_programs=132)[0]
+        for n in (1, 0)
+    )
+    np.testing.assert_array_equal(overlapping, waiting)
+
+
+@pytest.mark.parametrize(("in_flight", "stages"), [(2, 4), (-1, 4), (1, 1)])
+def test_tiles_that_give_back_a_slot_in_use_are_refused(in_flight, stages):
+    with pytest.raises(ValueError, match=f"got in_flight={in_flight}, stages={stages}"):
+        Tiles(1, 64, 64, stages, in_flight=in_flight)
+
+
 def test_repeat_is_bit_equal():
     problem, tiles = CUTS["geglu_half_full"]
     operands = make_operands(problem)[2:]
