@@ -8,9 +8,10 @@ interpreter cannot run that; the tests teach it to (`tests/kernels/sparse_produc
 *Registers in flight.* The instruction is asynchronous, and besides shared memory it reads a
 register: the metadata of its thread. The register must hold them until the group of instructions
 has been waited for. In PTX each call of `start_multiply_add` has registers of its own, so a loop
-that starts a group while another is in flight has to contain a call for each of the two. Nothing
-tells ptxas to keep them apart across turns of the loop; it has done so in every cut of the kernel
-that is compiled in the tests, which look for it (`products_in_flight`).
+that starts a group while another is in flight has to contain a call for each of the two. Nothing in
+PTX tells ptxas to keep them apart across turns of the loop (an empty instruction after the wait
+leaves no trace there); it has done so in every cut of the kernel that is compiled in the tests,
+which look for it (`products_in_flight`).
 
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
