@@ -24,6 +24,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
     shared_memory,
 )
 
+from pallas_kernels.block_sparse_attention.mosaic_sm90_program import Group
 from pallas_kernels.dispatch import check_hopper
 from tests.kernels import sparse_products
 from tests.kernels.asynchronous import take_time
@@ -129,3 +130,16 @@ def miss_barrier(monkeypatch, number):
             barrier_wait(barrier)
 
     monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)
+
+
+def give_back_early(patch):
+    """Give tiles of attention back as soon as they have arrived, before they are multiplied."""
+    give_back, wait = Group.give_back, Group.wait
+
+    def give_back_and_use(group, slot):
+        tiles = wait(group, slot)
+        give_back(group, slot)
+        return tiles
+
+    patch.setattr(Group, "wait", give_back_and_use)
+    patch.setattr(Group, "give_back", lambda *_: None)

@@ -16,6 +16,7 @@ from pallas_kernels import (
 from tests.kernels.interpreter import hopper
 from tests.kernels.nm_contract import make_nm_masks
 from tests.kernels.oracles import make_normal
+from tests.kernels.ptx_tensor_cores import spread
 from tests.kernels.sparse_products import expand
 from tests.kernels.test_nm_packing import emulate_instruction
 
@@ -77,3 +78,5 @@ def test_the_sparse_operand_is_that_of_the_instruction():
             values[:, 16 * step : 16 * step + 16], words[step // 2], step % 2
         )
         np.testing.assert_array_equal(dense[:, 32 * step : 32 * step + 32], expected)
+        kept = values[:, 16 * step : 16 * step + 16]
+        np.testing.assert_array_equal(spread(kept, words[step // 2], step % 2), expected)

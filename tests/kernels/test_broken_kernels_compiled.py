@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import aot
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import Group
 from pallas_kernels.nm_matmul import mosaic_sm90_kernel as kernel_module
 from pallas_kernels.nm_matmul import wgmma_sp
 from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.packing import Compressed
 from tests.kernels import asynchronous
 from tests.kernels.contract import Case, call_implementation
-from tests.kernels.interpreter import hopper, miss_barrier
+from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
 from tests.kernels.machine_checks import find_faults
 from tests.kernels.oracles import error
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
@@ -131,18 +130,6 @@ def _overwrite_what_is_being_stored(patch):
     patch.setattr(plgpu, "wait_smem_to_gmem", wait_at_the_end)
 
 
-def _give_back_a_tile_before_it_is_multiplied(patch):
-    give_back, wait = Group.give_back, Group.wait
-
-    def give_back_and_use(group, slot):
-        tiles = wait(group, slot)
-        give_back(group, slot)
-        return tiles
-
-    patch.setattr(Group, "wait", give_back_and_use)
-    patch.setattr(Group, "give_back", lambda *_: None)
-
-
 def _compile_product(tiles=_TILES):
     # So many steps that ptxas leaves them in a loop.
     problem, struct = dataclasses.replace(_PROBLEM, contraction=4096), jax.ShapeDtypeStruct
@@ -218,7 +205,7 @@ BROKEN = {
         _overwrite_what_is_being_stored, _ALL - {"machine code"}
     ),
     "tile given back before it is multiplied": Broken(
-        _give_back_a_tile_before_it_is_multiplied,
+        give_back_early,
         _ALL - {"machine code", "PTX"},
         _compile_attention,
         _run_attention,

@@ -16,7 +16,6 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
     block_sparse_attention_mosaic_sm90,
     make_problem,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import Group
 from sparsejax.masks import flood_fill
 from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
 from sparsejax.patterns import BlockPattern
@@ -28,7 +27,7 @@ from tests.kernels.contract import (
     compile_case,
     has_select,
 )
-from tests.kernels.interpreter import hopper, miss_barrier
+from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
 
 _SMALL = Case(
@@ -178,20 +177,12 @@ def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU reports no races")
 def test_contract_rejects_a_tile_given_back_before_it_is_multiplied(monkeypatch):
-    give_back, wait = Group.give_back, Group.wait
-
-    def give_back_and_use(group, slot):
-        tiles = wait(group, slot)
-        give_back(group, slot)
-        return tiles
-
     case = CASES["long_lists"]
     (mask,) = case.masks().values()
     run = functools.partial(_attend, **case.options)
     with pytest.raises(AssertionError, match="saw a race"), hopper():
         with monkeypatch.context() as patch:
-            patch.setattr(Group, "wait", give_back_and_use)
-            patch.setattr(Group, "give_back", lambda *_: None)
+            give_back_early(patch)
             jax.block_until_ready(jax.jit(run)(*case.inputs(), mask))
         # A sound kernel that runs later must not hide it.
         jax.block_until_ready(jax.jit(lambda *inputs: run(*inputs))(*case.inputs(), mask))
