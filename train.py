@@ -17,7 +17,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsejax.training.command_line import clear_settings, describe_error, take_cleared
+from sparsejax.config.command_line import clear_settings, describe_error, take_cleared
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
     elif not _WORKDIR.value:
         return _fail(f"--workdir must be a folder for --mode={_MODE.value}, got none")
     # Imported here so that --help does not wait for JAX.
-    from sparsejax.training.checkpoint import CheckpointError
+    from sparsejax.checkpoint.save import CheckpointError
+    from sparsejax.config.parse import ConfigError
+    from sparsejax.tools.modes import run_mode
     from sparsejax.training.loop import NonFiniteError
-    from sparsejax.training.modes import run_mode
-    from sparsejax.training.settings import ConfigError
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save

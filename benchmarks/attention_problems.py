@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.masks.block_patterns import longformer, pattern_at_density
+from sparsejax.masks.attention.fixed import longformer, pattern_at_density
 
 # On a GPU every point does the work of one layer of a large model.
 _GPU_TOKENS = 16384

@@ -25,6 +25,13 @@ from benchmarks.steps import make_step_call, make_steps_case
 from benchmarks.targets import Target, evaluate, times_faster
 from benchmarks.timing import relative_error
 from configs import fst_gpt2, fst_small
+from sparsejax.accounting.flops import count_transformer_flops
+from sparsejax.config.schema import (
+    TrainConfig,
+    make_recipe,
+    make_transformer_config,
+    parse_config,
+)
 from sparsejax.masks import transposable_mask
 from sparsejax.models import (
     DENSE_LINEAR,
@@ -35,15 +42,8 @@ from sparsejax.models import (
     TransformerConfig,
 )
 from sparsejax.models.transformer import Block
+from sparsejax.optimizer import make_optimizer
 from sparsejax.patterns import BlockPattern, NMPattern
-from sparsejax.training.config import (
-    TrainConfig,
-    make_recipe,
-    make_transformer_config,
-    parse_config,
-)
-from sparsejax.training.flops import count_transformer_flops
-from sparsejax.training.optimizer import make_optimizer
 
 DENSE = "dense"
 _DENSE_ATTENTION = AttentionMode(sparse=False)

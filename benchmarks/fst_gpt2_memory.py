@@ -17,9 +17,9 @@ from benchmarks.compiled import counts, gigabytes, ratios, run_compilations
 from benchmarks.records import Column, Key
 from configs import fst_gpt2, gpt2
 from pallas_kernels import aot
-from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
-from sparsejax.training.data import Facts
-from sparsejax.training.plan import compile_programs
+from sparsejax.config.schema import make_recipe, make_transformer_config, parse_config
+from sparsejax.data import Facts
+from sparsejax.tools.plan import compile_programs
 
 _TRAIN = "train step"
 

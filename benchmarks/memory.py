@@ -21,9 +21,9 @@ from benchmarks.harness import RESULTS
 from benchmarks.records import Column, Results, make_table
 from configs import gpt2_124m_spion, spion_listops, spion_retrieval
 from pallas_kernels import aot, block_sparse_attention
-from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
-from sparsejax.training.data import find_facts
-from sparsejax.training.plan import compile_programs
+from sparsejax.config.schema import make_recipe, make_transformer_config, parse_config
+from sparsejax.data import find_facts
+from sparsejax.tools.plan import compile_programs
 
 # What SAT reports as its best saving, doi:10.1109/ACCESS.2024.3425638; there for a phase alone.
 TARGET_SAVING = 6.87

@@ -26,13 +26,13 @@ from benchmarks.steps import (
 from benchmarks.targets import Target, seconds_of
 from configs import base
 from pallas_kernels import Implementation
-from sparsejax.training.config import (
+from sparsejax.config.schema import (
     TrainConfig,
     make_recipe,
     make_transformer_config,
     parse_config,
 )
-from sparsejax.training.optimizer import make_optimizer
+from sparsejax.optimizer import make_optimizer
 
 PLAIN = "no probe"
 METHODS = ("spion", "sat")

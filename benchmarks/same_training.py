@@ -48,7 +48,8 @@ RUNS: dict[str, _Run] = {
     "quickstart": _Run("quickstart"),
     "spion-c": _Run(
         "quickstart",
-        _SHORT | {"recipe.spion.variant": "c", "recipe.spion.density": 0.4}
+        _SHORT
+        | {"recipe.spion.variant": "c", "recipe.spion.density": 0.4}
         # "c" knows no quantile.
         | {"recipe.spion.quantile": None},
     ),

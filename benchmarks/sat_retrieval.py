@@ -25,8 +25,8 @@ from benchmarks.steps import (
 )
 from benchmarks.targets import Target, seconds_of
 from configs import sat
-from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
-from sparsejax.training.optimizer import make_optimizer
+from sparsejax.config.schema import make_recipe, make_transformer_config, parse_config
+from sparsejax.optimizer import make_optimizer
 
 DENSE, LOOP, SPARSE = "dense", "own loop, every block", "SAT"
 _VOCAB_SIZE = 257

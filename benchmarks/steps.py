@@ -12,8 +12,8 @@ from benchmarks.harness import RESULTS, Case, ForeignCall, Point, run_points
 from benchmarks.records import Column, Results
 from benchmarks.targets import Target, evaluate
 from sparsejax.models import TransformerConfig
+from sparsejax.optimizer import Optimizer
 from sparsejax.recipes import Phase, Recipe
-from sparsejax.training.optimizer import Optimizer
 from sparsejax.training.state import create_train_state, enter_phase, make_graphdef
 from sparsejax.training.step import Batch, make_train_step
 

@@ -1,7 +1,7 @@
 """FST on DeiT-base: ImageNet in patches, with 2:4 sparse feed-forward layers.
 
 Command:   python train.py --config=configs/fst_deit.py --workdir=runs/fst_deit
-           after python -m sparsejax.training.data.prepare --source=tfds:imagenet2012
+           after python -m sparsejax.data.prepare --source=tfds:imagenet2012
            --data_dir=... --patch_size=16 --image_size=224; TFDS has to be given the archives, and
            the cache takes 200 GB
 Hardware:  one H100 or H200; compiled for an H100, a step takes 40.8 GB sparse and 51.6 GB dense.

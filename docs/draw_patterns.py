@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs import sat_quickstart
+from sparsejax.checkpoint.save import find_checkpoints, restore
+from sparsejax.config.schema import parse_config
 from sparsejax.masks import block_density, sat_pattern, spion_pattern
-from sparsejax.training.checkpoint import find_checkpoints, restore
-from sparsejax.training.config import parse_config
-from sparsejax.training.run import prepare_run
+from sparsejax.training.setup import prepare_run
 
 _DENSITY = 0.15
 _FILTER_SIZE = 15

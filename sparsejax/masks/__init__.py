@@ -1,6 +1,7 @@
 """Masks as pure functions on arrays: True = kept."""
 
-from sparsejax.masks.block_patterns import (
+from sparsejax.masks.attention.density import block_density
+from sparsejax.masks.attention.fixed import (
     bigbird,
     hybrid_blocks,
     hybrid_mask,
@@ -8,36 +9,40 @@ from sparsejax.masks.block_patterns import (
     pattern_at_density,
     sliding_window,
 )
-from sparsejax.masks.counts import count_kept, update_counts
-from sparsejax.masks.decay import masked_decay
-from sparsejax.masks.densities import layer_densities, layer_densities_at
-from sparsejax.masks.flood_fill import flood_fill, pool_attention, spion_pattern, top_k_blocks
-from sparsejax.masks.learned_pattern import (
+from sparsejax.masks.attention.flood_fill import (
+    flood_fill,
+    pool_attention,
+    spion_pattern,
+    top_k_blocks,
+)
+from sparsejax.masks.attention.sat import (
     count_kept_blocks,
     map_distance,
     map_skewness,
     model_pooled_map,
     sat_pattern,
 )
-from sparsejax.masks.magnitude import magnitude_nm_mask
-from sparsejax.masks.metrics import block_density, flip_rate, retained_l1, total_flip_rate
-from sparsejax.masks.mst_schedules import MSTSchedules, mst_schedules
-from sparsejax.masks.nm_topology import drop_and_grow_nm
-from sparsejax.masks.schedules import (
+from sparsejax.masks.weights.counts import count_kept, update_counts
+from sparsejax.masks.weights.decay import masked_decay
+from sparsejax.masks.weights.densities import layer_densities, layer_densities_at
+from sparsejax.masks.weights.flips import flip_rate, retained_l1, total_flip_rate
+from sparsejax.masks.weights.magnitude import magnitude_nm_mask
+from sparsejax.masks.weights.nm_topology import drop_and_grow_nm
+from sparsejax.masks.weights.schedules import (
     AnnealingPhase,
     CosineAnnealing,
     Ramp,
     SparsitySchedule,
     UpdateSteps,
 )
-from sparsejax.masks.selection import magnitude_mask, random_mask
-from sparsejax.masks.soft_threshold import (
+from sparsejax.masks.weights.selection import magnitude_mask, random_mask
+from sparsejax.masks.weights.soft_threshold import (
     soft_threshold,
     soft_threshold_mask,
     soft_threshold_scale,
     soft_threshold_ste,
 )
-from sparsejax.masks.topology import (
+from sparsejax.masks.weights.topology import (
     apply_topology,
     block_scores,
     drop_and_grow,
@@ -45,12 +50,11 @@ from sparsejax.masks.topology import (
     expand_mask,
     reset_moments,
 )
-from sparsejax.masks.transposable import transposable_mask
+from sparsejax.masks.weights.transposable import transposable_mask
 
 __all__ = [
     "AnnealingPhase",
     "CosineAnnealing",
-    "MSTSchedules",
     "Ramp",
     "SparsitySchedule",
     "UpdateSteps",
@@ -77,7 +81,6 @@ __all__ = [
     "map_skewness",
     "masked_decay",
     "model_pooled_map",
-    "mst_schedules",
     "pattern_at_density",
     "pool_attention",
     "random_mask",

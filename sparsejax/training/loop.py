@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax.recipes import Observation, Phase, get_attention_masks
-from sparsejax.training.checkpoint import (
+from sparsejax.accounting.density import compute_density, describe_density
+from sparsejax.accounting.ledger import FlopsLedger
+from sparsejax.checkpoint.save import (
     Checkpointer,
     CheckpointInfo,
     check_free_space,
@@ -20,32 +21,38 @@ from sparsejax.training.checkpoint import (
     find_checkpoints,
     restore,
 )
-from sparsejax.training.config import TrainConfig
-from sparsejax.training.density import compute_density, describe_density
-from sparsejax.training.evaluation import compute_validation, find_phase
-from sparsejax.training.ledger import FlopsLedger
-from sparsejax.training.metrics import DeferredMetrics, MetricsWriter, dump_json, read_metrics
-from sparsejax.training.plot_flips import has_flip_rates, plot_flip_rates
-from sparsejax.training.plot_topology import has_topology, plot_topology
-from sparsejax.training.plots import plot_attention_patterns, plot_training
-from sparsejax.training.progress import (
+from sparsejax.checkpoint.workdir import (
+    check_same_run,
+    claim_workdir,
+    describe_run,
+    find_newest_checkpoint,
+)
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import TrainConfig
+from sparsejax.recipes import Observation, Phase, get_attention_masks
+from sparsejax.report.metrics import DeferredMetrics, MetricsWriter, read_metrics
+from sparsejax.report.plots.flips import has_flip_rates, plot_flip_rates
+from sparsejax.report.plots.topology import has_topology, plot_topology
+from sparsejax.report.plots.training import plot_attention_patterns, plot_training
+from sparsejax.report.progress import (
     StepTimer,
     format_progress,
     format_summary,
     say,
     summarise,
 )
-from sparsejax.training.run import Programs, Run, compile_phase, prepare_run
-from sparsejax.training.settings import ConfigError
+from sparsejax.strict_json import dump_json
+from sparsejax.training.setup import (
+    Programs,
+    Run,
+    compile_phase,
+    compute_validation,
+    find_phase,
+    prepare_run,
+)
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.state import TrainState
 from sparsejax.training.step import STEP_METRICS, Batch
-from sparsejax.training.workdir import (
-    check_same_run,
-    claim_workdir,
-    describe_run,
-    find_newest_checkpoint,
-)
 
 
 class NonFiniteError(FloatingPointError):

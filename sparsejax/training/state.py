@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 from sparsejax.models import SparsityMask, Transformer, TransformerConfig
+from sparsejax.optimizer import Optimizer
 from sparsejax.recipes import Phase, Recipe, Sparsity
-from sparsejax.training.optimizer import Optimizer
 from sparsejax.types import PyTree
 
 

@@ -19,8 +19,8 @@ from sparsejax.models import (
     ModelOutput,
     NMImplementation,
 )
+from sparsejax.optimizer import Optimizer, compute_learning_rate
 from sparsejax.recipes import Phase, Recipe
-from sparsejax.training.optimizer import Optimizer, compute_learning_rate
 from sparsejax.training.state import TrainState, trainable
 
 type Batch = dict[str, jax.Array]

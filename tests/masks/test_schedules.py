@@ -12,8 +12,8 @@ from sparsejax.masks import (
     SparsitySchedule,
     UpdateSteps,
     hybrid_mask,
-    mst_schedules,
 )
+from sparsejax.recipes import mst_schedules
 
 
 def make_ramp(**changes):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.accounting.flops import count_transformer_flops
 from sparsejax.models import AttentionMode, SparsityMask, Transformer, TransformerConfig
 from sparsejax.models.residual import dropout
 from sparsejax.patterns import BlockPattern
-from sparsejax.training.flops import count_transformer_flops
 
 LENGTH = 64
 DECODER = TransformerConfig(

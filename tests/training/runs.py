@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from configs import base
-from sparsejax.training.checkpoint import find_checkpoints, restore
-from sparsejax.training.config import parse_config
+from sparsejax.checkpoint.save import find_checkpoints, restore
+from sparsejax.config.schema import parse_config
 from sparsejax.training.loop import train_and_evaluate
-from sparsejax.training.run import prepare_run
+from sparsejax.training.setup import prepare_run
 from sparsejax.training.state import TrainState
 
 NUM_STEPS = 10

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from configs import fst_bert, fst_deit
+from sparsejax.accounting.flops import count_transformer_flops
+from sparsejax.checkpoint.save import find_checkpoints, restore
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import make_recipe, make_transformer_config, parse_config
+from sparsejax.data import find_facts, make_data
+from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import get_weight_masks
-from sparsejax.training.checkpoint import find_checkpoints, restore
-from sparsejax.training.config import make_recipe, make_transformer_config, parse_config
-from sparsejax.training.data import find_facts, make_data
-from sparsejax.training.flops import count_transformer_flops
-from sparsejax.training.metrics import read_metrics
-from sparsejax.training.optimizer import make_optimizer
-from sparsejax.training.plan import make_abstract_batch
-from sparsejax.training.run import prepare_run
-from sparsejax.training.settings import ConfigError
+from sparsejax.report.metrics import read_metrics
+from sparsejax.tools.plan import make_abstract_batch
+from sparsejax.training.setup import prepare_run
 from sparsejax.training.state import create_train_state, make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
+from tests.data.test_files import write_idx
 from tests.training.runs import make_settings, train
-from tests.training.test_data_files import write_idx
 
 _FST = {
     "recipe__name": "fst",

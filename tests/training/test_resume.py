@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.training.checkpoint import find_checkpoints, restore
-from sparsejax.training.config import parse_config
-from sparsejax.training.evaluation import evaluate
-from sparsejax.training.metrics import read_metrics
-from sparsejax.training.run import prepare_run
-from sparsejax.training.settings import ConfigError
+from sparsejax.checkpoint.save import find_checkpoints, restore
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import parse_config
+from sparsejax.report.metrics import read_metrics
+from sparsejax.tools.evaluate import evaluate
+from sparsejax.training.setup import prepare_run
 from tests.training.runs import NUM_STEPS, make_settings, train
 
 _ROOT = pathlib.Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from sparsejax.models import TransformerConfig
+from sparsejax.optimizer import OptimizerConfig, compute_learning_rate, make_optimizer
 from sparsejax.patterns import BlockPattern
 from sparsejax.recipes import Observation, Phase, Recipe, make_dense, set_attention_masks
-from sparsejax.training.optimizer import OptimizerConfig, compute_learning_rate, make_optimizer
 from sparsejax.training.state import create_train_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.training.config import parse_config
-from sparsejax.training.evaluation import evaluate
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import parse_config
+from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.loop import NonFiniteError
-from sparsejax.training.settings import ConfigError
 from tests.training.runs import make_settings, train
 
 _ROOT = pathlib.Path(__file__).parents[2]

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.checkpoint.save import find_checkpoints, restore
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import parse_config
+from sparsejax.data import find_facts, make_data
 from sparsejax.masks import transposable_mask
 from sparsejax.recipes import get_weight_masks
-from sparsejax.training.checkpoint import find_checkpoints, restore
-from sparsejax.training.config import parse_config
-from sparsejax.training.data import find_facts, make_data
-from sparsejax.training.evaluation import evaluate
-from sparsejax.training.metrics import read_metrics
-from sparsejax.training.plan import make_abstract_batch
-from sparsejax.training.run import compile_phase, prepare_run
-from sparsejax.training.settings import ConfigError
+from sparsejax.report.metrics import read_metrics
+from sparsejax.tools.evaluate import evaluate
+from sparsejax.tools.plan import make_abstract_batch
+from sparsejax.training.setup import compile_phase, prepare_run
 from tests.training.runs import copy_until, load_end, make_settings, train
 
 _NUM_STEPS, _DENSE_STEPS = 120, 40

@@ -1,0 +1,1 @@
+"""What training costs: FLOPs, densities, and the ledger of a run."""

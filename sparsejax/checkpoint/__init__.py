@@ -1,0 +1,1 @@
+"""Checkpoints: saved whole, restored bit for bit, and the folder of a run."""

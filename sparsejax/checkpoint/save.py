@@ -1,0 +1,349 @@
+"""Save and restore the train state bit for bit, and find out which checkpoints are whole.
+
+A folder of checkpoints holds `run.json`, which describes the run, and one folder per save:
+
+    00000300/            an Orbax checkpoint of the state's leaves, by path
+      manifest.json      step, data position, metadata, metrics, and for each leaf its dtype
+                         and shape, for each file its size and checksum
+
+A save is written under a temporary name and renamed when its manifest is complete, so a folder
+with its final name was whole when it was written. `find_checkpoints` tells if it still is.
+"""
+
+import concurrent.futures
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from sparsejax.checkpoint.files import (
+    MANIFEST,
+    CheckpointInfo,
+    choose_folder,
+    delete_checkpoint,
+    describe_leaves,
+    find_checkpoints,
+    find_leftovers,
+    measure_files,
+    parse_order,
+    read_manifest,
+    seal_manifest,
+    write_durably,
+)
+from sparsejax.strict_json import dump_json, load_json
+from sparsejax.types import PyTree
+
+_RUN = "run.json"
+
+
+class CheckpointError(RuntimeError):
+    """A save that was under way has failed; the checkpoints before it are untouched."""
+
+
+class Checkpointer:
+    """Save checkpoints in the background, and keep the last ones and the best ones.
+
+    To be used as a context manager by one process at a time; leaving it waits for the save
+    under way. Opening it deletes what an interrupted save left behind.
+
+    Args:
+      directory: folder for the checkpoints, made if absent.
+      keep_last: int >= 1, checkpoints kept by step.
+      keep_best: int >= 0, checkpoints kept by their metric besides.
+      best_metric: str, name of the metric that ranks them; lower is better.
+      run_metadata: JSON dict kept for the whole run (config, data fingerprint, versions).
+
+    Raises:
+      ValueError: if a count is out of range, the metadata is not JSON, the folder cannot be
+        written, or JAX runs with several processes.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int,
+        keep_best: int,
+        best_metric: str = "validation_loss",
+        run_metadata: dict[str, Any],
+    ):
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got keep_last={keep_last}")
+        if keep_best < 0:
+            raise ValueError(f"keep_best must be at least 0, got keep_best={keep_best}")
+        if jax.process_count() > 1:
+            raise ValueError(f"checkpoints need one JAX process, got {jax.process_count()}")
+        run_text = dump_json(run_metadata, "run_metadata")
+        self._directory = Path(directory).absolute()
+        self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for leftover in find_leftovers(self._directory):
+                shutil.rmtree(leftover)
+            write_durably(self._directory / _RUN, run_text)
+        except OSError as error:
+            raise ValueError(f"directory={directory} must be a writable folder: {error}") from error
+        found = find_checkpoints(self._directory, verify_checksums=False)
+        self._whole = [info for info in found if info.problem is None]
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        data_state: dict[str, Any],
+        *,
+        metadata: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+        block: bool = False,
+    ) -> None:
+        """Save the state; return once it is copied to the host, before it is on disk.
+
+        The state's buffers may be donated as soon as this returns. Saving a step again
+        replaces its checkpoint once the new one is whole.
+
+        Args:
+          step: int, optimiser steps done.
+          state: tree of jax.Array and None.
+          data_state: JSON dict, the position of the data iterator.
+          metadata: JSON dict about this checkpoint, such as {"phase": "sparse"}.
+          metrics: floats by name, or None if not evaluated; ranked by `best_metric`.
+          block: bool, return only when the checkpoint is whole on disk.
+
+        Raises:
+          CheckpointError: if the save before this one failed, or this one with `block`.
+          ValueError: if an argument cannot be stored exactly, or `best_metric` is not among
+            the metrics.
+        """
+        self.wait()
+        if metrics is not None and self._keep_best and self._best_metric not in metrics:
+            raise ValueError(f"metrics must contain {self._best_metric!r}, got {sorted(metrics)}")
+        leaves = _name_leaves(state)
+        manifest = {
+            "step": step,
+            "data_state": data_state,
+            "metadata": metadata,
+            "metrics": metrics or {},
+            "leaves": describe_leaves(leaves),
+        }
+        # As it is now: the caller's dicts may change before it is written.
+        manifest = load_json(dump_json(manifest, "checkpoint"))
+        arrays = {name: _check_storable(name, leaf) for name, leaf in leaves.items()}
+        final = choose_folder(self._directory, step)
+        unfinished = final.with_name(final.name + ".tmp")
+        with _reporting_failure(final):
+            write = ocp.save_async(
+                str(unfinished), {k: v for k, v in arrays.items() if v is not None}
+            )
+        self._pending = self._executor.submit(self._finish, write, unfinished, final, manifest)
+        if block:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save under way, if any, is whole on disk.
+
+        Raises:
+          CheckpointError: if it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the background thread.
+
+        Raises:
+          CheckpointError: if the save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    def _finish(
+        self, write: ocp.AsyncResponse, unfinished: Path, final: Path, manifest: dict[str, Any]
+    ) -> None:
+        with _reporting_failure(final):
+            write.result()
+            manifest["files"] = measure_files(unfinished)
+            write_durably(unfinished / MANIFEST, seal_manifest(manifest))
+            unfinished.rename(final)
+            self._drop_old(
+                CheckpointInfo(manifest["step"], final, manifest["metadata"], manifest["metrics"])
+            )
+
+    def _drop_old(self, new: CheckpointInfo) -> None:
+        earlier = [info for info in self._whole if info.step < new.step]
+        last = [new, *earlier][: self._keep_last]
+        ranked = [x for x in [new, *earlier] if math.isfinite(self._rank(x))]
+        best = sorted(ranked, key=self._rank)[: self._keep_best]
+        kept = {info.path for info in [*last, *best]}
+        self._whole = [info for info in [new, *earlier] if info.path in kept]
+        for path in self._directory.iterdir():
+            order = parse_order(path)
+            if order and order[0] <= new.step and path not in kept:
+                delete_checkpoint(path)
+
+    def _rank(self, info: CheckpointInfo) -> float:
+        return info.metrics.get(self._best_metric, math.inf)
+
+
+def restore(info: CheckpointInfo, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """Load a checkpoint exactly: same leaves, shapes and dtypes as asked for, or an error.
+
+    Args:
+      info: checkpoint without a problem.
+      abstract_state: tree of jax.ShapeDtypeStruct (or arrays) and None; leaves without a
+        sharding go to the default device.
+
+    Returns:
+      (state, data_state): a tree like `abstract_state` with arrays, and the data position.
+
+    Raises:
+      ValueError: if the checkpoint has a problem, or a leaf is missing, left over, or of
+        another shape or dtype; the message names it, what is on disk and what was asked.
+    """
+    if info.problem:
+        raise ValueError(f"info must be a whole checkpoint: {info.problem}")
+    manifest = read_manifest(info.path)
+    leaves = _name_leaves(abstract_state)
+    # Orbax casts to the dtype asked for without a word, so the comparison must come first.
+    _compare_leaves(info.path, manifest["leaves"], describe_leaves(leaves))
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
+        for name, leaf in leaves.items()
+        if leaf is not None
+    }
+    arrays = ocp.load(str(info.path.absolute()), abstract)
+    treedef = jax.tree.structure(abstract_state, is_leaf=_is_none)
+    state = jax.tree.unflatten(treedef, [arrays.get(name) for name in leaves])
+    return state, manifest["data_state"]
+
+
+def read_run_metadata(directory: str | os.PathLike) -> dict[str, Any] | None:
+    """Read what `Checkpointer` was told about the run.
+
+    Args:
+      directory: folder of checkpoints.
+
+    Returns:
+      The `run_metadata`, or None if the folder has none.
+
+    Raises:
+      ValueError: if the file is there and garbled.
+    """
+    path = Path(directory) / _RUN
+    if not path.exists():
+        return None
+    try:
+        return load_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, but is garbled: {error}") from error
+
+
+def count_bytes(state: PyTree) -> int:
+    """Count the bytes of a tree's arrays; a checkpoint takes at most slightly more.
+
+    Args:
+      state: tree of arrays or jax.ShapeDtypeStruct.
+
+    Returns:
+      int, bytes.
+
+    Example:
+      >>> count_bytes({"w": jax.ShapeDtypeStruct((2, 3), "float32"), "mask": None})
+      24
+    """
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def check_free_space(directory: str | os.PathLike, needed_bytes: int) -> None:
+    """Refuse a folder whose disk has not room for the checkpoints.
+
+    Args:
+      directory: folder, which need not exist yet.
+      needed_bytes: int; `keep_last + keep_best + 1` checkpoints exist at the peak.
+
+    Raises:
+      ValueError: if fewer bytes are free.
+    """
+    existing = Path(directory).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"directory={directory} must have room for the checkpoints: they need "
+            f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free"
+        )
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _name_leaves(tree: PyTree) -> dict[str, Any]:
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in paths_and_leaves
+    }
+    if len(named) < len(paths_and_leaves):
+        raise ValueError("state must give each leaf its own path; some key contains a '/'")
+    return named
+
+
+def _check_storable(name: str, leaf: Any) -> jax.Array | None:
+    if leaf is None or (isinstance(leaf, jax.Array) and leaf.size):
+        return leaf
+    raise ValueError(f"state leaf {name} must be a jax.Array with elements, or None, got {leaf!r}")
+
+
+def _compare_leaves(path: Path, on_disk: dict[str, str], asked: dict[str, str]) -> None:
+    differences = [
+        f"{name}: {on_disk.get(name, 'nothing')} on disk, {asked.get(name, 'nothing')} asked for"
+        for name in on_disk | asked
+        if on_disk.get(name) != asked.get(name)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise ValueError(
+            f"abstract_state must match the checkpoint {path}, but "
+            + "; ".join(differences[:5])
+            + more
+        )
+
+
+@contextlib.contextmanager
+def _reporting_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        for leftover in find_leftovers(path.parent):
+            shutil.rmtree(leftover, ignore_errors=True)
+        raise CheckpointError(f"saving {path} failed: {error}") from error

@@ -1,0 +1,125 @@
+"""The folder of a run: who may use it, and from where it goes on."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparsejax.checkpoint.files import parse_order
+from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
+from sparsejax.config.parse import ConfigError, find_differences
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe_run(settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must stay the same while a run is resumed, and what it ran on.
+
+    Args:
+      settings: nested dict of the configuration.
+      fingerprint: dict that identifies the data.
+
+    Returns:
+      dict with "config", "data" and "versions".
+    """
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "config": dict(settings),
+        "data": dict(fingerprint),
+        "versions": {
+            "python": platform.python_version(),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            **versions,
+        },
+    }
+
+
+@contextlib.contextmanager
+def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
+    """Create the folder of a run, or find it, and keep other processes out of it.
+
+    Args:
+      workdir: path.
+
+    Yields:
+      Path.
+
+    Raises:
+      ConfigError: if it is no folder, cannot be written, or another process trains in it.
+    """
+    path = Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} must be a writable folder: {error}") from error
+    with lock:
+        try:
+            # Freed by the system when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--workdir={workdir} is in use by another process") from error
+        yield path
+
+
+def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
+    """Refuse to go on in a folder that belongs to a run of other settings or data.
+
+    Args:
+      checkpoints: folder of the run's checkpoints.
+      description: what `describe_run` returned.
+
+    Returns:
+      list of str, package versions that differ: the run goes on, but not bit for bit.
+
+    Raises:
+      ConfigError: if settings or data differ; the message lists the keys.
+    """
+    try:
+        before = read_run_metadata(checkpoints)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if before is None:
+        return []
+    for part, name in (("config", "settings"), ("data", "data")):
+        differences = find_differences(before[part], description[part])
+        if differences:
+            lines = "".join(f"\n  {line}" for line in differences)
+            raise ConfigError(
+                f"{checkpoints.parent} belongs to a run with other {name}; take another "
+                f"--workdir, or the {name} it was started with. Differences (before -> now):{lines}"
+            )
+    return find_differences(before["versions"], description["versions"])
+
+
+def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, list[str]]:
+    """Return the newest checkpoint that is whole, and what is wrong with newer ones.
+
+    Args:
+      checkpoints: folder of the run's checkpoints.
+
+    Returns:
+      tuple of CheckpointInfo or None, and a list of problems.
+
+    Raises:
+      ConfigError: if there are checkpoints and none is whole.
+    """
+    problems, committed = [], False
+    for info in find_checkpoints(checkpoints):
+        if info.problem is None:
+            return info, problems
+        problems.append(info.problem)
+        committed |= parse_order(info.path) is not None
+    if committed:
+        raise ConfigError(
+            f"no checkpoint in {checkpoints} is whole; remove the folder to start over:\n  "
+            + "\n  ".join(problems)
+        )
+    return None, problems

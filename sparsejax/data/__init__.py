@@ -1,0 +1,17 @@
+"""Real data for training: deterministic, sharded, resumable batches of NumPy arrays.
+
+`make_data(DataConfig(...))` is the whole interface; `find_facts` tells without the data what a
+model has to know of it. Every source takes the same road:
+
+    source (text, pairs, ListOps, Pathfinder, IDX, TFDS, TSV) -> tokenizer -> token cache on disk
+        -> random-access examples, memory-mapped -> grain pipeline -> batches
+
+Grain, tensorflow_datasets and tokenizers are imported when a source first needs them, so that
+importing this package costs no more than NumPy.
+"""
+
+from sparsejax.data.config import DataConfig
+from sparsejax.data.dataset import Data, make_data
+from sparsejax.data.spec import Facts, find_facts
+
+__all__ = ["Data", "DataConfig", "Facts", "find_facts", "make_data"]

@@ -1,0 +1,55 @@
+"""Command line that prepares a data set once, on a machine with network access if need be."""
+
+import argparse
+import sys
+
+from sparsejax.data.config import DataConfig
+from sparsejax.data.dataset import prepare
+
+_FLAGS = {
+    "source": "what to prepare, as tfds:imdb_reviews, listops, pathfinder or stdlib",
+    "data_dir": "folder that receives it",
+    "tokenizer": "bytes or bpe:N",
+    "train_split": "name of the training split",
+    "validation_split": "name of the validation split",
+    "input_key": "TFDS feature to read",
+    "label_key": "TFDS label to predict",
+    "patch_size": "side of a patch of an image, pixels",
+    "image_size": "side that the middle square of images is scaled to, pixels",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Prepare the data set that the command line names, downloading it if need be.
+
+    Args:
+        arguments: The command line without the program's name; exits with code 2 if it is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.data.prepare")
+    for name, text in _FLAGS.items():
+        required = name in ("source", "data_dir")
+        parser.add_argument(
+            f"--{name}",
+            help=text,
+            type=int if name.endswith("_size") else str,
+            required=required,
+            default=argparse.SUPPRESS,
+        )
+    values = vars(parser.parse_args(arguments))
+    try:
+        prepare(
+            DataConfig(
+                **values,
+                download=values["source"].startswith("tfds:"),
+                sequence_length=1,
+                batch_size=1,
+                seed=0,
+            )
+        )
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    print(f"{values['source']} is ready in {values['data_dir']}.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

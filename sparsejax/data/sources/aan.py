@@ -1,0 +1,66 @@
+"""Long Range Arena's document retrieval: do two papers of the ACL anthology cite each other?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsejax.data.cache import hash_json
+from sparsejax.data.config import DataConfig
+from sparsejax.data.source import Example, Source, Split
+
+_NUM_FIELDS = 5
+
+
+def open_aan(config: DataConfig) -> Source:
+    """Open a folder with `new_aan_pairs.{train,eval,test}.tsv`.
+
+    Each line is `label, id1, id2, text1, text2`, separated by tabs; texts are taken as published.
+
+    Args:
+        config: Settings with `source="aan:/path"`; split names are the middle of the file names.
+
+    Returns:
+        The set: two documents and one of two labels per example.
+
+    Raises:
+        ValueError: A file is missing or a line is not of this form.
+    """
+    folder = Path(config.rest)
+    names = {
+        "train": config.train_split or "train",
+        "validation": config.validation_split or "eval",
+    }
+    files = {split: folder / f"new_aan_pairs.{name}.tsv" for split, name in names.items()}
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"source='aan:{folder}': {file.name} is missing")
+
+    def read(split: Split) -> Iterator[Example]:
+        with open(files[split], "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield _parse_line(line, files[split], number)
+
+    stats = [(file.name, file.stat()) for file in files.values()]
+    return Source(
+        task="matching",
+        identity={
+            "aan": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        },
+        read=read,
+        num_classes=2,
+    )
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> Example:
+    fields = line.rstrip(b"\r\n").split(b"\t")
+    if len(fields) != _NUM_FIELDS:
+        raise ValueError(
+            f"{path}, line {number} has {len(fields)} fields; expected {_NUM_FIELDS}: label, id1, "
+            "id2, text1, text2, separated by tabs"
+        )
+    try:
+        label = float(fields[0])
+    except ValueError:
+        label = -1.0
+    if label not in (0.0, 1.0):
+        raise ValueError(f"{path}, line {number} has the label {fields[0]!r}; expected 0 or 1")
+    return Example((fields[3], fields[4]), int(label))

@@ -1,0 +1,284 @@
+"""TFDS data sets, read without TensorFlow from ArrayRecord files prepared beforehand."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import shlex
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from sparsejax.data.cache import hash_json
+from sparsejax.data.config import DataConfig
+from sparsejax.data.patches import find_grid, identify_patches, read_patches, scale_middle
+from sparsejax.data.source import Example, Source, Split
+
+_LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
+_CONNECT_SECONDS = 10
+# What else decides which files are written; each is a flag of the prepare command.
+_PREPARED_OPTIONS = (
+    "tokenizer",
+    "train_split",
+    "validation_split",
+    "input_key",
+    "label_key",
+    "patch_size",
+    "image_size",
+)
+_INPUT_FEATURES = (tfds.features.Text, tfds.features.Image)
+
+
+class _Fields(NamedTuple):
+    """The features of a set that are used."""
+
+    input_key: str
+    label_key: str
+    image: bool
+    num_classes: int
+
+
+def open_tfds(config: DataConfig) -> Source:
+    """Open a TFDS set as a labelled set of texts or images, or as a corpus of texts.
+
+    Images become sequences of grey pixels, row by row, or of patches with all their channels.
+
+    Args:
+        config: Settings with `source="tfds:NAME[/config]"`.
+
+    Returns:
+        The set.
+
+    Raises:
+        ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
+            feature asked for, or has no images that fit the patches.
+    """
+    builder = _find_builder(config)
+    info = builder.info
+    fields = _choose_fields(config, dict(info.features.items()), info.supervised_keys)
+    if fields.image and config.tokenizer != "bytes":
+        raise ValueError(
+            f"tokenizer={config.tokenizer!r} does not apply to the images of {config.source}; "
+            "leave it at 'bytes'"
+        )
+    if config.image_size and not fields.image:
+        raise ValueError(
+            f"image_size={config.image_size} does not apply to the texts of {config.source}; "
+            "leave it at 0"
+        )
+    grid = None
+    if config.patch_size:
+        if not fields.image:
+            raise ValueError(
+                f"patch_size={config.patch_size}: {config.source} has texts in "
+                f"{fields.input_key!r}; expected images, or 0"
+            )
+        grid = find_grid(config, info.features[fields.input_key].shape)
+    names = {
+        "train": config.train_split or "train",
+        "validation": config.validation_split
+        or ("validation" if "validation" in info.splits else "test"),
+    }
+
+    def read(split: Split) -> Iterator[Example]:
+        to_document = _to_bytes
+        if fields.image:
+            to_document = functools.partial(_flatten_image, size=config.image_size)
+        if grid is not None:
+            to_document = functools.partial(read_patches, grid=grid, image_size=config.image_size)
+        keys = (fields.input_key, fields.label_key)
+        return read_examples(builder, names[split], *keys, to_document)
+
+    return Source(
+        task="classification" if fields.label_key else "language_model",
+        identity={
+            "tfds": info.full_name,
+            "files": _describe_files(builder),
+            "splits": names,
+            "keys": [fields.input_key, fields.label_key],
+            # Absent where they do nothing, so that caches keep their names.
+            **({"image_size": config.image_size} if config.image_size else {}),
+            **identify_patches(config),
+        },
+        read=read,
+        num_values=256 if fields.image else None,
+        grid=grid,
+        num_classes=fields.num_classes,
+    )
+
+
+def read_examples(
+    builder: Any,
+    split: str,
+    input_key: str,
+    label_key: str,
+    to_document: Callable[[Any], bytes | np.ndarray],
+) -> Iterator[Example]:
+    """Yield the examples of a prepared split in the order of its files.
+
+    Args:
+        builder: A prepared TFDS builder.
+        split: Name of the split, a TFDS slice included.
+        input_key: Feature that becomes the document.
+        label_key: Feature that becomes the label, or empty.
+        to_document: Converts the feature's value.
+
+    Yields:
+        The examples.
+
+    Raises:
+        ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
+    """
+    try:
+        records = builder.as_data_source(split)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"split={split!r}: {builder.info.full_name} has {sorted(builder.info.splits)}"
+        ) from error
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} is in TFDS's {builder.info.file_format} format; expected "
+            "array_record: prepare the set again with file_format='array_record'"
+        ) from error
+    try:
+        for index, record in enumerate(records):
+            # The reader answers None, not an error, for what a cut-off file lacks.
+            if record[input_key] is None:
+                raise IndexError(f"example {index} is missing")
+            label = int(record[label_key]) if label_key else 0
+            yield Example((to_document(record[input_key]),), label)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{builder.data_path} is damaged in split {split!r} ({error}); delete the folder and "
+            "prepare the set again"
+        ) from error
+
+
+def _find_builder(config: DataConfig) -> Any:
+    # TFDS gives up the import of its own sets at the first package that is missing, h5py for one,
+    # and those of text come after it.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tensorflow_datasets.text")
+    try:
+        builder = tfds.builder(config.rest, data_dir=config.data_dir, try_gcs=False)
+    except ValueError as error:
+        raise ValueError(
+            f"source={config.source!r}: no such set is prepared in data_dir={config.data_dir!r}, "
+            f"and TFDS cannot prepare it here ({str(error).splitlines()[0]}); expected a name that "
+            "TFDS knows without TensorFlow, or a set prepared elsewhere with "
+            "file_format='array_record' and copied into data_dir"
+        ) from error
+    if builder.is_prepared():
+        return builder
+    if not config.download:
+        raise ValueError(
+            f"source={config.source!r}: the set is not prepared in data_dir={config.data_dir!r}; "
+            f"prepare it once, with network access, by: {make_prepare_command(config)}"
+        )
+    _check_reachable(config, builder)
+    builder = tfds.builder(
+        config.rest, data_dir=config.data_dir, try_gcs=False, file_format="array_record"
+    )
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(
+            f"source={config.source!r}: preparing the set here fails ({error}); expected the "
+            "packages its code needs, often only `pip install tensorflow-cpu`: reading the set "
+            f"afterwards needs none of them. Then run: {make_prepare_command(config)}"
+        ) from error
+    return builder
+
+
+def make_prepare_command(config: DataConfig) -> str:
+    """Return the shell command that prepares a data set.
+
+    Args:
+        config: Its settings.
+
+    Returns:
+        One line for a shell.
+
+    Example:
+        >>> config = DataConfig(
+        ...     source="tfds:lm1b", data_dir="data", sequence_length=8, batch_size=1, seed=0
+        ... )
+        >>> make_prepare_command(config)
+        'python -m sparsejax.data.prepare --source=tfds:lm1b --data_dir=data'
+    """
+    flags = [f"--source={config.source}", f"--data_dir={config.data_dir}"]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in _PREPARED_OPTIONS:
+        if getattr(config, name) != defaults[name]:
+            flags.append(f"--{name}={getattr(config, name)}")
+    return shlex.join(["python", "-m", "sparsejax.data.prepare", *flags])
+
+
+def _check_reachable(config: DataConfig, builder: Any) -> None:
+    """Fail within seconds where TFDS's own retries would take minutes."""
+    for url in list(builder.url_infos or {})[:1]:
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            # An answer, even a refusal of HEAD: the network is there, the download may work.
+            error.close()
+        except OSError as error:
+            raise ValueError(
+                f"source={config.source!r}: the set is not prepared in "
+                f"data_dir={config.data_dir!r} and cannot be downloaded ({error}); prepare it on "
+                f"a machine with network access by: {make_prepare_command(config)}"
+            ) from error
+
+
+def _choose_fields(
+    config: DataConfig, features: dict[str, Any], supervised_keys: tuple | None
+) -> _Fields:
+    """Find input and label: as configured, else as declared, else the only ones possible."""
+    found = ", ".join(f"{name}: {type(value).__name__}" for name, value in features.items())
+    inputs = [k for k, v in features.items() if isinstance(v, _INPUT_FEATURES)]
+    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    declared_input, declared_label = supervised_keys or ("", "")
+    input_key = config.input_key or declared_input or _get_only(inputs)
+    if input_key not in inputs:
+        raise ValueError(
+            f"input_key={config.input_key!r}: {config.source} has {found}; expected the name of "
+            "a Text or Image feature"
+        )
+    image = isinstance(features[input_key], tfds.features.Image)
+    # A corpus may declare its text as the label too.
+    declared_label = declared_label if declared_label in labels else ""
+    label_key = config.label_key or declared_label or _get_only(labels)
+    if label_key not in labels and (config.label_key or image):
+        raise ValueError(
+            f"label_key={config.label_key!r}: {config.source} has {found}; expected the name of a "
+            "ClassLabel feature"
+        )
+    num_classes = features[label_key].num_classes if label_key else 0
+    return _Fields(input_key, label_key, image, num_classes)
+
+
+def _get_only(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ""
+
+
+def _describe_files(builder: Any) -> str:
+    folder = builder.data_path
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    return hash_json([(file.name, file.stat().length) for file in files])
+
+
+def _to_bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _flatten_image(image: np.ndarray, size: int) -> np.ndarray:
+    """Return uint8[H * W] grey levels of uint8[H, W, 1 | 3], or uint8[size * size] if scaled."""
+    if size:
+        image = scale_middle(image, size)
+    grey = image[..., 0] if image.shape[-1] == 1 else image @ _LUMA_WEIGHTS
+    return np.rint(grey).astype(image.dtype).reshape(-1)

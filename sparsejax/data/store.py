@@ -1,0 +1,234 @@
+"""Token files on disk: written once from a source, memory-mapped as random-access examples.
+
+Axis letters: B batch, T position in the sequence, P the two documents of a pair, V value of a
+patch.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sparsejax.data.patches import PatchGrid
+from sparsejax.data.source import Example
+from sparsejax.data.tokenizer import SEPARATOR, Tokenizer
+
+_TOKENS, _OFFSETS, _LABELS = "tokens.bin", "offsets.npy", "labels.npy"
+_GROUP_BYTES = 4 << 20
+
+
+def write_stream(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer) -> None:
+    """Write a language-model corpus as one stream, a separator after each document.
+
+    Args:
+        folder: Existing folder for the files.
+        examples: The corpus.
+        tokenizer: Encodes the documents.
+    """
+    separator = np.array([SEPARATOR], tokenizer.dtype).tobytes()
+    with open(folder / _TOKENS, "wb") as file:
+        for example, documents in _encode_examples(examples, tokenizer):
+            for tokens in documents:
+                file.write(tokens.astype(tokenizer.dtype).tobytes())
+            if example.complete:
+                file.write(separator)
+
+
+def write_documents(
+    folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, num_classes: int
+) -> None:
+    """Write labelled documents end to end, with their offsets and labels.
+
+    Args:
+        folder: Existing folder for the files.
+        examples: The split.
+        tokenizer: Encodes the documents.
+        num_classes: Labels are in [0, num_classes).
+
+    Raises:
+        ValueError: A label or a value is out of range.
+    """
+    lengths, labels = [0], []
+    with open(folder / _TOKENS, "wb") as file:
+        for example, documents in _encode_examples(examples, tokenizer):
+            if not 0 <= example.label < num_classes:
+                raise ValueError(
+                    f"example {len(labels)} has label={example.label}; expected a class in "
+                    f"[0, {num_classes})"
+                )
+            for tokens in documents:
+                if tokens.size and tokens.max() >= tokenizer.vocab_size:
+                    raise ValueError(
+                        f"example {len(labels)} has the value {tokens.max()}; expected values "
+                        f"below {tokenizer.vocab_size}"
+                    )
+                file.write(tokens.astype(tokenizer.dtype).tobytes())
+                lengths.append(tokens.size)
+            labels.append(example.label)
+    np.save(folder / _OFFSETS, np.cumsum(lengths, dtype=np.int64))
+    np.save(folder / _LABELS, np.array(labels, np.int32))
+
+
+class Windows:
+    """Language-model examples: consecutive, non-overlapping windows of T + 1 tokens.
+
+    Item i is `{"inputs": int32[T], "targets": int32[T], "weights": float32[]}` with
+    targets[t] = inputs[t + 1]; or, of windows of T tokens, targets[t] = inputs[t].
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, sequence_length: int, *, shifted: bool = True
+    ):
+        """Map the stream that `write_stream` wrote.
+
+        Args:
+            folder: Where it was written.
+            tokenizer: With which it was written.
+            sequence_length: T.
+            shifted: Whether the targets are the next tokens.
+        """
+        path = folder / _TOKENS
+        self._tokens = _map_tokens(path, tokenizer.dtype)
+        self._length, self._shift = sequence_length, int(shifted)
+        self._width = self._length + self._shift
+
+    def __len__(self) -> int:
+        return self._tokens.size // self._width
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = int(index) * self._width
+        window = self._tokens[start : start + self._width].astype(np.int32)
+        return {
+            "inputs": window[: self._length],
+            "targets": window[self._shift :],
+            "weights": np.ones((), np.float32),
+        }
+
+
+class Documents:
+    """Labelled examples, padded with id 0 to T; the tokenizer's ids are shifted up by one.
+
+    Item i is `{"inputs": int32[T], "mask": bool[T], "labels": int32[], "weights": float32[]}`, mask
+    True at real tokens; pairs of documents have inputs and mask [2, T].
+    """
+
+    # Ids that an example adds to each document.
+    _num_added = 0
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int, paired: bool):
+        """Map the documents that `write_documents` wrote.
+
+        Args:
+            folder: Where they were written.
+            tokenizer: With which they were written.
+            sequence_length: T.
+            paired: Whether each example has two documents.
+        """
+        self._tokens = _map_tokens(folder / _TOKENS, tokenizer.dtype)
+        self._offsets = np.load(folder / _OFFSETS)
+        self._labels = np.load(folder / _LABELS)
+        self._sequence_length = sequence_length
+        self._per_example = 2 if paired else 1
+
+    def __len__(self) -> int:
+        return self._labels.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        first = int(index) * self._per_example
+        inputs_PT = np.zeros((self._per_example, self._sequence_length), np.int32)
+        for row, document in enumerate(range(first, first + self._per_example)):
+            ids = self._read(document)
+            inputs_PT[row, : ids.size] = ids
+        inputs = inputs_PT if self._per_example == 2 else inputs_PT[0]
+        return {
+            "inputs": inputs,
+            "mask": inputs > 0,
+            "labels": self._labels[index],
+            "weights": np.ones((), np.float32),
+        }
+
+    def _read(self, document: int) -> np.ndarray:
+        start, stop = self._offsets[document : document + 2]
+        tokens = self._tokens[start : min(stop, start + self._sequence_length)]
+        return tokens.astype(np.int32) + 1
+
+    def check_lengths(self, split: str) -> None:
+        """Refuse documents longer than T.
+
+        Args:
+            split: Name of the split, for the message.
+
+        Raises:
+            ValueError: Some documents are longer than `sequence_length`.
+        """
+        lengths = np.diff(self._offsets) + self._num_added
+        longer = int(np.count_nonzero(lengths > self._sequence_length))
+        if longer:
+            raise ValueError(
+                f"sequence_length={self._sequence_length}: {longer} of {lengths.size} documents of "
+                f"the {split} split are longer, the longest has {lengths.max()} tokens; expected "
+                "at least that, or truncate=True to keep the beginning of each"
+            )
+
+
+class Patches:
+    """Labelled images of equally many patches, padded with zeros to T.
+
+    Item i is `{"inputs": uint8[T, V], "mask": bool[T], "labels": int32[], "weights": float32[]}`,
+    mask True at real patches.
+    """
+
+    def __init__(self, folder: Path, grid: PatchGrid, sequence_length: int):
+        """Map the documents that `write_documents` wrote.
+
+        Args:
+            folder: Where they were written.
+            grid: How the images fall into patches.
+            sequence_length: T, at least their number.
+        """
+        self._labels = np.load(folder / _LABELS)
+        values = _map_tokens(folder / _TOKENS, np.dtype(np.uint8))
+        self._values_NTV = values.reshape(-1, grid.num_patches, grid.patch_values)
+        self._sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return self._labels.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        patches_TV = self._values_NTV[index]
+        inputs_TV = np.zeros((self._sequence_length, patches_TV.shape[1]), np.uint8)
+        inputs_TV[: len(patches_TV)] = patches_TV
+        return {
+            "inputs": inputs_TV,
+            "mask": np.arange(self._sequence_length) < len(patches_TV),
+            "labels": self._labels[index],
+            "weights": np.ones((), np.float32),
+        }
+
+
+def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _encode_examples(
+    examples: Iterator[Example], tokenizer: Tokenizer
+) -> Iterator[tuple[Example, list[np.ndarray]]]:
+    for group in _group_examples(examples):
+        encoded = iter(tokenizer.encode([text for item in group for text in item.documents]))
+        for example in group:
+            yield example, [next(encoded) for _ in example.documents]
+
+
+def _group_examples(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    # Enough text at once to keep the tokenizer's threads busy, little enough for its memory.
+    group, size = [], 0
+    for example in examples:
+        group.append(example)
+        size += sum(len(document) for document in example.documents)
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

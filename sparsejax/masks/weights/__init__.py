@@ -1,0 +1,1 @@
+"""Masks of weights, and the schedules that they follow."""

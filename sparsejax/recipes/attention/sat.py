@@ -1,0 +1,223 @@
+"""SAT: train densely, learn each layer's attention pattern meanwhile, go on sparsely.
+
+Dense phase: every layer n has parameters W_n, fitted to its block-pooled attention map R_n by
+
+  loss += 0.01 L sum_n mean((R_n - W_n W_n^T)^2)
+
+R_n is taken as given: no gradient reaches the model through it. With a_n the attention map,
+averaged over batch and heads of the step's training batch, and D_n its Frobenius distance to the
+map of the probe before, the switch comes when in every layer the skewness of a_n is at least a
+threshold and 100 |D_n - D_n before| / D_n before is below another. The blocks that W_n W_n^T holds
+to be largest are kept from then on; pruned logits count as zero in the softmax.
+
+Legend: L layers, T positions, I = J blocks along one side, P inner size of W.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.masks import (
+    count_kept_blocks,
+    map_distance,
+    map_skewness,
+    model_pooled_map,
+    pool_attention,
+    sat_pattern,
+)
+from sparsejax.recipes.attention.layer_masks import set_attention_masks
+from sparsejax.recipes.checks import check_attention_sizes, make_check
+from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
+
+_LOSS_SCALE = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SatConfig:
+    """Settings of SAT; the defaults are the published ones where there are any.
+
+    Attributes:
+      density: float in (0, 1], fraction of the visible blocks that a layer keeps.
+      min_skewness: float, gamma: the switch needs every layer's skewness to reach it.
+      max_change_percent: float, d: the switch needs every layer's change below it.
+      probe_every_steps: int, steps between two probes: 1 as published. Ours if larger: between
+        probes W is fitted to the map seen last.
+      map_decay: float in [0, 1), weight of the past in a running average of the map over probes.
+        Ours; 0 as published.
+      pattern_dim: int or None, P; None takes the width of a head, as the released code.
+      continue_schedule: bool, after the switch go on with optimizer and schedule; its momentum may
+        then move W, which nothing reads any more. False does as the released code: W is frozen, a
+        fresh optimizer trains at a constant half of the peak rate.
+      pruned_logits: "zero" as published, or "masked".
+      latest_switch_step: int or None, switch after this many steps even if the condition does not
+        hold. Ours; None as published.
+      block_size: int, side of a block in positions.
+      causal: bool, fit and keep blocks on and below the diagonal only. Our extension: the published
+        models are encoders.
+      num_layers: int, layers of the model.
+      length: int, positions T.
+      head_dim: int, width of a head.
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    density: float
+    min_skewness: float = 1.7
+    max_change_percent: float = 1.3
+    probe_every_steps: int = 1
+    map_decay: float = 0.0
+    pattern_dim: int | None = None
+    continue_schedule: bool = False
+    pruned_logits: Literal["masked", "zero"] = "zero"
+    latest_switch_step: int | None = None
+    block_size: int
+    causal: bool = False
+    num_layers: int
+    length: int
+    head_dim: int
+
+    def __post_init__(self):
+        check = make_check("sat", self)
+        check_attention_sizes(check, self)
+        check(self.head_dim > 0, "head_dim", "positive")
+        try:
+            count_kept_blocks(self.num_blocks, density=self.density, causal=self.causal)
+        except ValueError as error:
+            raise ValueError(f"recipe.sat.{error}") from error
+        check(self.max_change_percent > 0, "max_change_percent", "positive")
+        check(0 <= self.map_decay < 1, "map_decay", "in [0, 1)")
+        check(self.pattern_dim is None or self.pattern_dim > 0, "pattern_dim", "positive or None")
+        check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
+        check(
+            self.latest_switch_step is None or self.latest_switch_step > 0,
+            "latest_switch_step",
+            "positive or None",
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks along one side of an attention map."""
+        return self.length // self.block_size
+
+
+def make_sat(config: SatConfig) -> Recipe:
+    """Return SAT with the phases "dense" and "sparse".
+
+    Args:
+      config: SatConfig.
+
+    Returns:
+      Recipe. Own parameters: "pattern", f32[L, I, P], uniform in [0, 1) at first. A probe's
+      metrics are f32[L]: "skewness", "distance" and "change_percent", NaN before the third probe.
+
+    References:
+      Yoon, Lee, Kim, Moon, Exploring Attention Sparsity to Accelerate Transformer Training on
+      GPUs, IEEE Access 12 (2024), doi:10.1109/ACCESS.2024.3425638. Where paper and released code
+      differ, the code is followed. It averages (R - W W^T)^2 over batch and heads as well, which
+      adds a term without gradient, left out here.
+    """
+    L, T, I = config.num_layers, config.length, config.num_blocks  # noqa: E741
+    visible_IJ = np.ones((I, I), bool)
+    if config.causal:
+        visible_IJ = np.tril(visible_IJ)
+
+    def pool(maps_LTT):
+        return pool_attention(maps_LTT, block_size=config.block_size, filter_size=None)
+
+    def init(masks, params, key):
+        del params
+        shape = (L, I, config.pattern_dim or config.head_dim)
+        statistics = {
+            "num_checks": jnp.int32(0),
+            "map_before": jnp.zeros((L, T, T), jnp.float32),
+            "distance": jnp.zeros((L,), jnp.float32),
+            "pooled": jnp.zeros((L, I, I), jnp.float32),
+        }
+        return Sparsity(
+            masks=masks,
+            params={"pattern": jax.random.uniform(key, shape)},
+            statistics=statistics,
+            phase_start_step=jnp.int32(0),
+        )
+
+    def auxiliary_loss(sparsity, attention_maps, phase):
+        if phase.name != "dense":
+            return jnp.float32(0)
+        target_LIJ, seen = sparsity.statistics["pooled"], sparsity.statistics["num_checks"] > 0
+        if attention_maps is not None:
+            target_LIJ, seen = pool(attention_maps), True
+        target_LIJ = jax.lax.stop_gradient(target_LIJ)
+        error_LIJ = model_pooled_map(sparsity.params["pattern"]) - target_LIJ
+        mse_L = (error_LIJ**2).mean((1, 2), where=visible_IJ)
+        return jnp.where(seen, _LOSS_SCALE * L * mse_L.sum(), 0.0)
+
+    def observe(sparsity, attention_maps, phase):
+        del phase
+        old = sparsity.statistics
+        check = old["num_checks"] + 1
+        maps = attention_maps
+        if config.map_decay:
+            weight = jnp.where(check == 1, 0.0, config.map_decay)
+            maps = weight * old["map_before"] + (1 - weight) * maps
+        skewness = map_skewness(maps)
+        # The first check has nothing to compare with.
+        distance = jnp.where(check == 1, 0.0, map_distance(old["map_before"], maps))
+        # After a distance of 0 this is infinite or NaN, which is below no threshold.
+        change_percent = 100 * jnp.abs(distance - old["distance"]) / old["distance"]
+        ripe = (skewness >= config.min_skewness) & (change_percent < config.max_change_percent)
+        statistics = {
+            "num_checks": check,
+            "map_before": maps,
+            "distance": distance,
+            "pooled": pool(maps),
+        }
+        observation = Observation(
+            change_phase=ripe.all(),
+            metrics={
+                "skewness": skewness,
+                "distance": distance,
+                "change_percent": jnp.where(check >= 3, change_percent, jnp.nan),
+            },
+        )
+        return dataclasses.replace(sparsity, statistics=statistics), observation
+
+    def enter_phase(sparsity, phase):
+        del phase
+        pattern = sat_pattern(
+            sparsity.params["pattern"], density=config.density, causal=config.causal
+        )
+        return dataclasses.replace(
+            sparsity,
+            masks=set_attention_masks(sparsity.masks, pattern),
+            # The maps were needed for the switch only; the pooled ones stay for the pictures.
+            statistics={"pooled": sparsity.statistics["pooled"]},
+        )
+
+    dense = Phase(
+        "dense",
+        probe_every_steps=config.probe_every_steps,
+        last_step=config.latest_switch_step,
+        ends_when=(
+            f"every layer's map has a skewness of at least {config.min_skewness:g} and a distance "
+            f"to the map before that changes by less than {config.max_change_percent:g} %"
+        ),
+    )
+    fresh = {"learning_rate": "constant", "learning_rate_scale": 0.5, "reset_optimizer": True}
+    sparse = Phase(
+        "sparse",
+        sparse_attention=True,
+        pruned_logits=config.pruned_logits,
+        **({} if config.continue_schedule else fresh),
+    )
+    return Recipe(
+        name="sat",
+        phases=(dense, sparse),
+        init=init,
+        auxiliary_loss=auxiliary_loss,
+        observe=observe,
+        enter_phase=enter_phase,
+    )

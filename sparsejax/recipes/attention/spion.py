@@ -1,0 +1,195 @@
+"""SPION: train densely, find each layer's attention blocks once, go on sparsely.
+
+Dense phase: at every probing step the loop hands over A_n, the attention map of layer n
+averaged over batch and heads of that step's training batch. With D_c = ||before - A_n||_F at
+check c, the switch comes when floor(100 |D_c - D_{c-1}| / D_{c-1}) is below a threshold in every
+layer; a layer whose D_{c-1} is 0 has no such quotient and counts as still changing. The patterns
+come from the map of that moment (`flood_fill`) and stay fixed; pruned logits
+count as zero in the softmax from then on.
+
+Legend: L layers, T positions, I = J blocks along one side.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
+from sparsejax.recipes.attention.layer_masks import set_attention_masks
+from sparsejax.recipes.checks import check_attention_sizes, make_check
+from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpionConfig:
+    """Settings of SPION; the defaults are the published ones.
+
+    Attributes:
+      variant: "cf" convolution and flood fill, "c" convolution and top-k, "f" flood fill only.
+      quantile: float in (0, 1), threshold of the flood fill over the pooled map; "c" does not
+        use it.
+      density: float, share of the visible blocks that "c" keeps, at least that of the diagonal;
+        None otherwise.
+      filter_size: int, odd, length of the diagonal filter.
+      block_size: int, side of a block in positions.
+      probe_every_steps: int, steps between two checks.
+      max_change_percent: int, the switch needs every layer's change below this.
+      keep_map_at_second_check: bool, the released code does not replace the remembered map at
+        the second check, so that the third spans two intervals; False replaces it every time.
+      restart_learning_rate: bool or None, run the schedule anew from its warm-up after the
+        switch. None does as the released code: "cf" and "c" restart, "f" does not.
+      pruned_logits: "zero" as published, or "masked".
+      latest_switch_step: int or None, switch after this many steps even if the maps still
+        change; a multiple of `probe_every_steps`. Ours; None as published.
+      causal: bool, keep blocks on and below the diagonal only. Our extension: the published
+        models are encoders.
+      num_layers: int, layers of the model.
+      length: int, positions T.
+
+    Raises:
+      ValueError: if a setting is out of range or belongs to another variant.
+    """
+
+    variant: Literal["cf", "c", "f"] = "cf"
+    quantile: float | None = 0.96
+    density: float | None = None
+    filter_size: int = 31
+    block_size: int
+    probe_every_steps: int
+    max_change_percent: int = 15
+    keep_map_at_second_check: bool = True
+    restart_learning_rate: bool | None = None
+    pruned_logits: Literal["masked", "zero"] = "zero"
+    latest_switch_step: int | None = None
+    causal: bool = False
+    num_layers: int
+    length: int
+
+    def __post_init__(self):
+        check = make_check("spion", self)
+        check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
+        check_attention_sizes(check, self)
+        if self.variant == "c":
+            num_blocks = self.length // self.block_size
+            diagonal = 2 / (num_blocks + 1) if self.causal else 1 / num_blocks
+            in_range = self.density is not None and diagonal <= self.density <= 1
+            expected = f"in [{diagonal:.4g}, 1] for variant 'c', which keeps the diagonal"
+            check(in_range, "density", expected)
+        else:
+            check(self.density is None, "density", f"None for variant {self.variant!r}")
+            in_range = self.quantile is not None and 0 < self.quantile < 1
+            check(in_range, "quantile", f"in (0, 1) for variant {self.variant!r}")
+        check(self.filter_size % 2 == 1 and self.filter_size > 0, "filter_size", "odd and positive")
+        check(self.max_change_percent > 0, "max_change_percent", "positive")
+        check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
+        check(
+            self.latest_switch_step is None
+            or (
+                self.latest_switch_step > 0
+                and self.latest_switch_step % self.probe_every_steps == 0
+            ),
+            "latest_switch_step",
+            f"a positive multiple of probe_every_steps={self.probe_every_steps}, or None",
+        )
+
+
+def make_spion(config: SpionConfig) -> Recipe:
+    """Return SPION with the phases "dense" and "sparse".
+
+    Args:
+      config: SpionConfig.
+
+    Returns:
+      Recipe.
+
+    References:
+      Yoon, Han and Moon, SPION: Layer-Wise Sparse Training of Transformer via Convolutional
+      Flood Filling, arXiv:2309.12578. Where paper and released code differ, the code is
+      followed.
+    """
+    num_blocks = config.length // config.block_size
+    L, T, I = config.num_layers, config.length, num_blocks  # noqa: E741
+
+    def init(masks, params, key):
+        del params, key
+        statistics = {
+            "num_checks": jnp.int32(0),
+            "map_before": jnp.zeros((L, T, T), jnp.float32),
+            "distance": jnp.zeros((L,), jnp.float32),
+            "pooled": jnp.zeros((L, I, I), jnp.float32),
+        }
+        return Sparsity(
+            masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
+        )
+
+    def observe(sparsity, attention_maps, phase):
+        del phase
+        old = sparsity.statistics
+        check = old["num_checks"] + 1
+        distance = map_distance(old["map_before"], attention_maps)
+        # After a distance of 0 this is infinite or NaN, which is below no threshold.
+        change_percent = 100 * jnp.abs(distance - old["distance"]) / old["distance"]
+        settled = jnp.floor(change_percent) < config.max_change_percent
+        keep_before = (check == 2) & config.keep_map_at_second_check
+        statistics = {
+            "num_checks": check,
+            "map_before": jnp.where(keep_before, old["map_before"], attention_maps),
+            # The first check has nothing to compare with.
+            "distance": jnp.where(check == 1, 0.0, distance),
+            "pooled": pool_attention(
+                attention_maps,
+                block_size=config.block_size,
+                filter_size=None if config.variant == "f" else config.filter_size,
+                causal=config.causal,
+            ),
+        }
+        observation = Observation(
+            change_phase=(check >= 3) & settled.all(),
+            metrics={
+                "check": check,
+                "distance": statistics["distance"],
+                "change_percent": jnp.where(check >= 3, change_percent, jnp.nan),
+            },
+        )
+        return dataclasses.replace(sparsity, statistics=statistics), observation
+
+    def enter_phase(sparsity, phase):
+        del phase
+        pooled = sparsity.statistics["pooled"]
+        if config.variant == "c":
+            pattern = top_k_blocks(pooled, density=config.density, causal=config.causal)
+        else:
+            pattern = flood_fill(pooled, quantile=config.quantile, causal=config.causal)
+        return dataclasses.replace(
+            sparsity,
+            masks=set_attention_masks(sparsity.masks, pattern),
+            # The maps were needed for the switch only; the pooled ones stay for the pictures.
+            statistics={"pooled": pooled},
+        )
+
+    restart = config.restart_learning_rate
+    if restart is None:
+        restart = config.variant != "f"
+    dense = Phase(
+        "dense",
+        probe_every_steps=config.probe_every_steps,
+        last_step=config.latest_switch_step,
+        ends_when=(
+            "the distance between two attention maps of every layer changes by less than "
+            f"{config.max_change_percent} % from one probe to the next"
+        ),
+    )
+    sparse = Phase(
+        "sparse",
+        sparse_attention=True,
+        pruned_logits=config.pruned_logits,
+        learning_rate="restart" if restart else "schedule",
+    )
+    return Recipe(
+        name=f"spion-{config.variant}",
+        phases=(dense, sparse),
+        init=init,
+        observe=observe,
+        enter_phase=enter_phase,
+    )

@@ -1,0 +1,98 @@
+"""Fixed attention patterns known in advance: the peers of learned ones.
+
+Legend: L layers, I = J blocks along one side.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.masks import pattern_at_density
+from sparsejax.recipes.attention.layer_masks import set_attention_masks
+from sparsejax.recipes.checks import make_check
+from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StaticAttentionConfig:
+    """Settings of a fixed pattern, the same in every layer.
+
+    Attributes:
+      pattern: "sliding_window", "longformer" or "bigbird", in block form.
+      density: float, fraction of the visible blocks kept, at least that of the diagonal.
+      dense_steps: int, steps of dense attention before the pattern applies.
+      pruned_logits: "masked" as in the published models, or "zero".
+      causal: bool, keep blocks on and below the diagonal only.
+      num_layers: int, layers of the model.
+      num_blocks: int, blocks along one side.
+
+    Raises:
+      ValueError: if a setting is out of range.
+    """
+
+    pattern: Literal["sliding_window", "longformer", "bigbird"]
+    density: float
+    dense_steps: int = 0
+    pruned_logits: Literal["masked", "zero"] = "masked"
+    causal: bool = False
+    num_layers: int
+    num_blocks: int
+
+    def __post_init__(self):
+        check = make_check("static_attention", self)
+        patterns = ("sliding_window", "longformer", "bigbird")
+        check(self.pattern in patterns, "pattern", f"one of {patterns}")
+        for name in ("num_layers", "num_blocks"):
+            check(getattr(self, name) > 0, name, "positive")
+        diagonal = 2 / (self.num_blocks + 1) if self.causal else 1 / self.num_blocks
+        expected = f"in [{diagonal:.4g}, 1], the diagonal being kept always"
+        check(diagonal <= self.density <= 1, "density", expected)
+        check(self.dense_steps >= 0, "dense_steps", "at least 0")
+        check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
+
+
+def make_static_attention(config: StaticAttentionConfig) -> Recipe:
+    """Return the recipe that applies one fixed pattern.
+
+    Args:
+      config: StaticAttentionConfig.
+
+    Returns:
+      Recipe with the phase "sparse", after a phase "dense" if `dense_steps` asks for one.
+
+    References:
+      Beltagy et al., Longformer, arXiv:2004.05150. Zaheer et al., Big Bird, arXiv:2007.14062.
+    """
+
+    def prune(sparsity: Sparsity, key: jax.Array) -> Sparsity:
+        pattern = pattern_at_density(
+            config.pattern,
+            config.num_blocks,
+            density=config.density,
+            causal=config.causal,
+            key=key,
+        )
+        patterns = jnp.broadcast_to(pattern, (config.num_layers, *pattern.shape))
+        return dataclasses.replace(sparsity, masks=set_attention_masks(sparsity.masks, patterns))
+
+    def init(masks, params, key):
+        del params
+        sparsity = Sparsity(
+            masks=masks, params={}, statistics={"key": key}, phase_start_step=jnp.int32(0)
+        )
+        return sparsity if config.dense_steps else prune(sparsity, key)
+
+    def enter_phase(sparsity, phase):
+        del phase
+        return prune(sparsity, sparsity.statistics["key"])
+
+    dense = Phase("dense", last_step=config.dense_steps)
+    sparse = Phase("sparse", sparse_attention=True, pruned_logits=config.pruned_logits)
+    return Recipe(
+        name=f"static-{config.pattern}",
+        phases=(dense, sparse) if config.dense_steps else (sparse,),
+        init=init,
+        enter_phase=enter_phase,
+    )

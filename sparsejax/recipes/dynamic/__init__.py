@@ -1,0 +1,1 @@
+"""Methods that drop and grow weights while training."""

@@ -1,0 +1,123 @@
+"""What becomes of the mask of one weight, by the pattern that it follows.
+
+Unstructured weights are chosen one by one, those in blocks by the sum of magnitudes in a block,
+those of n:m within their groups.
+
+Legend: K rows and N columns of a weight, I x J its mask: K x N, or the grid of its blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.masks import (
+    block_scores,
+    count_kept,
+    drop_and_grow,
+    drop_and_grow_nm,
+    magnitude_mask,
+    magnitude_nm_mask,
+    random_mask,
+    update_counts,
+)
+from sparsejax.masks.weights.topology import Growth
+from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
+
+
+def begin_mask(
+    pattern: WeightPattern,
+    mask: jax.Array,
+    weight: jax.Array,
+    *,
+    density: jax.Array,
+    key: jax.Array | None,
+) -> jax.Array:
+    """Return the first mask of a weight.
+
+    Args:
+      pattern: WeightPattern.
+      mask: bool[I, J], read for its shape.
+      weight: float[K, N].
+      density: f32[], fraction kept; n:m keeps its own.
+      key: typed key, keep at random; None keeps the largest.
+
+    Returns:
+      bool[I, J].
+    """
+    if isinstance(pattern, NMPattern):
+        scores = weight if key is None else jax.random.uniform(key, mask.shape)
+        return magnitude_nm_mask(scores, n=pattern.n, m=pattern.m, axis=-2)
+    count = count_kept(mask.size, density)
+    if key is None:
+        return magnitude_mask(_score(pattern, weight), count)
+    return random_mask(key, mask.shape, count)
+
+
+def prune_mask(
+    pattern: WeightPattern, mask: jax.Array, weight: jax.Array, *, density: jax.Array
+) -> jax.Array:
+    """Return a mask that has only lost entries.
+
+    Args:
+      pattern: Unstructured or WeightBlocks.
+      mask: bool[I, J].
+      weight: float[K, N].
+      density: f32[], fraction kept afterwards.
+
+    Returns:
+      bool[I, J].
+    """
+    count = count_kept(mask.size, density)
+    return magnitude_mask(_score(pattern, weight), count, among=mask)
+
+
+def change_mask(
+    pattern: WeightPattern,
+    mask: jax.Array,
+    weight: jax.Array,
+    grad: jax.Array | None,
+    *,
+    density: jax.Array,
+    update_fraction: jax.Array,
+    growth: Growth,
+    mix: int,
+    key: jax.Array,
+) -> jax.Array:
+    """Return a mask that has dropped its smallest entries and grown others.
+
+    Args:
+      pattern: WeightPattern.
+      mask: bool[I, J].
+      weight: float[K, N].
+      grad: float[K, N] of all weights; None if growth does not read it.
+      density: f32[], fraction kept afterwards; n:m keeps its own.
+      update_fraction: f32[], of the kept entries to replace.
+      growth: Growth.
+      mix: int, of "mixed" growth.
+      key: typed key.
+
+    Returns:
+      bool[I, J].
+    """
+    num_drop, num_grow = update_counts(
+        mask.sum(dtype=jnp.int32),
+        size=mask.size,
+        density=pattern.n / pattern.m if isinstance(pattern, NMPattern) else density,
+        update_fraction=update_fraction,
+    )
+    shared = {
+        "weight": _score(pattern, weight),
+        "grad": None if grad is None else _score(pattern, grad),
+        "num_drop": num_drop,
+        "growth": growth,
+        "mix": mix,
+        "key": key,
+    }
+    if isinstance(pattern, NMPattern):
+        return drop_and_grow_nm(mask, n=pattern.n, m=pattern.m, **shared)
+    return drop_and_grow(mask, num_grow=num_grow, **shared)
+
+
+def _score(pattern: WeightPattern, x: jax.Array) -> jax.Array:
+    if isinstance(pattern, WeightBlocks):
+        return block_scores(x, (pattern.rows, pattern.columns))
+    return x

@@ -1,0 +1,1 @@
+"""Methods that keep n of every m consecutive weights."""

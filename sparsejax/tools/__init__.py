@@ -1,0 +1,1 @@
+"""What `train.py` does beside training: evaluate, plan, find a decay rate."""

@@ -1,0 +1,217 @@
+"""Find FST's decay rate: the one that lets masks change a little less than in a dense run.
+
+A rate that is too small lets pruned weights come and go, and masks change more than those of a
+dense run would; one that is too large freezes them. For each rate the warm-up is run from one
+initial state on the same batches, and the flip rate after it is compared with that of a dense run
+whose masks are searched for at the same steps:
+
+  mu = flip rate with decay / flip rate of the dense run,  accepted in [0.60, 0.95]
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsejax.config.parse import ConfigError, check_setting
+from sparsejax.config.schema import TrainConfig, make_recipe
+from sparsejax.report.plots.flips import plot_decay_search
+from sparsejax.report.progress import say
+from sparsejax.strict_json import dump_json
+from sparsejax.training.setup import Run, compile_phase, prepare_run
+
+ACCEPTED = (0.60, 0.95)
+"""Range of mu in which the method's authors accept a rate."""
+
+_PREFERRED = 0.8
+# Searches after the warm-up that are averaged: one compares two batches' worth of noise.
+_NUM_SEARCHES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecaySearch:
+    """What came of a search.
+
+    Attributes:
+      first_step: int, the last step before the first search that counts.
+      last_step: int, of the last search.
+      dense_flip_rate: float, mean over the searches of the dense run.
+      flip_rates: rate -> mean flip rate.
+      chosen: float or None, accepted rate whose mu is nearest 0.8.
+    """
+
+    first_step: int
+    last_step: int
+    dense_flip_rate: float
+    flip_rates: Mapping[float, float]
+    chosen: float | None
+
+    def mu(self, rate: float) -> float:
+        """Return the flip rate relative to that of the dense run.
+
+        Args:
+          rate: float, one that was tried.
+
+        Returns:
+          float.
+        """
+        return self.flip_rates[rate] / self.dense_flip_rate
+
+
+def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
+    """Try the configured rates and write table and picture.
+
+    Args:
+      config: TrainConfig of the recipe "fst".
+      workdir: folder for `find_decay.json` and `find_decay.png`.
+
+    Returns:
+      DecaySearch.
+
+    Raises:
+      ConfigError: if the recipe is another one, or the run is too short for the searches.
+
+    References:
+      FST, arXiv:2404.01847, determination of the decay factor; no code of it was released. That mu
+      is averaged over several searches, and which rate is preferred, are ours.
+    """
+    check_setting(config.recipe_name == "fst", "recipe.name", config.recipe_name, "'fst'")
+    variant = config.recipe_settings["variant"]
+    expected = "'fst' or 'sr_ste', which decay"
+    check_setting(variant in ("fst", "sr_ste"), "recipe.fst.variant", variant, expected)
+    candidates = _parse_candidates(config.recipe_settings["decay_candidates"])
+    refresh = config.recipe_settings["refresh_steps"]
+    first = math.ceil(config.optimizer.warmup_steps / refresh) * refresh
+    last = first + _NUM_SEARCHES * refresh
+    run = prepare_run(config)
+    sparse_steps = run.recipe.phases[0].last_step or config.num_steps
+    check_setting(
+        last <= sparse_steps,
+        "num_steps",
+        config.num_steps,
+        f"large enough for {last} sparse steps: the warm-up and {_NUM_SEARCHES} searches",
+    )
+    begin = run.data.train.get_state()
+    dense_settings = {
+        **config.recipe_settings,
+        "variant": "dense",
+        "decay_rate": 0.0,
+        "grad_pruning": "none",
+    }
+    dense_config = dataclasses.replace(config, recipe_settings=dense_settings)
+    dense_run = dataclasses.replace(
+        run, config=dense_config, recipe=make_recipe(dense_config, run.model)
+    )
+    (dense,) = _measure(dense_run, begin, (first, last, refresh), [0.0])
+    if dense == 0:
+        raise ConfigError(
+            f"the masks of a dense run do not change from step {first} to {last}: "
+            f"optimizer.learning_rate={config.optimizer.learning_rate} is too small for a search"
+        )
+    rates = _measure(run, begin, (first, last, refresh), candidates)
+    flip_rates = dict(zip(candidates, rates, strict=True))
+    accepted = [c for c in candidates if ACCEPTED[0] <= flip_rates[c] / dense <= ACCEPTED[1]]
+    search = DecaySearch(
+        first_step=first,
+        last_step=last,
+        dense_flip_rate=dense,
+        flip_rates=flip_rates,
+        chosen=min(accepted, key=lambda c: abs(flip_rates[c] / dense - _PREFERRED), default=None),
+    )
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "find_decay.json").write_text(dump_json(_describe(search)) + "\n")
+    plot_decay_search(
+        {rate: search.mu(rate) for rate in candidates},
+        accepted=ACCEPTED,
+        chosen=search.chosen,
+        path=folder / "find_decay.png",
+    )
+    say(format_search(search))
+    return search
+
+
+def format_search(search: DecaySearch) -> str:
+    """Write the table for a person.
+
+    Args:
+      search: DecaySearch.
+
+    Returns:
+      str of several lines.
+    """
+    lines = [
+        f"flip rate from step {search.first_step} to {search.last_step}, dense run: "
+        f"{search.dense_flip_rate:.5f}",
+        "decay_rate   flip rate   mu      accepted",
+    ]
+    for rate, flips in search.flip_rates.items():
+        mu = search.mu(rate)
+        mark = "yes" if ACCEPTED[0] <= mu <= ACCEPTED[1] else "no"
+        chosen = "  <- chosen" if rate == search.chosen else ""
+        lines.append(f"{rate:<10.3g}   {flips:<9.5f}   {mu:<5.3f}   {mark}{chosen}")
+    if search.chosen is None:
+        least = min(search.flip_rates, key=search.mu)
+        which = "larger" if search.mu(least) > ACCEPTED[1] else "finer"
+        lines.append(f"no rate is accepted: try {which} ones in recipe.fst.decay_candidates")
+    else:
+        lines.append(f"use --config.recipe.fst.decay_rate={search.chosen:g}")
+    return "\n".join(lines)
+
+
+def _measure(run: Run, begin, steps: tuple[int, int, int], rates: list[float]) -> list[float]:
+    """Return for each rate the mean flip rate of the searches, by one compiled step."""
+    first, last, refresh = steps
+    run.data.train.set_state(begin)
+    batch = run.put(next(run.data.train))
+    phase = run.recipe.phases[0]
+    step = compile_phase(run, phase, batch).train_step
+    results = []
+    for rate in rates:
+        state = run.create_state()
+        statistics = dict(state.sparsity.statistics)
+        statistics["decay_rate"] = statistics["decay_rate"] * 0 + np.float32(rate)
+        sparsity = dataclasses.replace(state.sparsity, statistics=statistics)
+        state = dataclasses.replace(state, sparsity=sparsity)
+        run.data.train.set_state(begin)
+        flips = []
+        for number in range(1, last + 1):
+            state, metrics = step(state, run.put(next(run.data.train)))
+            if number > first and number % refresh == 0:
+                flips.append(float(metrics["flip_rate"]))
+        results.append(float(np.mean(flips)))
+        say(f"{run.recipe.name}, decay_rate {rate:g}: flip rate {results[-1]:.5f}")
+    run.data.train.set_state(begin)
+    return results
+
+
+def _parse_candidates(text: str) -> list[float]:
+    try:
+        rates = sorted({float(word) for word in text.replace(",", " ").split()})
+    except ValueError:
+        rates = []
+    check_setting(
+        bool(rates) and rates[0] > 0 and math.isfinite(rates[-1]),
+        "recipe.fst.decay_candidates",
+        text,
+        "positive numbers separated by spaces",
+    )
+    return rates
+
+
+def _describe(search: DecaySearch) -> dict[str, Any]:
+    return {
+        "first_step": search.first_step,
+        "last_step": search.last_step,
+        "dense_flip_rate": search.dense_flip_rate,
+        "accepted_mu": list(ACCEPTED),
+        "candidates": [
+            {"decay_rate": rate, "flip_rate": flips, "mu": search.mu(rate)}
+            for rate, flips in search.flip_rates.items()
+        ],
+        "chosen": search.chosen,
+    }

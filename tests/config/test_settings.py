@@ -1,0 +1,147 @@
+"""Bad settings are refused before anything starts, by name, value and expectation."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from configs import base, gpt2, mst_small, spion_image
+from sparsejax.config.parse import ConfigError, find_differences
+from sparsejax.config.schema import make_transformer_config, parse_config
+
+
+def _settings(**changes):
+    config = base.get_config()
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config.to_dict()
+
+
+def test_defaults_are_valid():
+    config = parse_config(_settings())
+    assert config.recipe_name == "dense"
+    assert config.data.sequence_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, r"num_steps must be at least 1, got 0"),
+        ({"model__num_heads": 3}, r"model.model_dim must be a multiple of num_heads=3, got 128"),
+        ({"model__num_kv_heads": 3}, r"model.num_kv_heads must be a divisor of num_heads=4, got 3"),
+        (
+            {"model__block_size": 60},
+            r"model.block_size must be a positive divisor of data.sequence_length=1024, got 60",
+        ),
+        (
+            {
+                "recipe__name": "static_attention",
+                "recipe__static_attention__dense_steps": 1000,
+            },
+            r"num_steps must be above 1000, the step at which phase 'dense' ends, got 1000",
+        ),
+        ({"model__dtype": "float64"}, r"model.dtype must be one of .*, got 'float64'"),
+        ({"model__dropout_rate": 1.0}, r"model.dropout_rate must be in \[0, 1\), got 1.0"),
+        (
+            {"model__attention_implementation": "cuda"},
+            r"model.attention_implementation must be one of .*, got 'cuda'",
+        ),
+        (
+            {"model__attention_implementation": "xla"},
+            r"model.attention_implementation must be None in recipe 'dense', .*, got 'xla'",
+        ),
+        ({"data__source": "wikipedia"}, r"data.source='wikipedia': expected one of"),
+        ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer >= 1"),
+        (
+            {"num_micro_batches": 3},
+            r"num_micro_batches must be a divisor of data.batch_size=8, got 3",
+        ),
+        ({"optimizer__learning_rate": -1.0}, r"optimizer.learning_rate must be positive, got -1.0"),
+        ({"optimizer__schedule": "step"}, r"optimizer.schedule must be one of .*, got 'step'"),
+        ({"recipe__name": "lottery"}, r"recipe.name must be one of .*, got 'lottery'"),
+        ({"recipe__name": "spion"}, r"recipe.spion.quantile must be in \(0, 1\) .*, got None"),
+        (
+            {"recipe__name": "spion", "recipe__spion__quantile": 1.5},
+            r"recipe.spion.quantile must be in \(0, 1\) .*, got 1.5",
+        ),
+        (
+            {"recipe__name": "spion", "recipe__spion__variant": "c"},
+            r"recipe.spion.density must be in .*, got None",
+        ),
+        (
+            {"recipe__name": "static_attention", "recipe__static_attention__density": 0.0},
+            r"recipe.static_attention.density must be in .*, got 0.0",
+        ),
+        ({"checkpoint__keep_last": 0}, r"checkpoint.keep_last must be at least 1, got 0"),
+    ],
+)
+def test_value_out_of_range_is_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(_settings(**changes))
+
+
+_CONFIGS = {path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py")}
+_SIZES = {f"{name}:{size}" for name in ("gpt2", "fst_gpt2", "sste_gpt2") for size in gpt2.SIZES}
+
+
+@pytest.mark.parametrize("name", sorted(_CONFIGS - {"__init__", "lra"} | _SIZES))
+def test_shipped_configs_are_valid(name):
+    module, _, size = name.partition(":")
+    settings = importlib.import_module(f"configs.{module}").get_config(*filter(None, [size]))
+    settings = settings.to_dict()
+    assert parse_config(settings).recipe_name == settings["recipe"]["name"]
+
+
+@pytest.mark.parametrize("weights", ["embedding=unstructured", ".*/.*=8x8; embedding=4x8"])
+def test_an_embedding_may_be_named(weights):
+    # Only a model with a tied head has one that is multiplied, which the data decides.
+    config = mst_small.get_config()
+    config.recipe.mst.sparse_weights = weights
+    parse_config(config.to_dict())
+
+
+def test_clipping_may_be_off():
+    parse_config(_settings(optimizer__clip_norm=None, optimizer__clip_value=None))
+
+
+def test_published_densities_of_encoders_are_accepted():
+    config = spion_image.get_config()
+    config.recipe.spion.variant = "c"
+    config.recipe.spion.density = 0.04
+    parse_config(config.to_dict())
+
+
+def test_unknown_key_is_named_with_the_nearest_known_one():
+    settings = _settings()
+    settings["model"]["num_layer"] = 3
+    with pytest.raises(ConfigError, match=r"unknown key model.num_layer; .*num_layers"):
+        parse_config(settings)
+
+
+def test_missing_section_and_key_are_named():
+    settings = _settings(recipe__name="spion")
+    del settings["recipe"]["spion"]
+    with pytest.raises(ConfigError, match=r"missing key recipe.spion"):
+        parse_config(settings)
+    settings = _settings()
+    del settings["optimizer"]["b1"]
+    with pytest.raises(ConfigError, match=r"missing key optimizer.b1"):
+        parse_config(settings)
+
+
+def test_wrong_type_is_named():
+    settings = _settings()
+    settings["model"]["num_layers"] = 2.5
+    with pytest.raises(ConfigError, match=r"model.num_layers must be of type int, got 2.5"):
+        parse_config(settings)
+
+
+def test_vocabulary_smaller_than_the_data_is_refused():
+    config = parse_config(_settings(model__vocab_size=100))
+    with pytest.raises(ConfigError, match=r"model.vocab_size must be .* 256 token ids .*, got 100"):
+        make_transformer_config(config, task="language_model", vocab_size=256, num_classes=0)
+
+
+def test_differences_name_both_values():
+    old, new = _settings(), _settings(optimizer__b1=0.8, num_steps=7)
+    assert find_differences(old, new) == ["num_steps: 1000 -> 7", "optimizer.b1: 0.9 -> 0.8"]

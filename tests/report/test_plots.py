@@ -1,0 +1,171 @@
+"""Pictures show what they are given, with legible text."""
+
+import itertools
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from sparsejax.report.plots.topology import has_topology, plot_topology
+from sparsejax.report.plots.training import plot_attention_patterns, plot_training
+
+BLUE, GREY = "#0072B2", "#C4C4C4"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Collect the figures that are saved."""
+    saved, savefig = [], Figure.savefig
+
+    def save(figure, *args, **kwargs):
+        savefig(figure, *args, **kwargs)
+        saved.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return saved
+
+
+def fraction_of_colour(path, colour):
+    pixels = matplotlib.image.imread(path)[..., :3]
+    return np.isclose(pixels, to_rgb(colour), atol=0.01).all(-1).mean()
+
+
+def assert_texts_do_not_overlap(figure):
+    texts = figure.texts + [
+        text
+        for panel in figure.axes
+        if panel.axison
+        for text in (panel.title, *panel.texts, panel.xaxis.label, panel.yaxis.label)
+    ]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) >= 2
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def make_rows(steps):
+    rows = [{"step": s, "phase": "dense", "loss": 5 / s, "tokens_per_second": 9e3} for s in steps]
+    return rows + [{"step": steps[-1], "validation_loss": float("nan")}]
+
+
+def test_training_picture_shows_every_row_and_the_switches(tmp_path, figures):
+    rows = make_rows(range(1, 101))
+    switches = {"sparse": 30, "dense finish": 35}
+    plot_training(rows, switch_steps=switches, path=tmp_path / "loss.png")
+    losses, speed = figures[0].axes
+    training, validation, *lines = losses.get_lines()
+    np.testing.assert_array_equal(training.get_ydata(), [5 / s for s in range(1, 101)])
+    assert list(validation.get_xdata()) == [100]
+    assert [line.get_xdata()[0] for line in lines] == [30, 35]
+    assert losses.texts[0].get_text() == "sparse from step 30"
+    assert (losses.get_ylabel(), speed.get_ylabel()) == ("loss (nats)", "throughput (tokens/s)")
+    assert speed.get_xlabel() == "optimiser step"
+    assert_texts_do_not_overlap(figures[0])
+    assert fraction_of_colour(tmp_path / "loss.png", BLUE) > 1e-4
+
+
+def test_training_picture_shows_the_step_time_or_the_loss_alone(tmp_path, figures):
+    rows = [{"step": 1, "loss": 1.0, "step_seconds": 0.5}, {"step": 2, "loss": 1.0}]
+    plot_training(rows, switch_steps={}, path=tmp_path / "a.png")
+    plot_training(rows[1:], switch_steps={}, path=tmp_path / "b.png")
+    assert [panel.get_ylabel() for panel in figures[0].axes] == ["loss (nats)", "time per step (s)"]
+    assert [panel.get_ylabel() for panel in figures[1].axes] == ["loss (nats)"]
+
+
+def test_topology_picture_shows_sparsity_updates_loss_and_flops(tmp_path, figures):
+    rows = [{"kind": "phase", "phase": "warm-up", "step": 0, "dense_step_flops": 8.0}]
+    rows.append({"kind": "phase", "phase": "ultra-sparse", "step": 40, "dense_step_flops": 8.0})
+    for step in range(1, 101):
+        row = {"kind": "train", "step": step, "loss": 5 / step, "step_flops": 8 - step / 20}
+        if step % 10 == 0:
+            row |= {"mask_density": 1 - step / 125, "update_fraction": 0.3 - step / 1000}
+            row["mask_density/mlp/up"] = [1 - step / 100, 1.0]
+        rows.append(row)
+    rows.append({"kind": "validation", "step": 100, "validation_loss": 0.2})
+    assert has_topology(rows) and not has_topology(rows[:2])
+    plot_topology(rows, path=tmp_path / "topology.png")
+    sparsity, fraction, loss, flops = figures[0].axes
+    layer, overall, *bounds = sparsity.get_lines()
+    np.testing.assert_allclose(layer.get_ydata(), [step / 200 for step in range(10, 101, 10)])
+    np.testing.assert_allclose(overall.get_ydata(), [step / 125 for step in range(10, 101, 10)])
+    assert [line.get_xdata()[0] for line in bounds] == [40]
+    assert [text.get_text() for text in sparsity.texts] == ["warm-up", "ultra-sparse"]
+    assert len(fraction.get_lines()[0].get_xdata()) == 10
+    assert loss.get_lines()[1].get_ydata() == [0.2]
+    np.testing.assert_allclose(flops.get_lines()[0].get_ydata()[-1], 3 / 8)
+    assert_texts_do_not_overlap(figures[0])
+    with pytest.raises(ValueError, match="rows must contain 'mask_density'"):
+        plot_topology(rows[:2], path=tmp_path / "none.png")
+
+
+def test_a_run_without_losses_cannot_be_drawn(tmp_path):
+    with pytest.raises(ValueError, match="rows must contain 'loss' or .* got 1 rows"):
+        plot_training([{"step": 1, "phase": "dense"}], switch_steps={}, path=tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("layers", "with_attention"), [(1, False), (2, True), (5, False), (7, True)]
+)
+def test_every_layer_is_drawn_with_its_density(tmp_path, figures, layers, with_attention):
+    masks_LIJ = np.zeros((layers, 4, 4), bool)
+    for layer in range(layers):
+        masks_LIJ[layer].flat[: layer + 1] = True
+    pooled_LIJ = np.random.default_rng(0).random((layers, 4, 4)) if with_attention else None
+    path = tmp_path / "patterns.png"
+    plot_attention_patterns(masks_LIJ, pooled_LIJ, path=path, title="SPION-CF")
+    titles = [panel.get_title() for panel in figures[0].axes if "kept" in panel.get_title()]
+    assert [float(title.split()[-1]) for title in titles] == [
+        round((layer + 1) / 16, 2) for layer in range(layers)
+    ]
+    assert sum("attention" in panel.get_title() for panel in figures[0].axes) == (
+        layers if with_attention else 0
+    )
+    assert_texts_do_not_overlap(figures[0])
+
+
+def test_kept_blocks_are_blue_and_blocks_above_the_diagonal_grey(tmp_path):
+    def draw(mask_IJ, causal):
+        path = tmp_path / "a.png"
+        plot_attention_patterns(mask_IJ[None], None, path=path, title="", causal=causal)
+        return fraction_of_colour(path, BLUE), fraction_of_colour(path, GREY)
+
+    everything, nothing = np.ones((8, 8), bool), np.zeros((8, 8), bool)
+    blue, grey = draw(everything, causal=False)
+    assert blue > 0.2 and grey < 0.01
+    assert draw(nothing, causal=False)[0] < 0.01
+    causal_blue, causal_grey = draw(everything, causal=True)
+    assert causal_blue / blue == pytest.approx(36 / 64, rel=0.05)
+    assert causal_grey / blue == pytest.approx(28 / 64, rel=0.05)
+
+
+def test_causal_density_counts_visible_blocks_only(tmp_path, figures):
+    # Blocks of 2 queries by 1 key: query block i sees the keys 0 .. 2 i + 1.
+    masks_LIJ = np.ones((1, 2, 4), bool)
+    masks_LIJ[0, 1, :3] = False
+    plot_attention_patterns(masks_LIJ, None, path=tmp_path / "a.png", title="", causal=True)
+    assert figures[0].axes[0].get_title() == "layer 0: kept, density 0.50"
+
+
+@pytest.mark.parametrize(
+    ("masks_LIJ", "pooled_LIJ", "message"),
+    [
+        (np.ones((2, 4, 4)), None, r"masks_LIJ must be bool.*got float64\[2, 4, 4\]"),
+        (np.ones((4, 4), bool), None, r"masks_LIJ must be bool\[L, I, J\], got bool\[4, 4\]"),
+        (np.ones((2, 4, 4), bool), np.ones((2, 4, 5)), r"pooled_LIJ .*got float64\[2, 4, 5\]"),
+        (np.ones((2, 4, 4), bool), np.full((2, 4, 4), np.nan), "pooled_LIJ must be finite"),
+    ],
+)
+def test_bad_arrays_are_refused(tmp_path, masks_LIJ, pooled_LIJ, message):
+    with pytest.raises(ValueError, match=message):
+        plot_attention_patterns(masks_LIJ, pooled_LIJ, path=tmp_path / "a.png", title="")
+
+
+def test_no_figure_stays_open(tmp_path, figures):
+    plot_training(make_rows(range(1, 3)), switch_steps={}, path=tmp_path / "a.png")
+    assert figures and not Gcf.get_all_fig_managers()

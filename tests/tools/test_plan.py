@@ -1,0 +1,171 @@
+"""What a run needs on a GPU, said without the GPU and without the data."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import train
+from pallas_kernels import aot
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import parse_config
+from sparsejax.data import find_facts, make_data
+from sparsejax.tools.plan import (
+    TARGETS,
+    estimate_largest_batch,
+    format_plan,
+    make_abstract_batch,
+    make_plan,
+)
+from tests.training.runs import make_settings
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Plan a run whose data is not there."""
+    folder = tmp_path_factory.mktemp("plan")
+    settings = make_settings(folder, model__num_layers=1, model__dropout_rate=0.0)
+    (folder / "corpus.txt").unlink()
+    result = make_plan(parse_config(settings))
+    assert not list(folder.iterdir())
+    return result
+
+
+def _read(text):
+    """Return the numbers of each line of a printed plan by the line's label."""
+    cells = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in cells]
+    return {row[0]: row[1:] for row in cells if row}
+
+
+def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
+    assert [phase.name for phase in plan.phases] == ["dense", "sparse"]
+    dense, sparse = plan.phases
+    for phase in plan.phases:
+        assert sum(phase.parts.values()) == phase.programs["train step"].peak_bytes
+        assert min(phase.parts.values()) > 0
+        # Two moments of every parameter, and the counter of Adam.
+        assert phase.parts["optimizer state"] == 2 * phase.parts["parameters"] + 4
+    # The probe remembers one map of 64 x 64 probabilities; the sparse phase has none.
+    name = "masks, statistics, counters"
+    assert dense.parts[name] - sparse.parts[name] >= 64 * 64 * 4
+    assert set(dense.programs) - set(sparse.programs) == {"probing train step"}
+
+
+def test_more_fits_where_less_is_needed(plan):
+    for phase in plan.phases:
+        train = phase.programs["train step"]
+        assert 4 * plan.usable_bytes > 4 * phase.peak_bytes >= 4 * train.peak_bytes
+        # A line through the origin and the peak is steeper than one with the state below it.
+        assert phase.largest_batch_size > 4 * plan.usable_bytes // train.peak_bytes
+
+
+def test_largest_batch_is_where_the_line_meets_the_memory():
+    estimate = {"batch_size": 4, "usable_bytes": 1000, "multiple_of": 1}
+    assert estimate_largest_batch((300, 500), **estimate) == 18
+    assert estimate_largest_batch((300, 500), **estimate | {"multiple_of": 4}) == 16
+    assert estimate_largest_batch((2100, 2200), **estimate) == 0
+    assert estimate_largest_batch((300, 300), **estimate) is None
+
+
+def test_table_shows_phases_side_by_side(plan):
+    lines = _read(format_plan(plan))
+    dense, sparse = plan.phases
+    assert lines["memory, MB"] == ["dense", "sparse"]
+    for part in dense.parts:
+        assert lines[part] == [f"{phase.parts[part] / 1e6:,.1f}" for phase in plan.phases]
+    probe = dense.programs["probing train step"].temp_bytes / 1e6
+    assert lines["temporaries of the probing train step"] == [f"{probe:,.1f}", "–"]
+    assert lines["largest batch, examples"] == [f"{p.largest_batch_size:,}" for p in plan.phases]
+    assert "no Mosaic kernels" in lines
+
+
+def test_kernels_are_listed_with_what_ptxas_made_of_them(plan):
+    kernel = aot.KernelReport(
+        name="forward_0",
+        registers=168,
+        stack_bytes=0,
+        spill_bytes=12,
+        shared_memory_bytes=151_824,
+        remarks=(),
+        ptx="",
+        sass="",
+    )
+    (_, sparse) = plan.phases
+    report = dataclasses.replace(sparse.programs["train step"], kernels=(kernel,))
+    phase = dataclasses.replace(sparse, programs={"train step": report})
+    lines = _read(format_plan(dataclasses.replace(plan, phases=(phase,))))
+    assert lines["sparse, train step, forward_0"] == ["168", "12", "151,824"]
+
+
+def test_abstract_batches_are_those_of_the_data(tmp_path):
+    for split in ("train", "eval"):
+        lines = [f"{i % 2}\ta\tb\tsome text\tmore\n" for i in range(4)]
+        (tmp_path / f"new_aan_pairs.{split}.tsv").write_text("".join(lines))
+    pairs = {"data__source": f"aan:{tmp_path}", "recipe__name": "dense"}
+    for changes in ({}, pairs):
+        config = parse_config(make_settings(tmp_path, **changes))
+        batch = next(make_data(config.data).train)
+        expected = {name: (array.shape, array.dtype) for name, array in batch.items()}
+        abstract = make_abstract_batch(config, find_facts(config.data))
+        assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"target": "b200"}, r"--target must be one of \['h200', 'h100'\], got 'b200'"),
+        ({}, {"num_classes": 3}, r"--plan_num_classes=3: source='text:.*' has 0"),
+        ({"data__source": "tfds:x"}, {}, r"--plan_num_classes=None: .* at least 0, 0 for a lang"),
+        ({"data__source": "idx:x"}, {"num_classes": 0}, r"--plan_num_classes=0: .* at least 1"),
+        (
+            {
+                "recipe__name": "static_attention",
+                "recipe__static_attention__density": 0.5,
+                "model__attention_implementation": "mosaic_sm90",
+            },
+            {},
+            "model.attention_implementation='mosaic_sm90' must run on one NVIDIA H200: .*float32",
+        ),
+    ],
+    ids=["target", "contradiction", "missing", "range", "kernel"],
+)
+def test_what_cannot_be_planned_is_refused(changes, options, message, tmp_path):
+    config = parse_config(make_settings(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config, **options)
+
+
+def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, monkeypatch):
+    config = parse_config(make_settings(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'sparsejax\[compile\]'; or run `make plan"):
+        make_plan(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode=plan", "--target=b200"], "--target=b200: value should be one of <h200|h100>"),
+        (["--mode=eval"], "--workdir must be a folder for --mode=eval, got none"),
+    ],
+    ids=["target", "workdir"],
+)
+def test_command_refuses_with_one_line_and_code_2(arguments, message):
+    result = subprocess.run(
+        [sys.executable, "train.py", "--config=configs/quickstart.py", *arguments],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_command_knows_the_targets_of_the_plan():
+    assert list(TARGETS) == train.flags.FLAGS["target"].parser.enum_values
