@@ -6,7 +6,8 @@ import platform
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data, text
+from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data.sources import text
 from sparsejax.data.sources.text import open_stdlib, open_text
 from sparsejax.data.store import Windows, write_stream
 from sparsejax.data.tokenizer import byte_tokenizer, load_bpe, train_bpe

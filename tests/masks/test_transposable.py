@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.masks import retained_l1, transposable, transposable_mask
+from sparsejax.masks import retained_l1, transposable_mask
+from sparsejax.masks.weights import transposable
 
 
 def list_legal_patterns():
