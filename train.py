@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         return _fail(f"--workdir must be a folder for --mode={_MODE.value}, got none")
     # Imported here so that --help does not wait for JAX.
     from sparsejax.checkpoint.save import CheckpointError
-    from sparsejax.config.parse import ConfigError
+    from sparsejax.config import ConfigError
     from sparsejax.tools.modes import run_mode
     from sparsejax.training.loop import NonFiniteError
 

@@ -26,7 +26,7 @@ from benchmarks.targets import Target, evaluate, times_faster
 from benchmarks.timing import relative_error
 from configs import fst_gpt2, fst_small
 from sparsejax.accounting.flops import count_transformer_flops
-from sparsejax.config.schema import (
+from sparsejax.config import (
     TrainConfig,
     make_recipe,
     make_transformer_config,
@@ -235,7 +235,7 @@ def make_step_case(problem: StepProblem, kernel: NMImplementation) -> Case:
     )
     recipe = make_recipe(config, model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    refresh_steps = config.recipe_settings["refresh_steps"]
+    refresh_steps = config.recipe.settings["refresh_steps"]
     length = config.data.sequence_length
     tokens = np.random.default_rng(0).integers(0, vocab_size, (problem.batch, length + 1), np.int32)
     batch = {

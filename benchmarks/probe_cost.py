@@ -26,7 +26,7 @@ from benchmarks.steps import (
 from benchmarks.targets import Target, seconds_of
 from configs import base
 from pallas_kernels import Implementation
-from sparsejax.config.schema import (
+from sparsejax.config import (
     TrainConfig,
     make_recipe,
     make_transformer_config,

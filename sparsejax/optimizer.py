@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.checks import make_check
 from sparsejax.recipes import Phase
 from sparsejax.types import PyTree
 
@@ -44,27 +45,22 @@ class OptimizerConfig:
       ValueError: if a setting is out of range.
     """
 
-    name: Literal["adamw", "lion", "sgd"]
-    learning_rate: float
-    schedule: Schedule
-    warmup_steps: int
-    final_fraction: float
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
     decay_fraction: float = 0.2
     initial_fraction: float = 0.0
-    weight_decay: float
-    b1: float
-    b2: float
-    eps: float
-    clip_norm: float | None
-    clip_value: float | None
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    clip_value: float | None = None
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"optimizer.{name} must be {expected}, got {getattr(self, name)!r}"
-                )
-
+        check = make_check("optimizer", self)
         check(self.name in ("adamw", "lion", "sgd"), "name", "'adamw', 'lion' or 'sgd'")
         check(self.learning_rate > 0, "learning_rate", "positive")
         schedules = get_args(Schedule.__value__)

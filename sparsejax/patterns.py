@@ -211,3 +211,31 @@ def parse_weight_pattern(text: str) -> WeightPattern:
     raise ValueError(
         f"a pattern must be like '2:4', '2:4 transposable', '64x64' or 'unstructured', got {text!r}"
     )
+
+
+def parse_pattern_list(text: str, name: str) -> tuple[tuple[str, WeightPattern], ...]:
+    """Read which weights have which pattern; of several entries that match, the first counts.
+
+    Args:
+      text: "regex=pattern; regex=pattern", patterns as `parse_weight_pattern` takes them; empty for
+        none.
+      name: what a message calls the text.
+
+    Raises:
+      ValueError: if the text is anything else.
+
+    Example:
+      >>> parse_pattern_list("mlp/.*=2:4", "sparse_weights")
+      (('mlp/.*', NMPattern(n=2, m=4, transposable=False)),)
+    """
+    pairs = []
+    for entry in filter(None, (part.strip() for part in text.split(";"))):
+        regex, equals, pattern = entry.rpartition("=")
+        if equals != "=" or not regex:
+            raise ValueError(f"{name} must be 'regex=pattern; regex=pattern', got {text!r}")
+        try:
+            re.compile(regex)
+            pairs.append((regex.strip(), parse_weight_pattern(pattern)))
+        except (ValueError, re.error) as error:
+            raise ValueError(f"{name}: {entry!r}: {error}") from error
+    return tuple(pairs)

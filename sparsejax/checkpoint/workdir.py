@@ -13,7 +13,7 @@ import jax
 
 from sparsejax.checkpoint.files import parse_order
 from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
-from sparsejax.config.parse import ConfigError, find_differences
+from sparsejax.config import ConfigError, find_differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

@@ -1,106 +1,108 @@
-"""Nested mappings as users edit them: checked against dataclasses, compared, refused by name."""
+"""From nested mappings, as users edit them, to frozen settings: checked, listed, compared."""
 
+import dataclasses
 import difflib
+import inspect
+import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sparsejax.config.schema import (
+    RecipeSettings,
+    TrainConfig,
+    make_recipe,
+    make_transformer_config,
+)
+from sparsejax.data import DataConfig
+from sparsejax.recipes.registry import RECIPES, RecipeEntry
+
+_SECTIONS = ("model", "data", "optimizer", "recipe", "checkpoint")
 
 
 class ConfigError(ValueError):
     """A setting that a user has to change: the message names key, value and expectation."""
 
 
-def build_settings(cls, mapping: Mapping[str, Any], section: str, **known):
-    """Build a dataclass from a mapping that has exactly its fields.
+class Setting(NamedTuple):
+    """One key that settings may have.
+
+    Attributes:
+      name: with its sections, such as "optimizer.learning_rate".
+      type: of its values; if it may be None, the type of the others.
+      optional: it may be None.
+      default: its value if nothing else is said.
+      meaning: what it does, with its unit.
+    """
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    meaning: str
+
+
+def list_settings() -> Iterator[Setting]:
+    """List every key, with the defaults of the dataclasses and the meanings that they document.
+
+    Yields:
+      Setting, those of a section one after the other.
+    """
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {*_SECTIONS}
+    yield from _list_section(TrainConfig, "", names)
+    default = TrainConfig()
+    for section in _SECTIONS:
+        if section != "recipe":
+            cls = type(getattr(default, section))
+            names = {field.name for field in dataclasses.fields(cls)} - {"seed"}
+            yield from _list_section(cls, f"{section}.", names)
+    known = ", ".join(RECIPES)
+    yield Setting("recipe.name", str, False, default.recipe.name, f"which method trains: {known}")
+    for entry in RECIPES.values():
+        prefix = f"recipe.{entry.name}."
+        if entry.sparse_weights is not None:
+            meaning = (
+                'which weights are sparse, ordered "regex=pattern; regex=pattern" over '
+                "attention/qkv, attention/out, mlp/up, mlp/down, embedding, and of an "
+                "encoder-decoder decoder/mlp/up, decoder/mlp/down"
+            )
+            yield Setting(f"{prefix}sparse_weights", str, False, entry.sparse_weights, meaning)
+        yield from _list_section(entry.config_class, prefix, set(entry.setting_names))
+
+
+def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
+    """Check a nested mapping and freeze it.
+
+    Everything that can be known before the data is read is checked here.
 
     Args:
-      cls: dataclass, whose annotations say what a value must be.
-      mapping: field name -> value.
-      section: str, of the settings, for messages.
-      **known: fields that do not come from the mapping.
-
-    Returns:
-      cls.
+      mapping: nested dict (or ConfigDict) with exactly the keys of `list_settings`. Of recipes, the
+        section of the chosen one is enough, and the only one that is looked at.
 
     Raises:
-      ConfigError: on an unknown or missing key, or a wrong type.
+      ConfigError: on an unknown or missing key, a wrong type or a value out of range; the message
+        names key, value and expectation.
     """
-    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in known}
-    check_keys(mapping, tuple(hints), f"{section}.")
-    values = {
-        name: cast_value(mapping[name], hint, f"{section}.{name}") for name, hint in hints.items()
-    }
-    return cls(**values, **known)
-
-
-def check_keys(mapping: Mapping[str, Any], expected: tuple[str, ...], prefix: str):
-    """Refuse a mapping with other keys than expected.
-
-    Args:
-      mapping: what a user wrote.
-      expected: all keys.
-      prefix: str, put before a key in messages.
-
-    Raises:
-      ConfigError: with the key, and the one that was probably meant.
-    """
-    for key in mapping:
-        if key not in expected:
-            near = difflib.get_close_matches(key, expected, 1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {list(expected)}"
-            raise ConfigError(f"unknown key {prefix}{key}{hint}")
-    for key in expected:
-        if key not in mapping:
-            raise ConfigError(f"missing key {prefix}{key}")
-
-
-def cast_value(value: Any, hint: Any, name: str) -> Any:
-    """Return a value as what it must be; only an int becomes a float.
-
-    Args:
-      value: what a user wrote.
-      hint: type, union with None, or Literal.
-      name: str, of the setting.
-
-    Returns:
-      The value.
-
-    Raises:
-      ConfigError: if it is something else.
-    """
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if isinstance(hint, typing.TypeAliasType):
-        hint = hint.__value__
-    if typing.get_origin(hint) is typing.Literal:
-        check_setting(
-            value in typing.get_args(hint), name, value, f"one of {typing.get_args(hint)}"
-        )
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
-    return value
-
-
-def check_setting(ok: bool, name: str, value: Any, expected: str):
-    """Raise unless a setting is as expected.
-
-    Args:
-      ok: bool.
-      name: str, of the setting.
-      value: what it is.
-      expected: str, what it must be.
-
-    Raises:
-      ConfigError: with all three.
-    """
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+    try:
+        hints = typing.get_type_hints(TrainConfig)
+        _check_keys(mapping, tuple(hints), "")
+        values = {
+            name: _cast(mapping[name], hint, name)
+            for name, hint in hints.items()
+            if name not in _SECTIONS
+        }
+        for section in ("model", "optimizer", "checkpoint"):
+            values[section] = _build(hints[section], mapping[section], f"{section}.")
+        values["data"] = _build_data(mapping["data"], values["seed"])
+        values["recipe"] = _read_recipe(mapping["recipe"])
+        config = TrainConfig(**values)
+        _refuse_early(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return config
 
 
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -109,10 +111,10 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     Args:
       old: nested mapping.
       new: nested mapping.
-      prefix: str, put before each key.
+      prefix: put before each key.
 
     Returns:
-      list of str like "optimizer.learning_rate: 0.001 -> 0.002", sorted by key.
+      Lines like "optimizer.learning_rate: 0.001 -> 0.002", sorted by key.
 
     Example:
       >>> find_differences({"a": {"b": 1}}, {"a": {"b": 2}})
@@ -126,3 +128,141 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def _list_section(cls: type, prefix: str, names: set[str]) -> Iterator[Setting]:
+    hints, meanings = typing.get_type_hints(cls), _read_meanings(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in names:
+            hint, optional = _split_hint(hints[field.name])
+            kind = type(typing.get_args(hint)[0]) if _is_literal(hint) else hint
+            meaning = meanings.get(field.name, "")
+            yield Setting(f"{prefix}{field.name}", kind, optional, field.default, meaning)
+
+
+def _read_meanings(cls: type) -> dict[str, str]:
+    """Return what the docstrings of a dataclass and of its bases say of its attributes."""
+    meanings = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "")
+        section = re.search(r"^(?:Attributes|Args):\n((?:[ ]+.*\n|\n)*)", text + "\n", re.MULTILINE)
+        if section:
+            entries = inspect.cleandoc("\n" + section[1])
+            for name, meaning in re.findall(r"^(\w+): (.*(?:\n(?: .*|$))*)", entries, re.MULTILINE):
+                meanings[name] = " ".join(meaning.split())
+    return meanings
+
+
+def _build(cls: type, mapping: Mapping[str, Any], prefix: str, **known: Any) -> Any:
+    """Build a dataclass from a mapping that has exactly its fields, but for those known."""
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in known}
+    return cls(**_cast_section(mapping, hints, prefix), **known)
+
+
+def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
+    try:
+        return _build(DataConfig, mapping, "data.", seed=seed)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        # The data layer names its own fields.
+        raise ConfigError(f"data.{error}") from error
+
+
+def _read_recipe(mapping: Mapping[str, Any]) -> RecipeSettings:
+    if "name" not in mapping:
+        raise ConfigError("missing key recipe.name")
+    sections = tuple(name for name, entry in RECIPES.items() if _get_hints(entry))
+    _check_keys({**dict.fromkeys(sections), **mapping}, ("name", *sections), "recipe.")
+    name = mapping["name"]
+    hints = _get_hints(RECIPES[RecipeSettings(name=name).name])
+    if not hints:
+        return RecipeSettings(name=name)
+    if name not in mapping:
+        raise ConfigError(f"missing key recipe.{name}")
+    return RecipeSettings(
+        name=name, settings=_cast_section(mapping[name], hints, f"recipe.{name}.")
+    )
+
+
+def _get_hints(entry: RecipeEntry) -> dict[str, Any]:
+    hints = typing.get_type_hints(entry.config_class)
+    chosen = {name: hints[name] for name in entry.setting_names}
+    return chosen | ({} if entry.sparse_weights is None else {"sparse_weights": str})
+
+
+def _refuse_early(config: TrainConfig) -> None:
+    """Build model and recipe for data that is not read yet: what no data could make valid.
+
+    The model is an encoder, because a causal pattern has fewer blocks to choose from.
+    """
+    patches = bool(config.data.patch_size)
+    tasks = {"classification": 2, "masked_language_model": 0}
+    if config.data.kind == "pairs":
+        tasks = {"translation": 0}
+    refused = None
+    for task, num_classes in tasks.items():
+        try:
+            model = make_transformer_config(
+                config,
+                task=task,
+                vocab_size=int(not patches),
+                num_classes=num_classes,
+                patch_values=int(patches),
+            )
+            break
+        except ValueError as error:
+            refused = refused or error
+    else:
+        assert refused is not None
+        raise refused
+    make_recipe(config, model)
+
+
+def _cast_section(
+    mapping: Mapping[str, Any], hints: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
+    _check_keys(mapping, tuple(hints), prefix)
+    return {name: _cast(mapping[name], hint, f"{prefix}{name}") for name, hint in hints.items()}
+
+
+def _check_keys(mapping: Mapping[str, Any], expected: Sequence[str], prefix: str) -> None:
+    for key in mapping:
+        if key not in expected:
+            near = difflib.get_close_matches(key, expected, 1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {list(expected)}"
+            raise ConfigError(f"unknown key {prefix}{key}{hint}")
+    for key in expected:
+        if key not in mapping:
+            raise ConfigError(f"missing key {prefix}{key}")
+
+
+def _cast(value: Any, hint: Any, name: str) -> Any:
+    """Return a value as what it must be; only an int becomes a float."""
+    hint, optional = _split_hint(hint)
+    if value is None and optional:
+        return None
+    if _is_literal(hint):
+        known = typing.get_args(hint)
+        if value not in known:
+            raise ConfigError(f"{name} must be one of {known}, got {value!r}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def _split_hint(hint: Any) -> tuple[Any, bool]:
+    """Return a type without None and without its alias, and whether None was among it."""
+    optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if optional:
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if isinstance(hint, typing.TypeAliasType):
+        hint = hint.__value__
+    return hint, optional
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal

@@ -88,12 +88,12 @@ class DataConfig:
         'idx'
     """
 
-    source: str
-    data_dir: str
+    source: str = "stdlib"
+    data_dir: str = "~/.cache/sparsejax"
     tokenizer: str = "bytes"
-    sequence_length: int
-    batch_size: int
-    seed: int
+    sequence_length: int = 1024
+    batch_size: int = 8
+    seed: int = 0
     num_reading_threads: int = 0
     truncate: bool = False
     download: bool = False

@@ -7,6 +7,7 @@ from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttent
 from sparsejax.models.attention import apply_rotary as apply_rotary
 from sparsejax.models.config import EMBEDDING as EMBEDDING
 from sparsejax.models.config import TransformerConfig as TransformerConfig
+from sparsejax.models.config import TransformerOptions as TransformerOptions
 from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patterns
 from sparsejax.models.embedding import SparseEmbed as SparseEmbed
 from sparsejax.models.linear import DENSE_LINEAR as DENSE_LINEAR

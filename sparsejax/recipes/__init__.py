@@ -31,5 +31,6 @@ from sparsejax.recipes.recipe import Observation as Observation
 from sparsejax.recipes.recipe import Phase as Phase
 from sparsejax.recipes.recipe import Recipe as Recipe
 from sparsejax.recipes.recipe import Sparsity as Sparsity
+from sparsejax.recipes.recipe import StepAccount as StepAccount
 from sparsejax.recipes.weight_masks import compute_weight_density as compute_weight_density
 from sparsejax.recipes.weight_masks import get_weight_masks as get_weight_masks

@@ -1,16 +1,24 @@
 """No sparsity: the control run of every comparison."""
 
+import dataclasses
+
 from sparsejax.recipes.recipe import Phase, Recipe
 
 
-def make_dense() -> Recipe:
-    """Return the recipe that prunes nothing.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Dense training has no settings."""
 
-    Returns:
-      Recipe with the single phase "dense".
+
+def make_dense(config: DenseConfig | None = None) -> Recipe:
+    """Return the recipe that prunes nothing, which has the single phase "dense".
+
+    Args:
+      config: as every recipe has one; None is the same.
 
     Example:
       >>> make_dense().phases[0].sparse_attention
       False
     """
+    del config
     return Recipe(name="dense", phases=(Phase("dense"),))

@@ -9,11 +9,15 @@ function has an identity default, so a method states only what it does:
                            optimizer -> transform_updates -> update -> metrics
   in a step that probes    observe, before transform_gradients; it may ask for the next phase
   between two phases       enter_phase
+
+And it owns its reports: what a step means for the ledger of FLOPs (account), which metrics progress
+lines show, and the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +41,7 @@ class Phase(NamedTuple):
         trains them straight through.
       last_step: int, the phase ends after this many steps of the run at the latest; None = no
         limit.
-      ends_when: str, what `observe` waits for, for a person whose run does not get there.
+      ends_when: str, what `observe` waits for; shown when the phase never ends.
       probe_every_steps: int, steps between two that probe: they hand the attention maps of their
         forward pass to `auxiliary_loss` and `observe`; None = never.
       learning_rate: "schedule" continues it, "restart" runs it anew from the phase's first
@@ -89,6 +93,19 @@ class Observation(NamedTuple):
 
     change_phase: jax.Array
     metrics: dict[str, jax.Array]
+
+
+class StepAccount(NamedTuple):
+    """What a step means for the ledger of FLOPs.
+
+    Attributes:
+      dense_gradient: the step computed the gradient of pruned weights too.
+      weight_density: layer name -> f32[L], kept fraction of a weight after the step; empty if no
+        mask changed.
+    """
+
+    dense_gradient: bool = False
+    weight_density: Mapping[str, Sequence[float]] = {}
 
 
 def _init(masks: PyTree, params: PyTree, key: jax.Array) -> Sparsity:
@@ -151,6 +168,19 @@ def _enter_phase(sparsity: Sparsity, phase: Phase) -> Sparsity:
     return sparsity
 
 
+def _account(values: Mapping[str, Any]) -> StepAccount:
+    del values
+    return StepAccount()
+
+
+def _draw_phase(sparsity: Sparsity, phase: Phase, *, step: int, folder: Path) -> None:
+    del sparsity, phase, step, folder
+
+
+def _draw_run(rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
+    del rows, folder
+
+
 class Recipe(NamedTuple):
     """A sparse-training method as pure functions; the defaults train densely.
 
@@ -174,13 +204,17 @@ class Recipe(NamedTuple):
         those of the batch, before `mask_gradients` and clipping. Moments in `opt_state` are dicts
         like `grads`, with the keys "model" and "recipe".
       metrics: (sparsity, *, step, phase) -> dict of f32 arrays, logged after every step; what is
-        NaN throughout is left out. `step` is that of `update`. A recipe whose masks change how much
-        they keep tells "mask_density/NAME", f32[L], in the step of the change, and
-        "dense_gradient", 1 in a step that needs gradients of pruned weights.
+        NaN throughout is left out. `step` is that of `update`.
       observe: (sparsity, attention_maps, phase) -> (sparsity, Observation). Maps are
         f32[L, T, T], averaged over batch and heads of the step's training batch.
       enter_phase: (sparsity, phase) -> sparsity, on entering any phase but the first; may
         change its structure.
+      account: (values) -> StepAccount; values are the metrics of a step as numbers and lists. A
+        recipe whose masks change how much they keep says so here.
+      progress_metrics: name of a metric -> how progress lines call it. They show its last value.
+      draw_phase: (sparsity, phase, *, step, folder) -> None, write pictures when a phase begins.
+      draw_run: (rows, *, folder) -> None, write pictures of a finished run; rows are the lines of
+        `metrics.jsonl`.
     """
 
     name: str
@@ -197,3 +231,7 @@ class Recipe(NamedTuple):
     metrics: Callable = _metrics
     observe: Callable = _observe
     enter_phase: Callable = _enter_phase
+    account: Callable[[Mapping[str, Any]], StepAccount] = _account
+    progress_metrics: Mapping[str, str] = {}
+    draw_phase: Callable = _draw_phase
+    draw_run: Callable = _draw_run

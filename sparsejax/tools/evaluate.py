@@ -8,8 +8,7 @@ from typing import Any
 from sparsejax.accounting.density import compute_density
 from sparsejax.checkpoint.save import restore
 from sparsejax.checkpoint.workdir import check_same_run, describe_run, find_newest_checkpoint
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import TrainConfig
+from sparsejax.config import ConfigError, TrainConfig
 from sparsejax.report.progress import say
 from sparsejax.training.setup import (
     compile_evaluation,

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.config.parse import ConfigError, check_setting
-from sparsejax.config.schema import TrainConfig, make_recipe
+from sparsejax.checks import check_setting
+from sparsejax.config import ConfigError, TrainConfig, make_recipe
 from sparsejax.report.plots.flips import plot_decay_search
 from sparsejax.report.progress import say
 from sparsejax.strict_json import dump_json
@@ -79,12 +79,12 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
       FST, arXiv:2404.01847, determination of the decay factor; no code of it was released. That mu
       is averaged over several searches, and which rate is preferred, are ours.
     """
-    check_setting(config.recipe_name == "fst", "recipe.name", config.recipe_name, "'fst'")
-    variant = config.recipe_settings["variant"]
+    check_setting(config.recipe.name == "fst", "recipe.name", config.recipe.name, "'fst'")
+    variant = config.recipe.settings["variant"]
     expected = "'fst' or 'sr_ste', which decay"
     check_setting(variant in ("fst", "sr_ste"), "recipe.fst.variant", variant, expected)
-    candidates = _parse_candidates(config.recipe_settings["decay_candidates"])
-    refresh = config.recipe_settings["refresh_steps"]
+    candidates = _parse_candidates(config.recipe.settings["decay_candidates"])
+    refresh = config.recipe.settings["refresh_steps"]
     first = math.ceil(config.optimizer.warmup_steps / refresh) * refresh
     last = first + _NUM_SEARCHES * refresh
     run = prepare_run(config)
@@ -97,7 +97,7 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
     )
     begin = run.data.train.get_state()
     dense_settings = {
-        **config.recipe_settings,
+        **config.recipe.settings,
         "variant": "dense",
         "decay_rate": 0.0,
         "grad_pruning": "none",

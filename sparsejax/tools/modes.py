@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.config.schema import parse_config
+from sparsejax.config import parse_config
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.tools.find_decay import find_decay
 from sparsejax.tools.plan import format_plan, make_plan

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import aot
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import (
+from sparsejax.config import (
+    ConfigError,
     TrainConfig,
     make_recipe,
     make_transformer_config,
-    name_kernels,
-    step_options,
 )
 from sparsejax.data import Facts, find_facts
 from sparsejax.optimizer import make_optimizer
@@ -152,7 +150,7 @@ def compile_programs(
     model = _make_model(config, facts)
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    options = step_options(config)
+    options = config.step_options
     training = {**options, "label_smoothing": config.label_smoothing}
     steps = {
         _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **training),
@@ -260,7 +258,7 @@ def format_plan(plan: Plan) -> str:
     unit = "bytes" if plan.facts.patch_values else "tokens"
     return "\n".join(
         [
-            f"recipe {config.recipe_name} on one {plan.target.name}, batch of {shape} {unit}, "
+            f"recipe {config.recipe.name} on one {plan.target.name}, batch of {shape} {unit}, "
             f"num_micro_batches={config.num_micro_batches}",
             "",
             _align(rows),
@@ -291,7 +289,7 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
         train = programs[_TRAIN]
         twice = compile_programs(doubled, facts, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
     except NotImplementedError as error:
-        named = name_kernels(config)
+        named = config.named_implementations
         raise ConfigError(f"{named} must run on one {plan.target.name}: {error}") from error
     return PhasePlan(
         name=phase.name,

@@ -27,13 +27,13 @@ from sparsejax.checkpoint.workdir import (
     describe_run,
     find_newest_checkpoint,
 )
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import TrainConfig
+from sparsejax.config import ConfigError, TrainConfig
 from sparsejax.recipes import Observation, Phase, get_attention_masks
 from sparsejax.report.metrics import DeferredMetrics, MetricsWriter, read_metrics
+from sparsejax.report.plots.attention import plot_attention_patterns
 from sparsejax.report.plots.flips import has_flip_rates, plot_flip_rates
 from sparsejax.report.plots.topology import has_topology, plot_topology
-from sparsejax.report.plots.training import plot_attention_patterns, plot_training
+from sparsejax.report.plots.training import plot_training
 from sparsejax.report.progress import (
     StepTimer,
     format_progress,

@@ -11,13 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import (
+from sparsejax.config import (
+    ConfigError,
     TrainConfig,
     make_recipe,
     make_transformer_config,
-    name_kernels,
-    step_options,
 )
 from sparsejax.data import Data, make_data
 from sparsejax.models import TransformerConfig
@@ -171,11 +169,11 @@ def _choose_devices(config: TrainConfig) -> list[Any]:
 
 def _check_implementation(run: Run) -> None:
     """Trace every phase, so that a kernel that is not there is missed now and not at the switch."""
-    named = name_kernels(run.config)
+    named = run.config.named_implementations
     if not named:
         return
     batch = next(run.data.validation(1))
-    options: dict[str, Any] = {**step_options(run.config), "num_micro_batches": 1}
+    options: dict[str, Any] = {**run.config.step_options, "num_micro_batches": 1}
     for phase in run.recipe.phases:
         step = make_eval_step(run.graphdef, run.recipe, phase, **options)
         try:
@@ -214,7 +212,7 @@ def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
     Returns:
       Function (state, batch) -> totals.
     """
-    step = make_eval_step(run.graphdef, run.recipe, phase, **step_options(run.config))
+    step = make_eval_step(run.graphdef, run.recipe, phase, **run.config.step_options)
     jitted = jax.jit(step, out_shardings=run.replicated)
     return jitted.lower(run.make_abstract_state(phase.name), batch).compile()
 
@@ -232,7 +230,7 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """
     start = time.perf_counter()
     state = run.make_abstract_state(phase.name)
-    build = {**step_options(run.config), "label_smoothing": run.config.label_smoothing}
+    build = {**run.config.step_options, "label_smoothing": run.config.label_smoothing}
 
     def compile_step(step):
         # Whatever a step returns stays replicated, so that it fits the next step's program.

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import sat
-from sparsejax.config.schema import parse_config
+from sparsejax.config import parse_config
 from sparsejax.data import make_data
 from sparsejax.masks import count_kept_blocks
 
@@ -33,9 +33,9 @@ def _parse(task, **data):
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_a_task_has_the_published_settings(task):
     config = _parse(task)
-    assert config.recipe_name == "sat"
+    assert config.recipe.name == "sat"
     num_blocks = config.data.sequence_length // config.model.block_size
-    density = config.recipe_settings["density"]
+    density = config.recipe.settings["density"]
     assert (
         config.model.num_layers,
         config.data.sequence_length,

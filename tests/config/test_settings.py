@@ -6,8 +6,7 @@ import pathlib
 import pytest
 
 from configs import base, gpt2, mst_small, spion_image
-from sparsejax.config.parse import ConfigError, find_differences
-from sparsejax.config.schema import make_transformer_config, parse_config
+from sparsejax.config import ConfigError, find_differences, make_transformer_config, parse_config
 
 
 def _settings(**changes):
@@ -19,7 +18,7 @@ def _settings(**changes):
 
 def test_defaults_are_valid():
     config = parse_config(_settings())
-    assert config.recipe_name == "dense"
+    assert config.recipe.name == "dense"
     assert config.data.sequence_length == 1024
 
 
@@ -89,7 +88,7 @@ def test_shipped_configs_are_valid(name):
     module, _, size = name.partition(":")
     settings = importlib.import_module(f"configs.{module}").get_config(*filter(None, [size]))
     settings = settings.to_dict()
-    assert parse_config(settings).recipe_name == settings["recipe"]["name"]
+    assert parse_config(settings).recipe.name == settings["recipe"]["name"]
 
 
 @pytest.mark.parametrize("weights", ["embedding=unstructured", ".*/.*=8x8; embedding=4x8"])
@@ -138,7 +137,7 @@ def test_wrong_type_is_named():
 
 def test_vocabulary_smaller_than_the_data_is_refused():
     config = parse_config(_settings(model__vocab_size=100))
-    with pytest.raises(ConfigError, match=r"model.vocab_size must be .* 256 token ids .*, got 100"):
+    with pytest.raises(ValueError, match=r"model.vocab_size must be .* 256 token ids .*, got 100"):
         make_transformer_config(config, task="language_model", vocab_size=256, num_classes=0)
 
 

@@ -9,8 +9,9 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from sparsejax.report.plots.attention import plot_attention_patterns
 from sparsejax.report.plots.topology import has_topology, plot_topology
-from sparsejax.report.plots.training import plot_attention_patterns, plot_training
+from sparsejax.report.plots.training import plot_training
 
 BLUE, GREY = "#0072B2", "#C4C4C4"
 

@@ -9,8 +9,7 @@ import pytest
 
 import train
 from pallas_kernels import aot
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import parse_config
+from sparsejax.config import ConfigError, parse_config
 from sparsejax.data import find_facts, make_data
 from sparsejax.tools.plan import (
     TARGETS,

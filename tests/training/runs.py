@@ -9,7 +9,7 @@ import jax
 
 from configs import base
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config.schema import parse_config
+from sparsejax.config import parse_config
 from sparsejax.training.loop import train_and_evaluate
 from sparsejax.training.setup import prepare_run
 from sparsejax.training.state import TrainState

@@ -21,8 +21,7 @@ from sparsejax.accounting.density import (
 )
 from sparsejax.accounting.ledger import FlopsLedger, summarise_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import make_recipe, make_transformer_config, parse_config
+from sparsejax.config import ConfigError, make_recipe, make_transformer_config, parse_config
 from sparsejax.models import LinearMode, TransformerConfig, sparse_weight_patterns
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.patterns import BlockPattern, Unstructured

@@ -9,8 +9,7 @@ import pytest
 from configs import fst_bert, fst_deit
 from sparsejax.accounting.flops import count_transformer_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import make_recipe, make_transformer_config, parse_config
+from sparsejax.config import ConfigError, make_recipe, make_transformer_config, parse_config
 from sparsejax.data import find_facts, make_data
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import get_weight_masks

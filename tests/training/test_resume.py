@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import parse_config
+from sparsejax.config import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.setup import prepare_run

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import parse_config
+from sparsejax.config import ConfigError, parse_config
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.loop import NonFiniteError
 from tests.training.runs import make_settings, train

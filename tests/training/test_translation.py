@@ -8,8 +8,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import parse_config
+from sparsejax.config import ConfigError, parse_config
 from sparsejax.data import find_facts, make_data
 from sparsejax.masks import transposable_mask
 from sparsejax.recipes import get_weight_masks

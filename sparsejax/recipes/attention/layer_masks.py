@@ -3,8 +3,11 @@
 Legend: L layers, I query blocks, J key blocks.
 """
 
+from typing import Any
+
 import jax
 
+from sparsejax.checks import Check
 from sparsejax.masks import block_density
 from sparsejax.types import PyTree
 
@@ -70,3 +73,19 @@ def compute_attention_density(masks: PyTree, *, causal: bool) -> jax.Array:
       f32[L].
     """
     return block_density(get_attention_masks(masks), causal=causal)
+
+
+def check_attention_sizes(check: Check, settings: Any) -> None:
+    """Refuse sizes that are not positive, and blocks that do not fill a sequence.
+
+    Args:
+      check: of the recipe.
+      settings: object with num_layers, length, block_size and probe_every_steps.
+
+    Raises:
+      ValueError: with the setting's name.
+    """
+    for name in ("num_layers", "length", "block_size", "probe_every_steps"):
+        check(getattr(settings, name) > 0, name, "positive")
+    fits = settings.length % settings.block_size == 0
+    check(fits, "block_size", f"a divisor of the sequence length {settings.length}")

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.checks import make_check
 from sparsejax.masks import (
     count_kept_blocks,
     map_distance,
@@ -28,8 +29,7 @@ from sparsejax.masks import (
     pool_attention,
     sat_pattern,
 )
-from sparsejax.recipes.attention.layer_masks import set_attention_masks
-from sparsejax.recipes.checks import check_attention_sizes, make_check
+from sparsejax.recipes.attention.layer_masks import check_attention_sizes, set_attention_masks
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
 _LOSS_SCALE = 0.01
@@ -65,7 +65,7 @@ class SatConfig:
       ValueError: if a setting is out of range.
     """
 
-    density: float
+    density: float = 0.05
     min_skewness: float = 1.7
     max_change_percent: float = 1.3
     probe_every_steps: int = 1
@@ -81,7 +81,7 @@ class SatConfig:
     head_dim: int
 
     def __post_init__(self):
-        check = make_check("sat", self)
+        check = make_check("recipe.sat", self)
         check_attention_sizes(check, self)
         check(self.head_dim > 0, "head_dim", "positive")
         try:

@@ -15,20 +15,20 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from sparsejax.checks import make_check
 from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
-from sparsejax.recipes.attention.layer_masks import set_attention_masks
-from sparsejax.recipes.checks import check_attention_sizes, make_check
+from sparsejax.recipes.attention.layer_masks import check_attention_sizes, set_attention_masks
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpionConfig:
-    """Settings of SPION; the defaults are the published ones.
+    """Settings of SPION; the defaults are the published ones where there is one for all tasks.
 
     Attributes:
       variant: "cf" convolution and flood fill, "c" convolution and top-k, "f" flood fill only.
-      quantile: float in (0, 1), threshold of the flood fill over the pooled map; "c" does not
-        use it.
+      quantile: float in (0, 1), threshold of the flood fill over the pooled map, to be given for
+        "cf" and "f". Published: 0.96 to 0.99, another for each task.
       density: float, share of the visible blocks that "c" keeps, at least that of the diagonal;
         None otherwise.
       filter_size: int, odd, length of the diagonal filter.
@@ -52,11 +52,11 @@ class SpionConfig:
     """
 
     variant: Literal["cf", "c", "f"] = "cf"
-    quantile: float | None = 0.96
+    quantile: float | None = None
     density: float | None = None
     filter_size: int = 31
     block_size: int
-    probe_every_steps: int
+    probe_every_steps: int = 100
     max_change_percent: int = 15
     keep_map_at_second_check: bool = True
     restart_learning_rate: bool | None = None
@@ -67,7 +67,7 @@ class SpionConfig:
     length: int
 
     def __post_init__(self):
-        check = make_check("spion", self)
+        check = make_check("recipe.spion", self)
         check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
         check_attention_sizes(check, self)
         if self.variant == "c":

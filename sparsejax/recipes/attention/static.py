@@ -9,9 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sparsejax.checks import make_check
 from sparsejax.masks import pattern_at_density
 from sparsejax.recipes.attention.layer_masks import set_attention_masks
-from sparsejax.recipes.checks import make_check
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 
 
@@ -32,8 +32,8 @@ class StaticAttentionConfig:
       ValueError: if a setting is out of range.
     """
 
-    pattern: Literal["sliding_window", "longformer", "bigbird"]
-    density: float
+    pattern: Literal["sliding_window", "longformer", "bigbird"] = "sliding_window"
+    density: float = 0.1
     dense_steps: int = 0
     pruned_logits: Literal["masked", "zero"] = "masked"
     causal: bool = False
@@ -41,7 +41,7 @@ class StaticAttentionConfig:
     num_blocks: int
 
     def __post_init__(self):
-        check = make_check("static_attention", self)
+        check = make_check("recipe.static_attention", self)
         patterns = ("sliding_window", "longformer", "bigbird")
         check(self.pattern in patterns, "pattern", f"one of {patterns}")
         for name in ("num_layers", "num_blocks"):

@@ -241,6 +241,25 @@ def make_dynamic(
     return recipe if enter_phase is None else recipe._replace(enter_phase=enter_phase)
 
 
+def fraction_to_steps(name: str, fraction: float, num_steps: int) -> int:
+    """Turn a fraction of a run into steps.
+
+    Args:
+      name: str, what the message calls the fraction.
+      fraction: float in (0, 1].
+      num_steps: int, steps of the run.
+
+    Returns:
+      int.
+
+    Raises:
+      ValueError: if the fraction is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {name}={fraction}")
+    return round(fraction * num_steps)
+
+
 def sparse_phase(name: str, **options) -> Phase:
     """Return a phase in which pruned weights count as 0 and are not trained.
 

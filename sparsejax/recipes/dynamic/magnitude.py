@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 
+from sparsejax.checks import prefix_errors
 from sparsejax.masks import Ramp, SparsitySchedule, UpdateSteps
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
-from sparsejax.recipes.checks import named_settings, share_of_steps
 from sparsejax.recipes.dynamic.engine import (
     Topology,
     check_patterns,
+    fraction_to_steps,
     make_dynamic,
     sparse_phase,
 )
@@ -46,7 +47,7 @@ class MagnitudeConfig:
     patterns: Mapping[str, WeightPattern]
 
     def __post_init__(self):
-        with named_settings("recipe.magnitude"):
+        with prefix_errors("recipe.magnitude"):
             check_patterns(self.patterns)
             self.make_topology()
 
@@ -65,7 +66,7 @@ class MagnitudeConfig:
                 f"start_fraction={self.start_fraction}, end_fraction={self.end_fraction}"
             )
         start_step = round(self.start_fraction * self.num_steps)
-        end_step = share_of_steps("end_fraction", self.end_fraction, self.num_steps)
+        end_step = fraction_to_steps("end_fraction", self.end_fraction, self.num_steps)
         updates = UpdateSteps(
             interval=self.update_interval, start_step=max(start_step, 1), end_step=end_step
         )

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax.checks import prefix_errors
 from sparsejax.masks import hybrid_blocks, hybrid_mask
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.masks.weights.topology import Growth
 from sparsejax.patterns import WeightPattern
 from sparsejax.recipes.attention.layer_masks import get_attention_masks, set_attention_masks
-from sparsejax.recipes.checks import named_settings
 from sparsejax.recipes.dynamic.engine import (
     MomentRule,
     Topology,
@@ -94,7 +94,7 @@ class MSTConfig:
     causal: bool
 
     def __post_init__(self):
-        with named_settings("recipe.mst"):
+        with prefix_errors("recipe.mst"):
             check_patterns(self.patterns)
             self.make_topology()
             stride, block = self.attention_stride, self.block_size

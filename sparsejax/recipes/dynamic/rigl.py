@@ -3,15 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 
+from sparsejax.checks import prefix_errors
 from sparsejax.masks import AnnealingPhase, CosineAnnealing, SparsitySchedule, UpdateSteps
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
-from sparsejax.recipes.checks import named_settings, share_of_steps
 from sparsejax.recipes.dynamic.engine import (
     InitialMask,
     MomentRule,
     Topology,
     check_patterns,
+    fraction_to_steps,
     make_dynamic,
     sparse_phase,
 )
@@ -56,7 +57,7 @@ class RigLConfig:
     patterns: Mapping[str, WeightPattern]
 
     def __post_init__(self):
-        with named_settings("recipe.rigl"):
+        with prefix_errors("recipe.rigl"):
             check_patterns(self.patterns, constant_sparsity=self.sparsity)
             self.make_topology()
 
@@ -66,7 +67,7 @@ class RigLConfig:
         Returns:
           Topology.
         """
-        end_step = share_of_steps("end_fraction", self.end_fraction, self.num_steps)
+        end_step = fraction_to_steps("end_fraction", self.end_fraction, self.num_steps)
         annealing = AnnealingPhase(start_step=0, end_step=end_step, fraction=self.update_fraction)
         return Topology(
             sparsity=SparsitySchedule(num_steps=self.num_steps, initial_sparsity=self.sparsity),

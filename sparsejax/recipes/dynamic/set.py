@@ -3,15 +3,16 @@
 import dataclasses
 from collections.abc import Mapping
 
+from sparsejax.checks import prefix_errors
 from sparsejax.masks import AnnealingPhase, CosineAnnealing, SparsitySchedule, UpdateSteps
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
-from sparsejax.recipes.checks import named_settings, share_of_steps
 from sparsejax.recipes.dynamic.engine import (
     InitialMask,
     MomentRule,
     Topology,
     check_patterns,
+    fraction_to_steps,
     make_dynamic,
     sparse_phase,
 )
@@ -53,7 +54,7 @@ class SETConfig:
     patterns: Mapping[str, WeightPattern]
 
     def __post_init__(self):
-        with named_settings("recipe.set"):
+        with prefix_errors("recipe.set"):
             check_patterns(self.patterns, constant_sparsity=self.sparsity)
             self.make_topology()
 
@@ -73,7 +74,7 @@ class SETConfig:
             initial_mask=self.initial_mask,
             updates=UpdateSteps(
                 interval=self.update_interval,
-                end_step=share_of_steps("end_fraction", self.end_fraction, self.num_steps),
+                end_step=fraction_to_steps("end_fraction", self.end_fraction, self.num_steps),
             ),
             annealing=CosineAnnealing(num_steps=self.num_steps, phases=(constant,)),
             growth="random",

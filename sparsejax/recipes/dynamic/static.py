@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+from sparsejax.checks import prefix_errors
 from sparsejax.masks import SparsitySchedule
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.patterns import WeightPattern
-from sparsejax.recipes.checks import named_settings
 from sparsejax.recipes.dynamic.engine import (
     InitialMask,
     Topology,
@@ -43,7 +43,7 @@ class StaticConfig:
     patterns: Mapping[str, WeightPattern]
 
     def __post_init__(self):
-        with named_settings("recipe.static"):
+        with prefix_errors("recipe.static"):
             check_patterns(self.patterns, constant_sparsity=self.sparsity)
             self.make_topology()
 

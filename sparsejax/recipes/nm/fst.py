@@ -15,9 +15,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sparsejax.checks import make_check
 from sparsejax.masks import magnitude_nm_mask, masked_decay, transposable_mask
 from sparsejax.patterns import NMPattern
-from sparsejax.recipes.checks import make_check
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
     compare_weight_masks,
@@ -41,6 +41,8 @@ class FSTConfig:
         gradient; "ste", no decay; "dense", nothing is pruned and the masks that would have been
         used are followed.
       decay_rate: float, lambda_W of the decay of pruned weights; 0 for "ste" and "dense".
+      decay_candidates: numbers separated by spaces, the rates that --mode=find_decay tries; without
+        effect in training.
       refresh_steps: int, steps between two searches for masks.
       grad_pruning: "none", "mvue" or "mvue_exact", how dy is pruned for dW.
       dense_fraction: float in [0, 1), share of the steps, at the end, that train densely.
@@ -52,7 +54,8 @@ class FSTConfig:
     """
 
     variant: FSTVariant = "fst"
-    decay_rate: float
+    decay_rate: float = 6e-5
+    decay_candidates: str = "1e-6 2e-6 6e-6 1e-5 2e-5 6e-5 1e-4 2e-4 6e-4 1e-3 2e-3 6e-3"
     refresh_steps: int = 40
     grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
     dense_fraction: float = 1 / 6
@@ -60,7 +63,7 @@ class FSTConfig:
     patterns: Mapping[str, NMPattern]
 
     def __post_init__(self):
-        check = make_check("fst", self)
+        check = make_check("recipe.fst", self)
         variants = ("fst", "ste", "sr_ste", "dense")
         check(self.variant in variants, "variant", f"one of {variants}")
         check(self.refresh_steps >= 1, "refresh_steps", "at least 1")

@@ -15,9 +15,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sparsejax.checks import make_check
 from sparsejax.masks import soft_threshold_mask, soft_threshold_scale, soft_threshold_ste
 from sparsejax.patterns import NMPattern
-from sparsejax.recipes.checks import make_check
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
     compare_weight_masks,
@@ -49,7 +49,7 @@ class SSTEConfig:
     patterns: Mapping[str, NMPattern]
 
     def __post_init__(self):
-        check = make_check("sste", self)
+        check = make_check("recipe.sste", self)
         prunings = ("none", "mvue", "mvue_exact")
         check(self.grad_pruning in prunings, "grad_pruning", f"one of {prunings}")
         check(self.flip_interval_steps >= 1, "flip_interval_steps", "at least 1")
