@@ -146,7 +146,7 @@ def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
 
 
 def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
-    """Yield (condition, attribute, expectation), one after the other: later ones rely on earlier."""
+    """Yield (condition, attribute, expectation); later ones rely on earlier ones."""
     c = config
     sizes = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_dim", "max_length")
     for name in sizes if c.patch_values else ("vocab_size", *sizes):
