@@ -197,16 +197,7 @@ def make_block_case(problem: BlockProblem, kernel: NMImplementation) -> Case:
         return relative_error((result[0], result[2]), (expected[0], expected[2]))
 
     dense = run(DENSE_LINEAR)
-    layer = count_transformer_flops(
-        num_layers=1,
-        model_dim=problem.width,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_heads,
-        head_dim=64,
-        mlp_dim=model.mlp_dim,
-        sequence_length=problem.length,
-        causal=True,
-    ).training
+    layer = count_transformer_flops(model).layers[0]
     return Case(
         functions={kernel: run(LinearMode(True, "mvue", kernel)), DENSE: dense},
         args=make_args(),

@@ -34,7 +34,9 @@ class _Run(NamedTuple):
 
 _SHORT = {"data.sequence_length": 512, "recipe.spion.probe_every_steps": 10}
 _SMALL = {"model.num_layers": 2, "data.sequence_length": 128, "num_eval_batches": 2}
-_DYNAMIC = {"mst_small": _Run("mst_small", _SMALL | {"recipe.mst.stairs": 3})} | {
+_DYNAMIC = {
+    "mst_small": _Run("mst_small", _SMALL | {"recipe.mst.warmup": 0.1, "recipe.mst.stairs": 3})
+} | {
     name: _Run("mst_small", _SMALL | {"recipe.name": name})
     for name in ("dense", "rigl", "set", "magnitude", "static")
 }

@@ -185,12 +185,7 @@ def test_a_run_learns_with_sparse_weights(kind, changes, tmp_path):
     assert any(row.get("flip_rate", 0) > 0 for row in rows)
     run = prepare_run(parse_config(settings))
     model = run.model
-    flops = count_transformer_flops(
-        **{name: getattr(model, name) for name in _SIZES},
-        sequence_length=model.max_length,
-        causal=False,
-        gated_mlp=kind == "masked",
-    )
+    flops = count_transformer_flops(model)
     begins = [row for row in rows if row["kind"] == "phase"]
     assert [row["dense_step_flops"] for row in begins] == [4 * flops.training] * 2
     assert begins[0]["step_flops"] < begins[1]["step_flops"] == 4 * flops.training
