@@ -26,12 +26,8 @@ from benchmarks.targets import Target, evaluate, times_faster
 from benchmarks.timing import relative_error
 from configs import fst_gpt2, fst_small
 from sparsejax.accounting.flops import count_transformer_flops
-from sparsejax.config import (
-    TrainConfig,
-    make_recipe,
-    make_transformer_config,
-    parse_config,
-)
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.masks import transposable_mask
 from sparsejax.models import (
     DENSE_LINEAR,
@@ -205,7 +201,7 @@ def make_block_case(problem: BlockProblem, kernel: NMImplementation) -> Case:
         references={DENSE: dense},
         tolerance=_TOLERANCE,
         error=error,
-        flops=dict.fromkeys((kernel, DENSE), layer * problem.batch),
+        flops=dict.fromkeys((kernel, DENSE), (layer.forward + layer.backward) * problem.batch),
     )
 
 

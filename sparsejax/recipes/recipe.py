@@ -34,6 +34,8 @@ class Phase(NamedTuple):
       position_mask: (T) -> bool[T, T], True = kept: sparse attention goes to these positions and
         not to the blocks of the masks, which saves counted FLOPs and no time. None: to the blocks.
       pruned_logits: "masked" or "zero", how pruned attention blocks count in the softmax.
+      changes_attention: bool, `update` or `choose_masks` change attention masks within the phase;
+        their lists of blocks are then built in every step and not once.
       sparse_weights: bool, False ignores the masks of weights.
       grad_pruning: "none", "mvue" or "mvue_exact", how gradients are pruned for the gradient of
         sparse weights.
@@ -54,6 +56,7 @@ class Phase(NamedTuple):
     sparse_attention: bool = False
     position_mask: Callable[[int], jax.Array] | None = None
     pruned_logits: Literal["masked", "zero"] = "masked"
+    changes_attention: bool = False
     sparse_weights: bool = False
     grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
     masked_gradients: bool = False

@@ -43,15 +43,21 @@ class StepTimer:
         return seconds
 
 
-def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: float | None) -> str:
+def format_progress(
+    row: Mapping[str, Any],
+    *,
+    num_steps: int,
+    step_seconds: float | None,
+    shown: Mapping[str, float] | None = None,
+) -> str:
     """Write one progress line.
 
     Args:
       row: metrics of a training step: step, phase, loss, tokens_per_second, density; the
-        weight_density of a phase that has sparse weights; the last
-        flip_rate of a recipe that has one.
-      num_steps: int, steps of the whole run.
-      step_seconds: float or None, recent seconds per step.
+        weight_density of a phase that has sparse weights.
+      num_steps: steps of the whole run.
+      step_seconds: recent seconds per step, if known.
+      shown: further numbers by label.
 
     Returns:
       str.
@@ -69,8 +75,7 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
     ]
     if "weight_density" in row:
         parts.append(f"weight density {row['weight_density']:.3f}")
-    if "flip_rate" in row:
-        parts.append(f"flip rate {row['flip_rate']:.4f}")
+    parts += [f"{label} {value:.4f}" for label, value in (shown or {}).items()]
     if step_seconds:
         parts.append(f"{_format_rate(row['tokens_per_step'] / step_seconds)} tokens/s")
         parts.append(f"{_format_duration((num_steps - row['step']) * step_seconds)} left")
