@@ -16,7 +16,7 @@ ARRAY = re.compile(r"\b(?:jax\.Array|np\.ndarray|ArrayLike)\b")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields")
 # What a line may not consist of alone: names of types, and what joins them.
 TYPE_WORD = re.compile(
-    r"[A-Z]\w*[a-z]\w*|[A-Z]+|jax|np|nnx|int|float|bool|str|list|tuple|dict|bytes|None|or|of|and|a|an"
+    r"[A-Z]\w*[a-z]\w*|[A-Z]{2,}|jax|np|nnx|int|float|bool|str|list|tuple|dict|bytes|None|or|of|and|a|an"
 )
 
 
@@ -69,6 +69,8 @@ def split_entries(docstring, title):
 def says_nothing(text):
     """Whether a line consists of a type alone."""
     words = re.findall(r"\w+", text)
+    if re.search(r"\b(?:float|int|bool)\[", text):
+        return False  # a shape
     return bool(words) and all(TYPE_WORD.fullmatch(word) for word in words)
 
 
@@ -197,5 +199,5 @@ def test_methods_are_looked_at_and_private_names_are_not():
     )
     assert check_module(source) == ["4 A.f: Args: x"]
     assert check_module('"""M."""\ndef _f(x): return x') == []
-    attributes = '"""M."""\nclass A:\n  """A.\n\n  Attributes:\n    b: B.\n  """'
+    attributes = '"""M."""\nclass A:\n  """A.\n\n  Attributes:\n    b: Block.\n  """'
     assert check_module(attributes) == ["2 A: b says its type only"]
