@@ -23,9 +23,6 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run."
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
 _TARGET = flags.DEFINE_enum("target", "h200", ["h200", "h100"], "GPU of --mode=plan.")
-_NUM_CLASSES = flags.DEFINE_integer(
-    "plan_num_classes", None, "Labels of a tfds: or idx: source, which --mode=plan does not read."
-)
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +57,6 @@ def main(argv: list[str]) -> int:
             workdir=_WORKDIR.value or "",
             command=shlex.join([sys.executable, *sys.argv]),
             target=_TARGET.value,
-            num_classes=_NUM_CLASSES.value,
         )
     except ConfigError as error:
         return _fail(str(error))

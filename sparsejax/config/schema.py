@@ -1,7 +1,6 @@
 """From the mapping a user edits to frozen, checked settings; the only reader of that mapping."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -329,11 +328,6 @@ def name_kernels(config: TrainConfig) -> str:
 
 
 def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
-    mapping = dict(mapping)
-    for key in ("source", "data_dir"):
-        if isinstance(mapping.get(key), str):
-            kind, colon, path = mapping[key].rpartition(":")
-            mapping[key] = kind + colon + os.path.expanduser(path)
     try:
         return build_settings(DataConfig, mapping, "data", seed=seed)
     except ConfigError:

@@ -145,7 +145,7 @@ def _take_or_fill(examples: Any, position: int) -> Batch:
     if position < len(examples):
         return examples[position]
     last = examples[len(examples) - 1]
-    return last | {"weights": np.zeros_like(last["weights"])}
+    return last | {"loss_weights": np.zeros_like(last["loss_weights"])}
 
 
 def _stack(examples: list[Batch]) -> Batch:

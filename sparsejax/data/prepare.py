@@ -1,10 +1,12 @@
 """Command line that prepares a data set once, on a machine with network access if need be."""
 
 import argparse
+import dataclasses
 import sys
 
 from sparsejax.data.config import DataConfig
 from sparsejax.data.dataset import prepare
+from sparsejax.data.sources import load_source
 
 _FLAGS = {
     "source": "what to prepare, as tfds:imdb_reviews, listops, pathfinder or stdlib",
@@ -37,15 +39,10 @@ def main(arguments: list[str]) -> None:
         )
     values = vars(parser.parse_args(arguments))
     try:
-        prepare(
-            DataConfig(
-                **values,
-                download=values["source"].startswith("tfds:"),
-                sequence_length=1,
-                batch_size=1,
-                seed=0,
-            )
-        )
+        config = DataConfig(**values)
+        if "download" in load_source(config.kind).options.always:
+            config = dataclasses.replace(config, download=True)
+        prepare(config)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(f"{values['source']} is ready in {values['data_dir']}.")

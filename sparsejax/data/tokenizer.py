@@ -33,6 +33,22 @@ class Tokenizer:
         return np.min_scalar_type(self.vocab_size - 1)
 
 
+def count_ids(tokenizer: str) -> int:
+    """Return how many ids a tokenizer of text has.
+
+    Args:
+        tokenizer: As in `DataConfig`.
+
+    Returns:
+        The number of ids, the separator included.
+
+    Example:
+        >>> count_ids("bytes"), count_ids("bpe:4096")
+        (256, 4096)
+    """
+    return 256 if tokenizer == "bytes" else int(tokenizer.partition(":")[2])
+
+
 def byte_tokenizer() -> Tokenizer:
     """Make the tokenizer whose ids are the bytes themselves.
 

@@ -17,7 +17,6 @@ def run_mode(
     workdir: str,
     command: str,
     target: str,
-    num_classes: int | None,
 ) -> None:
     """Do what was asked for, and say what came of it.
 
@@ -27,7 +26,6 @@ def run_mode(
       workdir: str, folder of the run; not used by "plan".
       command: str, what goes on with training when it was stopped.
       target: str, GPU of "plan".
-      num_classes: int or None, labels of data that "plan" does not read.
 
     Raises:
       ConfigError: if a setting has to be changed.
@@ -35,7 +33,7 @@ def run_mode(
     """
     config = parse_config(settings)
     if mode == "plan":
-        print(format_plan(make_plan(config, target=target, num_classes=num_classes)))
+        print(format_plan(make_plan(config, target=target)))
     elif mode == "find_decay":
         find_decay(config, workdir)
     elif mode == "eval":

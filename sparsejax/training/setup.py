@@ -132,13 +132,7 @@ def prepare_run(config: TrainConfig) -> Run:
         raise ConfigError(f"data.{error}") from error
     except OSError as error:
         raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
-    model = make_transformer_config(
-        config,
-        task=data.task,
-        vocab_size=data.vocab_size,
-        num_classes=data.num_classes,
-        patch_values=data.patch_values,
-    )
+    model = make_transformer_config(config, **data.spec._asdict())
     devices = _choose_devices(config)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     run = Run(

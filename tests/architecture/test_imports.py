@@ -12,12 +12,13 @@ ARROWS = {
     "pallas_kernels": (),
     "pallas_kernels.aot": (),
     "sparsejax.types": (),
+    "sparsejax.batch": (),
     "sparsejax.patterns": ("sparsejax.types",),
     "sparsejax.masks": ("sparsejax.patterns", "sparsejax.types"),
     "sparsejax.recipes": ("sparsejax.masks", "sparsejax.patterns", "sparsejax.types"),
     "sparsejax.models": ("pallas_kernels", "sparsejax.patterns", "sparsejax.types"),
     "sparsejax.optimizer": ("sparsejax.recipes", "sparsejax.types"),
-    "sparsejax.data": (),
+    "sparsejax.data": ("sparsejax.batch",),
     "sparsejax.strict_json": (),
     "sparsejax.config": (
         "sparsejax.models",
@@ -35,6 +36,7 @@ ARROWS = {
     "sparsejax.checkpoint": ("sparsejax.config", "sparsejax.strict_json", "sparsejax.types"),
     "sparsejax.report": ("sparsejax.accounting", "sparsejax.strict_json"),
     "sparsejax.training": (
+        "sparsejax.batch",
         "sparsejax.recipes",
         "sparsejax.models",
         "sparsejax.optimizer",
@@ -48,6 +50,7 @@ ARROWS = {
     ),
     "sparsejax.tools": (
         "sparsejax.tools.plan",
+        "sparsejax.batch",
         "sparsejax.training",
         "sparsejax.recipes",
         "sparsejax.models",
@@ -63,6 +66,7 @@ ARROWS = {
     # The one place where a run meets the compiler for absent GPUs, which models have no use for.
     "sparsejax.tools.plan": (
         "sparsejax.tools",
+        "sparsejax.batch",
         "sparsejax.training",
         "sparsejax.recipes",
         "sparsejax.optimizer",
