@@ -20,52 +20,52 @@ class DataConfig:
     A leading `~` in `data_dir` and in a path within `source` stands for the home folder.
 
     Attributes:
-        source: What to read.
+      source: What to read.
 
-            - `"stdlib"`: the running Python's standard-library sources, a language-model corpus.
-            - `"text:/path"`: a text file or a folder of them, a language-model corpus.
-            - `"listops"`, `"listops:short"`: Long Range Arena ListOps, lengths 501-1999 or 21-199.
-            - `"pathfinder"`: Long Range Arena Pathfinder, 32 x 32 pixels.
-            - `"idx:/folder"`: images in MNIST's IDX format as sequences of pixels or patches.
-            - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
-              without a label is a language-model corpus.
-            - `"aan:/path"`: Long Range Arena retrieval, two documents and one label.
-            - `"pairs:/folder"`: sentences and their translations, files of one sentence per line.
-        data_dir: Folder of prepared sets, tokenizers and caches; made when missing.
-        tokenizer: `"bytes"`, or `"bpe:N"` for N byte-level BPE entries trained on the training
-            split. Sources of pixels or symbols have their own vocabulary.
-        sequence_length: Tokens, pixels or patches per example, T.
-        batch_size: Examples per step over all processes.
-        seed: Order of the training examples, in [0, 2^32).
-        num_reading_threads: 0 reads in the caller's thread, 1 reads ahead in another.
-        truncate: Whether a longer classification example is cut to its first T tokens, as Long
-            Range Arena does, and a longer sentence to be translated; otherwise it is an error.
-        download: Whether a TFDS set that is not prepared may be downloaded.
-        train_split: Name of the training split; empty for the source's own (`"train"`). TFDS slices
-            such as `"train[:90%]"` are names.
-        validation_split: Name of the validation split; empty for the source's own: `"validation"`,
-            `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`.
-        input_key: TFDS feature to read; empty for the one the set declares.
-        label_key: TFDS label to predict; empty for the one the set declares.
-        image_size: Side that the largest square in the middle of each image is scaled to, in
-            pixels; 0 for images as they are stored. Of a TFDS set, or of IDX images in patches.
-        validation_fraction: Share of a text corpus held out, in (0, 1).
-        listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
-        pathfinder_examples: The same of Pathfinder, with 1/8.
-        mask_fraction: Share of the tokens of a corpus that are masked and must be predicted (masked
-            language model), in (0, 1); 0 to predict the next token.
-        patch_size: Side of the square patches that images are cut into, in pixels; 0 for single
-            pixels of grey. What follows applies to patches only.
-        image_channels: What the images must have, 1 (grey) or 3 (RGB); 0 for what they have.
-        random_crop: Whether a random part of each training image is scaled to the whole.
-        random_flip: Whether left and right of a training image are swapped, half of the time.
+        - `"stdlib"`: the running Python's standard-library sources, a language-model corpus.
+        - `"text:/path"`: a text file or a folder of them, a language-model corpus.
+        - `"listops"`, `"listops:short"`: Long Range Arena ListOps, lengths 501-1999 or 21-199.
+        - `"pathfinder"`: Long Range Arena Pathfinder, 32 x 32 pixels.
+        - `"idx:/folder"`: images in MNIST's IDX format as sequences of pixels or patches.
+        - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
+          without a label is a language-model corpus.
+        - `"aan:/path"`: Long Range Arena retrieval, two documents and one label.
+        - `"pairs:/folder"`: sentences and their translations, files of one sentence per line.
+      data_dir: Folder of prepared sets, tokenizers and caches; made when missing.
+      tokenizer: `"bytes"`, or `"bpe:N"` for N byte-level BPE entries trained on the training
+        split. Sources of pixels or symbols have their own vocabulary.
+      sequence_length: Tokens, pixels or patches per example, T.
+      batch_size: Examples per step over all processes.
+      seed: Order of the training examples, in [0, 2^32).
+      num_reading_threads: 0 reads in the caller's thread, 1 reads ahead in another.
+      truncate: Whether a longer classification example is cut to its first T tokens, as Long
+        Range Arena does, and a longer sentence to be translated; otherwise it is an error.
+      download: Whether a TFDS set that is not prepared may be downloaded.
+      train_split: Name of the training split; empty for the source's own (`"train"`). TFDS slices
+        such as `"train[:90%]"` are names.
+      validation_split: Name of the validation split; empty for the source's own: `"validation"`,
+        `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`.
+      input_key: TFDS feature to read; empty for the one the set declares.
+      label_key: TFDS label to predict; empty for the one the set declares.
+      image_size: Side that the largest square in the middle of each image is scaled to, in
+        pixels; 0 for images as they are stored. Of a TFDS set, or of IDX images in patches.
+      validation_fraction: Share of a text corpus held out, in (0, 1).
+      listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
+      pathfinder_examples: The same of Pathfinder, with 1/8.
+      mask_fraction: Share of the tokens of a corpus that are masked and must be predicted (masked
+        language model), in (0, 1); 0 to predict the next token.
+      patch_size: Side of the square patches that images are cut into, in pixels; 0 for single
+        pixels of grey. What follows applies to patches only.
+      image_channels: What the images must have, 1 (grey) or 3 (RGB); 0 for what they have.
+      random_crop: Whether a random part of each training image is scaled to the whole.
+      random_flip: Whether left and right of a training image are swapped, half of the time.
 
     Raises:
-        ValueError: An option is out of range or does not apply to the source.
+      ValueError: An option is out of range or does not apply to the source.
 
     Example:
-        >>> DataConfig(source="idx:/mnist", sequence_length=784).kind
-        'idx'
+      >>> DataConfig(source="idx:/mnist", sequence_length=784).kind
+      'idx'
     """
 
     source: str = "stdlib"

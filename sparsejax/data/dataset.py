@@ -34,11 +34,11 @@ class Data:
     `sparsejax.batch` says what a batch holds; B there is the batch of this process.
 
     Attributes:
-        train: Endless iterator over shuffled batches, with `get_state` and `set_state`.
-        validation: Opens a pass over the validation split of at most so many batches (None = all);
-            always the same order, the last batch filled up with examples of weight 0.
-        spec: What a model must know of the data.
-        fingerprint: What must be equal for a run to resume on this data.
+      train: Endless iterator over shuffled batches, with `get_state` and `set_state`.
+      validation: Opens a pass over the validation split of at most so many batches (None = all);
+        always the same order, the last batch filled up with examples of weight 0.
+      spec: What a model must know of the data.
+      fingerprint: What must be equal for a run to resume on this data.
     """
 
     train: pipeline.BatchIterator
@@ -59,16 +59,16 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
     """Open a data set, building its caches on first use.
 
     Args:
-        config: What to open.
-        process_index: This process, in [0, process_count).
-        process_count: Processes that share each batch.
+      config: What to open.
+      process_index: This process, in [0, process_count).
+      process_count: Processes that share each batch.
 
     Returns:
-        Its batches.
+      Its batches.
 
     Raises:
-        ValueError: The data is missing, damaged, too small or too long for the settings, or the
-            batch cannot be shared among the processes.
+      ValueError: The data is missing, damaged, too small or too long for the settings, or the
+        batch cannot be shared among the processes.
     """
     if not 0 <= process_index < process_count:
         raise ValueError(
@@ -123,10 +123,10 @@ def prepare(config: DataConfig) -> None:
     """Download or generate a data set, train its tokenizer and write its caches.
 
     Args:
-        config: What to prepare; lengths and batches do not matter.
+      config: What to prepare; lengths and batches do not matter.
 
     Raises:
-        ValueError: The data is missing or damaged.
+      ValueError: The data is missing or damaged.
     """
     _prepare(config, load_source(config.kind).open(config))
 

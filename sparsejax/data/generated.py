@@ -33,8 +33,8 @@ class GeneratedConfig(tfds.core.BuilderConfig):
     """Size of one variant of a generated set.
 
     Attributes:
-        train_examples: Size of the training split.
-        train_per_test_example: How many times smaller each of the two other splits is.
+      train_examples: Size of the training split.
+      train_per_test_example: How many times smaller each of the two other splits is.
     """
 
     train_examples: int = 0
@@ -52,9 +52,9 @@ class ListOpsConfig(GeneratedConfig):
     """Bounds and size of one variant.
 
     Attributes:
-        min_length: Expressions are longer.
-        max_length: Expressions are shorter.
-        train_examples: Size of the training split; the two others have 1/48 as many each.
+      min_length: Expressions are longer.
+      max_length: Expressions are shorter.
+      train_examples: Size of the training split; the two others have 1/48 as many each.
     """
 
     min_length: int = 500
@@ -113,7 +113,7 @@ class PathfinderConfig(GeneratedConfig):
     """Size of one variant.
 
     Attributes:
-        train_examples: Size of the training split; the two others have 1/8 as many each.
+      train_examples: Size of the training split; the two others have 1/8 as many each.
     """
 
     train_examples: int = 160_000
@@ -163,18 +163,18 @@ def open_generated(
     """Open a generated set, writing it into `data_dir` on first use.
 
     Args:
-        config: Settings of the source.
-        builder_class: Its builder, whose variants are `GeneratedConfig`s.
-        contents: What its examples are; their labels are the feature `"label"`.
-        variant: Name of the published variant.
-        train_examples: Size of the training split, published or not.
-        input_key: Feature that becomes the document: uint8 values, flattened row by row.
+      config: Settings of the source.
+      builder_class: Its builder, whose variants are `GeneratedConfig`s.
+      contents: What its examples are; their labels are the feature `"label"`.
+      variant: Name of the published variant.
+      train_examples: Size of the training split, published or not.
+      input_key: Feature that becomes the document: uint8 values, flattened row by row.
 
     Returns:
-        The set.
+      The set.
 
     Raises:
-        ValueError: `validation_split` is not a split.
+      ValueError: `validation_split` is not a split.
     """
     validation = config.validation_split or "validation"
     if validation not in _SPLITS[1:]:

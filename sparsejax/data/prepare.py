@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     """Prepare the data set that the command line names, downloading it if need be.
 
     Args:
-        arguments: The command line without the program's name; exits with code 2 if it is wrong.
+      arguments: The command line without the program's name; exits with code 2 if it is wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m sparsejax.data.prepare")
     for name, text in _FLAGS.items():

@@ -15,9 +15,11 @@ type Split = Literal["train", "validation"]
 class Options(NamedTuple):
     """The options of `DataConfig` that apply to a source beyond the common ones.
 
+    Any other is refused, never ignored.
+
     Attributes:
-        always: Options that may be set.
-        with_patches: Options that may be set where `patch_size` is above 0.
+      always: Options that may be set.
+      with_patches: Options that may be set where `patch_size` is above 0.
     """
 
     always: Set[str]
@@ -28,10 +30,10 @@ class Contents(NamedTuple):
     """What the examples of a source are.
 
     Attributes:
-        task: What the examples are for; settings may make a masked one of a language model.
-        num_values: Number of distinct pixels or symbols; None for text.
-        num_classes: Number of labels; 0 for a language model and for translation.
-        patch_values: Values of a patch of an image; 0 for anything else.
+      task: What the examples are for; settings may make a masked one of a language model.
+      num_values: Number of distinct pixels or symbols; None for text.
+      num_classes: Number of labels; 0 for a language model and for translation.
+      patch_values: Values of a patch of an image; 0 for anything else.
     """
 
     task: Task
@@ -44,11 +46,11 @@ class Example(NamedTuple):
     """One raw example.
 
     Attributes:
-        documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
-            `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
-            patches lie one after another.
-        label: Class of the example; 0 where there are no classes.
-        complete: False when the document goes on in the next example (language models only).
+      documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
+        `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
+        patches lie one after another.
+      label: Class of the example; 0 where there are no classes.
+      complete: False when the document goes on in the next example (language models only).
     """
 
     documents: tuple[bytes | np.ndarray, ...]
@@ -61,11 +63,11 @@ class Source:
     """A data set before tokenization.
 
     Attributes:
-        contents: What its examples are.
-        identity: JSON value that changes whenever the examples may have; key of the caches.
-        read: Opens a split and yields its examples, always in the same order.
-        grid: How the documents are patches of images; None if they are not.
-        fingerprint: What else must be equal when a run is resumed.
+      contents: What its examples are.
+      identity: JSON value that changes whenever the examples may have; key of the caches.
+      read: Opens a split and yields its examples, always in the same order.
+      grid: How the documents are patches of images; None if they are not.
+      fingerprint: What else must be equal when a run is resumed.
     """
 
     contents: Contents

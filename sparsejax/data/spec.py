@@ -13,10 +13,10 @@ class DataSpec(NamedTuple):
     """What a model must know of a data set.
 
     Attributes:
-        task: What the batches are for.
-        vocab_size: Ids are in [0, vocab_size); 0 for patches, which are no ids.
-        num_classes: Number of labels; 0 for a language model and for translation.
-        patch_values: Values of a patch, 0 for ids.
+      task: What the batches are for.
+      vocab_size: Ids are in [0, vocab_size); 0 for patches, which are no ids.
+      num_classes: Number of labels; 0 for a language model and for translation.
+      patch_values: Values of a patch, 0 for ids.
     """
 
     task: Task
@@ -32,17 +32,17 @@ def describe_data(config: DataConfig) -> DataSpec:
     knows of the set; no other source looks at a file.
 
     Args:
-        config: Names the data set.
+      config: Names the data set.
 
     Returns:
-        The spec that `make_data(config)` has.
+      The spec that `make_data(config)` has.
 
     Raises:
-        ValueError: What stands in files only is not there, or contradicts the settings.
+      ValueError: What stands in files only is not there, or contradicts the settings.
 
     Example:
-        >>> describe_data(DataConfig(source="aan:/aan"))
-        DataSpec(task='matching', vocab_size=257, num_classes=2, patch_values=0)
+      >>> describe_data(DataConfig(source="aan:/aan"))
+      DataSpec(task='matching', vocab_size=257, num_classes=2, patch_values=0)
     """
     return make_spec(config, load_source(config.kind).describe(config))
 
@@ -51,14 +51,14 @@ def make_spec(config: DataConfig, contents: Contents) -> DataSpec:
     """Say what batches are made of the contents of a source.
 
     Args:
-        config: Settings of the data set.
-        contents: What its source holds.
+      config: Settings of the data set.
+      contents: What its source holds.
 
     Returns:
-        The spec.
+      The spec.
 
     Raises:
-        ValueError: Examples with labels cannot be masked.
+      ValueError: Examples with labels cannot be masked.
     """
     task = contents.task
     if config.mask_fraction:

@@ -31,13 +31,13 @@ def write_examples(
     """Write a split as its task asks for.
 
     Args:
-        folder: Existing folder for the files.
-        examples: The split.
-        tokenizer: Encodes the documents.
-        contents: What the examples are.
+      folder: Existing folder for the files.
+      examples: The split.
+      tokenizer: Encodes the documents.
+      contents: What the examples are.
 
     Raises:
-        ValueError: A label or a value is out of range.
+      ValueError: A label or a value is out of range.
     """
     if contents.task == "language_model":
         write_stream(folder, examples, tokenizer)
@@ -52,14 +52,14 @@ def open_examples(
     """Map what `write_examples` wrote.
 
     Args:
-        folder: Where it was written.
-        task: What batches are for.
-        tokenizer: With which it was written.
-        sequence_length: T.
-        grid: How the documents are patches of images; None if they are not.
+      folder: Where it was written.
+      task: What batches are for.
+      tokenizer: With which it was written.
+      sequence_length: T.
+      grid: How the documents are patches of images; None if they are not.
 
     Returns:
-        The examples.
+      The examples.
     """
     match task:
         case "language_model" | "masked_language_model":
@@ -77,9 +77,9 @@ def write_stream(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer
     """Write a language-model corpus as one stream, a separator after each document.
 
     Args:
-        folder: Existing folder for the files.
-        examples: The corpus.
-        tokenizer: Encodes the documents.
+      folder: Existing folder for the files.
+      examples: The corpus.
+      tokenizer: Encodes the documents.
     """
     separator = np.array([SEPARATOR], tokenizer.dtype).tobytes()
     with open(folder / _TOKENS, "wb") as file:
@@ -96,13 +96,13 @@ def write_documents(
     """Write labelled documents end to end, with their offsets and labels.
 
     Args:
-        folder: Existing folder for the files.
-        examples: The split.
-        tokenizer: Encodes the documents.
-        num_classes: Labels are in [0, num_classes).
+      folder: Existing folder for the files.
+      examples: The split.
+      tokenizer: Encodes the documents.
+      num_classes: Labels are in [0, num_classes).
 
     Raises:
-        ValueError: A label or a value is out of range.
+      ValueError: A label or a value is out of range.
     """
     lengths, labels = [0], []
     with open(folder / _TOKENS, "wb") as file:
@@ -138,10 +138,10 @@ class Windows:
         """Map the stream that `write_stream` wrote.
 
         Args:
-            folder: Where it was written.
-            tokenizer: With which it was written.
-            sequence_length: T.
-            shifted: Whether the targets are the next tokens.
+          folder: Where it was written.
+          tokenizer: With which it was written.
+          sequence_length: T.
+          shifted: Whether the targets are the next tokens.
         """
         path = folder / _TOKENS
         self._tokens = _map_tokens(path, tokenizer.dtype)
@@ -171,10 +171,10 @@ class Documents:
         """Map the documents that `write_documents` wrote.
 
         Args:
-            folder: Where they were written.
-            tokenizer: With which they were written.
-            sequence_length: T.
-            paired: Whether each example has two documents.
+          folder: Where they were written.
+          tokenizer: With which they were written.
+          sequence_length: T.
+          paired: Whether each example has two documents.
         """
         self._tokens = _map_tokens(folder / _TOKENS, tokenizer.dtype)
         self._offsets = np.load(folder / _OFFSETS)
@@ -208,10 +208,10 @@ class Documents:
         """Refuse documents longer than T.
 
         Args:
-            split: Name of the split, for the message.
+          split: Name of the split, for the message.
 
         Raises:
-            ValueError: Some documents are longer than `sequence_length`.
+          ValueError: Some documents are longer than `sequence_length`.
         """
         lengths = np.diff(self._offsets) + self._num_added
         longer = int(np.count_nonzero(lengths > self._sequence_length))
@@ -238,7 +238,7 @@ class Translations(Documents):
     each padded with zeros. What is longer is cut to its first T, and then has no end.
 
     References:
-        fairseq begins the decoder's input with the end of the sentence, too.
+      fairseq begins the decoder's input with the end of the sentence, too.
     """
 
     _num_added = 1
@@ -247,9 +247,9 @@ class Translations(Documents):
         """Map the pairs that `write_documents` wrote.
 
         Args:
-            folder: Where they were written.
-            tokenizer: With which they were written.
-            sequence_length: T.
+          folder: Where they were written.
+          tokenizer: With which they were written.
+          sequence_length: T.
         """
         super().__init__(folder, tokenizer, sequence_length, paired=True)
 
@@ -278,9 +278,9 @@ class Patches:
         """Map the documents that `write_documents` wrote.
 
         Args:
-            folder: Where they were written.
-            grid: How the images fall into patches.
-            sequence_length: T, at least their number.
+          folder: Where they were written.
+          grid: How the images fall into patches.
+          sequence_length: T, at least their number.
         """
         self._labels = np.load(folder / _LABELS)
         values = _map_tokens(folder / _TOKENS, np.dtype(np.uint8))

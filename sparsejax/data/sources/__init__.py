@@ -23,8 +23,8 @@ class SourceRow(NamedTuple):
     """How a kind of source is named.
 
     Attributes:
-        spellings: Values of `DataConfig.source`, as messages show them.
-        any_rest: Whether the part after the colon stands for anything but an empty one.
+      spellings: Values of `DataConfig.source`, as messages show them.
+      any_rest: Whether the part after the colon stands for anything but an empty one.
     """
 
     spellings: tuple[str, ...]
@@ -35,9 +35,9 @@ class SourceModule(NamedTuple):
     """What the file of a source offers.
 
     Attributes:
-        options: The options of `DataConfig` that apply beyond the common ones.
-        describe: Tells what the examples are.
-        open: Opens the data.
+      options: The options of `DataConfig` that apply beyond the common ones.
+      describe: Tells what the examples are.
+      open: Opens the data.
     """
 
     options: "Options"
@@ -62,10 +62,10 @@ def check_spelling(source: str) -> None:
     """Refuse what names no source.
 
     Args:
-        source: As in `DataConfig`.
+      source: As in `DataConfig`.
 
     Raises:
-        ValueError: No row has this spelling; the message lists them all.
+      ValueError: No row has this spelling; the message lists them all.
     """
     kind, _, rest = source.partition(":")
     row = SOURCES.get(kind)
@@ -78,10 +78,10 @@ def load_source(kind: str) -> SourceModule:
     """Import the file of a source.
 
     Args:
-        kind: A key of `SOURCES`.
+      kind: A key of `SOURCES`.
 
     Returns:
-        What the file offers.
+      What the file offers.
     """
     module = importlib.import_module(f"{__name__}.{kind}")
     return SourceModule(

@@ -16,10 +16,10 @@ def describe_aan(config: DataConfig) -> Contents:
     """Describe the set without reading it.
 
     Args:
-        config: Settings with `source="aan:/path"`.
+      config: Settings with `source="aan:/path"`.
 
     Returns:
-        Its contents.
+      Its contents.
     """
     return Contents("matching", num_classes=2)
 
@@ -30,13 +30,13 @@ def open_aan(config: DataConfig) -> Source:
     Each line is `label, id1, id2, text1, text2`, separated by tabs; texts are taken as published.
 
     Args:
-        config: Settings with `source="aan:/path"`; split names are the middle of the file names.
+      config: Settings with `source="aan:/path"`; split names are the middle of the file names.
 
     Returns:
-        The set: two documents and one of two labels per example.
+      The set: two documents and one of two labels per example.
 
     Raises:
-        ValueError: A file is missing or a line is not of this form.
+      ValueError: A file is missing or a line is not of this form.
     """
     folder = Path(config.rest)
     names = {

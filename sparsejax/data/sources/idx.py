@@ -26,13 +26,13 @@ def describe_idx(config: DataConfig) -> Contents:
     """Describe the images: how many classes the labels have, and how large a patch is.
 
     Args:
-        config: Settings with `source="idx:/folder"`.
+      config: Settings with `source="idx:/folder"`.
 
     Returns:
-        Their contents.
+      Their contents.
 
     Raises:
-        ValueError: A file is missing, ambiguous or damaged, or the images do not fit the patches.
+      ValueError: A file is missing, ambiguous or damaged, or the images do not fit the patches.
     """
     files = _find_files(config)
     return _describe(_read_labels(files), _find_grid(config, files))
@@ -42,14 +42,14 @@ def open_idx(config: DataConfig) -> Source:
     """Open a folder with `train-images*`, `train-labels*`, `t10k-images*` and `t10k-labels*`.
 
     Args:
-        config: Settings with `source="idx:/folder"`; split names are the prefixes of the files.
+      config: Settings with `source="idx:/folder"`; split names are the prefixes of the files.
 
     Returns:
-        The set; grey levels are values in [0, 256), or images are cut into patches.
+      The set; grey levels are values in [0, 256), or images are cut into patches.
 
     Raises:
-        ValueError: A file is missing, ambiguous, damaged, or does not fit the others or the
-            patches.
+      ValueError: A file is missing, ambiguous, damaged, or does not fit the others or the
+        patches.
     """
     files = _find_files(config)
     labels, grid = _read_labels(files), _find_grid(config, files)
@@ -84,14 +84,14 @@ def read_idx(path: Path, num_axes: int) -> np.ndarray:
     """Read one IDX file of unsigned bytes, compressed with gzip or plain.
 
     Args:
-        path: The file.
-        num_axes: Number of axes it must have.
+      path: The file.
+      num_axes: Number of axes it must have.
 
     Returns:
-        uint8 array.
+      uint8 array.
 
     Raises:
-        ValueError: The file cannot be read, is damaged, or is not such a file.
+      ValueError: The file cannot be read, is damaged, or is not such a file.
     """
     contents = _read_bytes(path)
     shape = _parse_shape(path, contents, num_axes)

@@ -6,9 +6,9 @@ expression is kept when its length, counting digits, operators and closing brack
 between two bounds and it has not occurred before. The label is its value.
 
 References:
-    Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020; the published
-    generator is followed where the paper is silent.
-    Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018.
+  Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020; the published
+  generator is followed where the paper is silent.
+  Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018.
 """
 
 import hashlib
@@ -37,16 +37,16 @@ def sample_expression(rng: random.Random, max_length: int) -> tuple[list[int], i
     """Draw one expression from the grammar.
 
     Args:
-        rng: Source of randomness.
-        max_length: Length from which an expression is given up.
+      rng: Source of randomness.
+      max_length: Length from which an expression is given up.
 
     Returns:
-        Ids and value, or None when the expression reaches `max_length`.
+      Ids and value, or None when the expression reaches `max_length`.
 
     Example:
-        >>> ids, value = sample_expression(random.Random(183), 100)
-        >>> " ".join(SYMBOLS[i] for i in ids), value
-        ('[MED 2 5 ]', 3)
+      >>> ids, value = sample_expression(random.Random(183), 100)
+      >>> " ".join(SYMBOLS[i] for i in ids), value
+      ('[MED 2 5 ]', 3)
     """
     ids = []
     try:
@@ -94,12 +94,12 @@ def generate_expressions(
     """Generate expressions, always the same ones in the same order.
 
     Args:
-        count: How many are generated.
-        min_length: Expressions are longer.
-        max_length: Expressions are shorter.
+      count: How many are generated.
+      min_length: Expressions are longer.
+      max_length: Expressions are shorter.
 
     Yields:
-        Ids and value of each expression, no two of which are alike.
+      Ids and value of each expression, no two of which are alike.
     """
     rng, seen = random.Random(0), set()
     while len(seen) < count:
@@ -116,10 +116,10 @@ def describe_listops(config: DataConfig) -> Contents:
     """Describe the set without generating it.
 
     Args:
-        config: Settings with `source="listops"` or `"listops:short"`.
+      config: Settings with `source="listops"` or `"listops:short"`.
 
     Returns:
-        Its contents.
+      Its contents.
     """
     return Contents("classification", num_values=len(SYMBOLS), num_classes=10)
 
@@ -128,13 +128,13 @@ def open_listops(config: DataConfig) -> Source:
     """Open ListOps, generating it into `data_dir` on first use.
 
     Args:
-        config: Settings with `source="listops"` or `"listops:short"`.
+      config: Settings with `source="listops"` or `"listops:short"`.
 
     Returns:
-        The set; ids are indices of `SYMBOLS`.
+      The set; ids are indices of `SYMBOLS`.
 
     Raises:
-        ValueError: `validation_split` is not a split.
+      ValueError: `validation_split` is not a split.
     """
     from sparsejax.data.generated import ListOps, open_generated
 

@@ -17,10 +17,10 @@ def describe_pairs(config: DataConfig) -> Contents:
     """Describe the set without reading it.
 
     Args:
-        config: Settings with `source="pairs:/folder"`.
+      config: Settings with `source="pairs:/folder"`.
 
     Returns:
-        Its contents.
+      Its contents.
     """
     return Contents("translation")
 
@@ -32,13 +32,13 @@ def open_pairs(config: DataConfig) -> Source:
     and a carriage return at its end belongs to the line break.
 
     Args:
-        config: Settings with `source="pairs:/folder"`; split names are the stems of the file names.
+      config: Settings with `source="pairs:/folder"`; split names are the stems of the file names.
 
     Returns:
-        The set: a sentence and its translation per example.
+      The set: a sentence and its translation per example.
 
     Raises:
-        ValueError: A file is missing, has other lines than its twin, or is not text.
+      ValueError: A file is missing, has other lines than its twin, or is not text.
     """
     folder = Path(config.rest)
     names = {

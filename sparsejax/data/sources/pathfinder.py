@@ -19,9 +19,9 @@ Ours, as the generator is:
 - Pixels are 0 or 255; nothing is smoothed.
 
 References:
-    Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent
-    units", 2018.
-    Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020.
+  Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent
+  units", 2018.
+  Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020.
 """
 
 import functools
@@ -152,24 +152,24 @@ def draw_pathfinder(
     """Draw one picture and its label.
 
     Args:
-        rng: Source of randomness; only its `random()` is used, whose sequence Python promises to
-            keep between versions.
-        size: Side of the picture, in pixels.
-        num_dashes: Dashes of each of the two long paths.
-        num_distractors: Number of shorter paths.
-        distractor_dashes: Dashes of each of them.
+      rng: Source of randomness; only its `random()` is used, whose sequence Python promises to
+        keep between versions.
+      size: Side of the picture, in pixels.
+      num_dashes: Dashes of each of the two long paths.
+      num_distractors: Number of shorter paths.
+      distractor_dashes: Dashes of each of them.
 
     Returns:
-        uint8[size, size] with the values 0 and 255, and 1 if the circles mark both ends of one
-        path, else 0; either with probability 1/2.
+      uint8[size, size] with the values 0 and 255, and 1 if the circles mark both ends of one
+      path, else 0; either with probability 1/2.
 
     Raises:
-        ValueError: A number is out of range, or the paths find no room.
+      ValueError: A number is out of range, or the paths find no room.
 
     Example:
-        >>> pixels, label = draw_pathfinder(random.Random(0))
-        >>> pixels.shape, label
-        ((32, 32), 0)
+      >>> pixels, label = draw_pathfinder(random.Random(0))
+      >>> pixels.shape, label
+      ((32, 32), 0)
     """
     least = {"size": 1, "num_dashes": 2, "num_distractors": 0, "distractor_dashes": 1}
     values = (size, num_dashes, num_distractors, distractor_dashes)
@@ -279,10 +279,10 @@ def describe_pathfinder(config: DataConfig) -> Contents:
     """Describe the set without generating it.
 
     Args:
-        config: Settings with `source="pathfinder"`.
+      config: Settings with `source="pathfinder"`.
 
     Returns:
-        Its contents.
+      Its contents.
     """
     return Contents("classification", num_values=256, num_classes=2)
 
@@ -291,13 +291,13 @@ def open_pathfinder(config: DataConfig) -> Source:
     """Open Pathfinder, generating it into `data_dir` on first use.
 
     Args:
-        config: Settings with `source="pathfinder"`.
+      config: Settings with `source="pathfinder"`.
 
     Returns:
-        The set; a document is a picture, row by row.
+      The set; a document is a picture, row by row.
 
     Raises:
-        ValueError: `validation_split` is not a split.
+      ValueError: `validation_split` is not a split.
     """
     from sparsejax.data.generated import Pathfinder, open_generated
 

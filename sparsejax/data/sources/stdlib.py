@@ -18,10 +18,10 @@ def describe_stdlib(config: DataConfig) -> Contents:
     """Describe the corpus without reading it.
 
     Args:
-        config: Settings with `source="stdlib"`.
+      config: Settings with `source="stdlib"`.
 
     Returns:
-        Its contents.
+      Its contents.
     """
     return text.describe_text(config)
 
@@ -33,10 +33,10 @@ def open_stdlib(config: DataConfig) -> Source:
     parser) are left out.
 
     Args:
-        config: Settings with `source="stdlib"`.
+      config: Settings with `source="stdlib"`.
 
     Returns:
-        The corpus; its fingerprint holds the version of Python.
+      The corpus; its fingerprint holds the version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [

@@ -20,10 +20,10 @@ def describe_text(config: DataConfig) -> Contents:
     """Describe a corpus, whatever its files hold.
 
     Args:
-        config: Settings of a corpus.
+      config: Settings of a corpus.
 
     Returns:
-        Its contents.
+      Its contents.
     """
     return Contents("language_model")
 
@@ -36,13 +36,13 @@ def open_text(config: DataConfig) -> Source:
     every file must be UTF-8.
 
     Args:
-        config: Settings with `source="text:/path"`.
+      config: Settings with `source="text:/path"`.
 
     Returns:
-        The corpus.
+      The corpus.
 
     Raises:
-        ValueError: The path is missing, unreadable, empty, too small to split, or not UTF-8.
+      ValueError: The path is missing, unreadable, empty, too small to split, or not UTF-8.
     """
     path = Path(config.rest)
     utf8 = "any" if config.tokenizer == "bytes" else "required"
@@ -62,16 +62,16 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, utf8: Utf8
     """Open files of one folder as a corpus, split by the hash of their paths.
 
     Args:
-        config: Settings of the corpus.
-        root: The folder.
-        files: Files below it, in the order of the corpus.
-        utf8: What becomes of a file that is not UTF-8.
+      config: Settings of the corpus.
+      root: The folder.
+      files: Files below it, in the order of the corpus.
+      utf8: What becomes of a file that is not UTF-8.
 
     Returns:
-        The corpus.
+      The corpus.
 
     Raises:
-        ValueError: A split has no text.
+      ValueError: A split has no text.
     """
     fraction = config.validation_fraction
     names = {file: file.relative_to(root).as_posix() for file in files}

@@ -58,14 +58,14 @@ def describe_tfds(config: DataConfig) -> Contents:
     """Describe a set by what TFDS knows of it; it may be neither prepared nor downloaded.
 
     Args:
-        config: Settings with `source="tfds:NAME[/config]"`.
+      config: Settings with `source="tfds:NAME[/config]"`.
 
     Returns:
-        Its contents.
+      Its contents.
 
     Raises:
-        ValueError: TFDS does not know the set, or it lacks the feature asked for, or has no images
-            that fit the patches.
+      ValueError: TFDS does not know the set, or it lacks the feature asked for, or has no images
+        that fit the patches.
     """
     fields, grid = _understand(config, _make_builder(config).info)
     return _describe(fields, grid)
@@ -77,14 +77,14 @@ def open_tfds(config: DataConfig) -> Source:
     Images become sequences of grey pixels, row by row, or of patches with all their channels.
 
     Args:
-        config: Settings with `source="tfds:NAME[/config]"`.
+      config: Settings with `source="tfds:NAME[/config]"`.
 
     Returns:
-        The set.
+      The set.
 
     Raises:
-        ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
-            feature asked for, or has no images that fit the patches.
+      ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
+        feature asked for, or has no images that fit the patches.
     """
     builder = _find_builder(config)
     info = builder.info
@@ -163,17 +163,17 @@ def read_examples(
     """Yield the examples of a prepared split in the order of its files.
 
     Args:
-        builder: A prepared TFDS builder.
-        split: Name of the split, a TFDS slice included.
-        input_key: Feature that becomes the document.
-        label_key: Feature that becomes the label, or empty.
-        to_document: Converts the feature's value.
+      builder: A prepared TFDS builder.
+      split: Name of the split, a TFDS slice included.
+      input_key: Feature that becomes the document.
+      label_key: Feature that becomes the label, or empty.
+      to_document: Converts the feature's value.
 
     Yields:
-        The examples.
+      The examples.
 
     Raises:
-        ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
+      ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
     """
     try:
         records = builder.as_data_source(split)
@@ -247,14 +247,14 @@ def make_prepare_command(config: DataConfig) -> str:
     """Return the shell command that prepares a data set.
 
     Args:
-        config: Its settings.
+      config: Its settings.
 
     Returns:
-        One line for a shell.
+      One line for a shell.
 
     Example:
-        >>> make_prepare_command(DataConfig(source="tfds:lm1b", data_dir="data"))
-        'python -m sparsejax.data.prepare --source=tfds:lm1b --data_dir=data'
+      >>> make_prepare_command(DataConfig(source="tfds:lm1b", data_dir="data"))
+      'python -m sparsejax.data.prepare --source=tfds:lm1b --data_dir=data'
     """
     flags = [f"--source={config.source}", f"--data_dir={config.data_path}"]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
