@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
                 print(f"{name}: {value}")
         else:
             command = shlex.join([sys.executable, *sys.argv])
-            train_and_evaluate(config, _WORKDIR.value, resume_command=command)
+            train_and_evaluate(config, workdir, resume_command=command)
     except ConfigError as error:
         return _fail(str(error))
     except (NonFiniteError, CheckpointError, OSError) as error:

@@ -228,7 +228,7 @@ def make_step_case(problem: StepProblem, kernel: NMImplementation) -> Case:
     batch = {
         "inputs": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
-        "weights": jnp.ones(problem.batch, jnp.float32),
+        "loss_weights": jnp.ones(problem.batch, jnp.float32),
     }
     sparse, finish = recipe.phases
     options: dict[str, Any] = {"num_steps": refresh_steps, "weight_implementation": kernel}

@@ -19,7 +19,7 @@ from configs import fst_gpt2, gpt2
 from pallas_kernels import aot
 from sparsejax.config.parse import parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
-from sparsejax.data import Facts
+from sparsejax.data import DataSpec
 from sparsejax.tools.plan import compile_programs
 
 _TRAIN = "train step"
@@ -44,9 +44,9 @@ def compile_step(
     if sparse:
         settings["model"]["weight_implementation"] = "mosaic_sm90"
     config = parse_config(settings)
-    facts = Facts("language_model", config.model.vocab_size, 0)
-    phase = make_recipe(config, make_transformer_config(config, **facts._asdict())).phases[0]
-    return compile_programs(config, facts, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
+    spec = DataSpec("language_model", config.model.vocab_size, 0)
+    phase = make_recipe(config, make_transformer_config(config, **spec._asdict())).phases[0]
+    return compile_programs(config, spec, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
 
 
 VARIANTS = ("dense", "FST")

@@ -23,7 +23,7 @@ from configs import gpt2_124m_spion, spion_listops, spion_retrieval
 from pallas_kernels import aot, block_sparse_attention
 from sparsejax.config.parse import parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
-from sparsejax.data import find_facts
+from sparsejax.data import describe_data
 from sparsejax.tools.plan import compile_programs
 
 # What SAT reports as its best saving, doi:10.1109/ACCESS.2024.3425638; there for a phase alone.
@@ -107,10 +107,10 @@ def compile_step(setting: Setting, implementation: str, mesh: jax.sharding.Mesh)
       AotReport.
     """
     config = parse_config(setting.config(implementation))
-    facts = find_facts(config.data)
-    phases = make_recipe(config, make_transformer_config(config, **facts._asdict())).phases
+    spec = describe_data(config.data)
+    phases = make_recipe(config, make_transformer_config(config, **spec._asdict())).phases
     phase = phases[0 if implementation == "dense" else -1]
-    return compile_programs(config, facts, phase, mesh=mesh, names=["train step"])["train step"]
+    return compile_programs(config, spec, phase, mesh=mesh, names=["train step"])["train step"]
 
 
 def compile_attention(
@@ -127,8 +127,8 @@ def compile_attention(
       AotReport.
     """
     config = parse_config(setting.config(implementation))
-    facts = find_facts(config.data)
-    model = make_transformer_config(config, **facts._asdict())
+    spec = describe_data(config.data)
+    model = make_transformer_config(config, **spec._asdict())
     batch = setting.batch_size * model.num_towers
     heads = (batch, setting.length, model.num_heads, model.head_dim)
     x = jax.ShapeDtypeStruct(heads, jnp.bfloat16)

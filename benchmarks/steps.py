@@ -109,7 +109,7 @@ def make_classification_batch(
         "inputs": jnp.asarray(draw.integers(1, vocab_size, (batch_size, *shape), np.int32)),
         "mask": jnp.ones((batch_size, *shape), bool),
         "labels": jnp.asarray(draw.integers(0, num_classes, batch_size, np.int32)),
-        "weights": jnp.ones(batch_size, jnp.float32),
+        "loss_weights": jnp.ones(batch_size, jnp.float32),
     }
 
 

@@ -1,7 +1,7 @@
 """Real data for training: deterministic, sharded, resumable batches of NumPy arrays.
 
-`make_data(DataConfig(...))` is the whole interface; `find_facts` tells without the data what a
-model has to know of it. Every source takes the same road:
+`make_data(DataConfig(...))` is the whole interface; `describe_data` tells without the data what a
+model must know of it. `sparsejax.batch` says what a batch holds. Every source takes the same road:
 
     source (text, pairs, ListOps, Pathfinder, IDX, TFDS, TSV) -> tokenizer -> token cache on disk
         -> random-access examples, memory-mapped -> grain pipeline -> batches
@@ -12,6 +12,6 @@ importing this package costs no more than NumPy.
 
 from sparsejax.data.config import DataConfig
 from sparsejax.data.dataset import Data, make_data
-from sparsejax.data.spec import Facts, find_facts
+from sparsejax.data.spec import DataSpec, describe_data
 
-__all__ = ["Data", "DataConfig", "Facts", "find_facts", "make_data"]
+__all__ = ["Data", "DataConfig", "DataSpec", "describe_data", "make_data"]

@@ -26,14 +26,14 @@ def cached_folder(folder: Path, build: Callable[[Path], None]) -> str:
     thing. A lock lets one of several processes build while the others wait.
 
     Args:
-        folder: Where the files belong.
-        build: Writes the files into the empty folder it is given. It must be deterministic.
+      folder: Where the files belong.
+      build: Writes the files into the empty folder it is given. It must be deterministic.
 
     Returns:
-        SHA-256 over the names and contents of the files, in hexadecimal.
+      SHA-256 over the names and contents of the files, in hexadecimal.
 
     Raises:
-        ValueError: The folder cannot be written, or what it is built from cannot be read.
+      ValueError: The folder cannot be written, or what it is built from cannot be read.
     """
     with contextlib.suppress(_DamagedError):
         return _hash_folder(folder)
@@ -62,14 +62,14 @@ def hash_json(value: object) -> str:
     """Return the SHA-256 of a JSON value, in hexadecimal.
 
     Args:
-        value: What `json.dumps` accepts.
+      value: What `json.dumps` accepts.
 
     Returns:
-        The hash of its canonical text.
+      The hash of its canonical text.
 
     Example:
-        >>> hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
-        True
+      >>> hash_json({"a": 1, "b": 2}) == hash_json({"b": 2, "a": 1})
+      True
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

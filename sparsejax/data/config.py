@@ -1,34 +1,14 @@
 """The settings of a data set, checked before any file is touched."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 from sparsejax.data.masking import count_chosen
+from sparsejax.data.sources import check_spelling, load_source
 
-_PATCH_OPTIONS = ("image_size", "image_channels", "random_crop", "random_flip")
 _NOT_WITH_PATCHES = ("truncate", "tokenizer", "mask_fraction")
-# Options beyond the common ones, by kind of source; any other is refused, never ignored.
-_OPTIONS_BY_KIND = {
-    "stdlib": {"tokenizer", "validation_fraction", "mask_fraction"},
-    "text": {"tokenizer", "validation_fraction", "mask_fraction"},
-    "listops": {"validation_split", "listops_examples", "truncate"},
-    "pathfinder": {"validation_split", "pathfinder_examples", "truncate"},
-    "idx": {"train_split", "validation_split", "truncate", "patch_size", *_PATCH_OPTIONS},
-    "tfds": {
-        *("tokenizer", "train_split", "validation_split", "input_key", "label_key"),
-        *("download", "truncate", "mask_fraction", "patch_size", *_PATCH_OPTIONS),
-    },
-    "aan": {"tokenizer", "train_split", "validation_split", "truncate"},
-    "pairs": {"tokenizer", "train_split", "validation_split", "truncate"},
-}
 _COMMON = {"source", "data_dir", "sequence_length", "batch_size", "seed", "num_reading_threads"}
-_WHOLE = ("stdlib", "listops", "listops:short", "pathfinder")
-_NEEDS_REST = {
-    "text": "text:/path",
-    "idx": "idx:/folder",
-    "tfds": "tfds:NAME",
-    "aan": "aan:/path",
-    "pairs": "pairs:/folder",
-}
 _MIN_BPE_SIZE = 257
 _MAX_BPE_SIZE = 65_536
 
@@ -37,55 +17,55 @@ _MAX_BPE_SIZE = 65_536
 class DataConfig:
     """Name a data set and say how it is cut into batches.
 
-    Args:
-        source: What to read.
+    A leading `~` in `data_dir` and in a path within `source` stands for the home folder.
 
-            - `"stdlib"`: the running Python's standard-library sources, a language-model corpus.
-            - `"text:/path"`: a text file or a folder of them, a language-model corpus.
-            - `"listops"`, `"listops:short"`: Long Range Arena ListOps, lengths 501-1999 or 21-199.
-            - `"pathfinder"`: Long Range Arena Pathfinder, 32 x 32 pixels.
-            - `"idx:/folder"`: images in MNIST's IDX format as sequences of pixels or patches.
-            - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
-              without a label is a language-model corpus.
-            - `"aan:/path"`: Long Range Arena retrieval, two documents and one label.
-            - `"pairs:/folder"`: sentences and their translations, files of one sentence per line.
-        data_dir: Folder of TFDS sets and of the caches of this package; made when missing.
-        tokenizer: `"bytes"`, or `"bpe:N"` for N byte-level BPE entries trained on the training
-            split. Sources of pixels or symbols have their own vocabulary.
-        sequence_length: Tokens or patches per example, T.
-        batch_size: Examples per step over all processes.
-        seed: Order of the training examples, in [0, 2^32).
-        num_reading_threads: 0 reads in the caller's thread, 1 reads ahead in another.
-        truncate: Whether a longer classification example is cut to its first T tokens, as Long
-            Range Arena does, and a longer sentence to be translated; otherwise it is an error.
-        download: Whether a TFDS set that is not prepared may be downloaded.
-        train_split: Name of the training split; empty for the source's own (`"train"`). TFDS slices
-            such as `"train[:90%]"` are names.
-        validation_split: Name of the validation split; empty for the source's own: `"validation"`,
-            `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`.
-        input_key: TFDS feature to read; empty for the one the set declares.
-        label_key: TFDS label to predict; empty for the one the set declares.
-        image_size: Side that the largest square in the middle of each image is scaled to, in
-            pixels; 0 for images as they are stored. Of a TFDS set, or of IDX images in patches.
-        validation_fraction: Share of a text corpus held out, in (0, 1).
-        listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
-        pathfinder_examples: The same of Pathfinder, with 1/8.
-        mask_fraction: Share of the tokens of a corpus that are hidden and have to be told (masked
-            language model), in (0, 1); 0 to predict the next token.
-        patch_size: Side of the square patches that images are cut into, in pixels; 0 for single
-            pixels of grey. What follows applies to patches only.
-        image_channels: What the images must have, 1 (grey) or 3 (RGB); 0 for what they have.
-        random_crop: Whether a random part of each training image is scaled to the whole.
-        random_flip: Whether left and right of a training image are swapped, half of the time.
+    Attributes:
+      source: What to read.
+
+        - `"stdlib"`: the running Python's standard-library sources, a language-model corpus.
+        - `"text:/path"`: a text file or a folder of them, a language-model corpus.
+        - `"listops"`, `"listops:short"`: Long Range Arena ListOps, lengths 501-1999 or 21-199.
+        - `"pathfinder"`: Long Range Arena Pathfinder, 32 x 32 pixels.
+        - `"idx:/folder"`: images in MNIST's IDX format as sequences of pixels or patches.
+        - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
+          without a label is a language-model corpus.
+        - `"aan:/path"`: Long Range Arena retrieval, two documents and one label.
+        - `"pairs:/folder"`: sentences and their translations, files of one sentence per line.
+      data_dir: Folder of prepared sets, tokenizers and caches; made when missing.
+      tokenizer: `"bytes"`, or `"bpe:N"` for N byte-level BPE entries trained on the training
+        split. Sources of pixels or symbols have their own vocabulary.
+      sequence_length: Tokens, pixels or patches per example, T.
+      batch_size: Examples per step over all processes.
+      seed: Order of the training examples, in [0, 2^32).
+      num_reading_threads: 0 reads in the caller's thread, 1 reads ahead in another.
+      truncate: Whether a longer classification example is cut to its first T tokens, as Long
+        Range Arena does, and a longer sentence to be translated; otherwise it is an error.
+      download: Whether a TFDS set that is not prepared may be downloaded.
+      train_split: Name of the training split; empty for the source's own (`"train"`). TFDS slices
+        such as `"train[:90%]"` are names.
+      validation_split: Name of the validation split; empty for the source's own: `"validation"`,
+        `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`.
+      input_key: TFDS feature to read; empty for the one the set declares.
+      label_key: TFDS label to predict; empty for the one the set declares.
+      image_size: Side that the largest square in the middle of each image is scaled to, in
+        pixels; 0 for images as they are stored. Of a TFDS set, or of IDX images in patches.
+      validation_fraction: Share of a text corpus held out, in (0, 1).
+      listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
+      pathfinder_examples: The same of Pathfinder, with 1/8.
+      mask_fraction: Share of the tokens of a corpus that are masked and must be predicted (masked
+        language model), in (0, 1); 0 to predict the next token.
+      patch_size: Side of the square patches that images are cut into, in pixels; 0 for single
+        pixels of grey. What follows applies to patches only.
+      image_channels: What the images must have, 1 (grey) or 3 (RGB); 0 for what they have.
+      random_crop: Whether a random part of each training image is scaled to the whole.
+      random_flip: Whether left and right of a training image are swapped, half of the time.
 
     Raises:
-        ValueError: An option is out of range or does not apply to the source.
+      ValueError: An option is out of range or does not apply to the source.
 
     Example:
-        >>> DataConfig(
-        ...     source="idx:/mnist", data_dir="data", sequence_length=784, batch_size=2, seed=0
-        ... ).kind
-        'idx'
+      >>> DataConfig(source="idx:/mnist", sequence_length=784).kind
+      'idx'
     """
 
     source: str = "stdlib"
@@ -112,7 +92,7 @@ class DataConfig:
     random_flip: bool = False
 
     def __post_init__(self):
-        _check_source(self.source)
+        check_spelling(self.source)
         _check_tokenizer(self.tokenizer)
         if not self.data_dir:
             raise ValueError(f"data_dir={self.data_dir!r}: expected the path of a folder")
@@ -139,7 +119,8 @@ class DataConfig:
             raise ValueError(
                 f"image_channels={self.image_channels}: expected 1 (grey), 3 (RGB) or 0"
             )
-        allowed = _COMMON | _OPTIONS_BY_KIND[self.kind]
+        options = load_source(self.kind).options
+        allowed = _COMMON.union(options.always, options.with_patches)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in allowed and value != field.default:
@@ -147,13 +128,11 @@ class DataConfig:
                     f"{field.name}={value!r} does not apply to source={self.source!r}; "
                     f"leave it at {field.default!r}"
                 )
-        self._check_patches()
+        self._check_patches(options.with_patches)
 
-    def _check_patches(self) -> None:
-        for name in _PATCH_OPTIONS:
-            # The pixels of TFDS images may be scaled too.
-            alone = name == "image_size" and self.kind == "tfds"
-            if getattr(self, name) and not (self.patch_size or alone):
+    def _check_patches(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if getattr(self, name) and not self.patch_size:
                 raise ValueError(f"{name}={getattr(self, name)}: expected patch_size above 0 too")
         if not self.patch_size:
             return
@@ -176,16 +155,13 @@ class DataConfig:
 
     @property
     def rest(self) -> str:
-        """Return the part of `source` after the colon, empty without one."""
-        return self.source.partition(":")[2]
+        """Return the part of `source` after the colon, `~` expanded; empty without one."""
+        return os.path.expanduser(self.source.partition(":")[2])
 
-
-def _check_source(source: str) -> None:
-    kind, _, rest = source.partition(":")
-    valid = bool(rest) if kind in _NEEDS_REST else source in _WHOLE
-    if not valid:
-        known = ", ".join((*_WHOLE, *_NEEDS_REST.values()))
-        raise ValueError(f"source={source!r}: expected one of {known}")
+    @property
+    def data_path(self) -> Path:
+        """Return `data_dir` with `~` expanded."""
+        return Path(self.data_dir).expanduser()
 
 
 def _check_tokenizer(tokenizer: str) -> None:

@@ -15,10 +15,10 @@ class PatchGrid(NamedTuple):
     """How the images of a set fall into patches; the same for all of them.
 
     Attributes:
-        rows: Patches from top to bottom.
-        columns: Patches from left to right.
-        side: Pixels along each side of a patch.
-        channels: Values of a pixel, 1 (grey) or 3 (red, green, blue).
+      rows: Patches from top to bottom.
+      columns: Patches from left to right.
+      side: Pixels along each side of a patch.
+      channels: Values of a pixel, 1 (grey) or 3 (red, green, blue).
     """
 
     rows: int
@@ -46,15 +46,15 @@ def find_grid(config: DataConfig, shape: tuple[int | None, int | None, int]) -> 
     """Say how images fall into patches, or why they do not.
 
     Args:
-        config: Settings with a `patch_size`.
-        shape: Height, width and channels of the images as they are stored; None where they differ.
+      config: Settings with a `patch_size`.
+      shape: Height, width and channels of the images as they are stored; None where they differ.
 
     Returns:
-        The grid of the images as they are read, `image_size` applied.
+      The grid of the images as they are read, `image_size` applied.
 
     Raises:
-        ValueError: The images differ in size, are no multiple of the patch, or have other channels
-            than asked for.
+      ValueError: The images differ in size, are no multiple of the patch, or have other channels
+        than asked for.
     """
     height, width, channels = shape
     if channels not in (1, 3) or config.image_channels not in (0, channels):
@@ -83,10 +83,10 @@ def identify_patches(config: DataConfig) -> dict[str, object]:
     """Return what of the settings decides what is read of an image.
 
     Args:
-        config: Settings of a set of images.
+      config: Settings of a set of images.
 
     Returns:
-        JSON values for the identity of a source; none without patches.
+      JSON values for the identity of a source; none without patches.
     """
     return {"patches": [config.patch_size, config.image_size]} if config.patch_size else {}
 
@@ -95,15 +95,15 @@ def read_patches(image: np.ndarray, grid: PatchGrid, image_size: int) -> np.ndar
     """Turn one image into the values of its patches.
 
     Args:
-        image: uint8[height, width, channels].
-        grid: What it must fit.
-        image_size: Side that the largest square in the middle is scaled to first; 0 = as it is.
+      image: uint8[height, width, channels].
+      grid: What it must fit.
+      image_size: Side that the largest square in the middle is scaled to first; 0 = as it is.
 
     Returns:
-        uint8[rows * columns * patch_values], patch after patch.
+      uint8[rows * columns * patch_values], patch after patch.
 
     Raises:
-        ValueError: The image is no array of bytes, or has another shape.
+      ValueError: The image is no array of bytes, or has another shape.
     """
     if image.dtype != np.uint8:
         raise ValueError(f"an image has the type {image.dtype}; expected uint8")
@@ -118,11 +118,11 @@ def scale_middle(image: np.ndarray, size: int) -> np.ndarray:
     """Scale the largest square in the middle of an image.
 
     Args:
-        image: uint8[height, width, 1 or 3].
-        size: Side of the result, in pixels.
+      image: uint8[height, width, 1 or 3].
+      size: Side of the result, in pixels.
 
     Returns:
-        uint8[size, size, channels], interpolated by cubics, averaged where it shrinks.
+      uint8[size, size, channels], interpolated by cubics, averaged where it shrinks.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -134,15 +134,15 @@ def cut_patches(image: np.ndarray, side: int) -> np.ndarray:
     """Cut an image into patches, row by row; the pixels of a patch are row by row too.
 
     Args:
-        image: [height, width, channels], multiples of the side.
-        side: Pixels along each side of a patch.
+      image: [height, width, channels], multiples of the side.
+      side: Pixels along each side of a patch.
 
     Returns:
-        [rows * columns, side * side * channels], the channels of a pixel beside each other.
+      [rows * columns, side * side * channels], the channels of a pixel beside each other.
 
     Example:
-        >>> cut_patches(np.arange(8).reshape(2, 4, 1), 2).tolist()
-        [[0, 1, 4, 5], [2, 3, 6, 7]]
+      >>> cut_patches(np.arange(8).reshape(2, 4, 1), 2).tolist()
+      [[0, 1, 4, 5], [2, 3, 6, 7]]
     """
     height, width, channels = image.shape
     tiles = image.reshape(height // side, side, width // side, side, channels)
@@ -153,11 +153,11 @@ def join_patches(patches: np.ndarray, grid: PatchGrid) -> np.ndarray:
     """Undo `cut_patches`.
 
     Args:
-        patches: [rows * columns, patch_values].
-        grid: How they lie.
+      patches: [rows * columns, patch_values].
+      grid: How they lie.
 
     Returns:
-        [height, width, channels].
+      [height, width, channels].
     """
     tiles = patches.reshape(grid.rows, grid.columns, grid.side, grid.side, grid.channels)
     return tiles.swapaxes(1, 2).reshape(grid.image_shape)
@@ -167,17 +167,17 @@ def make_augmentation(grid: PatchGrid, *, crop: bool, flip: bool) -> Transform:
     """Return the function that varies an image at random.
 
     Args:
-        grid: How the images fall into patches.
-        crop: Whether a random part, 8 to 100 % of the area with sides of a ratio of 3/4 to 4/3, is
-            scaled to the whole.
-        flip: Whether left and right are swapped, half of the time.
+      grid: How the images fall into patches.
+      crop: Whether a random part, 8 to 100 % of the area with sides of a ratio of 3/4 to 4/3, is
+        scaled to the whole.
+      flip: Whether left and right are swapped, half of the time.
 
     Returns:
-        Function of an example whose `inputs` are patches, those of the image first, and of a random
-        generator; it returns the example with other `inputs`.
+      Function of an example whose `inputs` are patches, those of the image first, and of a random
+      generator; it returns the example with other `inputs`.
 
     References:
-        Szegedy et al., Going deeper with convolutions, arXiv:1409.4842, section 6.
+      Szegedy et al., Going deeper with convolutions, arXiv:1409.4842, section 6.
     """
 
     def vary(example: Batch, rng: np.random.Generator) -> Batch:

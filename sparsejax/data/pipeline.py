@@ -30,7 +30,7 @@ class BatchIterator(Protocol):
         """Return the position in the stream.
 
         Returns:
-            `{"next_index": n}` after n batches.
+          `{"next_index": n}` after n batches.
         """
         ...
 
@@ -38,7 +38,7 @@ class BatchIterator(Protocol):
         """Go to a position, forwards or backwards.
 
         Args:
-            state: What `get_state` returned.
+          state: What `get_state` returned.
         """
         ...
 
@@ -60,18 +60,18 @@ def make_train_iterator(
     together are the same whatever their number.
 
     Args:
-        examples: The training split.
-        batch_size: Examples per batch of this process.
-        seed: Fixes the order.
-        num_reading_threads: 0 or 1.
-        process_index: This process.
-        process_count: Number of processes.
-        transform: Changes each example at random. What it draws depends on the seed and on the
-            example's position in the stream alone: other numbers in every epoch, the same ones
-            after a restart.
+      examples: The training split.
+      batch_size: Examples per batch of this process.
+      seed: Fixes the order.
+      num_reading_threads: 0 or 1.
+      process_index: This process.
+      process_count: Number of processes.
+      transform: Changes each example at random. What it draws depends on the seed and on the
+        example's position in the stream alone: other numbers in every epoch, the same ones
+        after a restart.
 
     Returns:
-        Iterator with `get_state` and `set_state`; a state holds `next_index` alone.
+      Iterator with `get_state` and `set_state`; a state holds `next_index` alone.
     """
     import grain
 
@@ -105,14 +105,14 @@ def make_validation(
     copies of its last example at weight 0: a real example, so that no loss of it can be NaN.
 
     Args:
-        examples: The validation split.
-        batch_size: Examples per batch of this process.
-        process_index: This process.
-        process_count: Number of processes.
-        transform: Changes each example at random, in the same way at every pass of every run.
+      examples: The validation split.
+      batch_size: Examples per batch of this process.
+      process_index: This process.
+      process_count: Number of processes.
+      transform: Changes each example at random, in the same way at every pass of every run.
 
     Returns:
-        Function of the largest number of batches (None = all) that returns a finite iterator.
+      Function of the largest number of batches (None = all) that returns a finite iterator.
     """
     import grain
 
@@ -145,7 +145,7 @@ def _take_or_fill(examples: Any, position: int) -> Batch:
     if position < len(examples):
         return examples[position]
     last = examples[len(examples) - 1]
-    return last | {"weights": np.zeros_like(last["weights"])}
+    return last | {"loss_weights": np.zeros_like(last["loss_weights"])}
 
 
 def _stack(examples: list[Batch]) -> Batch:

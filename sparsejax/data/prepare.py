@@ -1,10 +1,12 @@
 """Command line that prepares a data set once, on a machine with network access if need be."""
 
 import argparse
+import dataclasses
 import sys
 
 from sparsejax.data.config import DataConfig
 from sparsejax.data.dataset import prepare
+from sparsejax.data.sources import load_source
 
 _FLAGS = {
     "source": "what to prepare, as tfds:imdb_reviews, listops, pathfinder or stdlib",
@@ -23,7 +25,7 @@ def main(arguments: list[str]) -> None:
     """Prepare the data set that the command line names, downloading it if need be.
 
     Args:
-        arguments: The command line without the program's name; exits with code 2 if it is wrong.
+      arguments: The command line without the program's name; exits with code 2 if it is wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m sparsejax.data.prepare")
     for name, text in _FLAGS.items():
@@ -37,15 +39,10 @@ def main(arguments: list[str]) -> None:
         )
     values = vars(parser.parse_args(arguments))
     try:
-        prepare(
-            DataConfig(
-                **values,
-                download=values["source"].startswith("tfds:"),
-                sequence_length=1,
-                batch_size=1,
-                seed=0,
-            )
-        )
+        config = DataConfig(**values)
+        if "download" in load_source(config.kind).options.always:
+            config = dataclasses.replace(config, download=True)
+        prepare(config)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print(f"{values['source']} is ready in {values['data_dir']}.")

@@ -11,16 +11,16 @@ def show_progress[T](items: Iterable[T], description: str, total: int | None = N
     """Yield the items while reporting on stderr how many have passed.
 
     Args:
-        items: What to count.
-        description: What is being done, in a few words.
-        total: Number of items, if known.
+      items: What to count.
+      description: What is being done, in a few words.
+      total: Number of items, if known.
 
     Yields:
-        The same items.
+      The same items.
 
     Example:
-        >>> list(show_progress("ab", "Counting"))
-        ['a', 'b']
+      >>> list(show_progress("ab", "Counting"))
+      ['a', 'b']
     """
     if sys.stderr.isatty():
         import tqdm

@@ -1,28 +1,56 @@
 """What every source of data offers: examples of each split, before any tokenizer."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from sparsejax.batch import Task
 from sparsejax.data.patches import PatchGrid
 
-type Task = Literal[
-    "language_model", "masked_language_model", "classification", "matching", "translation"
-]
 type Split = Literal["train", "validation"]
+
+
+class Options(NamedTuple):
+    """The options of `DataConfig` that apply to a source beyond the common ones.
+
+    Any other is refused, never ignored.
+
+    Attributes:
+      always: Options that may be set.
+      with_patches: Options that may be set where `patch_size` is above 0.
+    """
+
+    always: Set[str]
+    with_patches: tuple[str, ...] = ()
+
+
+class Contents(NamedTuple):
+    """What the examples of a source are.
+
+    Attributes:
+      task: What the examples are for; settings may make a masked one of a language model.
+      num_values: Number of distinct pixels or symbols; None for text.
+      num_classes: Number of labels; 0 for a language model and for translation.
+      patch_values: Values of a patch of an image; 0 for anything else.
+    """
+
+    task: Task
+    num_values: int | None = None
+    num_classes: int = 0
+    patch_values: int = 0
 
 
 class Example(NamedTuple):
     """One raw example.
 
     Attributes:
-        documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
-            `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
-            patches lie one after another.
-        label: Class of the example; 0 where there are no classes.
-        complete: False when the document goes on in the next example (language models only).
+      documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
+        `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
+        patches lie one after another.
+      label: Class of the example; 0 where there are no classes.
+      complete: False when the document goes on in the next example (language models only).
     """
 
     documents: tuple[bytes | np.ndarray, ...]
@@ -35,19 +63,15 @@ class Source:
     """A data set before tokenization.
 
     Attributes:
-        task: What the examples are for; settings may make a masked one of a language model.
-        identity: JSON value that changes whenever the examples may have; key of the caches.
-        read: Opens a split and yields its examples, always in the same order.
-        num_values: Number of distinct pixels or symbols; None for text.
-        num_classes: Number of labels; 0 for a language model and for translation.
-        grid: How the documents are patches of images; None if they are not.
-        fingerprint: What else must be equal when a run is resumed.
+      contents: What its examples are.
+      identity: JSON value that changes whenever the examples may have; key of the caches.
+      read: Opens a split and yields its examples, always in the same order.
+      grid: How the documents are patches of images; None if they are not.
+      fingerprint: What else must be equal when a run is resumed.
     """
 
-    task: Task
+    contents: Contents
     identity: dict[str, object]
     read: Callable[[Split], Iterator[Example]]
-    num_values: int | None = None
-    num_classes: int = 0
     grid: PatchGrid | None = None
     fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)

@@ -1,5 +1,9 @@
 """Token files on disk: written once from a source, memory-mapped as random-access examples.
 
+The task decides how examples are stored and what they become: `write_examples` and
+`open_examples` hold that choice. `sparsejax.batch` says what the arrays of an example mean; here
+they have no axis for the batch.
+
 Axis letters: B batch, T position in the sequence, P the two documents of a pair, V value of a
 patch.
 """
@@ -9,21 +13,73 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsejax.batch import Task
 from sparsejax.data.patches import PatchGrid
-from sparsejax.data.source import Example
+from sparsejax.data.source import Contents, Example
 from sparsejax.data.tokenizer import SEPARATOR, Tokenizer
+
+BOUNDARY = SEPARATOR + 1
+"""Id that ends every sentence of a translation and begins the decoder's input; padding is 0."""
 
 _TOKENS, _OFFSETS, _LABELS = "tokens.bin", "offsets.npy", "labels.npy"
 _GROUP_BYTES = 4 << 20
+
+
+def write_examples(
+    folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, contents: Contents
+) -> None:
+    """Write a split as its task asks for.
+
+    Args:
+      folder: Existing folder for the files.
+      examples: The split.
+      tokenizer: Encodes the documents.
+      contents: What the examples are.
+
+    Raises:
+      ValueError: A label or a value is out of range.
+    """
+    if contents.task == "language_model":
+        write_stream(folder, examples, tokenizer)
+    else:
+        # Without classes every label is 0.
+        write_documents(folder, examples, tokenizer, contents.num_classes or 1)
+
+
+def open_examples(
+    folder: Path, task: Task, tokenizer: Tokenizer, sequence_length: int, grid: PatchGrid | None
+) -> "Windows | Documents | Patches":
+    """Map what `write_examples` wrote.
+
+    Args:
+      folder: Where it was written.
+      task: What batches are for.
+      tokenizer: With which it was written.
+      sequence_length: T.
+      grid: How the documents are patches of images; None if they are not.
+
+    Returns:
+      The examples.
+    """
+    match task:
+        case "language_model" | "masked_language_model":
+            shifted = task == "language_model"
+            return Windows(folder, tokenizer, sequence_length, shifted=shifted)
+        case "translation":
+            return Translations(folder, tokenizer, sequence_length)
+        case "classification" if grid:
+            return Patches(folder, grid, sequence_length)
+        case _:
+            return Documents(folder, tokenizer, sequence_length, paired=task == "matching")
 
 
 def write_stream(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer) -> None:
     """Write a language-model corpus as one stream, a separator after each document.
 
     Args:
-        folder: Existing folder for the files.
-        examples: The corpus.
-        tokenizer: Encodes the documents.
+      folder: Existing folder for the files.
+      examples: The corpus.
+      tokenizer: Encodes the documents.
     """
     separator = np.array([SEPARATOR], tokenizer.dtype).tobytes()
     with open(folder / _TOKENS, "wb") as file:
@@ -40,13 +96,13 @@ def write_documents(
     """Write labelled documents end to end, with their offsets and labels.
 
     Args:
-        folder: Existing folder for the files.
-        examples: The split.
-        tokenizer: Encodes the documents.
-        num_classes: Labels are in [0, num_classes).
+      folder: Existing folder for the files.
+      examples: The split.
+      tokenizer: Encodes the documents.
+      num_classes: Labels are in [0, num_classes).
 
     Raises:
-        ValueError: A label or a value is out of range.
+      ValueError: A label or a value is out of range.
     """
     lengths, labels = [0], []
     with open(folder / _TOKENS, "wb") as file:
@@ -72,8 +128,8 @@ def write_documents(
 class Windows:
     """Language-model examples: consecutive, non-overlapping windows of T + 1 tokens.
 
-    Item i is `{"inputs": int32[T], "targets": int32[T], "weights": float32[]}` with
-    targets[t] = inputs[t + 1]; or, of windows of T tokens, targets[t] = inputs[t].
+    In each, targets[t] = inputs[t + 1]; or, of windows of T tokens, targets[t] = inputs[t], for
+    masking to hide some inputs.
     """
 
     def __init__(
@@ -82,10 +138,10 @@ class Windows:
         """Map the stream that `write_stream` wrote.
 
         Args:
-            folder: Where it was written.
-            tokenizer: With which it was written.
-            sequence_length: T.
-            shifted: Whether the targets are the next tokens.
+          folder: Where it was written.
+          tokenizer: With which it was written.
+          sequence_length: T.
+          shifted: Whether the targets are the next tokens.
         """
         path = folder / _TOKENS
         self._tokens = _map_tokens(path, tokenizer.dtype)
@@ -101,16 +157,12 @@ class Windows:
         return {
             "inputs": window[: self._length],
             "targets": window[self._shift :],
-            "weights": np.ones((), np.float32),
+            "loss_weights": np.ones((), np.float32),
         }
 
 
 class Documents:
-    """Labelled examples, padded with id 0 to T; the tokenizer's ids are shifted up by one.
-
-    Item i is `{"inputs": int32[T], "mask": bool[T], "labels": int32[], "weights": float32[]}`, mask
-    True at real tokens; pairs of documents have inputs and mask [2, T].
-    """
+    """Labelled examples, padded with id 0 to T; the tokenizer's ids are shifted up by one."""
 
     # Ids that an example adds to each document.
     _num_added = 0
@@ -119,10 +171,10 @@ class Documents:
         """Map the documents that `write_documents` wrote.
 
         Args:
-            folder: Where they were written.
-            tokenizer: With which they were written.
-            sequence_length: T.
-            paired: Whether each example has two documents.
+          folder: Where they were written.
+          tokenizer: With which they were written.
+          sequence_length: T.
+          paired: Whether each example has two documents.
         """
         self._tokens = _map_tokens(folder / _TOKENS, tokenizer.dtype)
         self._offsets = np.load(folder / _OFFSETS)
@@ -144,7 +196,7 @@ class Documents:
             "inputs": inputs,
             "mask": inputs > 0,
             "labels": self._labels[index],
-            "weights": np.ones((), np.float32),
+            "loss_weights": np.ones((), np.float32),
         }
 
     def _read(self, document: int) -> np.ndarray:
@@ -156,10 +208,10 @@ class Documents:
         """Refuse documents longer than T.
 
         Args:
-            split: Name of the split, for the message.
+          split: Name of the split, for the message.
 
         Raises:
-            ValueError: Some documents are longer than `sequence_length`.
+          ValueError: Some documents are longer than `sequence_length`.
         """
         lengths = np.diff(self._offsets) + self._num_added
         longer = int(np.count_nonzero(lengths > self._sequence_length))
@@ -171,20 +223,64 @@ class Documents:
             )
 
 
-class Patches:
-    """Labelled images of equally many patches, padded with zeros to T.
+class Translations(Documents):
+    """Sentences and their translations, padded with id 0 to T.
 
-    Item i is `{"inputs": uint8[T, V], "mask": bool[T], "labels": int32[], "weights": float32[]}`,
-    mask True at real patches.
+    The tokenizer's ids are shifted up by one, its separator too: id 1, `BOUNDARY`, which no
+    sentence holds. With source s_1 ... s_S and target t_1 ... t_N an item has
+
+        inputs           s_1 ... s_S  1
+        mask             1   ... 1    1
+        decoder_inputs   1  t_1 ... t_N
+        targets          t_1 ... t_N  1
+        loss_weights     1   ... 1    1
+
+    each padded with zeros. What is longer is cut to its first T, and then has no end.
+
+    References:
+      fairseq begins the decoder's input with the end of the sentence, too.
     """
+
+    _num_added = 1
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int):
+        """Map the pairs that `write_documents` wrote.
+
+        Args:
+          folder: Where they were written.
+          tokenizer: With which they were written.
+          sequence_length: T.
+        """
+        super().__init__(folder, tokenizer, sequence_length, paired=True)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        source, target = (self._read(2 * int(index) + side) for side in (0, 1))
+        inputs, targets = (self._pad([*ids, BOUNDARY]) for ids in (source, target))
+        return {
+            "inputs": inputs,
+            "mask": inputs > 0,
+            "decoder_inputs": self._pad([BOUNDARY, *target]),
+            "targets": targets,
+            "loss_weights": (targets > 0).astype(np.float32),
+        }
+
+    def _pad(self, ids: list[int]) -> np.ndarray:
+        padded_T = np.zeros(self._sequence_length, np.int32)
+        kept = ids[: self._sequence_length]
+        padded_T[: len(kept)] = kept
+        return padded_T
+
+
+class Patches:
+    """Labelled images of equally many patches, padded with zeros to T."""
 
     def __init__(self, folder: Path, grid: PatchGrid, sequence_length: int):
         """Map the documents that `write_documents` wrote.
 
         Args:
-            folder: Where they were written.
-            grid: How the images fall into patches.
-            sequence_length: T, at least their number.
+          folder: Where they were written.
+          grid: How the images fall into patches.
+          sequence_length: T, at least their number.
         """
         self._labels = np.load(folder / _LABELS)
         values = _map_tokens(folder / _TOKENS, np.dtype(np.uint8))
@@ -202,7 +298,7 @@ class Patches:
             "inputs": inputs_TV,
             "mask": np.arange(self._sequence_length) < len(patches_TV),
             "labels": self._labels[index],
-            "weights": np.ones((), np.float32),
+            "loss_weights": np.ones((), np.float32),
         }
 
 

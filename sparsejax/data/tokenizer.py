@@ -18,9 +18,9 @@ class Tokenizer:
     """Turn documents into ids.
 
     Attributes:
-        name: Identifies the tokenizer; equal names encode equally.
-        vocab_size: Ids are in [0, vocab_size).
-        encode: Maps a list of documents to one integer array each.
+      name: Identifies the tokenizer; equal names encode equally.
+      vocab_size: Ids are in [0, vocab_size).
+      encode: Maps a list of documents to one integer array each.
     """
 
     name: str
@@ -33,17 +33,33 @@ class Tokenizer:
         return np.min_scalar_type(self.vocab_size - 1)
 
 
+def count_ids(tokenizer: str) -> int:
+    """Return how many ids a tokenizer of text has.
+
+    Args:
+      tokenizer: As in `DataConfig`.
+
+    Returns:
+      The number of ids, the separator included.
+
+    Example:
+      >>> count_ids("bytes"), count_ids("bpe:4096")
+      (256, 4096)
+    """
+    return 256 if tokenizer == "bytes" else int(tokenizer.partition(":")[2])
+
+
 def byte_tokenizer() -> Tokenizer:
     """Make the tokenizer whose ids are the bytes themselves.
 
     The separator of a language-model corpus is the byte 0, which text does not use.
 
     Returns:
-        A tokenizer of 256 ids.
+      A tokenizer of 256 ids.
 
     Example:
-        >>> byte_tokenizer().encode([b"AB"])[0].tolist()
-        [65, 66]
+      >>> byte_tokenizer().encode([b"AB"])[0].tolist()
+      [65, 66]
     """
     return Tokenizer(
         name="bytes",
@@ -56,10 +72,10 @@ def value_tokenizer(num_values: int) -> Tokenizer:
     """Make the tokenizer of documents that are arrays of ids already.
 
     Args:
-        num_values: Ids are in [0, num_values).
+      num_values: Ids are in [0, num_values).
 
     Returns:
-        The identity on such arrays.
+      The identity on such arrays.
     """
     return Tokenizer(
         name=f"values:{num_values}", vocab_size=num_values, encode=lambda documents: documents
@@ -73,12 +89,12 @@ def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
     decodes to itself.
 
     Args:
-        folder: Where `tokenizer.json` is written.
-        texts: UTF-8 texts of the training split.
-        vocab_size: Number of entries, the separator included.
+      folder: Where `tokenizer.json` is written.
+      texts: UTF-8 texts of the training split.
+      vocab_size: Number of entries, the separator included.
 
     Raises:
-        ValueError: The texts are too few to learn that many entries, or not UTF-8.
+      ValueError: The texts are too few to learn that many entries, or not UTF-8.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -105,11 +121,11 @@ def load_bpe(folder: Path, name: str) -> Tokenizer:
     """Load what `train_bpe` saved.
 
     Args:
-        folder: Where `tokenizer.json` lies.
-        name: Name of the tokenizer.
+      folder: Where `tokenizer.json` lies.
+      name: Name of the tokenizer.
 
     Returns:
-        The tokenizer; its `encode` takes UTF-8 `bytes`.
+      The tokenizer; its `encode` takes UTF-8 `bytes`.
     """
     import tokenizers
 

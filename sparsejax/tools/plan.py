@@ -1,7 +1,7 @@
 """What a configured run needs on a GPU, found by compiling its programs on a machine without one.
 
 Memory is XLA's own account of each program, registers and spills are those of ptxas; nothing is
-computed and no data is read. Legend: B batch, T position.
+computed and no data is opened.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import aot
+from sparsejax.batch import describe_batch
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
-from sparsejax.data import Facts, find_facts
+from sparsejax.data import DataSpec, describe_data
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
@@ -66,13 +66,13 @@ class Plan:
 
     Attributes:
       config: TrainConfig.
-      facts: Facts of the data set.
+      spec: DataSpec of the data set.
       target: GpuTarget.
       phases: tuple of PhasePlan, in the order of training.
     """
 
     config: TrainConfig
-    facts: Facts
+    spec: DataSpec
     target: aot.GpuTarget
     phases: tuple[PhasePlan, ...]
 
@@ -82,7 +82,7 @@ class Plan:
         return int(self.target.memory_bytes * _MEMORY_FRACTION)
 
 
-def make_plan(config: TrainConfig, *, target: str = "h200", num_classes: int | None = None) -> Plan:
+def make_plan(config: TrainConfig, *, target: str = "h200") -> Plan:
     """Compile the programs of every phase, and the train step with two batch sizes.
 
     Peak memory is taken to be a straight line over the batch size, through the peaks of steps
@@ -92,38 +92,38 @@ def make_plan(config: TrainConfig, *, target: str = "h200", num_classes: int | N
     Args:
       config: TrainConfig.
       target: str, one of `TARGETS`.
-      num_classes: int or None, as `find_facts` takes it.
 
     Returns:
       Plan.
 
     Raises:
-      ConfigError: if the target is unknown, the number of classes has to be given or does not fit
-        the data, the named kernel does not run on the target, or the packages of the `compile`
+      ConfigError: if the target is unknown, the data cannot be described or does not fit the
+        settings, the named kernel does not run on the target, or the packages of the `compile`
         extra are missing.
     """
     if target not in TARGETS:
         raise ConfigError(f"--target must be one of {list(TARGETS)}, got {target!r}")
     gpu = TARGETS[target]
     try:
-        facts = find_facts(config.data, num_classes=num_classes)
+        spec = describe_data(config.data)
     except ValueError as error:
-        raise ConfigError(f"--plan_{error}") from error
+        # The data layer names its own fields.
+        raise ConfigError(f"data.{error}") from error
     try:
         mesh = aot.make_gpu_mesh(gpu)
     except RuntimeError as error:
         raise ConfigError(f"{error}; or run `make plan CONFIG=...`, which has them") from error
-    phases = make_recipe(config, _make_model(config, facts)).phases
+    phases = make_recipe(config, _make_model(config, spec)).phases
     count = sum(3 + bool(phase.probe_every_steps) for phase in phases)
     say(f"compiling {count} programs for one {gpu.name}")
-    plan = Plan(config=config, facts=facts, target=gpu, phases=())
+    plan = Plan(config=config, spec=spec, target=gpu, phases=())
     planned = tuple(_plan_phase(plan, phase, mesh) for phase in phases)
     return dataclasses.replace(plan, phases=planned)
 
 
 def compile_programs(
     config: TrainConfig,
-    facts: Facts,
+    spec: DataSpec,
     phase: Phase,
     *,
     mesh: jax.sharding.Mesh,
@@ -133,7 +133,7 @@ def compile_programs(
 
     Args:
       config: TrainConfig.
-      facts: Facts of the data set.
+      spec: DataSpec of the data set.
       phase: Phase of the configured recipe.
       mesh: from `aot.make_gpu_mesh`.
       names: of "train step", "evaluation step" and "probing train step"; the last is left out in
@@ -145,7 +145,7 @@ def compile_programs(
     Raises:
       NotImplementedError: if the configured kernel does not run on the GPU.
     """
-    model = _make_model(config, facts)
+    model = _make_model(config, spec)
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
     options = config.step_options
@@ -157,7 +157,7 @@ def compile_programs(
     if phase.probe_every_steps:
         steps[_PROBE] = make_train_step(graphdef, recipe, phase, optimizer, probes=True, **training)
     state = make_abstract_state(model, recipe, optimizer, phase.name)
-    batch = make_abstract_batch(config, facts)
+    batch = make_abstract_batch(config, spec)
     lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), state.sparsity.masks)
     return {
         name: aot.compile_for(
@@ -168,31 +168,23 @@ def compile_programs(
     }
 
 
-def make_abstract_batch(config: TrainConfig, facts: Facts) -> dict[str, jax.ShapeDtypeStruct]:
+def make_abstract_batch(config: TrainConfig, spec: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes and types of the batches that `make_data` gives.
 
     Args:
       config: TrainConfig.
-      facts: Facts of the data set.
+      spec: DataSpec of the data set.
 
     Returns:
       dict of `jax.ShapeDtypeStruct`.
     """
-    B, T = config.data.batch_size, config.data.sequence_length
-    tokens = jax.ShapeDtypeStruct((B, 2, T) if facts.task == "matching" else (B, T), jnp.int32)
-    batch = {"inputs": tokens, "weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
-    if facts.task == "language_model":
-        return batch | {"targets": tokens}
-    if facts.task == "masked_language_model":
-        weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
-        return batch | {"targets": tokens, "weights": weights}
-    if facts.patch_values:
-        batch["inputs"] = jax.ShapeDtypeStruct((B, T, facts.patch_values), jnp.uint8)
-    batch["mask"] = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
-    if facts.task == "translation":
-        batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32)
-        return batch | {"decoder_inputs": tokens, "targets": tokens}
-    return batch | {"labels": jax.ShapeDtypeStruct((B,), jnp.int32)}
+    arrays = describe_batch(
+        spec.task,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        patch_values=spec.patch_values,
+    )
+    return {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
 
 
 def estimate_largest_batch(
@@ -253,8 +245,8 @@ def format_plan(plan: Plan) -> str:
     largest = [phase.largest_batch_size for phase in phases]
     rows.append(("  largest batch, examples", ["–" if n is None else f"{n:,}" for n in largest]))
     size = config.data.batch_size
-    shape = " x ".join(map(str, make_abstract_batch(config, plan.facts)["inputs"].shape))
-    unit = "bytes" if plan.facts.patch_values else "tokens"
+    shape = " x ".join(map(str, make_abstract_batch(config, plan.spec)["inputs"].shape))
+    unit = "bytes" if plan.spec.patch_values else "tokens"
     return "\n".join(
         [
             f"recipe {config.recipe.name} on one {plan.target.name}, batch of {shape} {unit}, "
@@ -273,26 +265,26 @@ def format_plan(plan: Plan) -> str:
     )
 
 
-def _make_model(config: TrainConfig, facts: Facts):
-    return make_transformer_config(config, **facts._asdict())
+def _make_model(config: TrainConfig, spec: DataSpec):
+    return make_transformer_config(config, **spec._asdict())
 
 
 def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
-    config, facts = plan.config, plan.facts
+    config, spec = plan.config, plan.spec
     size = config.data.batch_size
     doubled = dataclasses.replace(
         config, data=dataclasses.replace(config.data, batch_size=2 * size)
     )
     try:
-        programs = compile_programs(config, facts, phase, mesh=mesh)
+        programs = compile_programs(config, spec, phase, mesh=mesh)
         train = programs[_TRAIN]
-        twice = compile_programs(doubled, facts, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
+        twice = compile_programs(doubled, spec, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
     except NotImplementedError as error:
         named = config.named_implementations
         raise ConfigError(f"{named} must run on one {plan.target.name}: {error}") from error
     return PhasePlan(
         name=phase.name,
-        parts=_measure_parts(config, facts, phase, train),
+        parts=_measure_parts(config, spec, phase, train),
         programs=programs,
         largest_batch_size=estimate_largest_batch(
             (train.peak_bytes, twice.peak_bytes),
@@ -303,8 +295,8 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
     )
 
 
-def _measure_parts(config, facts, phase, train: aot.AotReport) -> dict[str, int]:
-    model = _make_model(config, facts)
+def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
+    model = _make_model(config, spec)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
     state = make_abstract_state(model, make_recipe(config, model), optimizer, phase.name)
     sparsity = state.sparsity
@@ -315,7 +307,7 @@ def _measure_parts(config, facts, phase, train: aot.AotReport) -> dict[str, int]
         "masks, statistics, counters": _count_bytes(
             (sparsity.masks, sparsity.statistics, counters)
         ),
-        "batch": _count_bytes(make_abstract_batch(config, facts)),
+        "batch": _count_bytes(make_abstract_batch(config, spec)),
         "temporaries (activations, gradients)": train.temp_bytes,
         "metrics": train.output_bytes - train.alias_bytes,
     }

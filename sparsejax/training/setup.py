@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
-from sparsejax.data import Data, make_data
+from sparsejax.data import Data, describe_data, make_data
 from sparsejax.models import TransformerConfig
 from sparsejax.optimizer import Optimizer, make_optimizer
 from sparsejax.recipes import Phase, Recipe
@@ -131,20 +131,17 @@ def prepare_run(config: TrainConfig) -> Run:
       ConfigError: if the data cannot be used as configured, or a setting does not fit it.
     """
     with _naming_data(config):
-        data = make_data(
-            config.data, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        spec = describe_data(config.data)
     try:
-        model_config = make_transformer_config(
-            config,
-            task=data.task,
-            vocab_size=data.vocab_size,
-            num_classes=data.num_classes,
-            patch_values=data.patch_values,
-        )
+        model_config = make_transformer_config(config, **spec._asdict())
         recipe = make_recipe(config, model_config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    # After the settings were checked: to prepare data may take hours.
+    with _naming_data(config):
+        data = make_data(
+            config.data, process_index=jax.process_index(), process_count=jax.process_count()
+        )
     devices = _choose_devices(config)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     run = Run(

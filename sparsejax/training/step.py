@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from sparsejax.batch import get_targets
 from sparsejax.models import (
     AttentionMode,
     Implementation,
@@ -203,8 +204,7 @@ def compute_totals(output: ModelOutput, batch: Batch, *, label_smoothing: float 
 
     Args:
       output: ModelOutput of the batch.
-      batch: dict with "targets" i32[B, T] (language model, translation) or "labels" i32[B]
-        (classifier), and "weights", f32[B] of examples or f32[B, T] of tokens.
+      batch: dict of arrays, as `sparsejax.batch` says for each task.
       label_smoothing: float, static.
 
     Returns:
@@ -216,7 +216,7 @@ def compute_totals(output: ModelOutput, batch: Batch, *, label_smoothing: float 
     References:
       Label smoothing: Szegedy et al., arXiv:1512.00567, section 7.
     """
-    targets, weights = _get_targets(batch), _spread_weights(batch)
+    targets, weights = get_targets(batch), _spread_weights(batch)
     losses = optax.softmax_cross_entropy_with_integer_labels(output.logits, targets)
     if label_smoothing:
         uniform = jax.nn.logsumexp(output.logits, -1) - output.logits.mean(-1)
@@ -230,13 +230,9 @@ def compute_totals(output: ModelOutput, batch: Batch, *, label_smoothing: float 
     }
 
 
-def _get_targets(batch: Batch) -> jax.Array:
-    return batch["targets"] if "targets" in batch else batch["labels"]
-
-
 def _spread_weights(batch: Batch) -> jax.Array:
     """Return the weight of every target: an example's weight is that of all its tokens."""
-    weights, shape = batch["weights"], _get_targets(batch).shape
+    weights, shape = batch["loss_weights"], get_targets(batch).shape
     return jnp.broadcast_to(
         weights.reshape(*weights.shape, *[1] * (len(shape) - weights.ndim)), shape
     )

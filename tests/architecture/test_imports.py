@@ -12,6 +12,7 @@ ARROWS = {
     "pallas_kernels": (),
     "pallas_kernels.aot": (),
     "sparsejax.types": (),
+    "sparsejax.batch": (),
     "sparsejax.patterns": ("sparsejax.types",),
     "sparsejax.checks": (),
     "sparsejax.masks": ("sparsejax.patterns", "sparsejax.types"),
@@ -29,7 +30,7 @@ ARROWS = {
         "sparsejax.types",
     ),
     "sparsejax.optimizer": ("sparsejax.checks", "sparsejax.recipes", "sparsejax.types"),
-    "sparsejax.data": (),
+    "sparsejax.data": ("sparsejax.batch",),
     "sparsejax.strict_json": (),
     "sparsejax.config": (
         "sparsejax.checks",
@@ -54,6 +55,7 @@ ARROWS = {
     # Of no other room, so that recipes may draw.
     "sparsejax.report.plots": (),
     "sparsejax.training": (
+        "sparsejax.batch",
         "sparsejax.recipes",
         "sparsejax.models",
         "sparsejax.optimizer",
@@ -69,6 +71,7 @@ ARROWS = {
     ),
     "sparsejax.tools": (
         "sparsejax.tools.plan",
+        "sparsejax.batch",
         "sparsejax.training",
         "sparsejax.recipes",
         "sparsejax.models",
@@ -86,6 +89,7 @@ ARROWS = {
     # The one place where a run meets the compiler for absent GPUs, which models have no use for.
     "sparsejax.tools.plan": (
         "sparsejax.tools",
+        "sparsejax.batch",
         "sparsejax.training",
         "sparsejax.recipes",
         "sparsejax.optimizer",

@@ -67,7 +67,7 @@ def test_a_published_set_becomes_batches(task, tmp_path, monkeypatch):
     batch = next(data.train)
     assert batch["inputs"].shape == (8, 1024)
     assert batch["mask"].any(1).all()
-    assert (data.num_classes, data.vocab_size) == (NUM_CLASSES[task], 257)
+    assert (data.spec.num_classes, data.spec.vocab_size) == (NUM_CLASSES[task], 257)
     assert batch["labels"].max() < NUM_CLASSES[task]
     assert len(list(data.validation(1))) == 1
 

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.prepare import main
 
 SETTINGS = {
@@ -48,8 +48,8 @@ def make_files(tmp_path, kind, **settings):
 
 def test_idx_images_become_rows_of_pixels(images, tmp_path):
     data = make_files(tmp_path, "idx", sequence_length=8)
-    facts = find_facts(make_config(tmp_path, "idx", sequence_length=8), num_classes=6)
-    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("classification", 257, 6)
+    spec = describe_data(make_config(tmp_path, "idx", sequence_length=8))
+    assert data.spec[:3] == spec[:3] == ("classification", 257, 6)
     batches = {"train": [next(data.train), next(data.train)], "t10k": list(data.validation(None))}
     for name, split in batches.items():
         rows = {
@@ -100,8 +100,8 @@ def pairs(tmp_path):
 
 def test_pairs_of_documents_come_with_one_label(pairs, tmp_path):
     data = make_files(tmp_path, "aan", sequence_length=6, batch_size=5)
-    facts = find_facts(make_config(tmp_path, "aan", sequence_length=6))
-    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("matching", 257, 2)
+    spec = describe_data(make_config(tmp_path, "aan", sequence_length=6))
+    assert data.spec[:3] == spec[:3] == ("matching", 257, 2)
     batch = next(data.train)
     assert batch["inputs"].shape == batch["mask"].shape == (5, 2, 6)
     found = {
@@ -110,7 +110,7 @@ def test_pairs_of_documents_come_with_one_label(pairs, tmp_path):
     }
     assert found == {(b"x" * i, b"yes%d" % i): i % 2 for i in range(5)}
     (last,) = list(data.validation(None))
-    assert last["weights"].tolist() == [1, 1, 1, 1, 0]
+    assert last["loss_weights"].tolist() == [1, 1, 1, 1, 0]
 
 
 def test_broken_pairs_are_refused_by_line(pairs, tmp_path):

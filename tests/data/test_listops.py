@@ -7,13 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data
-from sparsejax.data.sources.listops import (
-    SYMBOLS,
-    ListOps,
-    ListOpsConfig,
-    sample_expression,
-)
+from sparsejax.data import DataConfig, describe_data, make_data
+from sparsejax.data.generated import ListOps, ListOpsConfig
+from sparsejax.data.sources.listops import SYMBOLS, sample_expression
 
 
 def parse(words):
@@ -81,7 +77,7 @@ def collect(data, split):
         (tuple(inputs[mask] - 1), int(label))
         for batch in batches
         for inputs, mask, label, weight in zip(
-            *(batch[name] for name in ("inputs", "mask", "labels", "weights")), strict=True
+            *(batch[name] for name in ("inputs", "mask", "labels", "loss_weights")), strict=True
         )
         if weight
     ]
@@ -161,13 +157,13 @@ def test_classification_batches_pad_with_zero_and_mask_it(data_dir):
         "inputs": ("int32", (16, 199)),
         "mask": ("bool", (16, 199)),
         "labels": ("int32", (16,)),
-        "weights": ("float32", (16,)),
+        "loss_weights": ("float32", (16,)),
     }
     np.testing.assert_array_equal(batch["inputs"] > 0, batch["mask"])
     lengths = batch["mask"].sum(1)
     np.testing.assert_array_equal(batch["mask"], np.arange(199) < lengths[:, None])
-    facts = find_facts(make_config(data_dir))
-    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("classification", 16, 10)
+    spec = describe_data(make_config(data_dir))
+    assert data.spec[:3] == spec[:3] == ("classification", 16, 10)
     assert batch["inputs"].max() == 15
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.masking import make_masking
 
 LENGTH, FRACTION = 40, 0.15
@@ -44,7 +44,10 @@ def take(iterator, num_batches):
     """Return the examples of some batches, each as its three rows."""
     batches = [next(iterator) for _ in range(num_batches)]
     rows = zip(
-        *(np.concatenate([b[name] for b in batches]) for name in ("inputs", "targets", "weights")),
+        *(
+            np.concatenate([b[name] for b in batches])
+            for name in ("inputs", "targets", "loss_weights")
+        ),
         strict=True,
     )
     return [(i.tolist(), t.tolist(), w.tolist()) for i, t, w in rows]
@@ -56,11 +59,11 @@ def test_batches_have_the_documented_arrays(folder):
         assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
             "inputs": ("int32", (4, LENGTH)),
             "targets": ("int32", (4, LENGTH)),
-            "weights": ("float32", (4, LENGTH)),
+            "loss_weights": ("float32", (4, LENGTH)),
         }
-    facts = find_facts(make_config(folder))
-    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == facts
-    assert facts == ("masked_language_model", MASK + 1, 0, 0)
+    spec = describe_data(make_config(folder))
+    assert data.spec == spec
+    assert spec == ("masked_language_model", MASK + 1, 0, 0)
 
 
 def test_targets_are_the_corpus_and_inputs_differ_at_chosen_tokens_only(folder):
@@ -80,9 +83,9 @@ def test_chosen_tokens_are_masked_replaced_or_kept_8_to_1_to_1():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, vocab_size, size, np.int32)
     before = targets.copy()
-    example = hide({"targets": targets, "weights": np.float32(1)}, rng)
+    example = hide({"targets": targets, "loss_weights": np.float32(1)}, rng)
     np.testing.assert_array_equal(targets, before, "the corpus itself is not written to")
-    chosen = example["weights"] > 0
+    chosen = example["loss_weights"] > 0
     assert chosen.sum() == 30_000
     inputs, told = example["inputs"][chosen], targets[chosen]
     shares = [(inputs == vocab_size).mean(), (inputs == told).mean()]
@@ -158,7 +161,7 @@ def test_validation_is_the_same_at_every_pass_and_for_every_seed(folder):
 
 def test_what_fills_up_the_last_batch_of_validation_counts_for_nothing(folder):
     *_, last = make_masked(folder, batch_size=7).validation(None)
-    sums = last["weights"].sum(1).tolist()
+    sums = last["loss_weights"].sum(1).tolist()
     assert sums == sorted(sums, reverse=True) and set(sums) == {float(COUNT), 0.0}
 
 
@@ -179,8 +182,9 @@ def test_settings_out_of_range_are_refused_at_once(settings, message, tmp_path):
         make_config(tmp_path, **{"validation_fraction": 0.05} | settings)
 
 
-def test_facts_of_a_labelled_set_are_refused(tmp_path):
+def test_a_labelled_set_is_not_masked(tmp_path):
+    config = make_config(tmp_path, source="tfds:lm1b", validation_fraction=0.05)
+    assert describe_data(config) == ("masked_language_model", MASK + 1, 0, 0)
     config = make_config(tmp_path, source="tfds:imdb_reviews", validation_fraction=0.05)
-    assert find_facts(config, num_classes=0).task == "masked_language_model"
-    with pytest.raises(ValueError, match="num_classes=2: texts with labels have no mask_fraction"):
-        find_facts(config, num_classes=2)
+    with pytest.raises(ValueError, match="mask_fraction=0.15: the examples of tfds:imdb_reviews"):
+        describe_data(config)

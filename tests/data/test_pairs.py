@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data import DataConfig, describe_data, make_data
 
 PAIRS = {
     "train": [("ab", "xyz"), ("", "w"), ("abcde", ""), ("é", "ü!")],
@@ -39,7 +39,7 @@ def read_sentences(batch):
         return texts
 
     sources = spell(batch["inputs"], batch["mask"])
-    return list(zip(sources, spell(batch["targets"], batch["weights"] > 0), strict=True))
+    return list(zip(sources, spell(batch["targets"], batch["loss_weights"] > 0), strict=True))
 
 
 def test_two_lines_become_five_rows(tmp_path):
@@ -51,25 +51,28 @@ def test_two_lines_become_five_rows(tmp_path):
         "mask": [[True, True, True, False, False, False]],
         "decoder_inputs": [[1, x, x + 1, x + 2, 0, 0]],
         "targets": [[x, x + 1, x + 2, 1, 0, 0]],
-        "weights": [[1, 1, 1, 1, 0, 0]],
+        "loss_weights": [[1, 1, 1, 1, 0, 0]],
     }
     for batch in (next(data.train), *data.validation(None)):
         assert {name: rows.tolist() for name, rows in batch.items()} == expected
         types = {name: rows.dtype.name for name, rows in batch.items()}
-        assert types == dict.fromkeys(expected, "int32") | {"mask": "bool", "weights": "float32"}
+        assert types == dict.fromkeys(expected, "int32") | {
+            "mask": "bool",
+            "loss_weights": "float32",
+        }
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=["lf", "crlf"])
 def test_batches_hold_every_pair_once_and_facts_agree(line_end, tmp_path):
     config = make_config(write_pairs(tmp_path, line_end=line_end))
     data = make_data(config)
-    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == find_facts(config)
-    assert find_facts(config) == ("translation", 257, 0, 0)
+    assert data.spec == describe_data(config)
+    assert describe_data(config) == ("translation", 257, 0, 0)
     batch = next(data.train)
     assert sorted(read_sentences(batch)) == sorted(PAIRS["train"])
-    assert max(rows.max() for rows in batch.values()) < data.vocab_size
+    assert max(rows.max() for rows in batch.values()) < data.spec.vocab_size
     (last,) = data.validation(None)
-    assert last["weights"].shape == (4, 6) and last["weights"][3].sum() == 0
+    assert last["loss_weights"].shape == (4, 6) and last["loss_weights"][3].sum() == 0
     kept = {name: rows[:3] for name, rows in last.items()}
     assert sorted(read_sentences(kept)) == PAIRS["validation"]
 
@@ -90,8 +93,8 @@ def test_both_sides_share_one_trained_vocabulary(tmp_path):
     pairs = {"train": [sides] * 8, "validation": [sides]}
     config = make_config(write_pairs(tmp_path, pairs), tokenizer="bpe:270", sequence_length=16)
     data = make_data(config)
-    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == find_facts(config)
-    assert data.vocab_size == 271
+    assert data.spec == describe_data(config)
+    assert data.spec.vocab_size == 271
     batch = next(data.train)
     # Merges of either side: three words are fewer tokens than letters.
     for name in ("inputs", "targets"):
@@ -125,7 +128,7 @@ def test_longer_sentences_are_refused_or_cut_without_an_end(tmp_path):
     x = ord("x") + 1
     assert rows[b"ab"]["targets"] == [x, x + 1, x + 2]
     assert rows[b"ab"]["decoder_inputs"] == [1, x, x + 1]
-    assert rows[b"ab"]["inputs"][2] == 1 and rows[b"ab"]["weights"] == [1, 1, 1]
+    assert rows[b"ab"]["inputs"][2] == 1 and rows[b"ab"]["loss_weights"] == [1, 1, 1]
     assert rows[b"abc"]["mask"] == [True] * 3 and rows[b"abc"]["targets"] == [1, 0, 0]
 
 
@@ -175,5 +178,3 @@ def test_options_of_other_sources_are_refused(tmp_path):
         make_config(tmp_path, source="pairs:/pairs", label_key="x")
     with pytest.raises(ValueError, match=r"source='pairs:': expected one of .*pairs:/folder"):
         make_config(tmp_path, source="pairs:")
-    with pytest.raises(ValueError, match="num_classes=3: source='pairs:/pairs' has 0"):
-        find_facts(make_config(tmp_path, source="pairs:/pairs"), num_classes=3)

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.patches import (
     PatchGrid,
     cut_patches,
@@ -125,9 +125,9 @@ def make_config(folder, **settings):
 def test_batches_of_images_in_idx_format(idx, tmp_path):
     config = make_config(tmp_path)
     data = make_data(config)
-    facts = find_facts(config, num_classes=6)
-    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == facts
-    assert facts == ("classification", 0, 6, 4)
+    spec = describe_data(config)
+    assert data.spec == spec
+    assert spec == ("classification", 0, 6, 4)
     batches = {"train": [next(data.train), next(data.train)], "t10k": list(data.validation(None))}
     for name, split in batches.items():
         for batch in split:
@@ -135,7 +135,7 @@ def test_batches_of_images_in_idx_format(idx, tmp_path):
                 "inputs": ("uint8", (3, 8, 4)),
                 "mask": ("bool", (3, 8)),
                 "labels": ("int32", (3,)),
-                "weights": ("float32", (3,)),
+                "loss_weights": ("float32", (3,)),
             }
             for patches, mask, label in zip(
                 batch["inputs"], batch["mask"], batch["labels"], strict=True
@@ -217,9 +217,9 @@ def make_tfds_config(folder, name, **settings):
 def test_pictures_keep_their_colours(prepared):
     config = make_tfds_config(prepared, "same", image_channels=3)
     data = make_data(config)
-    facts = find_facts(config, num_classes=8)
-    assert (data.task, data.vocab_size, data.num_classes, data.patch_values) == facts
-    assert facts == ("classification", 0, 8, 12)
+    spec = describe_data(config)
+    assert data.spec == spec
+    assert spec == ("classification", 0, 8, 12)
     batch = next(data.train)
     for patches, label in zip(batch["inputs"], batch["labels"], strict=True):
         np.testing.assert_array_equal(patches, cut_patches(RGB[label], 2))
@@ -310,12 +310,17 @@ def test_settings_out_of_range_are_refused_at_once(settings, message, tmp_path):
         make_config(tmp_path, **settings)
 
 
-def test_facts_that_stand_in_files_have_to_be_told(tmp_path):
-    config = make_config(tmp_path, source="tfds:x")
-    with pytest.raises(ValueError, match="num_classes=7: .* expected image_channels=1 or 3 .* 0"):
-        find_facts(config, num_classes=7)
-    with pytest.raises(ValueError, match="num_classes=0: the images of .* have labels"):
-        find_facts(config, num_classes=0)
+def test_images_are_described_by_their_headers_and_labels(idx, tmp_path):
+    """The pixels may be damaged: nobody looks at them."""
+    for name in SPLITS:
+        (tmp_path / f"{name}-images.gz").write_bytes(
+            gzip.compress(bytes((0, 0, 8, 3)) + struct.pack(">3I", 9, 4, 6))
+        )
+    assert describe_data(make_config(tmp_path)) == ("classification", 0, 6, 4)
+    with pytest.raises(ValueError, match="patch_size=4: the images of .* have 4 x 6 pixels"):
+        describe_data(make_config(tmp_path, patch_size=4))
+    with pytest.raises(ValueError, match="source='idx:/nowhere': no such folder"):
+        describe_data(make_config(tmp_path, source="idx:/nowhere"))
 
 
 def test_the_command_that_prepares_images_makes_the_cache_of_the_run(prepared, tmp_path, capsys):

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.sources.pathfinder import draw_pathfinder
 
 NUM_PICTURES = 1_600
@@ -174,9 +174,9 @@ def test_batches_are_rows_of_pixels(data_dir):
     batch = next(data.train)
     assert batch["inputs"].shape == (16, 1024) and batch["mask"].all()
     assert set(np.unique(batch["inputs"])) == {1, 256}
-    facts = find_facts(make_config(data_dir))
+    spec = describe_data(make_config(data_dir))
     expected = ("classification", 257, 2)
-    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == expected
+    assert data.spec[:3] == spec[:3] == expected
 
 
 def test_each_picture_follows_from_its_split_and_index_alone(data_dir):

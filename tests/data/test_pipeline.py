@@ -21,7 +21,7 @@ class Numbers:
         return NUM_EXAMPLES
 
     def __getitem__(self, index):
-        return {"inputs": np.full(3, index, np.int32), "weights": np.float32(1)}
+        return {"inputs": np.full(3, index, np.int32), "loss_weights": np.float32(1)}
 
 
 def make_iterator(seed=7, threads=0, batch_size=5, **process):
@@ -91,7 +91,7 @@ def test_validation_covers_the_split_once_and_fills_up_with_weight_zero():
     batches = validate()
     assert [len(batch["inputs"]) for batch in batches] == [5] * 5
     numbers = np.concatenate([batch["inputs"][:, 0] for batch in batches])
-    weights = np.concatenate([batch["weights"] for batch in batches])
+    weights = np.concatenate([batch["loss_weights"] for batch in batches])
     assert weights.tolist() == [1.0] * NUM_EXAMPLES + [0.0] * 2
     assert sorted(numbers[weights > 0]) == list(range(NUM_EXAMPLES))
     assert weights.dtype == np.float32
@@ -112,7 +112,7 @@ def test_validation_processes_have_equal_shapes_and_disjoint_examples():
         number
         for share in shares
         for batch in share
-        for number in batch["inputs"][batch["weights"] > 0, 0]
+        for number in batch["inputs"][batch["loss_weights"] > 0, 0]
     ]
     assert sorted(kept) == list(range(NUM_EXAMPLES))
 

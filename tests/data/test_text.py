@@ -6,9 +6,10 @@ import platform
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, find_facts, make_data
+from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.sources import text
-from sparsejax.data.sources.text import open_stdlib, open_text
+from sparsejax.data.sources.stdlib import open_stdlib
+from sparsejax.data.sources.text import open_text
 from sparsejax.data.store import Windows, write_stream
 from sparsejax.data.tokenizer import byte_tokenizer, load_bpe, train_bpe
 
@@ -46,19 +47,19 @@ def folder(tmp_path):
 
 
 def test_folder_is_split_into_whole_files_by_their_names(folder, tmp_path):
-    source = open_text(folder, 0.3, utf8="any")
+    source = open_text(make_config(folder, tmp_path))
     train, validation = read_documents(source, "train"), read_documents(source, "validation")
     assert sorted(train + validation) == sorted(f.read_bytes() for f in folder.rglob("*.txt"))
     assert 2 <= len(validation) <= 10
     moved = folder.rename(tmp_path / "moved")
     (moved / "another.txt").write_text("one more")
-    again = read_documents(open_text(moved, 0.3, utf8="any"), "validation")
+    again = read_documents(open_text(make_config(moved, tmp_path)), "validation")
     assert set(validation) <= set(again)
 
 
 def test_windows_hold_the_stream_and_predict_the_next_token(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_PIECE_BYTES", 100)
-    source = open_text(folder, 0.3, utf8="any")
+    source = open_text(make_config(folder, tmp_path))
     write_stream(tmp_path, source.read("train"), byte_tokenizer())
     stream = b"".join(document + b"\0" for document in read_documents(source, "train"))
     windows = Windows(tmp_path, byte_tokenizer(), 15)
@@ -75,10 +76,10 @@ def test_batches_have_the_documented_arrays(folder, tmp_path):
     assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
         "inputs": ("int32", (2, 15)),
         "targets": ("int32", (2, 15)),
-        "weights": ("float32", (2,)),
+        "loss_weights": ("float32", (2,)),
     }
-    facts = find_facts(make_config(folder, tmp_path / "data"))
-    assert (data.task, data.vocab_size, data.num_classes) == facts[:3] == ("language_model", 256, 0)
+    spec = describe_data(make_config(folder, tmp_path / "data"))
+    assert data.spec[:3] == spec[:3] == ("language_model", 256, 0)
 
 
 @pytest.mark.parametrize("line", ["Zeile mit Umlaut: äöü.\n", "ä"])
@@ -86,7 +87,7 @@ def test_one_file_is_cut_once_between_lines_or_else_characters(tmp_path, line):
     path = tmp_path / "book.txt"
     text = line * 20_000 + "no newline at the end"
     path.write_text(text, encoding="utf-8")
-    source = open_text(path, 0.1, utf8="required")
+    source = open_text(make_config(path, tmp_path, validation_fraction=0.1, tokenizer="bpe:300"))
     (train,), (validation,) = (read_documents(source, s) for s in ("train", "validation"))
     assert train + validation == text.encode()
     assert train.decode().endswith(line)
@@ -94,7 +95,7 @@ def test_one_file_is_cut_once_between_lines_or_else_characters(tmp_path, line):
 
 
 def test_stdlib_corpus_is_python_source_and_names_its_version():
-    source = open_stdlib(0.05)
+    source = open_stdlib(DataConfig(source="stdlib"))
     sizes = {}
     for split in ("train", "validation"):
         documents = read_documents(source, split)
@@ -121,12 +122,12 @@ def test_bpe_is_trained_on_the_training_split_and_loses_nothing(folder, tmp_path
 
     data = make_text_data(folder, tmp_path / "data", tokenizer="bpe:270", sequence_length=1)
     config = make_config(folder, tmp_path / "data", tokenizer="bpe:270")
-    assert data.vocab_size == find_facts(config).vocab_size == 270
+    assert data.spec.vocab_size == describe_data(config).vocab_size == 270
     (saved,) = (tmp_path / "data" / "tokenizers").glob("*/tokenizer.json")
     bpe = tokenizers.Tokenizer.from_file(str(saved))
     (tokens,) = (tmp_path / "data" / "tokens").glob("text-train-*/tokens.bin")
     ids = np.fromfile(tokens, np.uint16)
-    expected = read_documents(open_text(folder, 0.3, utf8="any"), "train")
+    expected = read_documents(open_text(make_config(folder, tmp_path)), "train")
     parts = np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]
     assert [bpe.decode(part.tolist()).encode() for part in parts] == expected
     assert ids.size < 0.9 * sum(map(len, expected))
@@ -176,7 +177,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(ValueError, match=r"cannot read .*book\.txt: Permission denied"):
-        open_text(path, 0.3, utf8="any")
+        open_text(make_config(path, tmp_path))
 
 
 def test_text_that_is_not_utf8_is_refused_for_bpe_only(tmp_path):

@@ -70,7 +70,7 @@ def make_tfds(name, data_dir, **settings):
 
 def test_labelled_text_is_read_without_the_code_that_prepared_it(prepared):
     data = make_tfds("opinions/text", prepared)
-    assert (data.task, data.vocab_size, data.num_classes) == ("classification", 257, 3)
+    assert data.spec[:3] == ("classification", 257, 3)
     found = {
         bytes((ids[mask] - 1).tolist()).decode(): int(label)
         for batch in data.validation(None)
@@ -87,7 +87,7 @@ def test_splits_and_bpe_are_chosen_by_configuration(prepared):
         train_split="train[:50%]",
         validation_split="train[50%:]",
     )
-    assert data.vocab_size == 271
+    assert data.spec.vocab_size == 271
     assert data.fingerprint["train_examples"] == data.fingerprint["validation_examples"] == 3
     assert next(data.train)["inputs"].max() > 257
 
@@ -152,8 +152,8 @@ def online(monkeypatch):
 def test_published_sets_are_understood(name, length, task, num_classes, tmp_path, online):
     with tfds.testing.mock_data(num_examples=20):
         data = make_tfds(name, tmp_path, download=True, sequence_length=length)
-    assert (data.task, data.num_classes) == (task, num_classes)
-    assert data.vocab_size == (256 if task == "language_model" else 257)
+    assert (data.spec.task, data.spec.num_classes) == (task, num_classes)
+    assert data.spec.vocab_size == (256 if task == "language_model" else 257)
     batch = next(data.train)
     assert batch["inputs"].shape == (3, length)
     assert len(list(data.validation(1))) == 1

@@ -10,7 +10,7 @@ import pytest
 import train
 from pallas_kernels import aot
 from sparsejax.config.parse import ConfigError, parse_config
-from sparsejax.data import find_facts, make_data
+from sparsejax.data import describe_data, make_data
 from sparsejax.tools.plan import (
     TARGETS,
     estimate_largest_batch,
@@ -110,7 +110,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
         config = parse_config(make_settings(tmp_path, **changes))
         batch = next(make_data(config.data).train)
         expected = {name: (array.shape, array.dtype) for name, array in batch.items()}
-        abstract = make_abstract_batch(config, find_facts(config.data))
+        abstract = make_abstract_batch(config, describe_data(config.data))
         assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == expected
 
 
@@ -118,9 +118,12 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
     ("changes", "options", "message"),
     [
         ({}, {"target": "b200"}, r"--target must be one of \['h200', 'h100'\], got 'b200'"),
-        ({}, {"num_classes": 3}, r"--plan_num_classes=3: source='text:.*' has 0"),
-        ({"data__source": "tfds:x"}, {}, r"--plan_num_classes=None: .* at least 0, 0 for a lang"),
-        ({"data__source": "idx:x"}, {"num_classes": 0}, r"--plan_num_classes=0: .* at least 1"),
+        (
+            {"data__source": "tfds:x"},
+            {},
+            r"data.source='tfds:x': no such set is prepared .*: python",
+        ),
+        ({"data__source": "idx:/x"}, {}, "data.source='idx:/x': no such folder"),
         (
             {
                 "recipe__name": "static_attention",
@@ -131,7 +134,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
             "model.attention_implementation='mosaic_sm90' must run on one NVIDIA H200: .*float32",
         ),
     ],
-    ids=["target", "contradiction", "missing", "range", "kernel"],
+    ids=["target", "tfds", "idx", "kernel"],
 )
 def test_what_cannot_be_planned_is_refused(changes, options, message, tmp_path):
     config = parse_config(make_settings(tmp_path, **changes))

@@ -80,7 +80,7 @@ def _batch(seed=0, size=4):
     return {
         "inputs": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
-        "weights": jnp.ones(size, jnp.float32),
+        "loss_weights": jnp.ones(size, jnp.float32),
     }
 
 
@@ -358,7 +358,7 @@ def test_the_configs_that_ship_can_be_traced(config):
     batch = {
         "inputs": jax.ShapeDtypeStruct((12, length), jnp.int32),
         "targets": jax.ShapeDtypeStruct((12, length), jnp.int32),
-        "weights": jax.ShapeDtypeStruct((12,), jnp.float32),
+        "loss_weights": jax.ShapeDtypeStruct((12,), jnp.float32),
     }
     for phase in recipe.phases:
         state = make_abstract_state(model, recipe, optimizer, phase.name)

@@ -70,7 +70,7 @@ def _batch(seed=0, size=4):
     return {
         "inputs": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
-        "weights": jnp.ones(size, jnp.float32),
+        "loss_weights": jnp.ones(size, jnp.float32),
     }
 
 

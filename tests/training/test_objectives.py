@@ -11,7 +11,7 @@ from sparsejax.accounting.flops import count_transformer_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
-from sparsejax.data import find_facts, make_data
+from sparsejax.data import describe_data, make_data
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import get_weight_masks
 from sparsejax.report.metrics import read_metrics
@@ -69,12 +69,12 @@ def _make_letter_settings(folder, **changes):
 _MAKERS = {"masked": _make_letter_settings, "patches": _make_patch_settings}
 
 
-def _trace(config, facts):
+def _trace(config, spec):
     """Trace the steps of every phase with shapes alone; nothing is computed."""
-    model = make_transformer_config(config, **facts._asdict())
+    model = make_transformer_config(config, **spec._asdict())
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    batch = make_abstract_batch(config, facts)
+    batch = make_abstract_batch(config, spec)
     for phase in recipe.phases:
         state = make_abstract_state(model, recipe, optimizer, phase.name)
         step = make_train_step(
@@ -91,19 +91,19 @@ def _trace(config, facts):
 def test_what_is_planned_is_what_is_trained(kind, tmp_path):
     config = parse_config(_MAKERS[kind](tmp_path))
     data = make_data(config.data)
-    facts = find_facts(config.data, num_classes=3 if kind == "patches" else None)
-    assert facts == (data.task, data.vocab_size, data.num_classes, data.patch_values)
+    spec = describe_data(config.data)
+    assert spec == data.spec
     for batch in (next(data.train), next(data.validation(1))):
-        abstract = make_abstract_batch(config, facts)
+        abstract = make_abstract_batch(config, spec)
         assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
             name: (x.shape, x.dtype) for name, x in abstract.items()
         }
-    _trace(config, facts)
+    _trace(config, spec)
 
 
 def test_the_published_settings_make_steps_of_the_published_shapes():
     bert = parse_config(fst_bert.get_config().to_dict())
-    model = _trace(bert, find_facts(bert.data))
+    model = _trace(bert, describe_data(bert.data))
     assert (model.causal, model.num_classes, model.vocab_size) == (False, 0, 32_896)
     assert bert.num_steps * bert.num_micro_batches == 300_000
     recipe = make_recipe(bert, model)
@@ -113,7 +113,7 @@ def test_the_published_settings_make_steps_of_the_published_shapes():
         assert rate(share * bert.num_steps) == pytest.approx(expected * 1e-3, abs=1e-6)
 
     deit = parse_config(fst_deit.get_config().to_dict())
-    model = _trace(deit, find_facts(deit.data, num_classes=1000))
+    model = _trace(deit, describe_data(deit.data))
     assert (model.max_length, model.patch_values) == ((224 // 16) ** 2, 16 * 16 * 3)
     assert make_recipe(deit, model).phases[0].last_step == 250 * 625
     rate = make_optimizer(deit.optimizer, num_steps=deit.num_steps).schedule
@@ -124,7 +124,7 @@ def test_the_published_settings_make_steps_of_the_published_shapes():
 def test_loss_and_accuracy_are_those_of_chosen_tokens(tmp_path):
     config = parse_config(make_settings(tmp_path, **_MASKED | {"recipe__name": "dense"}))
     data = make_data(config.data)
-    model_config = make_transformer_config(config, **find_facts(config.data)._asdict())
+    model_config = make_transformer_config(config, **describe_data(config.data)._asdict())
     recipe, graphdef = make_recipe(config, model_config), make_graphdef(model_config)
     optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
     create = functools.partial(create_train_state, model_config, recipe, optimizer)
@@ -139,19 +139,19 @@ def test_loss_and_accuracy_are_those_of_chosen_tokens(tmp_path):
     # Taken from single examples, one chosen token at a time.
     losses = []
     for row in range(4):
-        for position in np.flatnonzero(batch["weights"][row]):
-            one = np.zeros_like(batch["weights"])
+        for position in np.flatnonzero(batch["loss_weights"][row]):
+            one = np.zeros_like(batch["loss_weights"])
             one[row, position] = 1
-            losses.append(float(evaluate(state, batch | {"weights": one})["loss"]))
+            losses.append(float(evaluate(state, batch | {"loss_weights": one})["loss"]))
     np.testing.assert_allclose(np.sum(losses), totals["loss"], rtol=1e-5)
     after, metrics = step(state, batch)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
 
-    elsewhere = np.where(batch["weights"] > 0, batch["targets"], 7).astype(np.int32)
+    elsewhere = np.where(batch["loss_weights"] > 0, batch["targets"], 7).astype(np.int32)
     same, same_metrics = step(state, batch | {"targets": elsewhere})
     assert same_metrics["loss"] == metrics["loss"]
     jax.tree.map(np.testing.assert_array_equal, same.opt_state, after.opt_state)
-    there = np.where(batch["weights"] > 0, 7, batch["targets"]).astype(np.int32)
+    there = np.where(batch["loss_weights"] > 0, 7, batch["targets"]).astype(np.int32)
     assert step(state, batch | {"targets": there})[1]["loss"] != metrics["loss"]
 
 

@@ -281,7 +281,7 @@ def test_a_step_keeps_the_structure_of_its_phase():
     batch = {
         "inputs": tokens,
         "targets": tokens,
-        "weights": jax.ShapeDtypeStruct((2,), jnp.float32),
+        "loss_weights": jax.ShapeDtypeStruct((2,), jnp.float32),
     }
     graphdef = make_graphdef(config)
     for phase in recipe.phases:

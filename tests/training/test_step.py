@@ -72,7 +72,7 @@ def _batch(seed=0, size=4):
     return {
         "inputs": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
-        "weights": jnp.ones(size, jnp.float32),
+        "loss_weights": jnp.ones(size, jnp.float32),
     }
 
 
@@ -191,7 +191,7 @@ def test_evaluation_ignores_examples_of_weight_zero():
     state, _ = _make()
     evaluate = jax.jit(make_eval_step(make_graphdef(_MODEL), make_dense(), make_dense().phases[0]))
     batch = _batch()
-    half = batch | {"weights": jnp.array([1.0, 1.0, 0.0, 0.0])}
+    half = batch | {"loss_weights": jnp.array([1.0, 1.0, 0.0, 0.0])}
     first_two = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), batch)
     sums, expected = evaluate(state, half), evaluate(state, first_two)
     assert sums["count"] == 2 * 32
@@ -205,7 +205,7 @@ def test_a_step_averages_over_the_tokens_that_count():
     # The two micro-batches hold 40 and 2 tokens of weight 1.
     weights = np.zeros((4, 32), np.float32)
     weights[0], weights[2, :8], weights[1, 5], weights[3, 7] = 1, 1, 1, 1
-    batch["weights"] = jnp.asarray(weights)
+    batch["loss_weights"] = jnp.asarray(weights)
     (got, metrics), (expected, whole_metrics) = step(state, batch), whole(state, batch)
     np.testing.assert_allclose(metrics["loss"], whole_metrics["loss"], rtol=1e-5)
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)

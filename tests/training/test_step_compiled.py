@@ -61,7 +61,7 @@ def _compile(sparse, num_devices=1, implementation="xla"):
         for name, shape, dtype in [
             ("inputs", (4, 4096), jnp.int32),
             ("targets", (4, 4096), jnp.int32),
-            ("weights", (4,), jnp.float32),
+            ("loss_weights", (4,), jnp.float32),
         ]
     }
     step = make_train_step(

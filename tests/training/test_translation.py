@@ -9,7 +9,7 @@ from flax import nnx
 
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
-from sparsejax.data import find_facts, make_data
+from sparsejax.data import describe_data, make_data
 from sparsejax.masks import transposable_mask
 from sparsejax.recipes import get_weight_masks
 from sparsejax.report.metrics import read_metrics
@@ -136,7 +136,7 @@ def test_training_is_smoothed_and_validation_is_not(tmp_path):
         )
     )(host_batch)
     losses = -np.asarray(jax.nn.log_softmax(logits))
-    real = host_batch["weights"] > 0
+    real = host_batch["loss_weights"] > 0
     plain = np.take_along_axis(losses, host_batch["targets"][..., None], -1)[..., 0][real]
     assert sums["count"] == real.sum()
     np.testing.assert_allclose(sums["loss"], plain.sum(), rtol=1e-5)
@@ -150,7 +150,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
     config = parse_config(_make_settings(tmp_path))
     batch = next(make_data(config.data).train)
     expected = {name: (array.shape, array.dtype) for name, array in batch.items()}
-    abstract = make_abstract_batch(config, find_facts(config.data))
+    abstract = make_abstract_batch(config, describe_data(config.data))
     assert {name: (x.shape, x.dtype) for name, x in abstract.items()} == expected
 
 

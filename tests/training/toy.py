@@ -22,7 +22,7 @@ MAPS = np.full((2, 4, 4), 0.25, np.float32)
 BATCH = {
     "inputs": np.array([[0, 1, 2, 3], [4, 5, 0, 1]]),
     "targets": np.array([[1, 2, 3, 4], [5, 0, 1, 2]]),
-    "weights": np.ones(2, np.float32),
+    "loss_weights": np.ones(2, np.float32),
 }
 TABLE = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
 PHASE = Phase("only", learning_rate="constant")

@@ -5,9 +5,23 @@ from pathlib import Path
 
 from sparsejax.data.cache import hash_json
 from sparsejax.data.config import DataConfig
-from sparsejax.data.source import Example, Source, Split
+from sparsejax.data.source import Contents, Example, Options, Source, Split
+
+OPTIONS = Options({"tokenizer", "train_split", "validation_split", "truncate"})
 
 _NUM_FIELDS = 5
+
+
+def describe_aan(config: DataConfig) -> Contents:
+    """Describe the set without reading it.
+
+    Args:
+      config: Settings with `source="aan:/path"`.
+
+    Returns:
+      Its contents.
+    """
+    return Contents("matching", num_classes=2)
 
 
 def open_aan(config: DataConfig) -> Source:
@@ -16,13 +30,13 @@ def open_aan(config: DataConfig) -> Source:
     Each line is `label, id1, id2, text1, text2`, separated by tabs; texts are taken as published.
 
     Args:
-        config: Settings with `source="aan:/path"`; split names are the middle of the file names.
+      config: Settings with `source="aan:/path"`; split names are the middle of the file names.
 
     Returns:
-        The set: two documents and one of two labels per example.
+      The set: two documents and one of two labels per example.
 
     Raises:
-        ValueError: A file is missing or a line is not of this form.
+      ValueError: A file is missing or a line is not of this form.
     """
     folder = Path(config.rest)
     names = {
@@ -41,12 +55,11 @@ def open_aan(config: DataConfig) -> Source:
 
     stats = [(file.name, file.stat()) for file in files.values()]
     return Source(
-        task="matching",
+        contents=describe_aan(config),
         identity={
             "aan": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         },
         read=read,
-        num_classes=2,
     )
 
 

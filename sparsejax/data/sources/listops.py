@@ -6,25 +6,19 @@ expression is kept when its length, counting digits, operators and closing brack
 between two bounds and it has not occurred before. The label is its value.
 
 References:
-    Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020; the published
-    generator is followed where the paper is silent.
-    Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018.
+  Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020; the published
+  generator is followed where the paper is silent.
+  Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018.
 """
 
-import dataclasses
 import hashlib
-import itertools
 import random
 from collections.abc import Iterator
-from typing import ClassVar, cast
-
-import numpy as np
-import tensorflow_datasets as tfds
 
 from sparsejax.data.config import DataConfig
-from sparsejax.data.progress import show_progress
-from sparsejax.data.source import Source
-from sparsejax.data.sources.generated import GeneratedConfig, open_generated
+from sparsejax.data.source import Contents, Options, Source
+
+OPTIONS = Options({"validation_split", "listops_examples", "truncate"})
 
 SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """What each id stands for; ids below 10 are the digits."""
@@ -43,16 +37,16 @@ def sample_expression(rng: random.Random, max_length: int) -> tuple[list[int], i
     """Draw one expression from the grammar.
 
     Args:
-        rng: Source of randomness.
-        max_length: Length from which an expression is given up.
+      rng: Source of randomness.
+      max_length: Length from which an expression is given up.
 
     Returns:
-        Ids and value, or None when the expression reaches `max_length`.
+      Ids and value, or None when the expression reaches `max_length`.
 
     Example:
-        >>> ids, value = sample_expression(random.Random(183), 100)
-        >>> " ".join(SYMBOLS[i] for i in ids), value
-        ('[MED 2 5 ]', 3)
+      >>> ids, value = sample_expression(random.Random(183), 100)
+      >>> " ".join(SYMBOLS[i] for i in ids), value
+      ('[MED 2 5 ]', 3)
     """
     ids = []
     try:
@@ -94,94 +88,61 @@ def _apply_operator(operator: int, arguments: list[int]) -> int:
     return (ordered[middle] + ordered[~middle]) // 2
 
 
-@dataclasses.dataclass(eq=False)
-class ListOpsConfig(GeneratedConfig):
-    """Bounds and size of one variant.
+def generate_expressions(
+    count: int, *, min_length: int, max_length: int
+) -> Iterator[tuple[list[int], int]]:
+    """Generate expressions, always the same ones in the same order.
 
-    Attributes:
-        min_length: Expressions are longer.
-        max_length: Expressions are shorter.
-        train_examples: Size of the training split; the two others have 1/48 as many each.
+    Args:
+      count: How many are generated.
+      min_length: Expressions are longer.
+      max_length: Expressions are shorter.
+
+    Yields:
+      Ids and value of each expression, no two of which are alike.
     """
+    rng, seen = random.Random(0), set()
+    while len(seen) < count:
+        expression = sample_expression(rng, max_length)
+        if expression is None or len(expression[0]) <= min_length:
+            continue
+        digest = hashlib.blake2b(bytes(expression[0]), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield expression
 
-    min_length: int = 500
-    max_length: int = 2_000
-    train_examples: int = 96_000
-    train_per_test_example: ClassVar[int] = 48
 
+def describe_listops(config: DataConfig) -> Contents:
+    """Describe the set without generating it.
 
-class ListOps(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of ListOps, for any reader of TFDS sets."""
+    Args:
+      config: Settings with `source="listops"` or `"listops:short"`.
 
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [
-        ListOpsConfig(name="full", description="The published lengths."),
-        ListOpsConfig(name="short", description="Short ones.", min_length=20, max_length=200),
-    ]
-
-    @property
-    def _variant(self) -> ListOpsConfig:
-        return cast(ListOpsConfig, self.builder_config)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Nested list operations on digits.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "tokens": tfds.features.Tensor(shape=(None,), dtype=np.uint8),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
-            supervised_keys=("tokens", "label"),
-        )
-
-    def _split_generators(self, dl_manager):
-        # One stream cut in three, so that no expression stands in two splits.
-        sizes = self._variant.split_sizes
-        total = sum(sizes.values())
-        expressions = enumerate(
-            show_progress(self._generate_expressions(), "Generating ListOps", total)
-        )
-        return {
-            split: self._generate_examples(itertools.islice(expressions, size))
-            for split, size in sizes.items()
-        }
-
-    def _generate_examples(self, expressions):
-        for key, (ids, value) in expressions:
-            yield key, {"tokens": np.array(ids, np.uint8), "label": value}
-
-    def _generate_expressions(self) -> Iterator[tuple[list[int], int]]:
-        rng, seen = random.Random(0), set()
-        while len(seen) < sum(self._variant.split_sizes.values()):
-            expression = sample_expression(rng, self._variant.max_length)
-            if expression is None or len(expression[0]) <= self._variant.min_length:
-                continue
-            digest = hashlib.blake2b(bytes(expression[0]), digest_size=16).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield expression
+    Returns:
+      Its contents.
+    """
+    return Contents("classification", num_values=len(SYMBOLS), num_classes=10)
 
 
 def open_listops(config: DataConfig) -> Source:
     """Open ListOps, generating it into `data_dir` on first use.
 
     Args:
-        config: Settings with `source="listops"` or `"listops:short"`.
+      config: Settings with `source="listops"` or `"listops:short"`.
 
     Returns:
-        The set; ids are indices of `SYMBOLS`.
+      The set; ids are indices of `SYMBOLS`.
 
     Raises:
-        ValueError: `validation_split` is not a split.
+      ValueError: `validation_split` is not a split.
     """
+    from sparsejax.data.generated import ListOps, open_generated
+
     return open_generated(
         config,
         ListOps,
+        contents=describe_listops(config),
         variant=config.rest or "full",
         train_examples=config.listops_examples,
         input_key="tokens",
-        num_values=len(SYMBOLS),
-        num_classes=10,
     )

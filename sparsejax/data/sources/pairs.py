@@ -1,24 +1,28 @@
-"""Parallel text for translation: two files per split, and the examples made of them.
-
-Axis letters: T position in the sequence.
-"""
+"""Parallel text for translation: two files per split, one sentence per line."""
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from sparsejax.data.cache import hash_json
 from sparsejax.data.config import DataConfig
-from sparsejax.data.source import Example, Source, Split
-from sparsejax.data.store import Documents
-from sparsejax.data.tokenizer import SEPARATOR, Tokenizer
+from sparsejax.data.source import Contents, Example, Options, Source, Split
 
-BOUNDARY = SEPARATOR + 1
-"""Id that ends every sentence and begins the input of the decoder; padding is 0."""
+OPTIONS = Options({"tokenizer", "train_split", "validation_split", "truncate"})
 
 _SIDES = ("src", "tgt")
+
+
+def describe_pairs(config: DataConfig) -> Contents:
+    """Describe the set without reading it.
+
+    Args:
+      config: Settings with `source="pairs:/folder"`.
+
+    Returns:
+      Its contents.
+    """
+    return Contents("translation")
 
 
 def open_pairs(config: DataConfig) -> Source:
@@ -28,13 +32,13 @@ def open_pairs(config: DataConfig) -> Source:
     and a carriage return at its end belongs to the line break.
 
     Args:
-        config: Settings with `source="pairs:/folder"`; split names are the stems of the file names.
+      config: Settings with `source="pairs:/folder"`; split names are the stems of the file names.
 
     Returns:
-        The set: a sentence and its translation per example.
+      The set: a sentence and its translation per example.
 
     Raises:
-        ValueError: A file is missing, has other lines than its twin, or is not text.
+      ValueError: A file is missing, has other lines than its twin, or is not text.
     """
     folder = Path(config.rest)
     names = {
@@ -62,60 +66,12 @@ def open_pairs(config: DataConfig) -> Source:
 
     stats = [(file.name, file.stat()) for file in itertools.chain(*files.values())]
     return Source(
-        task="translation",
+        contents=describe_pairs(config),
         identity={
             "pairs": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         },
         read=read,
     )
-
-
-class Translations(Documents):
-    """Sentences and their translations, padded with id 0 to T.
-
-    The tokenizer's ids are shifted up by one, its separator too: id 1, `BOUNDARY`, which no
-    sentence holds. With source s_1 ... s_S and target t_1 ... t_N an item has
-
-        inputs           s_1 ... s_S  1           int32[T]
-        mask             1   ... 1    1           bool[T]
-        decoder_inputs   1  t_1 ... t_N           int32[T]
-        targets          t_1 ... t_N  1           int32[T]
-        weights          1   ... 1    1           float32[T]
-
-    each padded with zeros. What is longer is cut to its first T, and then has no end.
-
-    References:
-        fairseq begins the decoder's input with the end of the sentence, too.
-    """
-
-    _num_added = 1
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int):
-        """Map the pairs that `write_documents` wrote.
-
-        Args:
-            folder: Where they were written.
-            tokenizer: With which they were written.
-            sequence_length: T.
-        """
-        super().__init__(folder, tokenizer, sequence_length, paired=True)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        source, target = (self._read(2 * int(index) + side) for side in (0, 1))
-        inputs, targets = (self._pad([*ids, BOUNDARY]) for ids in (source, target))
-        return {
-            "inputs": inputs,
-            "mask": inputs > 0,
-            "decoder_inputs": self._pad([BOUNDARY, *target]),
-            "targets": targets,
-            "weights": (targets > 0).astype(np.float32),
-        }
-
-    def _pad(self, ids: list[int]) -> np.ndarray:
-        padded_T = np.zeros(self._sequence_length, np.int32)
-        kept = ids[: self._sequence_length]
-        padded_T[: len(kept)] = kept
-        return padded_T
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> bytes:

@@ -19,27 +19,27 @@ Ours, as the generator is:
 - Pixels are 0 or 255; nothing is smoothed.
 
 References:
-    Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent
-    units", 2018.
-    Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020.
+  Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent
+  units", 2018.
+  Tay et al., "Long Range Arena: A Benchmark for Efficient Transformers", 2020.
 """
 
-import dataclasses
 import functools
 import math
 import random
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from sparsejax.data.config import DataConfig
-from sparsejax.data.progress import show_progress
-from sparsejax.data.source import Source
-from sparsejax.data.sources.generated import GeneratedConfig, open_generated
+from sparsejax.data.source import Contents, Options, Source
 
-_SIZE = 32
+OPTIONS = Options({"validation_split", "pathfinder_examples", "truncate"})
+
+SIZE = 32
+"""Pixels along each side of a picture."""
+
 _DASH, _GAP = 2, 1
 _STEP = _DASH + _GAP
 _CIRCLE_RADIUS = 1
@@ -144,7 +144,7 @@ _make_canvas = functools.cache(_Canvas)
 def draw_pathfinder(
     rng: random.Random,
     *,
-    size: int = _SIZE,
+    size: int = SIZE,
     num_dashes: int = 14,
     num_distractors: int = 3,
     distractor_dashes: int = 4,
@@ -152,24 +152,24 @@ def draw_pathfinder(
     """Draw one picture and its label.
 
     Args:
-        rng: Source of randomness; only its `random()` is used, whose sequence Python promises to
-            keep between versions.
-        size: Side of the picture, in pixels.
-        num_dashes: Dashes of each of the two long paths.
-        num_distractors: Number of shorter paths.
-        distractor_dashes: Dashes of each of them.
+      rng: Source of randomness; only its `random()` is used, whose sequence Python promises to
+        keep between versions.
+      size: Side of the picture, in pixels.
+      num_dashes: Dashes of each of the two long paths.
+      num_distractors: Number of shorter paths.
+      distractor_dashes: Dashes of each of them.
 
     Returns:
-        uint8[size, size] with the values 0 and 255, and 1 if the circles mark both ends of one
-        path, else 0; either with probability 1/2.
+      uint8[size, size] with the values 0 and 255, and 1 if the circles mark both ends of one
+      path, else 0; either with probability 1/2.
 
     Raises:
-        ValueError: A number is out of range, or the paths find no room.
+      ValueError: A number is out of range, or the paths find no room.
 
     Example:
-        >>> pixels, label = draw_pathfinder(random.Random(0))
-        >>> pixels.shape, label
-        ((32, 32), 0)
+      >>> pixels, label = draw_pathfinder(random.Random(0))
+      >>> pixels.shape, label
+      ((32, 32), 0)
     """
     least = {"size": 1, "num_dashes": 2, "num_distractors": 0, "distractor_dashes": 1}
     values = (size, num_dashes, num_distractors, distractor_dashes)
@@ -275,67 +275,37 @@ def _choose[T](rng: random.Random, options: list[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-@dataclasses.dataclass(eq=False)
-class PathfinderConfig(GeneratedConfig):
-    """Size of one variant.
+def describe_pathfinder(config: DataConfig) -> Contents:
+    """Describe the set without generating it.
 
-    Attributes:
-        train_examples: Size of the training split; the two others have 1/8 as many each.
+    Args:
+      config: Settings with `source="pathfinder"`.
+
+    Returns:
+      Its contents.
     """
-
-    train_examples: int = 160_000
-    train_per_test_example: ClassVar[int] = 8
-
-
-class Pathfinder(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of Pathfinder, for any reader of TFDS sets."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [PathfinderConfig(name="full", description="The published size.")]
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Two circles on the ends of one dashed path, or of two.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Tensor(shape=(_SIZE, _SIZE), dtype=np.uint8),
-                    "label": tfds.features.ClassLabel(names=["apart", "together"]),
-                }
-            ),
-            supervised_keys=("image", "label"),
-        )
-
-    def _split_generators(self, dl_manager):
-        sizes = cast(PathfinderConfig, self.builder_config).split_sizes
-        return {split: self._generate_examples(split, size) for split, size in sizes.items()}
-
-    def _generate_examples(self, split, size):
-        indices = show_progress(range(size), f"Generating the {split} split of Pathfinder", size)
-        for index in indices:
-            # Each picture has its own stream, so that no split depends on how large another is.
-            pixels, label = draw_pathfinder(random.Random(f"{self.VERSION} {split} {index}"))
-            yield index, {"image": pixels, "label": label}
+    return Contents("classification", num_values=256, num_classes=2)
 
 
 def open_pathfinder(config: DataConfig) -> Source:
     """Open Pathfinder, generating it into `data_dir` on first use.
 
     Args:
-        config: Settings with `source="pathfinder"`.
+      config: Settings with `source="pathfinder"`.
 
     Returns:
-        The set; a document is a picture, row by row.
+      The set; a document is a picture, row by row.
 
     Raises:
-        ValueError: `validation_split` is not a split.
+      ValueError: `validation_split` is not a split.
     """
+    from sparsejax.data.generated import Pathfinder, open_generated
+
     return open_generated(
         config,
         Pathfinder,
+        contents=describe_pathfinder(config),
         variant="full",
         train_examples=config.pathfinder_examples,
         input_key="image",
-        num_values=256,
-        num_classes=2,
     )

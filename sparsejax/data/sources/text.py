@@ -1,62 +1,53 @@
-"""Language-model corpora from text files: the standard library's sources, or any file or folder."""
+"""Language-model corpora from a text file or a folder of them."""
 
-import dataclasses
 import hashlib
-import platform
-import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from sparsejax.data.cache import hash_json
-from sparsejax.data.source import Example, Source, Split
+from sparsejax.data.config import DataConfig
+from sparsejax.data.source import Contents, Example, Options, Source, Split
+
+OPTIONS = Options({"tokenizer", "validation_fraction", "mask_fraction"})
 
 type Utf8 = Literal["required", "skip", "any"]
 
 _PIECE_BYTES = 256 << 10
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
-def open_stdlib(validation_fraction: float) -> Source:
-    """Open the `.py` sources of the running Python's standard library as a corpus.
-
-    The few files that are not UTF-8 (they test the parser) are left out.
+def describe_text(config: DataConfig) -> Contents:
+    """Describe a corpus, whatever its files hold.
 
     Args:
-        validation_fraction: Share of the files held out, chosen by the hash of their paths.
+      config: Settings of a corpus.
 
     Returns:
-        The corpus; its fingerprint holds the version of Python.
+      Its contents.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _NOT_STDLIB & set(path.relative_to(root).parts)
-    ]
-    source = _open_folder(root, files, validation_fraction, utf8="skip")
-    return dataclasses.replace(source, fingerprint={"python": platform.python_version()})
+    return Contents("language_model")
 
 
-def open_text(path: Path, validation_fraction: float, *, utf8: Utf8) -> Source:
+def open_text(config: DataConfig) -> Source:
     """Open a text file, or every file below a folder, as a corpus.
 
     A folder is split by the hash of each file's relative path; hidden files are left out. A single
-    file is split by position: its tail is held out, cut at the start of a line.
+    file is split by position: its tail is held out, cut at the start of a line. For a BPE tokenizer
+    every file must be UTF-8.
 
     Args:
-        path: The file or folder.
-        validation_fraction: Share held out.
-        utf8: What becomes of a file that is not UTF-8.
+      config: Settings with `source="text:/path"`.
 
     Returns:
-        The corpus.
+      The corpus.
 
     Raises:
-        ValueError: The path is missing, unreadable, empty, too small to split, or not UTF-8.
+      ValueError: The path is missing, unreadable, empty, too small to split, or not UTF-8.
     """
+    path = Path(config.rest)
+    utf8 = "any" if config.tokenizer == "bytes" else "required"
     if path.is_file():
-        return _open_file(path, validation_fraction, utf8)
+        return _open_file(config, path, utf8)
     if not path.is_dir():
         raise ValueError(f"source='text:{path}': no such file or folder")
     files = [
@@ -64,20 +55,35 @@ def open_text(path: Path, validation_fraction: float, *, utf8: Utf8) -> Source:
         for file in sorted(path.rglob("*"))
         if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
     ]
-    return _open_folder(path, files, validation_fraction, utf8)
+    return open_folder(config, path, files, utf8=utf8)
 
 
-def _open_folder(root: Path, files: list[Path], validation_fraction: float, utf8: Utf8) -> Source:
+def open_folder(config: DataConfig, root: Path, files: list[Path], *, utf8: Utf8) -> Source:
+    """Open files of one folder as a corpus, split by the hash of their paths.
+
+    Args:
+      config: Settings of the corpus.
+      root: The folder.
+      files: Files below it, in the order of the corpus.
+      utf8: What becomes of a file that is not UTF-8.
+
+    Returns:
+      The corpus.
+
+    Raises:
+      ValueError: A split has no text.
+    """
+    fraction = config.validation_fraction
     names = {file: file.relative_to(root).as_posix() for file in files}
     splits = {
-        "validation": [f for f in files if _hash_fraction(names[f]) < validation_fraction],
-        "train": [f for f in files if _hash_fraction(names[f]) >= validation_fraction],
+        "validation": [f for f in files if _hash_fraction(names[f]) < fraction],
+        "train": [f for f in files if _hash_fraction(names[f]) >= fraction],
     }
     for split, members in splits.items():
         if not any(file.stat().st_size for file in members):
             raise ValueError(
                 f"source='text:{root}': the {split} split has no text; {len(files)} files were "
-                f"found and validation_fraction={validation_fraction} of them, chosen by the hash "
+                f"found and validation_fraction={fraction} of them, chosen by the hash "
                 "of their names, are held out; expected text on both sides (a single file is "
                 "split by position instead)"
             )
@@ -88,23 +94,23 @@ def _open_folder(root: Path, files: list[Path], validation_fraction: float, utf8
                 yield from _read_span(file, 0, file.stat().st_size, utf8)
 
     return Source(
-        task="language_model",
-        identity={"files": _describe_files(names.items()), "fraction": validation_fraction},
+        contents=describe_text(config),
+        identity={"files": _describe_files(names.items()), "fraction": fraction},
         read=read,
     )
 
 
-def _open_file(path: Path, validation_fraction: float, utf8: Utf8) -> Source:
-    size = path.stat().st_size
-    cut = _find_cut(path, int(size * (1 - validation_fraction)))
+def _open_file(config: DataConfig, path: Path, utf8: Utf8) -> Source:
+    size, fraction = path.stat().st_size, config.validation_fraction
+    cut = _find_cut(path, int(size * (1 - fraction)))
     if not 0 < cut < size:
         raise ValueError(
             f"source='text:{path}': the file has {size} bytes; expected enough text to hold out "
-            f"validation_fraction={validation_fraction} of it"
+            f"validation_fraction={fraction} of it"
         )
     spans = {"train": (0, cut), "validation": (cut, size)}
     return Source(
-        task="language_model",
+        contents=describe_text(config),
         identity={"files": _describe_files([(path, path.name)]), "cut": cut},
         read=lambda split: _read_span(path, *spans[split], utf8),
     )

@@ -11,12 +11,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from sparsejax.data.cache import hash_json
 from sparsejax.data.config import DataConfig
-from sparsejax.data.patches import find_grid, identify_patches, read_patches, scale_middle
-from sparsejax.data.source import Example, Source, Split
+from sparsejax.data.patches import (
+    PatchGrid,
+    find_grid,
+    identify_patches,
+    read_patches,
+    scale_middle,
+)
+from sparsejax.data.source import Contents, Example, Options, Source, Split
+
+OPTIONS = Options(
+    {
+        *("tokenizer", "train_split", "validation_split", "input_key", "label_key", "download"),
+        *("truncate", "mask_fraction", "patch_size", "image_size"),
+    },
+    with_patches=("image_channels", "random_crop", "random_flip"),
+)
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
 _CONNECT_SECONDS = 10
@@ -30,7 +43,6 @@ _PREPARED_OPTIONS = (
     "patch_size",
     "image_size",
 )
-_INPUT_FEATURES = (tfds.features.Text, tfds.features.Image)
 
 
 class _Fields(NamedTuple):
@@ -42,23 +54,83 @@ class _Fields(NamedTuple):
     num_classes: int
 
 
+def describe_tfds(config: DataConfig) -> Contents:
+    """Describe a set by what TFDS knows of it; it may be neither prepared nor downloaded.
+
+    Args:
+      config: Settings with `source="tfds:NAME[/config]"`.
+
+    Returns:
+      Its contents.
+
+    Raises:
+      ValueError: TFDS does not know the set, or it lacks the feature asked for, or has no images
+        that fit the patches.
+    """
+    fields, grid = _understand(config, _make_builder(config).info)
+    return _describe(fields, grid)
+
+
 def open_tfds(config: DataConfig) -> Source:
     """Open a TFDS set as a labelled set of texts or images, or as a corpus of texts.
 
     Images become sequences of grey pixels, row by row, or of patches with all their channels.
 
     Args:
-        config: Settings with `source="tfds:NAME[/config]"`.
+      config: Settings with `source="tfds:NAME[/config]"`.
 
     Returns:
-        The set.
+      The set.
 
     Raises:
-        ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
-            feature asked for, or has no images that fit the patches.
+      ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
+        feature asked for, or has no images that fit the patches.
     """
     builder = _find_builder(config)
     info = builder.info
+    fields, grid = _understand(config, info)
+    names = {
+        "train": config.train_split or "train",
+        "validation": config.validation_split
+        or ("validation" if "validation" in info.splits else "test"),
+    }
+
+    def read(split: Split) -> Iterator[Example]:
+        to_document = _to_bytes
+        if fields.image:
+            to_document = functools.partial(_flatten_image, size=config.image_size)
+        if grid is not None:
+            to_document = functools.partial(read_patches, grid=grid, image_size=config.image_size)
+        keys = (fields.input_key, fields.label_key)
+        return read_examples(builder, names[split], *keys, to_document)
+
+    return Source(
+        contents=_describe(fields, grid),
+        identity={
+            "tfds": info.full_name,
+            "files": _describe_files(builder),
+            "splits": names,
+            "keys": [fields.input_key, fields.label_key],
+            # Absent where they do nothing, so that caches keep their names.
+            **({"image_size": config.image_size} if config.image_size else {}),
+            **identify_patches(config),
+        },
+        read=read,
+        grid=grid,
+    )
+
+
+def _describe(fields: _Fields, grid: PatchGrid | None) -> Contents:
+    return Contents(
+        "classification" if fields.label_key else "language_model",
+        num_values=256 if fields.image else None,
+        num_classes=fields.num_classes,
+        patch_values=grid.patch_values if grid else 0,
+    )
+
+
+def _understand(config: DataConfig, info: Any) -> tuple[_Fields, PatchGrid | None]:
+    """Return the features that are used, and how images fall into patches if they do."""
     fields = _choose_fields(config, dict(info.features.items()), info.supervised_keys)
     if fields.image and config.tokenizer != "bytes":
         raise ValueError(
@@ -78,37 +150,7 @@ def open_tfds(config: DataConfig) -> Source:
                 f"{fields.input_key!r}; expected images, or 0"
             )
         grid = find_grid(config, info.features[fields.input_key].shape)
-    names = {
-        "train": config.train_split or "train",
-        "validation": config.validation_split
-        or ("validation" if "validation" in info.splits else "test"),
-    }
-
-    def read(split: Split) -> Iterator[Example]:
-        to_document = _to_bytes
-        if fields.image:
-            to_document = functools.partial(_flatten_image, size=config.image_size)
-        if grid is not None:
-            to_document = functools.partial(read_patches, grid=grid, image_size=config.image_size)
-        keys = (fields.input_key, fields.label_key)
-        return read_examples(builder, names[split], *keys, to_document)
-
-    return Source(
-        task="classification" if fields.label_key else "language_model",
-        identity={
-            "tfds": info.full_name,
-            "files": _describe_files(builder),
-            "splits": names,
-            "keys": [fields.input_key, fields.label_key],
-            # Absent where they do nothing, so that caches keep their names.
-            **({"image_size": config.image_size} if config.image_size else {}),
-            **identify_patches(config),
-        },
-        read=read,
-        num_values=256 if fields.image else None,
-        grid=grid,
-        num_classes=fields.num_classes,
-    )
+    return fields, grid
 
 
 def read_examples(
@@ -121,17 +163,17 @@ def read_examples(
     """Yield the examples of a prepared split in the order of its files.
 
     Args:
-        builder: A prepared TFDS builder.
-        split: Name of the split, a TFDS slice included.
-        input_key: Feature that becomes the document.
-        label_key: Feature that becomes the label, or empty.
-        to_document: Converts the feature's value.
+      builder: A prepared TFDS builder.
+      split: Name of the split, a TFDS slice included.
+      input_key: Feature that becomes the document.
+      label_key: Feature that becomes the label, or empty.
+      to_document: Converts the feature's value.
 
     Yields:
-        The examples.
+      The examples.
 
     Raises:
-        ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
+      ValueError: The split does not exist, its format is not ArrayRecord, or it is damaged.
     """
     try:
         records = builder.as_data_source(split)
@@ -158,31 +200,38 @@ def read_examples(
         ) from error
 
 
-def _find_builder(config: DataConfig) -> Any:
+def _make_builder(config: DataConfig, **options: str) -> Any:
+    # Imported on demand: it takes a second.
+    import tensorflow_datasets as tfds
+
     # TFDS gives up the import of its own sets at the first package that is missing, h5py for one,
     # and those of text come after it.
     with contextlib.suppress(ImportError):
         importlib.import_module("tensorflow_datasets.text")
     try:
-        builder = tfds.builder(config.rest, data_dir=config.data_dir, try_gcs=False)
+        return tfds.builder(config.rest, data_dir=config.data_path, try_gcs=False, **options)
     except ValueError as error:
         raise ValueError(
-            f"source={config.source!r}: no such set is prepared in data_dir={config.data_dir!r}, "
-            f"and TFDS cannot prepare it here ({str(error).splitlines()[0]}); expected a name that "
-            "TFDS knows without TensorFlow, or a set prepared elsewhere with "
-            "file_format='array_record' and copied into data_dir"
+            f"source={config.source!r}: no such set is prepared in data_dir="
+            f"{str(config.data_path)!r}, and TFDS cannot prepare it here "
+            f"({str(error).splitlines()[0]}); expected a name that TFDS knows without TensorFlow, "
+            "or a set prepared elsewhere with file_format='array_record' and copied into data_dir; "
+            f"prepare it where TFDS can by: {make_prepare_command(config)}"
         ) from error
+
+
+def _find_builder(config: DataConfig) -> Any:
+    builder = _make_builder(config)
     if builder.is_prepared():
         return builder
     if not config.download:
         raise ValueError(
-            f"source={config.source!r}: the set is not prepared in data_dir={config.data_dir!r}; "
-            f"prepare it once, with network access, by: {make_prepare_command(config)}"
+            f"source={config.source!r}: the set is not prepared in data_dir="
+            f"{str(config.data_path)!r}; prepare it once, with network access, by: "
+            f"{make_prepare_command(config)}"
         )
     _check_reachable(config, builder)
-    builder = tfds.builder(
-        config.rest, data_dir=config.data_dir, try_gcs=False, file_format="array_record"
-    )
+    builder = _make_builder(config, file_format="array_record")
     try:
         builder.download_and_prepare()
     except ImportError as error:
@@ -198,19 +247,16 @@ def make_prepare_command(config: DataConfig) -> str:
     """Return the shell command that prepares a data set.
 
     Args:
-        config: Its settings.
+      config: Its settings.
 
     Returns:
-        One line for a shell.
+      One line for a shell.
 
     Example:
-        >>> config = DataConfig(
-        ...     source="tfds:lm1b", data_dir="data", sequence_length=8, batch_size=1, seed=0
-        ... )
-        >>> make_prepare_command(config)
-        'python -m sparsejax.data.prepare --source=tfds:lm1b --data_dir=data'
+      >>> make_prepare_command(DataConfig(source="tfds:lm1b", data_dir="data"))
+      'python -m sparsejax.data.prepare --source=tfds:lm1b --data_dir=data'
     """
-    flags = [f"--source={config.source}", f"--data_dir={config.data_dir}"]
+    flags = [f"--source={config.source}", f"--data_dir={config.data_path}"]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in _PREPARED_OPTIONS:
         if getattr(config, name) != defaults[name]:
@@ -229,9 +275,9 @@ def _check_reachable(config: DataConfig, builder: Any) -> None:
             error.close()
         except OSError as error:
             raise ValueError(
-                f"source={config.source!r}: the set is not prepared in "
-                f"data_dir={config.data_dir!r} and cannot be downloaded ({error}); prepare it on "
-                f"a machine with network access by: {make_prepare_command(config)}"
+                f"source={config.source!r}: the set is not prepared in data_dir="
+                f"{str(config.data_path)!r} and cannot be downloaded ({error}); prepare it on a "
+                f"machine with network access by: {make_prepare_command(config)}"
             ) from error
 
 
@@ -239,8 +285,12 @@ def _choose_fields(
     config: DataConfig, features: dict[str, Any], supervised_keys: tuple | None
 ) -> _Fields:
     """Find input and label: as configured, else as declared, else the only ones possible."""
+    import tensorflow_datasets as tfds
+
     found = ", ".join(f"{name}: {type(value).__name__}" for name, value in features.items())
-    inputs = [k for k, v in features.items() if isinstance(v, _INPUT_FEATURES)]
+    inputs = [
+        k for k, v in features.items() if isinstance(v, (tfds.features.Text, tfds.features.Image))
+    ]
     labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
     declared_input, declared_label = supervised_keys or ("", "")
     input_key = config.input_key or declared_input or _get_only(inputs)
