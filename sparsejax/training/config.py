@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.models import Implementation, NMImplementation, TransformerConfig
+from sparsejax.models import Implementation, TransformerConfig, list_backends
 from sparsejax.patterns import BlockPattern
 from sparsejax.recipes import Recipe
 from sparsejax.training.data import DataConfig
@@ -45,7 +45,7 @@ class ModelSettings:
     embedding_norm: bool
     block_size: int
     attention_implementation: Implementation | None
-    weight_implementation: NMImplementation | None
+    weight_implementation: Implementation | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,12 @@ def _check_relations(config: TrainConfig):
             config.num_steps,
             f"above {phase.last_step}, the step at which phase {phase.name!r} ends",
         )
+    for name, op in (
+        ("attention_implementation", "block_sparse_attention"),
+        ("weight_implementation", "nm_matmul"),
+    ):
+        value, names = getattr(config.model, name), list_backends(op)
+        check_setting(value in (None, *names), f"model.{name}", value, f"one of {names}")
     check_setting(
         config.model.attention_implementation is None or any(p.sparse_attention for p in phases),
         "model.attention_implementation",
