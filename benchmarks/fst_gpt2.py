@@ -32,8 +32,8 @@ from sparsejax.masks import transposable_mask
 from sparsejax.models import (
     DENSE_LINEAR,
     AttentionMode,
+    Implementation,
     LinearMode,
-    NMImplementation,
     SparsityMask,
     TransformerConfig,
 )
@@ -146,7 +146,7 @@ def list_problems(platform: str, *, headline: bool) -> list[BlockProblem | StepP
     return most if headline else most + rest
 
 
-def make_block_case(problem: BlockProblem, kernel: NMImplementation) -> Case:
+def make_block_case(problem: BlockProblem, kernel: Implementation) -> Case:
     """Make the passes of a block, dense and sparse, on the same inputs.
 
     Args:
@@ -205,7 +205,7 @@ def make_block_case(problem: BlockProblem, kernel: NMImplementation) -> Case:
     )
 
 
-def make_step_case(problem: StepProblem, kernel: NMImplementation) -> Case:
+def make_step_case(problem: StepProblem, kernel: Implementation) -> Case:
     """Make the training steps, dense and sparse, each on a state of its own.
 
     Args:

@@ -19,7 +19,7 @@ from benchmarks.harness import Case, Point, parse_arguments, run_points
 from benchmarks.records import Column
 from benchmarks.timing import make_random
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.block_sparse_attention import mosaic_sm90
+from pallas_kernels.block_sparse_attention.mosaic_sm90 import attention
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 16, 4, 128, 128
 SETTINGS = [(length, density) for length in (2048, 4096, 8192) for density in (0.1, 0.5, 1.0)]
@@ -41,8 +41,8 @@ def make_gradient(implementation: Any, *, whole: bool = False) -> Callable[..., 
             block_sparse_attention, block_q=BLOCK, block_kv=BLOCK, causal=True,
             implementation=implementation,
         )  # fmt: skip
-        choose = (lambda *_: 1) if whole else mosaic_sm90.choose_parts
-        with mock.patch.object(mosaic_sm90, "choose_parts", choose):
+        choose = (lambda *_: 1) if whole else attention.choose_parts
+        with mock.patch.object(attention, "choose_parts", choose):
             return jax.vjp(lambda *qkv: attend(*qkv, mask), q, k, v)[1](d_out)
 
     return gradient

@@ -41,10 +41,10 @@ from benchmarks.nm_matmul_report import (
 )
 from benchmarks.nm_matmul_torch import CUSPARSELT, make_torch_calls
 from benchmarks.records import Results
-from pallas_kernels.nm_matmul.op import NMImplementation
+from pallas_kernels import Implementation
 
 
-def choose_kernel(device: Any) -> tuple[NMImplementation, dict[str, str]]:
+def choose_kernel(device: Any) -> tuple[Implementation, dict[str, str]]:
     """Choose the implementation that is measured on a device.
 
     Args:
@@ -60,7 +60,7 @@ def choose_kernel(device: Any) -> tuple[NMImplementation, dict[str, str]]:
     return XLA, {HOPPER: f"needs compute capability 9, found {device.compute_capability}"}
 
 
-def make_case(problem: Problem, *, kernel: NMImplementation, on_cpu: bool) -> Case:
+def make_case(problem: Problem, *, kernel: Implementation, on_cpu: bool) -> Case:
     """Make the functions that one point compares.
 
     Args:

@@ -7,7 +7,7 @@ from benchmarks.nm_matmul_torch import CUSPARSELT
 from benchmarks.records import Column
 from benchmarks.targets import Record, Target, evaluate, times_faster
 from pallas_kernels import aot
-from pallas_kernels.nm_matmul.break_even import Measurement
+from pallas_kernels.nm_matmul.mosaic_sm90.break_even import Measurement
 
 HOPPER, XLA, DENSE = "mosaic_sm90", "xla", "dense"
 
@@ -80,7 +80,7 @@ def describe_break_even(records: Sequence[Record]) -> str:
         text += (
             f"\nBreak-even on {device}: the sparse product, packed beforehand, is faster than the "
             f"dense one at {wins} of {len(rows)} shapes. Rows for `MEASURED` in "
-            "`pallas_kernels/nm_matmul/break_even.py`:\n\n```python\n"
+            "`pallas_kernels/nm_matmul/mosaic_sm90/break_even.py`:\n\n```python\n"
         )
         text += "".join(
             f'Measurement({r.rows}, {r.inner}, {r.columns}, "{r.dtype}", {r.time_ratio}),\n'

@@ -2,9 +2,9 @@
 
     python -m benchmarks.nm_matmul_tiles [--force] [--budget-seconds=N]
 
-Each point is one product of the kernel, R x C x P as in `pallas_kernels/nm_matmul/tile_config.py`,
-with every way of cutting it that fits a GPU. What comes out, printed and below the table, are rows
-for `TUNED` of that file.
+Each point is one product of the kernel, R x C x P as in
+`pallas_kernels/nm_matmul/mosaic_sm90/tile_config.py`, with every way of cutting it that fits a GPU.
+What comes out, printed and below the table, are rows for `TUNED` of that file.
 
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
@@ -26,9 +26,9 @@ from benchmarks.nm_matmul_report import HOPPER
 from benchmarks.records import Column, Results
 from benchmarks.targets import Record
 from pallas_kernels.dispatch import count_processors
-from pallas_kernels.nm_matmul import mosaic_sm90_kernel as kernel
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Tiles, count_shared_bytes
-from pallas_kernels.nm_matmul.tile_config import default_config
+from pallas_kernels.nm_matmul.mosaic_sm90 import kernel
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Tiles, count_shared_bytes
+from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 
 _MAX_STAGES = 6
 DEFAULT = "default"
@@ -67,7 +67,7 @@ class Product:
         """Return the product as the kernel takes it.
 
         Returns:
-          Problem of `mosaic_sm90_kernel`.
+          Problem of `mosaic_sm90.kernel`.
         """
         return kernel.Problem(
             **dataclasses.asdict(self),
@@ -294,7 +294,7 @@ def describe_tuned(records: Sequence[Record]) -> str:
     if not rows:
         return ""
     lines = "".join(f"{place}: {tiles},\n" for place, tiles in rows.items())
-    where = "`pallas_kernels/nm_matmul/tile_config.py`"
+    where = "`pallas_kernels/nm_matmul/mosaic_sm90/tile_config.py`"
     return f"\nRows for `TUNED` in {where}:\n\n```python\n{lines}```\n"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pallas_kernels import make_block_schedule
 from pallas_kernels.block_sparse_attention.block_schedule import drop_blocks_above_diagonal
-from pallas_kernels.block_sparse_attention.tile_lists import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import (
     BITS,
     make_grain,
     make_key_lists,

@@ -1,16 +1,16 @@
 """Sparse kernels behind pure functions: arrays in, arrays out."""
 
 from pallas_kernels.attention_map import mean_attention_map as mean_attention_map
+from pallas_kernels.backends import Implementation as Implementation
+from pallas_kernels.backends import choose_backend as choose_backend
 from pallas_kernels.block_sparse_attention import BlockSchedule as BlockSchedule
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from pallas_kernels.block_sparse_attention import make_block_schedule as make_block_schedule
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul as block_sparse_matmul
-from pallas_kernels.dispatch import Implementation as Implementation
-from pallas_kernels.dispatch import choose_implementation as choose_implementation
 from pallas_kernels.nm_matmul import PackedNM as PackedNM
 from pallas_kernels.nm_matmul import check_nm_mask as check_nm_mask
-from pallas_kernels.nm_matmul import choose_nm_implementation as choose_nm_implementation
 from pallas_kernels.nm_matmul import nm_matmul as nm_matmul
 from pallas_kernels.nm_matmul import pack_nm as pack_nm
 from pallas_kernels.nm_matmul import prune_mvue as prune_mvue
 from pallas_kernels.nm_matmul import unpack_nm as unpack_nm
+from pallas_kernels.tables import list_backends as list_backends

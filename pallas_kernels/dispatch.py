@@ -1,23 +1,7 @@
-"""Which implementation of an op runs, and on which device; fences for JAX versions live here.
-
-The choice rests on static facts alone: the device, what the caller named, and what the caller
-declared at trace time. It never looks at the values in a mask, so a pattern may change between
-steps without a new compilation.
-"""
-
-import logging
-from collections.abc import Sequence
-from typing import Literal, get_args
+"""Which device traced code is for, and what it has; fences for JAX versions live here."""
 
 import jax
 from jax._src import config as _jax_config
-
-type Implementation = Literal["mosaic_sm90", "xla", "dense", "reference"]
-"""Names a caller may pass as `implementation` to block-sparse attention."""
-
-IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation.__value__)
-
-_logger = logging.getLogger(__name__)
 
 
 def target_platform() -> str:
@@ -92,52 +76,3 @@ def count_processors() -> int:
     if abstract_device is not None:
         return abstract_device.num_cores
     return jax.devices("gpu")[0].core_count
-
-
-def check_implementation(implementation: str, names: Sequence[str]) -> None:
-    """Raise unless an op has an implementation of that name.
-
-    Args:
-      implementation: name the caller passed.
-      names: those the op has.
-
-    Raises:
-      ValueError: with the names there are.
-    """
-    if implementation not in names:
-        raise ValueError(
-            f"implementation must be None or one of {tuple(names)}, got {implementation!r}"
-        )
-
-
-def choose_implementation(
-    implementation: Implementation | None = None, *, every_block_kept: bool = False
-) -> Implementation:
-    """Return the implementation of block-sparse attention that a call would run.
-
-    A named implementation is returned as it is: it runs or raises, and is never replaced. With
-    `None`, a call that declares every block kept gets "dense", which is then JAX's own attention;
-    every other call gets "xla". Both run on every device.
-
-    Args:
-      implementation: name the caller passed, or None.
-      every_block_kept: bool, True where the caller passed no mask, a fact known while tracing.
-
-    Returns:
-      str, one of `IMPLEMENTATIONS`.
-
-    Raises:
-      ValueError: if the name is not one of `IMPLEMENTATIONS`.
-
-    Example:
-      >>> choose_implementation()
-      'xla'
-      >>> choose_implementation(every_block_kept=True)
-      'dense'
-    """
-    if implementation is not None:
-        check_implementation(implementation, IMPLEMENTATIONS)
-        return implementation
-    chosen: Implementation = "dense" if every_block_kept else "xla"
-    _logger.debug("block_sparse_attention: chose %r on %s", chosen, target_platform())
-    return chosen

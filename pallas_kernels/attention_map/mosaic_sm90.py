@@ -16,12 +16,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention_map.call import MapArrays, MapFacts
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
     COMPUTE_REGISTERS,
     COPY_REGISTERS,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     BY_COLUMN,
     BY_ROW,
     LAYOUT,
@@ -30,7 +31,8 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     multiply,
     zeros,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import NUM_COMPUTE, ROWS
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import NUM_COMPUTE, ROWS
+from pallas_kernels.dispatch import check_hopper
 
 HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS
@@ -40,14 +42,32 @@ _MOST_STAGES = 3
 _GROUP = 8
 
 
-def mean_attention_map_mosaic_sm90(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    *,
-    causal: bool = False,
-    kv_mask_BS: jax.Array | None = None,
-    lse: jax.Array | None = None,
-) -> jax.Array:
+def check(facts: MapFacts) -> None:
+    """Refuse what the kernel does not do.
+
+    Args:
+      facts: MapFacts.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    check_hopper()
+    if facts.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"the Hopper kernel takes bfloat16 and float16, got {facts.dtype}"
+        )
+    if facts.head_dim not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"the Hopper kernel takes head dims {HEAD_DIMS}, got H={facts.head_dim}"
+        )
+    if facts.num_queries % TILE or facts.num_keys % TILE:
+        raise NotImplementedError(
+            f"the Hopper kernel takes lengths that are multiples of {TILE}, "
+            f"got T={facts.num_queries}, S={facts.num_keys}"
+        )
+
+
+def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
     """Average the maps of all heads, tile by tile of the result.
 
     A = 1/(B N) sum_bn exp(q_bn k_bn^T / sqrt(H) - lse_bn)
@@ -56,23 +76,17 @@ def mean_attention_map_mosaic_sm90(
     of queries and keys, one with keys in place of values, and an output like q that is dropped.
 
     Args:
-      q_BTNH: bf16 or f16[B, T, N, H].
-      k_BSKH: [B, S, K, H], K divides N.
-      causal: bool, query t sees keys 0..t.
-      kv_mask_BS: bool[B, S] or None, False removes a key.
-      lse: f32[B, T, N] or None: it is computed.
+      arrays: MapArrays.
+      facts: MapFacts.
 
     Returns:
       f32[T, S].
-
-    Raises:
-      NotImplementedError: with the reason.
 
     Numerics:
       Products accumulate in f32; scores, exponentials and sums are f32, in one order: a repeated
       call agrees to the bit.
     """
-    _check(q_BTNH, k_BSKH)
+    q_BTNH, k_BSKH, kv_mask_BS, lse = arrays
     if lse is None:
         _, lse = block_sparse_attention(
             q_BTNH,
@@ -81,7 +95,7 @@ def mean_attention_map_mosaic_sm90(
             None,
             block_q=TILE,
             block_kv=TILE,
-            causal=causal,
+            causal=facts.causal,
             kv_mask=kv_mask_BS,
             # A NaN of theirs can reach the output alone, for logits are masked first.
             removed_keys_finite=True,
@@ -90,24 +104,10 @@ def mean_attention_map_mosaic_sm90(
         )
     # A row that sees nothing has no probabilities: exp(s - inf) = 0.
     lse2_BNT = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf).swapaxes(1, 2)
-    arrays = {"q": q_BTNH, "k": k_BSKH, "lse": lse2_BNT}
+    copied = {"q": q_BTNH, "k": k_BSKH, "lse": lse2_BNT}
     if kv_mask_BS is not None:
-        arrays["kv_mask"] = kv_mask_BS.astype(jnp.int32)
-    return _launch(arrays, causal=causal)
-
-
-def _check(q, k):
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {q.dtype}")
-    if q.shape[3] not in HEAD_DIMS:
-        raise NotImplementedError(
-            f"the Hopper kernel takes head dims {HEAD_DIMS}, got H={q.shape[3]}"
-        )
-    if q.shape[1] % TILE or k.shape[1] % TILE:
-        raise NotImplementedError(
-            f"the Hopper kernel takes lengths that are multiples of {TILE}, "
-            f"got T={q.shape[1]}, S={k.shape[1]}"
-        )
+        copied["kv_mask"] = kv_mask_BS.astype(jnp.int32)
+    return _launch(copied, causal=facts.causal)
 
 
 def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:

@@ -5,24 +5,14 @@
 Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
 
-import logging
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention_map.mosaic_sm90 import mean_attention_map_mosaic_sm90
-from pallas_kernels.attention_map.reference import mean_attention_map_reference
-from pallas_kernels.attention_map.xla import mean_attention_map_xla
-from pallas_kernels.dispatch import check_hopper, check_implementation, target_platform
+from pallas_kernels.attention_map.backends import BACKENDS
+from pallas_kernels.attention_map.call import MapArrays, MapFacts
+from pallas_kernels.backends import Implementation, choose_backend
 
-type AttentionMapImplementation = Literal["mosaic_sm90", "xla", "reference"]
-"""Names a caller may pass as `implementation`."""
-
-_IMPLEMENTATIONS: tuple[str, ...] = get_args(AttentionMapImplementation.__value__)
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-_logger = logging.getLogger(__name__)
 
 
 def mean_attention_map(
@@ -32,7 +22,7 @@ def mean_attention_map(
     causal: bool = False,
     kv_mask_BS: jax.Array | None = None,
     lse: jax.Array | None = None,
-    implementation: AttentionMapImplementation | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Average the softmax map over batch and heads.
 
@@ -77,23 +67,16 @@ def mean_attention_map(
       [0.5, 0.5, 0.0, 0.0]
     """
     _check(q_BTNH, k_BSKH, causal, kv_mask_BS, lse)
-    chosen = _choose(implementation)
+    facts = MapFacts(
+        num_queries=q_BTNH.shape[1],
+        num_keys=k_BSKH.shape[1],
+        head_dim=q_BTNH.shape[3],
+        dtype=q_BTNH.dtype.name,
+        causal=causal,
+    )
+    backend = choose_backend("mean_attention_map", BACKENDS, implementation, facts)
     q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))
-    options = {"causal": causal, "kv_mask_BS": kv_mask_BS, "lse": lse}
-    if chosen == "reference":
-        return mean_attention_map_reference(q_BTNH, k_BSKH, **options)
-    if chosen == "xla":
-        return mean_attention_map_xla(q_BTNH, k_BSKH, **options)
-    check_hopper()
-    return mean_attention_map_mosaic_sm90(q_BTNH, k_BSKH, **options)
-
-
-def _choose(implementation: AttentionMapImplementation | None) -> AttentionMapImplementation:
-    if implementation is not None:
-        check_implementation(implementation, _IMPLEMENTATIONS)
-        return implementation
-    _logger.debug("mean_attention_map: chose 'xla' on %s", target_platform())
-    return "xla"
+    return backend.run(MapArrays(q_BTNH, k_BSKH, kv_mask_BS, lse), facts)
 
 
 def _check(q, k, causal, kv_mask, lse):

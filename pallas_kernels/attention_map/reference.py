@@ -6,29 +6,22 @@ Letters: B T S N K H as everywhere (`sparsejax.types`).
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention_map.call import MapArrays, MapFacts
 
-def mean_attention_map_reference(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    *,
-    causal: bool = False,
-    kv_mask_BS: jax.Array | None = None,
-    lse: jax.Array | None = None,
-) -> jax.Array:
+
+def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
     """Average the maps of all heads, writing out every one.
 
     A = 1/(B N) sum_bn exp(s_bn - lse_bn),  s = q k^T / sqrt(H),  lse_t = log sum_s exp(s_ts)
 
     Args:
-      q_BTNH: float[B, T, N, H].
-      k_BSKH: float[B, S, K, H], K divides N.
-      causal: bool, query t sees keys 0..t.
-      kv_mask_BS: bool[B, S] or None, False removes a key.
-      lse: f32[B, T, N] or None: it is computed.
+      arrays: MapArrays.
+      facts: MapFacts.
 
     Returns:
       f32[T, S].
     """
+    q_BTNH, k_BSKH, kv_mask_BS, lse = arrays
     k_BSNH = jnp.repeat(k_BSKH, q_BTNH.shape[2] // k_BSKH.shape[2], axis=2)
     s_BNTS = jnp.einsum(
         "BTNH,BSNH->BNTS",
@@ -38,7 +31,7 @@ def mean_attention_map_reference(
     )
     s_BNTS /= q_BTNH.shape[3] ** 0.5
     visible = jnp.ones((1, 1, *s_BNTS.shape[2:]), bool)
-    if causal:
+    if facts.causal:
         visible = jnp.tril(visible)
     if kv_mask_BS is not None:
         visible &= kv_mask_BS[:, None, None, :]

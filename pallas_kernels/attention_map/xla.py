@@ -6,17 +6,12 @@ Legend: as everywhere (`sparsejax.types`), and G = N / K query heads of a key he
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention_map.call import MapArrays, MapFacts
+
 _MAP_BYTES = 8_000_000
 
 
-def mean_attention_map_xla(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    *,
-    causal: bool = False,
-    kv_mask_BS: jax.Array | None = None,
-    lse: jax.Array | None = None,
-) -> jax.Array:
+def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
     """Average the maps of all heads, a few rows at a time.
 
     A = 1/(B N) sum_bn exp(q_bn k_bn^T / sqrt(H) - lse_bn)
@@ -25,11 +20,8 @@ def mean_attention_map_xla(
     head together would not fit a GPU, and rows that stay in a cache are computed faster.
 
     Args:
-      q_BTNH: float[B, T, N, H].
-      k_BSKH: float[B, S, K, H], K divides N.
-      causal: bool, query t sees keys 0..t.
-      kv_mask_BS: bool[B, S] or None, False removes a key.
-      lse: f32[B, T, N] or None: it is computed.
+      arrays: MapArrays.
+      facts: MapFacts.
 
     Returns:
       f32[T, S].
@@ -37,6 +29,7 @@ def mean_attention_map_xla(
     Numerics:
       Scores, softmax and sums are f32.
     """
+    q_BTNH, k_BSKH, kv_mask_BS, lse = arrays
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     most = max(1, _MAP_BYTES // (4 * B * N * S))
@@ -50,7 +43,7 @@ def mean_attention_map_xla(
         )
         scores_BKGRS *= H**-0.5
         visible = None
-        if causal:
+        if facts.causal:
             visible = jnp.arange(S) <= start + jnp.arange(rows)[:, None]
         if kv_mask_BS is not None:
             real_B111S = kv_mask_BS[:, None, None, None]

@@ -9,39 +9,28 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`); G query heads of a k
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts, make_mask
 from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits, count_visible
 
 
-def block_sparse_attention_dense(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    causal: bool,
-    kv_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-    scale: float,
-    pruned_logits: str,
-    return_lse: bool,
-) -> tuple[jax.Array, jax.Array | None]:
+def suits(facts: AttentionFacts) -> bool:
+    """Return whether there are no blocks to skip: every one is kept, or each is one position.
+
+    Args:
+      facts: AttentionFacts.
+
+    Returns:
+      bool.
+    """
+    return facts.mask_shape is None or facts.block_q == facts.block_kv == 1
+
+
+def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array | None]:
     """Compute attention over all blocks and mask the pruned ones.
 
     Args:
-      q: float[B, T, N, H], queries.
-      k: float[B, S, K, H], keys; finite everywhere, as are the values.
-      v: float[B, S, K, H], values.
-      mask: bool[1 or B, 1 or N, I, J], True where a block is kept, or None: every block.
-      block_q: int, queries per block.
-      block_kv: int, keys per block.
-      causal: bool, query t sees keys 0..t.
-      kv_mask: bool[B, S] or None, False removes a key.
-      segment_ids: int[B, T] or None, queries see keys of their own segment.
-      scale: float, factor of the logits.
-      pruned_logits: "masked" or "zero"; without effect where every block is kept.
-      return_lse: bool, whether the second result is needed.
+      arrays: AttentionArrays.
+      facts: AttentionFacts.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N] or None.
@@ -50,14 +39,16 @@ def block_sparse_attention_dense(
       Products accumulate in f32; softmax is f32; probabilities are rounded to the dtype of the
       inputs before they meet the values.
     """
+    q, k, v, _, kv_mask, segment_ids = arrays
+    mask, causal, scale = make_mask(arrays), facts.causal, facts.scale
     plain = mask is None and kv_mask is None and segment_ids is None
-    if plain and not return_lse:
+    if plain and not facts.return_lse:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal), None
 
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     group = num_heads // num_kv_heads
-    attended = _attended(q, k, mask, block_q, block_kv, causal, kv_mask, segment_ids)
+    attended = _attended(arrays, facts, mask, kv_mask)
 
     q_BTKGH = q.reshape(batch, num_queries, num_kv_heads, group, head_dim)
     s = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k, preferred_element_type=jnp.float32)
@@ -72,20 +63,21 @@ def block_sparse_attention_dense(
     out = jnp.einsum("bkgts,bskh->btkgh", p, v, preferred_element_type=jnp.float32)
     out = out.reshape(q.shape)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf).swapaxes(1, 2)
-    if pruned_logits == "zero" and mask is not None:
+    if facts.pruned_logits == "zero" and mask is not None:
         visible_BT = count_visible(num_queries, num_keys, causal=causal, segment_ids=segment_ids)
-        kept = _attended(q, k, mask, block_q, block_kv, causal, None, segment_ids).sum(axis=-1)
+        kept = _attended(arrays, facts, mask, None).sum(axis=-1)
         out, lse = add_zero_logits(out, lse, visible_BT[..., None] - kept.swapaxes(1, 2))
     return out.astype(q.dtype), lse
 
 
-def _attended(q, k, mask, block_q, block_kv, causal, kv_mask, segment_ids):
+def _attended(arrays, facts, mask, kv_mask):
     """bool[B or 1, N or 1, T, S], True where a logit enters the softmax."""
-    attended = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
+    attended = jnp.ones((1, 1, facts.num_queries, facts.num_keys), bool)
     if mask is not None:
-        attended &= jnp.repeat(jnp.repeat(mask, block_q, axis=2), block_kv, axis=3)
-    if causal:
+        attended &= jnp.repeat(jnp.repeat(mask, facts.block_q, axis=2), facts.block_kv, axis=3)
+    if facts.causal:
         attended = jnp.tril(attended)
+    segment_ids = arrays.segment_ids
     if segment_ids is not None:
         attended &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     if kv_mask is not None:

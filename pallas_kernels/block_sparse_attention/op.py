@@ -14,20 +14,10 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.block_schedule import (
-    BlockSchedule,
-    drop_blocks_above_diagonal,
-    make_block_schedule,
-    unpack_block_schedule,
-)
-from pallas_kernels.block_sparse_attention.dense import block_sparse_attention_dense
-from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
-    block_sparse_attention_mosaic_sm90,
-    make_problem,
-)
-from pallas_kernels.block_sparse_attention.reference import block_sparse_attention_reference
-from pallas_kernels.block_sparse_attention.xla import Options, block_sparse_attention_xla
-from pallas_kernels.dispatch import Implementation, check_hopper, choose_implementation
+from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.block_sparse_attention.backends import BACKENDS
+from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
+from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
 
 type PrunedLogits = Literal["masked", "zero"]
 
@@ -122,8 +112,10 @@ def block_sparse_attention(
       scale: float or None, factor of the logits; None is 1 / sqrt(H).
       pruned_logits: "masked" or "zero".
       return_lse: bool, return lse as well.
-      implementation: "xla", "dense", "reference", "mosaic_sm90", or None to let
-        `choose_implementation` pick. A named one runs or raises.
+      implementation: "xla", a walk over the kept blocks; "dense", every logit, masked;
+        "reference"; "mosaic_sm90", tensor cores of a Hopper GPU; or None, which is "dense" where
+        there is nothing to skip, without a mask or in blocks of one position, and "xla" elsewhere.
+        A named one runs or raises.
 
     Returns:
       out, shaped and typed like q, or the tuple (out, lse) with lse f32[B, T, N], log Z_t.
@@ -152,52 +144,39 @@ def block_sparse_attention(
     _check_arrays(q, k, v, block_q, block_kv, kv_mask, segment_ids)
     _check_mask(mask_or_schedule, q, k, block_q, block_kv)
     _check_options(causal, removed_keys_finite, scale, pruned_logits, return_lse)
-    chosen = choose_implementation(implementation, every_block_kept=mask_or_schedule is None)
-    if chosen == "mosaic_sm90":
-        check_hopper()
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    facts = AttentionFacts(
+        batch=q.shape[0],
+        num_queries=q.shape[1],
+        num_keys=k.shape[1],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype.name,
+        mask_shape=_mask_shape(mask_or_schedule),
+        block_q=block_q,
+        block_kv=block_kv,
+        causal=causal,
+        has_kv_mask=kv_mask is not None,
+        has_segments=segment_ids is not None,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+        pruned_logits=pruned_logits,
+        return_lse=return_lse,
+    )
+    backend = choose_backend("block_sparse_attention", BACKENDS, implementation, facts)
     if kv_mask is not None and not removed_keys_finite:
         # A removed key meets probability 0, but 0 * NaN is NaN; zeros in its place are safe.
         k, v = (jnp.where(kv_mask[:, :, None, None], x, 0) for x in (k, v))
-
-    options = {"block_q": block_q, "block_kv": block_kv, "causal": causal}
-    options |= {"scale": scale, "pruned_logits": pruned_logits}
-    if chosen in ("xla", "mosaic_sm90"):
-        schedule = _as_schedule(mask_or_schedule, q, k, block_q, block_kv, causal)
-        operands = (q, k, v, schedule, kv_mask, segment_ids)
-        if chosen == "xla":
-            out, lse = block_sparse_attention_xla(*operands, Options(**options))
-        else:
-            problem = make_problem(
-                q,
-                k,
-                schedule.kv_counts.shape[:2],
-                has_kv_mask=kv_mask is not None,
-                has_segments=segment_ids is not None,
-                **options,
-            )
-            out, lse = block_sparse_attention_mosaic_sm90(*operands, problem)
-    else:
-        mask = mask_or_schedule
-        if isinstance(mask, BlockSchedule):
-            mask = unpack_block_schedule(mask)
-        options |= {"kv_mask": kv_mask, "segment_ids": segment_ids}
-        if chosen == "dense":
-            out, lse = block_sparse_attention_dense(q, k, v, mask, return_lse=return_lse, **options)
-        else:
-            out, lse = block_sparse_attention_reference(q, k, v, mask, **options)
+    arrays = AttentionArrays(q, k, v, mask_or_schedule, kv_mask, segment_ids)
+    out, lse = backend.run(arrays, facts)
     return (out, lse) if return_lse else out
 
 
-def _as_schedule(mask_or_schedule, q, k, block_q, block_kv, causal):
-    schedule = mask_or_schedule
-    if schedule is None:
-        schedule = jnp.ones((1, 1, q.shape[1] // block_q, k.shape[1] // block_kv), bool)
-    if not isinstance(schedule, BlockSchedule):
-        schedule = make_block_schedule(schedule)
-    if causal:
-        schedule = drop_blocks_above_diagonal(schedule, block_q=block_q, block_kv=block_kv)
-    return schedule
+def _mask_shape(mask_or_schedule):
+    if mask_or_schedule is None:
+        return None
+    if isinstance(mask_or_schedule, BlockSchedule):
+        return mask_or_schedule.kv_counts.shape[:2]
+    return mask_or_schedule.shape[:2]
 
 
 def _check_arrays(q, k, v, block_q, block_kv, kv_mask, segment_ids):

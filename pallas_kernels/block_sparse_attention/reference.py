@@ -6,40 +6,21 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts, make_mask
 
-def block_sparse_attention_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    *,
-    block_q: int,
-    block_kv: int,
-    causal: bool = False,
-    kv_mask: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    scale: float,
-    pruned_logits: str = "masked",
-) -> tuple[jax.Array, jax.Array]:
+
+def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array]:
     """Attend to the kept blocks, writing out every logit.
 
     s = scale q k^T,  Z_t = sum_kept exp(s_ts) [+ number of pruned positions],
     out_t = sum_kept exp(s_ts) v_s / Z_t,  lse_t = log Z_t
 
-    The bracket belongs to `pruned_logits="zero"`. Gradients are those of plain JAX.
+    The bracket belongs to `pruned_logits="zero"`. Gradients are those of plain JAX. Removed keys
+    may hold anything here.
 
     Args:
-      q: float[B, T, N, H], queries.
-      k: float[B, S, K, H], keys.
-      v: float[B, S, K, H], values.
-      mask: bool[1 or B, 1 or N, I, J], True where a block is kept, or None: every block.
-      block_q: int, queries per block.
-      block_kv: int, keys per block.
-      causal: bool, query t sees keys 0..t.
-      kv_mask: bool[B, S] or None, False removes a key, whatever it holds.
-      segment_ids: int[B, T] or None, queries see keys of their own segment.
-      scale: float, factor of the logits.
-      pruned_logits: "masked" or "zero".
+      arrays: AttentionArrays.
+      facts: AttentionFacts.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N].
@@ -48,16 +29,19 @@ def block_sparse_attention_reference(
       SPION, arXiv:2309.12578, and SAT, doi:10.1109/ACCESS.2024.3425638, for "zero": the rule of
       the published kernels, in which a pruned position counts even if `kv_mask` removes its key.
     """
-    num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    q, k, v, _, kv_mask, segment_ids = arrays
+    num_queries, num_keys = facts.num_queries, facts.num_keys
+    group = facts.num_heads // facts.num_kv_heads
     if kv_mask is not None:
         k, v = (jnp.where(kv_mask[:, :, None, None], x, 0) for x in (k, v))
     k_BSNH, v_BSNH = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
 
+    mask = make_mask(arrays)
     if mask is None:
-        mask = jnp.ones((1, 1, num_queries // block_q, num_keys // block_kv), bool)
-    kept = jnp.repeat(jnp.repeat(mask, block_q, axis=2), block_kv, axis=3)
+        mask = jnp.ones((1, 1, num_queries // facts.block_q, num_keys // facts.block_kv), bool)
+    kept = jnp.repeat(jnp.repeat(mask, facts.block_q, axis=2), facts.block_kv, axis=3)
     visible = jnp.ones((1, 1, num_queries, num_keys), bool)
-    if causal:
+    if facts.causal:
         visible = jnp.tril(visible)
     if segment_ids is not None:
         visible &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -65,9 +49,12 @@ def block_sparse_attention_reference(
     if kv_mask is not None:
         attended &= kv_mask[:, None, None, :]
 
-    s = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k_BSNH, precision="highest") * scale
+    s = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k_BSNH, precision="highest")
+    s = s * facts.scale
     s = jnp.where(attended, s, -jnp.inf)
-    num_zeros = (visible & ~kept).sum(axis=-1) if pruned_logits == "zero" else jnp.zeros((1, 1, 1))
+    num_zeros = jnp.zeros((1, 1, 1))
+    if facts.pruned_logits == "zero":
+        num_zeros = (visible & ~kept).sum(axis=-1)
     top = jnp.maximum(s.max(axis=-1), jnp.where(num_zeros > 0, 0.0, -jnp.inf))
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     e = jnp.exp(s - top[..., None])

@@ -8,24 +8,14 @@ follows them.
 Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight.
 """
 
-import functools
-import logging
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_matmul.products import PRODUCTS
-from pallas_kernels.block_sparse_matmul.reference import block_sparse_matmul_reference
-from pallas_kernels.dispatch import check_implementation, target_platform
+from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.block_sparse_matmul.backends import BACKENDS
+from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
 
-type BlockMatmulImplementation = Literal["mosaic_sm90", "xla", "reference"]
-"""Names a caller may pass as `implementation`."""
-
-_IMPLEMENTATIONS: tuple[str, ...] = get_args(BlockMatmulImplementation.__value__)
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-_logger = logging.getLogger(__name__)
 
 
 def block_sparse_matmul(
@@ -35,7 +25,7 @@ def block_sparse_matmul(
     *,
     grad_mask: jax.Array | None = None,
     bias: jax.Array | None = None,
-    implementation: BlockMatmulImplementation | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiply by the kept blocks of a weight.
 
@@ -87,47 +77,16 @@ def block_sparse_matmul(
         grad_mask = mask
     elif grad_mask.shape != mask.shape:
         raise ValueError(f"grad_mask must be bool{list(mask.shape)}, got {grad_mask.shape=}")
-    chosen = _choose(implementation)
     x_MK = x.reshape(-1, w.shape[0])
-    if chosen == "reference":
-        y = block_sparse_matmul_reference(x_MK, w, mask, grad_mask, bias)
-    else:
-        PRODUCTS[chosen].check(x_MK, w, mask)
-        y = jnp.asarray(_multiply(x_MK, w, mask, grad_mask, bias, chosen))
+    facts = BlockFacts(
+        rows=x_MK.shape[0],
+        shape=w.shape,
+        grid=mask.shape,
+        dtype=x.dtype.name,
+    )
+    backend = choose_backend("block_sparse_matmul", BACKENDS, implementation, facts)
+    y = backend.run(BlockArrays(x_MK, w, mask, grad_mask, bias), facts)
     return y.reshape(*x.shape[:-1], w.shape[1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen):
-    del grad_mask_IJ
-    return PRODUCTS[chosen].multiply(x_MK, w_KN, mask_IJ, bias_N).astype(x_MK.dtype)
-
-
-def _multiply_forward(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen):
-    y_MN = _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, chosen)
-    return y_MN, (x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N)
-
-
-def _multiply_backward(chosen, saved, dy_MN):
-    x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N = saved
-    products = PRODUCTS[chosen]
-    dx_MK = products.multiply_transposed(dy_MN, w_KN, mask_IJ).astype(x_MK.dtype)
-    dw_KN = products.multiply_gradient(x_MK, dy_MN, grad_mask_IJ).astype(w_KN.dtype)
-    dbias_N = None
-    if bias_N is not None:
-        dbias_N = dy_MN.astype(jnp.float32).sum(0).astype(bias_N.dtype)
-    return dx_MK, dw_KN, None, None, dbias_N
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
-
-
-def _choose(implementation: BlockMatmulImplementation | None) -> BlockMatmulImplementation:
-    if implementation is not None:
-        check_implementation(implementation, _IMPLEMENTATIONS)
-        return implementation
-    _logger.debug("block_sparse_matmul: chose 'xla' on %s", target_platform())
-    return "xla"
 
 
 def _check_arrays(x, w, bias):

@@ -6,14 +6,10 @@ Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the w
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
 
-def block_sparse_matmul_reference(
-    x: jax.Array,
-    w: jax.Array,
-    mask: jax.Array,
-    grad_mask: jax.Array,
-    bias: jax.Array | None = None,
-) -> jax.Array:
+
+def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
     """Multiply by a masked weight whose gradient has a mask of its own.
 
     y = x (w * mask) + bias,  dx = dy (w * mask)^T,  dw = (x^T dy) * grad_mask
@@ -21,15 +17,14 @@ def block_sparse_matmul_reference(
     Gradients are those of plain JAX, but for a zero whose cotangent is kept.
 
     Args:
-      x: float[M, K].
-      w: float[K, N]. What it holds where the mask is False, NaN too, has no effect.
-      mask: bool[I, J], blocks kept.
-      grad_mask: bool[I, J], blocks whose gradient is wanted.
-      bias: float[N] or None.
+      arrays: BlockArrays.
+      facts: BlockFacts.
 
     Returns:
       float[M, N], typed like x.
     """
+    del facts
+    x, w, mask, grad_mask, bias = arrays
     x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
     kept = jax.lax.stop_gradient(jnp.where(expand(mask, w.shape), w32, 0))
     # The first product is the value and gives dx; the second is zero and gives dw.

@@ -13,7 +13,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
+from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
+
 _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
+    """Multiply by the kept blocks, and differentiate likewise.
+
+    Args:
+      arrays: BlockArrays.
+      facts: BlockFacts.
+
+    Returns:
+      float[M, N], typed like x.
+    """
+    del facts
+    return multiply_blocks(arrays, BlockProducts(multiply, multiply_transposed, multiply_gradient))
 
 
 def multiply(

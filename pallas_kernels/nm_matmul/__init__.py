@@ -2,7 +2,6 @@
 
 from pallas_kernels.nm_matmul.mask_check import check_nm_mask as check_nm_mask
 from pallas_kernels.nm_matmul.mvue import prune_mvue as prune_mvue
-from pallas_kernels.nm_matmul.op import choose_nm_implementation as choose_nm_implementation
 from pallas_kernels.nm_matmul.op import nm_matmul as nm_matmul
 from pallas_kernels.nm_matmul.pack import pack_nm as pack_nm
 from pallas_kernels.nm_matmul.pack import unpack_nm as unpack_nm

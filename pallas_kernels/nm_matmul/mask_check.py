@@ -4,9 +4,8 @@ Letters: K contracted axis   N columns of the weight.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
+from jax import core
 from jax.typing import ArrayLike
 
 
@@ -24,7 +23,7 @@ def check_nm_mask(mask: ArrayLike, *, pattern: tuple[int, int] = (2, 4), axis: i
       ValueError: naming the first group that keeps too many, or what is wrong with the arguments.
 
     Example:
-      >>> check_nm_mask(jnp.array([[1, 0], [1, 1], [0, 0], [1, 0]], bool), axis=0)
+      >>> check_nm_mask(np.array([[1, 0], [1, 1], [0, 0], [1, 0]], bool), axis=0)
       Traceback (most recent call last):
         ...
       ValueError: mask must keep at most 2 of every 4 consecutive entries of a column; column 0 \
@@ -60,28 +59,25 @@ keeps 3 of rows 0 to 3
     )
 
 
-def checkify_nm_mask(mask: jax.Array, *, pattern: tuple[int, int], axis: int) -> None:
-    """Record the error of `check_nm_mask` in a traced program.
+def check_known_mask(mask: jax.Array, *, pattern: tuple[int, int], transposable: bool) -> None:
+    """Look at the values of a mask that is not traced.
 
     Args:
-      mask: bool[K, N], True = kept.
+      mask: bool[K, N], True = kept; a traced one is let pass.
       pattern: (n, m), at most n kept of every m consecutive.
-      axis: 0 for groups along K, 1 for groups along N.
+      transposable: bool, along N as well as along K.
+
+    Raises:
+      ValueError: naming the first group that keeps too many.
     """
-    most, group = pattern
-    counts = _count_kept(mask, group, axis)
-    row, column = jnp.unravel_index(jnp.argmax((counts > most).reshape(-1)), counts.shape)
-    line, start = (column, row * group) if axis == 0 else (row, column * group)
-    checkify.check(
-        (counts <= most).all(),
-        _MESSAGES[axis],
-        most=jnp.array(most),
-        group=jnp.array(group),
-        line=line,
-        kept=counts[row, column],
-        start=start,
-        end=start + group - 1,
-    )
+    if isinstance(mask, core.Tracer):
+        return
+    check_nm_mask(mask, pattern=pattern, axis=0)
+    if transposable:
+        try:
+            check_nm_mask(mask, pattern=pattern, axis=1)
+        except ValueError as error:
+            raise ValueError(f"transposable=True, but {error}") from None
 
 
 _MESSAGES = tuple(

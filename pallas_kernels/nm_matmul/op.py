@@ -8,35 +8,22 @@ without a new compilation.
 Letters: M rows (tokens)   K contracted axis   N columns of the weight.
 """
 
-import logging
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import core
 
-from pallas_kernels.dispatch import check_hopper, check_implementation, target_platform
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.nm_matmul.activations import ACTIVATIONS, GATED
-from pallas_kernels.nm_matmul.break_even import beats_dense
-from pallas_kernels.nm_matmul.mask_check import check_nm_mask, check_pattern, checkify_nm_mask
-from pallas_kernels.nm_matmul.mosaic_sm90 import make_products
-from pallas_kernels.nm_matmul.pack import pack_nm
-from pallas_kernels.nm_matmul.packing import TILE, PackedNM
-from pallas_kernels.nm_matmul.reference import nm_matmul_reference
-from pallas_kernels.nm_matmul.straight_through import multiply_straight_through
-from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
+from pallas_kernels.nm_matmul.backends import BACKENDS
+from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
+from pallas_kernels.nm_matmul.mask_check import check_known_mask, check_pattern
+from pallas_kernels.nm_matmul.packing import PackedNM
 
 type GradPruning = Literal["none", "mvue", "mvue_exact"]
 type Activation = Literal["gelu", "geglu", "swiglu"]
-type NMImplementation = Literal["mosaic_sm90", "xla", "reference"]
-"""Names a caller may pass as `implementation`."""
-
-NM_IMPLEMENTATIONS: tuple[str, ...] = get_args(NMImplementation.__value__)
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-_HOPPER_DTYPES = (jnp.bfloat16, jnp.float16)
-
-_logger = logging.getLogger(__name__)
 
 
 def nm_matmul(
@@ -51,8 +38,8 @@ def nm_matmul(
     activation: Activation | None = None,
     packed: PackedNM | None = None,
     pattern: tuple[int, int] = (2, 4),
-    checkify_mask: bool = False,
-    implementation: NMImplementation | None = None,
+    check_mask: bool = True,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiply by a weight of which n of every m consecutive entries are kept.
 
@@ -81,9 +68,12 @@ def nm_matmul(
         transposable. It is not compared with them and gets no gradient. "xla" and "reference" have
         no use for it and read w.
       pattern: (n, m). "mosaic_sm90" knows (2, 4).
-      checkify_mask: bool, check a traced mask as well, under `checkify.checkify`.
+      check_mask: bool, look at the values of a mask that is not traced. False for a weight whose
+        mask may still keep everything: "xla" and "reference" compute with any mask; a kernel that
+        packs the weight itself looks all the same.
       implementation: "xla", the dense product on the masked weight; "reference"; "mosaic_sm90"; or
-        None to let `choose_nm_implementation` pick. A named one runs or raises.
+        None, which is the kernels where they were measured to be faster than "xla" and can run; as
+        long as nothing is measured, that is nowhere. A named one runs or raises.
 
     Returns:
       float[..., N], or [..., N / 2] for a gated activation, typed like x.
@@ -91,7 +81,7 @@ def nm_matmul(
     Raises:
       ValueError: if a shape, dtype or option is not as described, or if the values of the mask are
         known while tracing and a group keeps too many; the first such group is named. Those of a
-        traced mask are looked at with `checkify_mask` only; without, such a group is unspecified.
+        traced mask are not looked at: what a kernel makes of such a group is unspecified.
       NotImplementedError: if `implementation` names a backend that does not run on the device,
         or not with these shapes, types or options; the message says which.
 
@@ -100,7 +90,8 @@ def nm_matmul(
       the dtype of x. For the backward pass z and dz are rounded to it as well. Products of f32
       follow `jax_default_matmul_precision`, but for "reference", which computes in full f32
       throughout. Pruned gradients hold sums of four magnitudes: in f16, scale the loss accordingly.
-      A mask that is not traced is copied to the host and checked at every call.
+      A mask that is not traced is copied to the host and checked at every call, unless
+      `check_mask` is False.
 
     References:
       FST, arXiv:2404.01847, equations 2 to 4 and section 5.
@@ -112,104 +103,26 @@ def nm_matmul(
       [4.0, 2.0]
     """
     _check_arrays(x, w, mask, bias)
-    _check_options(transposable, grad_pruning, key, activation, checkify_mask, w)
-    _check_pattern_and_mask(mask, pattern, transposable, checkify_mask)
+    _check_options(transposable, grad_pruning, key, activation, check_mask, w)
+    _check_groups(mask, pattern, transposable)
     _check_packed(packed, w, transposable)
+    if check_mask:
+        check_known_mask(mask, pattern=pattern, transposable=transposable)
     inner, columns = w.shape
     x_MK = x.reshape(-1, inner)
-    chosen = choose_nm_implementation(
-        implementation,
+    facts = NMFacts(
         rows=x_MK.shape[0],
         inner=inner,
         columns=columns,
-        dtype=x.dtype,
+        dtype=x.dtype.name,
         pattern=pattern,
+        transposable=transposable,
+        grad_pruning=grad_pruning,
         activation=activation,
     )
-    options = {"activation": activation, "grad_pruning": grad_pruning}
-    if chosen == "reference":
-        out = nm_matmul_reference(x_MK, w, mask, key=key, bias=bias, **options)
-    elif chosen == "xla":
-        out = multiply_straight_through(
-            x_MK, w, mask, None, bias, key, products=XLA_PRODUCTS, **options
-        )
-    else:
-        check_hopper()
-        if pattern != (2, 4):
-            raise NotImplementedError(
-                f"implementation='mosaic_sm90' takes pattern (2, 4), got {pattern}; 'xla' takes all"
-            )
-        products = make_products(w, transposable=transposable, **options)
-        if packed is None:
-            axis = "both" if transposable else 0
-            packed = pack_nm(
-                jax.lax.stop_gradient(w), mask, axis=axis, implementation="mosaic_sm90"
-            )
-        out = multiply_straight_through(
-            x_MK, w, mask, packed, bias, key, products=products, **options
-        )
+    backend = choose_backend("nm_matmul", BACKENDS, implementation, facts)
+    out = backend.run(NMArrays(x_MK, w, mask, packed, bias, key), facts)
     return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def choose_nm_implementation(
-    implementation: NMImplementation | None = None,
-    *,
-    rows: int,
-    inner: int,
-    columns: int,
-    dtype: jax.typing.DTypeLike,
-    pattern: tuple[int, int] = (2, 4),
-    activation: Activation | None = None,
-) -> NMImplementation:
-    """Return the implementation of `nm_matmul` that a call would run.
-
-    A named implementation is returned as it is: it runs or raises, and is never replaced. With
-    `None` the sparse kernels are taken where they were measured to be faster than the dense product
-    on the masked weight, "xla" (`break_even.beats_dense`), and can run; as long as nothing is
-    measured, that is nowhere.
-
-    Args:
-      implementation: name the caller passed, or None.
-      rows: int, M, product of the leading axes of x.
-      inner: int, K.
-      columns: int, N, width of the weight.
-      dtype: dtype of x and w.
-      pattern: (n, m).
-      activation: str or None, as passed to `nm_matmul`.
-
-    Returns:
-      str, "mosaic_sm90", "xla" or "reference".
-
-    Raises:
-      ValueError: if the name is none of these.
-
-    Example:
-      >>> choose_nm_implementation(rows=64, inner=64, columns=64, dtype="bfloat16")
-      'xla'
-    """
-    if implementation is not None:
-        if implementation == "dense":
-            raise ValueError(
-                "nm_matmul has no implementation 'dense': 'xla' is the dense product on the masked "
-                f"weight; the others are {NM_IMPLEMENTATIONS}"
-            )
-        check_implementation(implementation, NM_IMPLEMENTATIONS)
-        return implementation
-    chosen: NMImplementation = "xla"
-    width = 2 * TILE if activation in GATED else TILE
-    known = pattern == (2, 4) and jnp.dtype(dtype) in _HOPPER_DTYPES
-    known = known and inner % TILE == 0 and columns % width == 0
-    if known and beats_dense(rows, inner, columns, dtype):
-        try:
-            check_hopper()
-            chosen = "mosaic_sm90"
-        except NotImplementedError:
-            pass
-    _logger.debug(
-        "nm_matmul: chose %r for [%d, %d] x [%d, %d] on %s",
-        *(chosen, rows, inner, inner, columns, target_platform()),
-    )
-    return chosen
 
 
 def _check_arrays(x, w, mask, bias):
@@ -229,8 +142,8 @@ def _check_arrays(x, w, mask, bias):
         )
 
 
-def _check_options(transposable, grad_pruning, key, activation, checkify_mask, w):
-    for name, value in (("transposable", transposable), ("checkify_mask", checkify_mask)):
+def _check_options(transposable, grad_pruning, key, activation, check_mask, w):
+    for name, value in (("transposable", transposable), ("check_mask", check_mask)):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be a bool, got {name}={value!r}")
     if activation not in ACTIVATIONS:
@@ -253,7 +166,7 @@ def _check_options(transposable, grad_pruning, key, activation, checkify_mask, w
         )
 
 
-def _check_pattern_and_mask(mask, pattern, transposable, checkify_mask):
+def _check_groups(mask, pattern, transposable):
     check_pattern(pattern)
     for axis, name in enumerate("KN" if transposable else "K"):
         if mask.shape[axis] % pattern[1]:
@@ -261,15 +174,6 @@ def _check_pattern_and_mask(mask, pattern, transposable, checkify_mask):
                 f"{name} must be a multiple of {pattern[1]} for {pattern=}, {transposable=}, "
                 f"got {name}={mask.shape[axis]}"
             )
-        if not isinstance(mask, core.Tracer):
-            try:
-                check_nm_mask(mask, pattern=pattern, axis=axis)
-            except ValueError as error:
-                if axis == 1:
-                    raise ValueError(f"transposable=True, but {error}") from None
-                raise
-        elif checkify_mask:
-            checkify_nm_mask(mask, pattern=pattern, axis=axis)
 
 
 def _check_packed(packed, w, transposable):

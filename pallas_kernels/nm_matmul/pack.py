@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from pallas_kernels.dispatch import check_hopper, check_implementation, is_interpreted
+from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.nm_matmul.backends import PACK_BACKENDS
+from pallas_kernels.nm_matmul.call import PackArrays, PackFacts
 from pallas_kernels.nm_matmul.mask_check import check_nm_mask
-from pallas_kernels.nm_matmul.pack_sm90 import pack_on_gpu
-from pallas_kernels.nm_matmul.packing import TILE, PackedNM, compress, decompress
+from pallas_kernels.nm_matmul.packing import TILE, PackedNM, decompress
 
 type PackAxis = Literal[0, 1, "both"]
-type PackImplementation = Literal["mosaic_sm90", "xla"]
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -25,7 +25,7 @@ def pack_nm(
     mask: jax.Array,
     *,
     axis: PackAxis = 0,
-    implementation: PackImplementation | None = None,
+    implementation: Implementation | None = None,
 ) -> PackedNM:
     """Pack a 2:4 sparse weight for Hopper's sparse tensor cores.
 
@@ -58,26 +58,18 @@ def pack_nm(
       (128, 32)
     """
     _check(w, mask, axis)
-    if implementation is not None:
-        check_implementation(implementation, ("mosaic_sm90", "xla"))
-    if implementation == "mosaic_sm90":
-        check_hopper()
-    along_k, along_n = axis in (0, "both"), axis in (1, "both")
+    facts = PackFacts(along_k=axis in (0, "both"), along_n=axis in (1, "both"))
+    backend = choose_backend("pack_nm", PACK_BACKENDS, implementation, facts)
     if not isinstance(mask, Tracer):
-        for packed_axis in [0] * along_k + [1] * along_n:
+        for packed_axis in [0] * facts.along_k + [1] * facts.along_n:
             check_nm_mask(mask, axis=packed_axis)
 
-    def pack(w, mask):
-        if implementation == "mosaic_sm90":
-            options = {"along_k": along_k, "along_n": along_n}
-            return PackedNM(*pack_on_gpu(w, mask, **options, interpreted=is_interpreted()))
-        return PackedNM(
-            compress(w.T, mask.T) if along_k else None, compress(w, mask) if along_n else None
-        )
+    def pack(arrays):
+        return backend.run(arrays, facts)
 
     for _ in w.shape[:-2]:
         pack = jax.vmap(pack)
-    return pack(w, mask)
+    return pack(PackArrays(w, mask))
 
 
 def unpack_nm(packed: PackedNM) -> jax.Array:

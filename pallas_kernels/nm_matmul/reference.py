@@ -9,36 +9,23 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 from pallas_kernels.nm_matmul.mvue import prune_tokens
 
 _dot = functools.partial(jnp.dot, precision="highest")
 
 
-def nm_matmul_reference(
-    x: jax.Array,
-    w: jax.Array,
-    mask: jax.Array,
-    *,
-    key: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    activation: str | None = None,
-    grad_pruning: str = "none",
-) -> jax.Array:
+def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     """Multiply by a masked weight, straight through to the whole weight in the gradient.
 
     y = act(x (w * mask) + bias),  dx = dz (w * mask)^T,  dw = x^T S(dz),  dbias = sum dz
 
     Gradients are those of plain JAX, but for two identities whose cotangents are replaced. S
-    prunes 2:4 along rows, or is the identity.
+    prunes 2:4 along rows, or is the identity. The mask may keep anything, and `packed` is not read.
 
     Args:
-      x: float[M, K].
-      w: float[K, N], the dense weight.
-      mask: bool[K, N], True = kept. What w holds elsewhere, NaN too, has no effect.
-      key: key[] or None, typed random key of S.
-      bias: float[N] or None.
-      activation: None, "gelu", "geglu" or "swiglu"; the gated ones give half the columns.
-      grad_pruning: "none", "mvue" or "mvue_exact".
+      arrays: NMArrays.
+      facts: NMFacts.
 
     Returns:
       float[M, N], or [M, N / 2] if gated, typed like x.
@@ -46,18 +33,19 @@ def nm_matmul_reference(
     References:
       FST, arXiv:2404.01847, equations 2 to 4.
     """
+    x, w, mask, _, bias, key = arrays
     x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
     kept = jax.lax.stop_gradient(jnp.where(mask, w32, 0))
     # The first product is the value and gives dx; the second is zero and gives dw.
     straight_through = _dot(jax.lax.stop_gradient(x32), _zeros_with_gradient(w32))
-    z = _dot(x32, kept) + jnp.asarray(_prune_gradient(straight_through, key, grad_pruning))
+    z = _dot(x32, kept) + jnp.asarray(_prune_gradient(straight_through, key, facts.grad_pruning))
     if bias is not None:
         z = z + bias.astype(jnp.float32)
-    if activation == "gelu":
+    if facts.activation == "gelu":
         z = _gelu(z)
-    elif activation is not None:
+    elif facts.activation is not None:
         value, gate = jnp.split(z, 2, axis=-1)
-        z = value * (_gelu if activation == "geglu" else jax.nn.silu)(gate)
+        z = value * (_gelu if facts.activation == "geglu" else jax.nn.silu)(gate)
     return z.astype(x.dtype)
 
 

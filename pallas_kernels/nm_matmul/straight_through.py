@@ -1,4 +1,4 @@
-"""The gradient rule of `nm_matmul`, stated once for every implementation of its products.
+"""The gradient rule of `nm_matmul`, stated once for every backend that has its products.
 
   z = x (w * mask) + bias,  y = act(z)
   dz = act'(z) dy,  dx = dz (w * mask)^T,  dw = x^T S(dz),  dbias = sum dz
@@ -10,16 +10,17 @@ Letters: M rows (tokens)   K contracted axis   N columns of the product.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.activations import activation_gradient
+from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 
 
-class Products(NamedTuple):
-    """The three products of one implementation, as pure functions of arrays.
+class NMProducts(NamedTuple):
+    """The three products of one backend, as pure functions of arrays.
 
     Attributes:
       forward: (x[M, K], w[K, N], mask[K, N], packed, bias[N] or None, activation, keeps_z) ->
@@ -35,39 +36,22 @@ class Products(NamedTuple):
     weight_gradient: Callable[..., jax.Array]
 
 
-def multiply_straight_through(
-    x: jax.Array,
-    w: jax.Array,
-    mask: jax.Array,
-    packed: Any,
-    bias: jax.Array | None,
-    key: jax.Array | None,
-    *,
-    products: Products,
-    activation: str | None,
-    grad_pruning: str,
-) -> jax.Array:
-    """Multiply with the products of one implementation and differentiate with its others.
+def multiply_straight_through(arrays: NMArrays, facts: NMFacts, products: NMProducts) -> jax.Array:
+    """Multiply with the first product of a backend and differentiate with its others.
 
     y = act(x (w * mask) + bias); gradients as in the module's docstring.
 
-    Kept for the backward pass: the arguments, and z where there is an activation.
+    Kept for the backward pass: the arrays, and z where there is an activation.
 
     Args:
-      x: float[M, K].
-      w: float[K, N], the dense weight.
-      mask: bool[K, N], True = kept; no gradient.
-      packed: pytree of arrays or None, handed to the products; no gradient.
-      bias: float[N] or None.
-      key: key[] or None, typed random key of gradient pruning; no gradient.
-      products: Products, static.
-      activation: str or None, static.
-      grad_pruning: "none", "mvue" or "mvue_exact", static.
+      arrays: NMArrays; `packed` is handed to the products. Mask, packed and key get no gradient.
+      facts: NMFacts, static.
+      products: NMProducts, static.
 
     Returns:
       float[M, N], or [M, N / 2] for a gated activation, typed like x.
     """
-    return _multiply(x, w, mask, packed, bias, key, products, activation, grad_pruning)
+    return _multiply(*arrays, products, facts.activation, facts.grad_pruning)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

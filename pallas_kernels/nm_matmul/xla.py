@@ -5,11 +5,14 @@ Any N:M pattern, and no speed from it: this is the dense product that a sparse o
 Letters: M rows (tokens)   K contracted axis   N columns.
 """
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.activations import apply_activation
+from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
 from pallas_kernels.nm_matmul.mvue import prune_tokens
-from pallas_kernels.nm_matmul.straight_through import Products
+from pallas_kernels.nm_matmul.packing import PackedNM, compress
+from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 
 
 def _mask_weight(w, mask):
@@ -35,5 +38,35 @@ def _weight_gradient(x, dz, key, grad_pruning):
     return jnp.einsum("mk,mn->kn", x, prune_tokens(dz, key, grad_pruning))
 
 
-XLA_PRODUCTS = Products(_forward, _input_gradient, _weight_gradient)
+XLA_PRODUCTS = NMProducts(_forward, _input_gradient, _weight_gradient)
 """Products by masked dense dots: f32 accumulation, results rounded once to the dtype of x."""
+
+
+def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
+    """Multiply by the masked weight; the mask may keep anything, and `packed` is not read.
+
+    Args:
+      arrays: NMArrays.
+      facts: NMFacts.
+
+    Returns:
+      float[M, N], or [M, N / 2] for a gated activation, typed like x.
+    """
+    return multiply_straight_through(arrays._replace(packed=None), facts, XLA_PRODUCTS)
+
+
+def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
+    """Pack a weight for Hopper's sparse tensor cores, with the bits that their kernel makes.
+
+    Args:
+      arrays: PackArrays.
+      facts: PackFacts.
+
+    Returns:
+      PackedNM.
+    """
+    w, mask = arrays
+    return PackedNM(
+        compress(w.T, mask.T) if facts.along_k else None,
+        compress(w, mask) if facts.along_n else None,
+    )

@@ -8,9 +8,9 @@ from sparsejax.checks import check_setting, make_check
 from sparsejax.data import DataConfig
 from sparsejax.models import (
     Implementation,
-    NMImplementation,
     TransformerConfig,
     TransformerOptions,
+    list_backends,
     sparse_weight_patterns,
 )
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
@@ -43,10 +43,17 @@ class ModelSettings(TransformerOptions):
     mlp_dim: int = 512
     block_size: int = 64
     attention_implementation: Implementation | None = None
-    weight_implementation: NMImplementation | None = None
+    weight_implementation: Implementation | None = None
 
     def __post_init__(self):
-        make_check("model", self)(self.vocab_size >= 0, "vocab_size", "at least 0")
+        check = make_check("model", self)
+        check(self.vocab_size >= 0, "vocab_size", "at least 0")
+        for name, op in (
+            ("attention_implementation", "block_sparse_attention"),
+            ("weight_implementation", "nm_matmul"),
+        ):
+            names = list_backends(op)
+            check(getattr(self, name) in (None, *names), name, f"one of {names}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """flax.nnx modules that call the sparse ops."""
 
 from pallas_kernels import Implementation as Implementation
-from pallas_kernels.nm_matmul.op import NMImplementation as NMImplementation
+from pallas_kernels import list_backends as list_backends
 from sparsejax.models.attention import AttentionMode as AttentionMode
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.attention import apply_rotary as apply_rotary

@@ -17,6 +17,7 @@ from pallas_kernels import (
     BlockSchedule,
     Implementation,
     block_sparse_attention,
+    list_backends,
     mean_attention_map,
 )
 from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
@@ -30,8 +31,8 @@ class AttentionMode(NamedTuple):
     Attributes:
       sparse: bool, False attends everywhere and ignores the masks.
       pruned_logits: "masked" or "zero", how pruned blocks count in the softmax.
-      implementation: which kernel runs sparse attention, None for the best on the device;
-        "mosaic_sm90" also runs the probe, whatever attention the phase has.
+      implementation: which backend runs attention to blocks, None for the best on the device; it
+        also runs the probe, whatever attention the phase has, if it has one of its own.
       position_mask: (T) -> bool[T, T], True = kept, positions attended to instead of blocks of the
         masks; dense products, masked. None attends to blocks.
     """
@@ -182,68 +183,59 @@ class BlockSparseAttention(nnx.Module):
                 k_BSKH,
                 causal=self.causal,
                 kv_mask_BS=kv_mask_BT,
-                implementation="mosaic_sm90" if mode.implementation == "mosaic_sm90" else None,
+                implementation=_name_of_probe(mode.implementation),
             )
+        blocks, pattern, implementation = self._choose_blocks(T, schedule, mode)
+        missing = _pad_length(T, pattern) - T
+        if missing:
+            q_BTNH, k_BSKH, v_BSKH = (
+                jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH)
+            )
+            real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
+            kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, missing)))
         # Keys at padded positions come from activations there. Were those, or their products, not
         # finite, gradients of the projections, where they meet zeros, would be NaN whatever
         # attention does. Without gradients a NaN would spread from there: padding has to be finite.
-        attend = functools.partial(
-            block_sparse_attention, causal=self.causal, removed_keys_finite=True
-        )
-        if mode.sparse and mode.position_mask is not None:
-            y_BTNH = attend(
-                q_BTNH,
-                k_BSKH,
-                v_BSKH,
-                mode.position_mask(T)[None, None],
-                block_q=1,
-                block_kv=1,
-                kv_mask=kv_mask_BT,
-                pruned_logits=mode.pruned_logits,
-                implementation="dense",
-            )
-        elif not mode.sparse:
-            # Without a mask one block may cover everything, whatever the length.
-            y_BTNH = attend(
-                q_BTNH,
-                k_BSKH,
-                v_BSKH,
-                None,
-                block_q=T,
-                block_kv=T,
-                kv_mask=kv_mask_BT,
-                implementation="dense",
-            )
-        else:
-            q_BPNH, k_BPKH, v_BPKH = (
-                _pad_to_blocks(x, self.block) for x in (q_BTNH, k_BSKH, v_BSKH)
-            )
-            P = q_BPNH.shape[1]
-            if P != T:
-                real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
-                kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, P - T)))
-            blocks = schedule
-            if blocks is None:
-                num_q, num_kv = self.block.grid(P)
-                blocks = self.block_mask[...][:, :, :num_q, :num_kv]
-            y_BTNH = attend(
-                q_BPNH,
-                k_BPKH,
-                v_BPKH,
-                blocks,
-                block_q=self.block.block_q,
-                block_kv=self.block.block_kv,
-                kv_mask=kv_mask_BT,
-                pruned_logits=mode.pruned_logits,
-                implementation=mode.implementation,
-            )[:, :T]
+        y_BTNH = block_sparse_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            blocks,
+            block_q=pattern.block_q,
+            block_kv=pattern.block_kv,
+            causal=self.causal,
+            kv_mask=kv_mask_BT,
+            removed_keys_finite=True,
+            pruned_logits=mode.pruned_logits,
+            implementation=implementation,
+        )[:, :T]
         y_BTD = project(self.out, y_BTNH.reshape(B, T, -1), name="attention/out")
         return y_BTD, attention_map_TS
 
+    def _choose_blocks(
+        self, length: int, schedule: BlockSchedule | None, mode: AttentionMode
+    ) -> tuple[jax.Array | BlockSchedule | None, BlockPattern, Implementation | None]:
+        """Return what is attended to, in blocks of which size, and the backend that is named."""
+        if not mode.sparse:
+            # Without a mask one block may cover everything, whatever the length.
+            return None, BlockPattern(block_q=length, block_kv=length), None
+        if mode.position_mask is not None:
+            kept = mode.position_mask(length)[None, None]
+            return kept, BlockPattern(block_q=1, block_kv=1), None
+        if schedule is not None:
+            return schedule, self.block, mode.implementation
+        num_q, num_kv = self.block.grid(_pad_length(length, self.block))
+        kept = self.block_mask[...][:, :, :num_q, :num_kv]
+        return kept, self.block, mode.implementation
 
-def _pad_to_blocks(x_BTNH: jax.Array, block: BlockPattern) -> jax.Array:
-    step = math.lcm(block.block_q, block.block_kv)
-    return jnp.pad(x_BTNH, ((0, 0), (0, -x_BTNH.shape[1] % step), (0, 0), (0, 0)))
+
+def _name_of_probe(implementation: Implementation | None) -> Implementation | None:
+    return implementation if implementation in list_backends("mean_attention_map") else None
+
+
+def _pad_length(length: int, block: BlockPattern) -> int:
+    """Return the next length that whole blocks fill on both sides."""
+    return length + -length % math.lcm(block.block_q, block.block_kv)
 
 
 def apply_rotary(x_BTNH: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.Array:

@@ -71,7 +71,7 @@ class DenseAttention(nnx.Module):
           float[B, T, D].
 
         Numerics:
-          Those of `block_sparse_attention`, implementation "dense".
+          Those of `block_sparse_attention`.
         """
         (B, T, _), S = x_BTD.shape, memory_BSD.shape[1]
         q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
@@ -90,7 +90,6 @@ class DenseAttention(nnx.Module):
             block_kv=S,
             causal=self.causal,
             kv_mask=kv_mask_BS,
-            implementation="dense",
         )
         return self.out(y_BTNH.reshape(B, T, -1))
 

@@ -3,7 +3,6 @@
 Legend: K contracted axis, N columns of the kernel, I x J its blocks.
 """
 
-import math
 import zlib
 from typing import Literal, NamedTuple
 
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from pallas_kernels import block_sparse_matmul, choose_nm_implementation, nm_matmul
-from pallas_kernels.nm_matmul.op import Activation, GradPruning, NMImplementation
+from pallas_kernels import Implementation, block_sparse_matmul, nm_matmul
+from pallas_kernels.nm_matmul.op import Activation, GradPruning
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
 
@@ -33,7 +32,7 @@ class LinearMode(NamedTuple):
 
     sparse: bool = True
     grad_pruning: GradPruning = "none"
-    implementation: NMImplementation | None = None
+    implementation: Implementation | None = None
 
 
 SPARSE_LINEAR = LinearMode()
@@ -112,7 +111,9 @@ class SparseLinear(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32))
         else:
             self.bias = nnx.data(None)
+        self._multiply = _multiply_groups
         if isinstance(pattern, WeightBlocks):
+            self._multiply = _multiply_blocks
             shape = pattern.grid(shape)
             self.gradient_mask = SparsityMask(jnp.ones(shape, bool))
         self.kernel_mask = SparsityMask(jnp.ones(shape, bool))
@@ -152,47 +153,43 @@ class SparseLinear(nnx.Module):
             if bias is not None:
                 y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
             return activate(y, activation)
-        if isinstance(self.pattern, WeightBlocks):
-            if mode.grad_pruning != "none":
-                raise ValueError(
-                    f"grad_pruning must be 'none' for weights in blocks, got {mode.grad_pruning!r}"
-                )
-            y = block_sparse_matmul(
-                x,
-                kernel,
-                self.kernel_mask[...],
-                grad_mask=self.gradient_mask[...],
-                bias=bias,
-                implementation=mode.implementation,
-            )
-            return activate(y, activation)
-        n, m, transposable = _get_groups(self.pattern)
-        fused = None if activation == "relu" else activation
-        chosen = choose_nm_implementation(
-            mode.implementation,
-            rows=math.prod(x.shape[:-1]),
-            inner=self.in_features,
-            columns=self.out_features,
-            dtype=x.dtype,
-            pattern=(n, m),
-            activation=fused,
+        return self._multiply(self, x, kernel, bias, mode, key, activation)
+
+
+def _multiply_blocks(layer, x, kernel, bias, mode, key, activation):
+    del key
+    if mode.grad_pruning != "none":
+        raise ValueError(
+            f"grad_pruning must be 'none' for weights in blocks, got {mode.grad_pruning!r}"
         )
-        if chosen != "mosaic_sm90":
-            # The portable product takes any mask, also that of a layer not pruned yet.
-            n = m
-        y = nm_matmul(
-            x,
-            kernel,
-            self.kernel_mask[...],
-            transposable=transposable,
-            grad_pruning=mode.grad_pruning,
-            key=None if mode.grad_pruning == "none" else key,
-            bias=bias,
-            activation=fused,
-            pattern=(n, m),
-            implementation=chosen,
-        )
-        return activate(y, activation) if activation == "relu" else y
+    y = block_sparse_matmul(
+        x,
+        kernel,
+        layer.kernel_mask[...],
+        grad_mask=layer.gradient_mask[...],
+        bias=bias,
+        implementation=mode.implementation,
+    )
+    return activate(y, activation)
+
+
+def _multiply_groups(layer, x, kernel, bias, mode, key, activation):
+    n, m, transposable = _get_groups(layer.pattern)
+    y = nm_matmul(
+        x,
+        kernel,
+        layer.kernel_mask[...],
+        transposable=transposable,
+        grad_pruning=mode.grad_pruning,
+        key=None if mode.grad_pruning == "none" else key,
+        bias=bias,
+        activation=None if activation == "relu" else activation,
+        pattern=(n, m),
+        # The mask of a layer that is not pruned yet keeps everything.
+        check_mask=False,
+        implementation=mode.implementation,
+    )
+    return activate(y, activation) if activation == "relu" else y
 
 
 def activate(z: jax.Array, activation: LayerActivation | None) -> jax.Array:

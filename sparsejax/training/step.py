@@ -18,7 +18,6 @@ from sparsejax.models import (
     Implementation,
     LinearMode,
     ModelOutput,
-    NMImplementation,
 )
 from sparsejax.optimizer import Optimizer, compute_learning_rate
 from sparsejax.recipes import Phase, Recipe
@@ -42,7 +41,7 @@ def make_train_step(
     optimizer: Optimizer,
     *,
     implementation: Implementation | None = None,
-    weight_implementation: NMImplementation | None = None,
+    weight_implementation: Implementation | None = None,
     num_micro_batches: int = 1,
     probes: bool = False,
     label_smoothing: float = 0.0,
@@ -166,7 +165,7 @@ def make_eval_step(
     phase: Phase,
     *,
     implementation: Implementation | None = None,
-    weight_implementation: NMImplementation | None = None,
+    weight_implementation: Implementation | None = None,
     num_micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Return the function that sums loss and correct answers over one batch.

@@ -110,9 +110,9 @@ HOMES = {
     "jax": ("pallas_kernels", "sparsejax", "benchmarks"),
     # Instructions that Pallas does not have are written with the compiler that JAX brings along.
     "jaxlib": (
-        "pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel",
-        "pallas_kernels.nm_matmul.wgmma_sp",
-        "pallas_kernels.nm_matmul.thread_words",
+        "pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel",
+        "pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp",
+        "pallas_kernels.nm_matmul.mosaic_sm90.thread_words",
     ),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
     "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),

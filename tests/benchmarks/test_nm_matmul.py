@@ -35,7 +35,7 @@ from benchmarks.nm_matmul_tiles import (
 )
 from benchmarks.nm_matmul_torch import CUSPARSELT
 from pallas_kernels import aot, check_nm_mask, unpack_nm
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import SHARED_MEMORY_BYTES, count_shared_bytes
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import SHARED_MEMORY_BYTES, count_shared_bytes
 
 QUICK = {"repeats": 3, "sample_seconds": 0.0}
 GEMM = Problem(measure="gemm", rows=64, inner=64, columns=128)

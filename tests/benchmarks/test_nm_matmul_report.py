@@ -14,8 +14,8 @@ from benchmarks.nm_matmul_tiles import COLUMNS as TILE_COLUMNS
 from benchmarks.nm_matmul_tiles import DEFAULT, Product, describe_tuned
 from benchmarks.nm_matmul_torch import CUSPARSELT
 from benchmarks.records import make_table
-from pallas_kernels.nm_matmul.break_even import Measurement, beats_dense
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Tiles
+from pallas_kernels.nm_matmul.mosaic_sm90.break_even import Measurement, beats_dense
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Tiles
 
 H200 = "NVIDIA H200"
 

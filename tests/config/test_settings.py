@@ -50,6 +50,10 @@ def test_defaults_are_valid():
             {"model__attention_implementation": "xla"},
             r"model.attention_implementation must be None in recipe 'dense', .*, got 'xla'",
         ),
+        (
+            {"model__weight_implementation": "dense"},
+            r"model.weight_implementation must be one of .*'reference', 'xla'\), got 'dense'",
+        ),
         ({"data__source": "wikipedia"}, r"data.source='wikipedia': expected one of"),
         ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer >= 1"),
         (

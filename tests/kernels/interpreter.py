@@ -24,7 +24,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
     shared_memory,
 )
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import Group
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import Group
 from pallas_kernels.dispatch import check_hopper
 from tests.kernels import sparse_products
 from tests.kernels.asynchronous import take_time

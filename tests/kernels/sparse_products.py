@@ -17,7 +17,7 @@ import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.nm_matmul import wgmma_sp
+from pallas_kernels.nm_matmul.mosaic_sm90 import wgmma_sp
 from tests.kernels.asynchronous import PRODUCTS, read_operand, wgmma_wait
 
 

@@ -1,10 +1,13 @@
-"""What the op refuses, in which words, and which implementation it chooses."""
+"""What the op refuses, in which words, and which backend it chooses."""
+
+import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_attention, choose_implementation, make_block_schedule
+from pallas_kernels import backends, block_sparse_attention, make_block_schedule
 from pallas_kernels.dispatch import target_platform
 
 _X = jnp.ones((2, 32, 4, 8))
@@ -66,10 +69,25 @@ def test_a_named_kernel_is_never_replaced():
         _call(implementation="mosaic_sm90")
 
 
-def test_choice_follows_what_is_known_while_tracing():
-    assert choose_implementation() == "xla"
-    assert choose_implementation(every_block_kept=True) == "dense"
-    assert choose_implementation("reference", every_block_kept=True) == "reference"
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "xla"),
+        ({"mask_or_schedule": make_block_schedule(_MASK)}, "xla"),
+        ({"mask_or_schedule": None}, "dense"),
+        # Single positions: there are no blocks to skip.
+        (
+            {"mask_or_schedule": jnp.ones((1, 1, 32, 32), bool), "block_q": 1, "block_kv": 1},
+            "dense",
+        ),
+        ({"mask_or_schedule": jnp.ones((1, 1, 32, 2), bool), "block_q": 1}, "xla"),
+    ],
+)
+def test_choice_follows_what_is_known_while_tracing(changes, chosen, caplog):
+    with caplog.at_level(logging.DEBUG, logger=backends.__name__):
+        out = _call(**changes)
+    assert f"block_sparse_attention: chose '{chosen}' on cpu" in caplog.text
+    np.testing.assert_array_equal(out, _call(**changes, implementation=chosen))
 
 
 def test_no_mask_equals_a_full_mask():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot, block_sparse_matmul
-from pallas_kernels.block_sparse_matmul import mosaic_sm90_kernel
+from pallas_kernels.block_sparse_matmul.mosaic_sm90 import kernel as kernel_module
 from tests.kernels.machine_checks import check_kernel
 
 _matmul = functools.partial(block_sparse_matmul, implementation="mosaic_sm90")
@@ -92,7 +92,7 @@ def test_every_block(blocks, tokens, dtype):
 @pytest.mark.slow
 def test_a_missing_wait_is_noticed(monkeypatch):
     # Without the wait, what follows may overwrite operands that are still read.
-    monkeypatch.setattr(mosaic_sm90_kernel.plgpu, "wgmma_wait", lambda n: None)
+    monkeypatch.setattr(kernel_module.plgpu, "wgmma_wait", lambda n: None)
     with pytest.raises(AssertionError):
         _check_products(_compile(2048, (768, 3072), (64, 64)), (64, 64), "bfloat16", (128, 64))
 

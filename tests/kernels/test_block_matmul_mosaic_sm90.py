@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_matmul
-from pallas_kernels.block_sparse_matmul import mosaic_sm90
-from pallas_kernels.block_sparse_matmul.mosaic_sm90 import make_gradient_plan, make_row_plan
-from pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel import (
+from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import (
     SHARED_MEMORY_BYTES,
     Lists,
     count_stages,
     multiply_lists,
+)
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import (
+    make_gradient_plan,
+    make_row_plan,
 )
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
@@ -93,7 +96,7 @@ def check_rows(num_rows, blocks, mask, *, transposed=False, planned_for=1, num_p
 
 
 def test_tall_tiles_and_groups_of_them(monkeypatch):
-    monkeypatch.setattr(mosaic_sm90, "_GROUP", 2)
+    monkeypatch.setattr(products, "_GROUP", 2)
     plan = check_rows(768, (64, 64), [[1, 0], [1, 0]], num_programs=2)
     # Three row tiles of 256, two and one of them together.
     assert plan.shape == (128, 64) and plan.num_row_tiles == 3 and plan.group == 2
@@ -147,29 +150,29 @@ def test_a_missing_barrier_between_warpgroups_is_noticed(missing, monkeypatch):
     miss_barrier(monkeypatch, missing)
     x, dy = make_normal(((128, 64), (128, 128)), "bfloat16")
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
-        jax.block_until_ready(mosaic_sm90.multiply_gradient(x, dy, jnp.ones((1, 2), bool)))
+        jax.block_until_ready(products.multiply_gradient(x, dy, jnp.ones((1, 2), bool)))
 
 
 def _lists_of_other_owners(monkeypatch):
-    start = mosaic_sm90._start_longest_first
+    start = products._start_longest_first
     monkeypatch.setattr(
-        mosaic_sm90,
+        products,
         "_start_longest_first",
         lambda *args: start(*args)._replace(owners=jnp.arange(len(args[0]), dtype=jnp.int32)),
     )
 
 
 def _first_half_of_each_block(monkeypatch):
-    make = mosaic_sm90.make_row_plan
+    make = products.make_row_plan
 
     def broken(*args, **options):
         return make(*args, **options)._replace(steps_per_entry=1)
 
-    monkeypatch.setattr(mosaic_sm90, "make_row_plan", broken)
+    monkeypatch.setattr(products, "make_row_plan", broken)
 
 
 def _half_of_the_tokens(monkeypatch):
-    make = mosaic_sm90.make_gradient_plan
+    make = products.make_gradient_plan
 
     def read_as_the_first(tile):
         def find(row_tile, owner, entry, piece, part):
@@ -181,7 +184,7 @@ def _half_of_the_tokens(monkeypatch):
         plan = make(*args)
         return plan._replace(lhs=read_as_the_first(plan.lhs), rhs=read_as_the_first(plan.rhs))
 
-    monkeypatch.setattr(mosaic_sm90, "make_gradient_plan", broken)
+    monkeypatch.setattr(products, "make_gradient_plan", broken)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
-from pallas_kernels.block_sparse_attention.tiles import Tiles
+from pallas_kernels.block_sparse_attention.xla.tiles import Tiles
 from tests.kernels.contract import (
     CASES,
     Case,

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import aot
-from pallas_kernels.nm_matmul import mosaic_sm90_kernel as kernel_module
-from pallas_kernels.nm_matmul import wgmma_sp
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90 import kernel as kernel_module
+from pallas_kernels.nm_matmul.mosaic_sm90 import wgmma_sp
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.packing import Compressed
 from tests.kernels import asynchronous
 from tests.kernels.contract import Case, call_implementation

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import aot, block_sparse_attention, choose_implementation
-from pallas_kernels.block_sparse_attention import mosaic_sm90
+from pallas_kernels import aot, block_sparse_attention
+from pallas_kernels.block_sparse_attention.mosaic_sm90 import attention
 from pallas_kernels.machine_code import parse
 from pallas_kernels.products_in_flight import find_loops
 from tests.kernels.machine_checks import check_kernel
@@ -150,7 +150,7 @@ def test_tensor_cores_do_the_products_and_nothing_else():
 
 def test_the_form_for_the_interpreter_compiles_too(monkeypatch):
     # It differs in where the left operands of products are, and in nothing else.
-    monkeypatch.setattr(mosaic_sm90, "is_interpreted", lambda: True)
+    monkeypatch.setattr(attention, "is_interpreted", lambda: True)
     _check(_compile(Setting(head_dim=64, causal=True)), 3)
 
 
@@ -164,7 +164,3 @@ def test_vmap_compiles():
         )
 
     _check(aot.compile_for(jax.vmap(attend), q, mask), 1)
-
-
-def test_an_unproven_kernel_is_not_chosen():
-    assert choose_implementation() == "xla"

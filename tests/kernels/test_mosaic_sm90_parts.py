@@ -8,12 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_sparse_attention import (
-    mosaic_sm90,
-    mosaic_sm90_bwd,
-    mosaic_sm90_program,
-)
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import choose_parts, locate
+from pallas_kernels.block_sparse_attention.mosaic_sm90 import attention, bwd, program
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import choose_parts, locate
 from tests.kernels.contract import Case, call_implementation, check_case, compile_case
 from tests.kernels.interpreter import hopper
 
@@ -105,10 +101,10 @@ def test_contract(case, processors, parts, monkeypatch):
 
     def record(operands, lists, problem, walk):
         walks.append(walk)
-        return mosaic_sm90_bwd.attention_backward_keys(operands, lists, problem, walk)
+        return bwd.attention_backward_keys(operands, lists, problem, walk)
 
-    monkeypatch.setattr(mosaic_sm90, "count_processors", lambda: processors)
-    monkeypatch.setattr(mosaic_sm90, "attention_backward_keys", record)
+    monkeypatch.setattr(attention, "count_processors", lambda: processors)
+    monkeypatch.setattr(attention, "attention_backward_keys", record)
     with hopper():
         check_case(case, _ATTEND)
     assert [walk.parts for walk in walks] == [parts]
@@ -129,7 +125,7 @@ def test_parts_that_overlap_are_noticed(monkeypatch):
     def locate_first_part(problem, walk, lists, item, step):
         return locate(problem, walk, lists, item._replace(head=jnp.int32(0)), step)
 
-    for module in (mosaic_sm90_program, mosaic_sm90_bwd):
+    for module in (program, bwd):
         monkeypatch.setattr(module, "locate", locate_first_part)
     with pytest.raises(AssertionError, match="d[kv] off by"), hopper():
         check_case(_FAST["own_masks_in_3_of_1"][0], _ATTEND)

@@ -1,5 +1,6 @@
-"""What `nm_matmul` and its companions refuse, in which words, and which implementation runs."""
+"""What `nm_matmul` and its companions refuse, in which words, and which backend runs."""
 
+import dataclasses
 import logging
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import check_nm_mask, choose_nm_implementation, nm_matmul, pack_nm
-from pallas_kernels.nm_matmul import break_even, op
-from pallas_kernels.nm_matmul.break_even import MEASURED, Measurement, beats_dense
+from pallas_kernels import backends, check_nm_mask, choose_backend, nm_matmul, pack_nm
+from pallas_kernels.nm_matmul.backends import BACKENDS
+from pallas_kernels.nm_matmul.call import NMFacts
+from pallas_kernels.nm_matmul.mosaic_sm90 import break_even, products
+from pallas_kernels.nm_matmul.mosaic_sm90.break_even import MEASURED, Measurement, beats_dense
+from tests.kernels.interpreter import hopper
 
 _X = jnp.ones((2, 8))
 _W = jnp.ones((8, 12))
@@ -36,7 +40,7 @@ def _call(**changes):
         ({"bias": jnp.ones(8)}, r"bias must be float32\[12\] or None, got float32\[8\]"),
         ({"bias": jnp.ones(12, jnp.float16)}, r"bias must be float32\[12\] .*got float16\[12\]"),
         ({"transposable": 1}, "transposable must be a bool, got transposable=1"),
-        ({"checkify_mask": None}, "checkify_mask must be a bool, got checkify_mask=None"),
+        ({"check_mask": None}, "check_mask must be a bool, got check_mask=None"),
         ({"activation": "relu"}, "activation must be one of .*'swiglu'.*, got 'relu'"),
         ({"activation": ["gelu"]}, r"activation must be one of .*, got \['gelu'\]"),
         (
@@ -77,7 +81,7 @@ def _call(**changes):
         ),
         ({"packed": _W}, "packed must be a PackedNM or None, got ArrayImpl"),
         ({"implementation": "cuda"}, "implementation must be None or one of .* got 'cuda'"),
-        ({"implementation": "dense"}, "no implementation 'dense': 'xla' is the dense product"),
+        ({"implementation": "dense"}, "one of .*'xla'.* for nm_matmul, got 'dense'"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -183,28 +187,52 @@ def test_a_mask_that_cannot_be_checked_is_refused(mask, options, message):
         check_nm_mask(mask, **options)
 
 
-_SHAPE = {"rows": 8192, "inner": 4096, "columns": 4096, "dtype": jnp.bfloat16}
+def test_a_mask_that_is_not_looked_at_may_keep_everything():
+    full = jnp.ones_like(_MASK)
+    options = {"transposable": True, "check_mask": False}
+    for name in (None, "xla", "reference"):
+        got = nm_matmul(_X, _W, full, implementation=name, **options)
+        np.testing.assert_array_equal(got, jnp.full((2, 12), 8.0))
+    # Under jit its values are not known.
+    np.testing.assert_array_equal(jax.jit(nm_matmul)(_X, _W, full), jnp.full((2, 12), 8.0))
+
+
+def test_a_kernel_that_packs_the_weight_looks_at_its_mask_all_the_same():
+    x, full = jnp.ones((2, 64), jnp.bfloat16), jnp.ones_like(_MASK64)
+    options = {"check_mask": False, "implementation": "mosaic_sm90"}
+    with hopper(), pytest.raises(ValueError, match="^mask must keep at most 2 of every 4"):
+        nm_matmul(x, _W64, full, **options)
+    rows = jnp.arange(64)[:, None] % 2 == jnp.zeros(128)
+    with hopper(), pytest.raises(ValueError, match="transposable=True, but .* row 0 keeps 4"):
+        nm_matmul(x, _W64, rows, transposable=True, **options)
+
+
+_FACTS = NMFacts(rows=8192, inner=4096, columns=4096, dtype="bfloat16")
+
+
+def _choose(name=None, **changes):
+    return choose_backend("nm_matmul", BACKENDS, name, dataclasses.replace(_FACTS, **changes)).name
 
 
 def test_choice_goes_by_what_was_measured(monkeypatch, caplog):
-    with caplog.at_level(logging.DEBUG, logger=op.__name__):
-        assert MEASURED or choose_nm_implementation(**_SHAPE) == "xla"
-    assert "nm_matmul: chose 'xla' for [8192, 4096] x [4096, 4096]" in caplog.text
-    assert choose_nm_implementation("reference", **_SHAPE) == "reference"
+    with caplog.at_level(logging.DEBUG, logger=backends.__name__):
+        assert MEASURED or _choose() == "xla"
+    assert "nm_matmul: chose 'xla' on cpu, NMFacts(rows=8192, inner=4096" in caplog.text
+    assert _choose("reference") == "reference"
 
     fast = Measurement(4096, 4096, 4096, "bfloat16", 0.6)
     monkeypatch.setattr(break_even, "MEASURED", (fast,))
-    assert choose_nm_implementation(**_SHAPE) == "xla"  # the kernels do not run here
-    monkeypatch.setattr(op, "check_hopper", lambda: None)
-    assert choose_nm_implementation(**_SHAPE) == "mosaic_sm90"
+    assert _choose() == "xla"  # the kernels do not run here
+    monkeypatch.setattr(products, "check_hopper", lambda: None)
+    assert _choose() == "mosaic_sm90"
     for change in (
         {"rows": 2048},
-        {"dtype": jnp.float16},
+        {"dtype": "float16"},
         {"pattern": (1, 4)},
         {"inner": 4100},
         {"columns": 4096 + 64, "activation": "geglu"},
     ):
-        assert choose_nm_implementation(**_SHAPE | change) == "xla", change
+        assert _choose(**change) == "xla", change
 
 
 def test_break_even_takes_the_largest_measured_shape_that_fits():

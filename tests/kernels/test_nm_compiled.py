@@ -4,15 +4,14 @@ import collections
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import aot, choose_nm_implementation, nm_matmul, pack_nm
+from pallas_kernels import aot, nm_matmul, pack_nm
 from pallas_kernels.machine_code import parse
 from pallas_kernels.nm_matmul.activations import activation_gradient
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
-from pallas_kernels.nm_matmul.tile_config import default_config
 from pallas_kernels.products_in_flight import find_loops
 from tests.kernels.machine_checks import check_kernel
 
@@ -214,8 +213,3 @@ def test_the_gradient_of_an_activation_is_one_pass(activation):
     report = aot.compile_for(gradient, _struct((4096, halves * 2048)), _struct((4096, 2048)))
     assert report.temp_bytes < 4096, "something is written in between"
     assert len(re.findall(r" fusion\(", report.hlo[report.hlo.index("ENTRY") :])) == 1
-
-
-def test_an_unproven_kernel_is_not_chosen():
-    chosen = choose_nm_implementation(rows=16384, inner=4096, columns=4096, dtype=jnp.bfloat16)
-    assert chosen == "xla"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
 
 from pallas_kernels import nm_matmul, prune_mvue
 from pallas_kernels.nm_matmul import straight_through
@@ -16,8 +15,9 @@ from pallas_kernels.nm_matmul.activations import (
     activation_gradient,
     apply_activation,
 )
+from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 from pallas_kernels.nm_matmul.mvue import prune_tokens
-from pallas_kernels.nm_matmul.straight_through import Products
+from pallas_kernels.nm_matmul.straight_through import NMProducts
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
 from tests.kernels import nm_contract
 from tests.kernels.nm_contract import (
@@ -109,13 +109,16 @@ def _with(**changes):
     products = XLA_PRODUCTS._replace(**changes)
 
     def matmul(x, w, mask, *, key=None, bias=None, activation=None, grad_pruning, **_):
-        out = straight_through.multiply_straight_through(
-            x.reshape(-1, x.shape[-1]),
-            *(w, mask, None, bias, key),
-            products=products,
-            activation=activation,
+        arrays = NMArrays(x.reshape(-1, x.shape[-1]), w, mask, None, bias, key)
+        facts = NMFacts(
+            rows=arrays.x.shape[0],
+            inner=w.shape[0],
+            columns=w.shape[1],
+            dtype=x.dtype.name,
             grad_pruning=grad_pruning,
+            activation=activation,
         )
+        out = straight_through.multiply_straight_through(arrays, facts, products)
         return out.reshape(*x.shape[:-1], -1)
 
     return matmul
@@ -309,29 +312,8 @@ def test_little_is_kept_for_the_backward_pass():
     assert kept_shapes("gelu") == [(8, 8), (8, 16), (16, 8), (16, 8)]
 
 
-def test_a_traced_mask_is_checked_under_checkify():
-    (x, w) = make_normal(((8, 16), (16, 8)))
-    mask = make_nm_masks((16, 8), (2, 4), transposable=True)["whole"]
-
-    def loss(w, x, mask):
-        return nm_matmul(x, w, mask, transposable=True, checkify_mask=True).sum()
-
-    checked = jax.jit(checkify.checkify(jax.grad(loss)))
-    found, _ = checked(w, x, jnp.asarray(mask))
-    assert found.get() is None
-    too_many = mask.copy()
-    too_many[8:12, 5] = True
-    found, _ = checked(w, x, jnp.asarray(too_many))
-    assert "column 5 keeps 4 of rows 8 to 11" in found.get()
-    # Turned within its tiles it is 2:4 along K and not along N.
-    rows = np.zeros((16, 8), bool)
-    rows[::2, :] = True
-    found, _ = checked(w, x, jnp.asarray(rows))
-    assert "row 0 keeps 4 of columns 0 to 3" in found.get()
-
-
 def test_products_are_a_plain_tuple():
-    assert isinstance(XLA_PRODUCTS, Products) and hash(XLA_PRODUCTS)
+    assert isinstance(XLA_PRODUCTS, NMProducts) and hash(XLA_PRODUCTS)
     x = jnp.ones((4, 4))
     pruned, _ = prune_mvue(x, jax.random.key(0), axis=0)
     np.testing.assert_array_equal(prune_tokens(x, jax.random.key(0), "mvue"), pruned)

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm
-from pallas_kernels.nm_matmul import tile_config
 from pallas_kernels.nm_matmul.activations import apply_activation
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import (
+from pallas_kernels.nm_matmul.mosaic_sm90 import tile_config
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import (
     SHARED_MEMORY_BYTES,
     Problem,
     Tiles,
     count_shared_bytes,
     multiply_sparse,
 )
+from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
-from pallas_kernels.nm_matmul.tile_config import default_config
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.nm_contract import (
     NM_KERNEL_CASES,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import PackedNM, pack_nm, prune_mvue, unpack_nm
 from pallas_kernels.dispatch import is_interpreted
-from pallas_kernels.nm_matmul.pack_sm90 import prune_on_gpu
+from pallas_kernels.nm_matmul.mosaic_sm90.pack import prune_on_gpu
+from pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp import operand_offsets
 from pallas_kernels.nm_matmul.packing import compress
-from pallas_kernels.nm_matmul.wgmma_sp import operand_offsets
 from tests.kernels.interpreter import hopper
 from tests.kernels.nm_contract import make_nm_masks
 from tests.kernels.oracles import make_normal

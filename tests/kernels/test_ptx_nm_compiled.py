@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm, prune_mvue
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, Tiles, multiply_sparse
-from pallas_kernels.nm_matmul.pack_sm90 import pack_on_gpu, prune_on_gpu
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_on_gpu, prune_on_gpu
 from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels import ptx_host
 from tests.kernels.oracles import error, make_normal

@@ -7,16 +7,17 @@ import pytest
 
 from pallas_kernels import make_block_schedule
 from pallas_kernels.block_sparse_attention.block_schedule import drop_blocks_above_diagonal
-from pallas_kernels.block_sparse_attention.mosaic_sm90 import make_problem
-from pallas_kernels.block_sparse_attention.mosaic_sm90_fwd import make_forward_walk
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import count_programs, find_item
-from pallas_kernels.block_sparse_attention.tile_lists import (
+from pallas_kernels.block_sparse_attention.call import AttentionFacts
+from pallas_kernels.block_sparse_attention.mosaic_sm90.attention import make_problem
+from pallas_kernels.block_sparse_attention.mosaic_sm90.fwd import make_forward_walk
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import (
     BITS,
     make_grain,
     make_key_lists,
     make_order,
     make_query_lists,
 )
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import count_programs, find_item
 
 
 def _schedule(mask, block_q, block_kv, causal):
@@ -101,11 +102,13 @@ def test_much_longer_lists_are_found():
 def test_programs_find_every_list_once_and_start_with_the_long_ones(masks, block_q):
     mask = np.random.default_rng(0).random((*masks, 17, 40)) < 0.05
     mask[:, :, 5] = True
-    q, k = (jax.ShapeDtypeStruct((3, n, 3, 64), jnp.bfloat16) for n in (17 * block_q, 40 * 64))
-    problem = make_problem(
-        q, k, masks, block_q=block_q, block_kv=64, causal=False, has_kv_mask=False,
-        has_segments=False, scale=1.0, pruned_logits="masked",
+    facts = AttentionFacts(
+        batch=3, num_queries=17 * block_q, num_keys=40 * 64, num_heads=3, num_kv_heads=3,
+        head_dim=64, dtype="bfloat16", mask_shape=masks, block_q=block_q, block_kv=64,
+        causal=False, has_kv_mask=False, has_segments=False, scale=1.0, pruned_logits="masked",
+        return_lse=True,
     )  # fmt: skip
+    problem = make_problem(facts)
     walk = make_forward_walk(problem)
     options = {"causal": False, "all_masked": False}
     lists = make_query_lists(make_block_schedule(jnp.asarray(mask)), problem.grain, **options)

@@ -4,7 +4,7 @@
   dx = dy w^T for each row block, the list of its kept column blocks
   dw = x^T dy for each block, all tokens, or none where the mask of the gradient is False
 
-All are one kernel with three plans; see `mosaic_sm90_kernel` for how it works. What it does not do
+All are one kernel with three plans; see `kernel` for how it works. What it does not do
 raises NotImplementedError with the reason.
 
 Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight   U lists.
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
-from pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel import (
+from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import (
     NUM_COMPUTE,
     TILE,
     Lists,
@@ -23,6 +24,7 @@ from pallas_kernels.block_sparse_matmul.mosaic_sm90_kernel import (
     Tile,
     multiply_lists,
 )
+from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
 from pallas_kernels.dispatch import check_hopper, count_processors
 
 BLOCKS = (64, 128)
@@ -30,26 +32,40 @@ BLOCKS = (64, 128)
 _GROUP = 8
 
 
-def check(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> None:
+def check(facts: BlockFacts) -> None:
     """Refuse what the kernels do not do.
 
     Args:
-      x_MK: [M, K].
-      w_KN: [K, N].
-      mask_IJ: [I, J].
+      facts: BlockFacts.
 
     Raises:
       NotImplementedError: with the reason.
     """
-    if x_MK.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Hopper kernels take bfloat16 and float16, got {x_MK.dtype}")
-    sides = tuple(size // count for size, count in zip(w_KN.shape, mask_IJ.shape, strict=True))
+    if facts.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"the Hopper kernels take bfloat16 and float16, got {facts.dtype}"
+        )
+    sides = tuple(size // count for size, count in zip(facts.shape, facts.grid, strict=True))
     if not all(side in BLOCKS for side in sides):
         raise NotImplementedError(
             f"the Hopper kernels take blocks whose sides are one of {BLOCKS}, got {sides} from "
-            f"{w_KN.shape=}, {mask_IJ.shape=}"
+            f"w_KN.shape={facts.shape}, mask_IJ.shape={facts.grid}"
         )
     check_hopper()
+
+
+def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
+    """Multiply by the kept blocks, and differentiate likewise.
+
+    Args:
+      arrays: BlockArrays.
+      facts: BlockFacts.
+
+    Returns:
+      float[M, N], typed like x.
+    """
+    del facts
+    return multiply_blocks(arrays, BlockProducts(multiply, multiply_transposed, multiply_gradient))
 
 
 def multiply(

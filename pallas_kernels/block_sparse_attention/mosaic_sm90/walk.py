@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.tile_lists import BITS, Grain, TileLists
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import BITS, Grain, TileLists
 
 ROWS = 64
 """Rows of one computing warpgroup: what one tensor-core instruction of Hopper covers."""

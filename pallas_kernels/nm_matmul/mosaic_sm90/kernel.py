@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.nm_matmul.activations import gelu_with_slope, silu_with_slope
-from pallas_kernels.nm_matmul.packing import TILE, Compressed
-from pallas_kernels.nm_matmul.wgmma_sp import (
+from pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp import (
     finish_multiply_add,
     start_multiply_add,
     zero_sums,
 )
+from pallas_kernels.nm_matmul.packing import TILE, Compressed
 
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 NUM_COMPUTE = 2

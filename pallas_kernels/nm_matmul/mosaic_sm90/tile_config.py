@@ -3,7 +3,7 @@
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
 
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import (
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import (
     NUM_COMPUTE,
     SHARED_MEMORY_BYTES,
     Problem,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
-from pallas_kernels.block_sparse_attention.folding import Fold
+from pallas_kernels.block_sparse_attention.xla.folding import Fold
 
 # Measured on CPU over blocks of 32 and 64: with fewer lists or narrower steps the overhead of
 # small products tells, with more of them the padding where lengths are uneven. The backward pass

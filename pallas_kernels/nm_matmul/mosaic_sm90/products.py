@@ -5,7 +5,7 @@
   dw = x^T S(dz) A = S(dz)^T, packed along M   dw[K, N] = (A x)^T       if dz is pruned
 
 Other products are XLA's dense ones. What the kernel does not do raises NotImplementedError with the
-reason. See `mosaic_sm90_kernel` for how it works.
+reason. See `kernel` for how it works.
 
 Letters: M rows (tokens)   K contracted axis   N columns of the weight.
 """
@@ -13,49 +13,88 @@ Letters: M rows (tokens)   K contracted axis   N columns of the weight.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import count_processors, is_interpreted
+from pallas_kernels.dispatch import check_hopper, count_processors, is_interpreted
 from pallas_kernels.nm_matmul.activations import GATED
-from pallas_kernels.nm_matmul.mosaic_sm90_kernel import Problem, multiply_sparse
+from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
+from pallas_kernels.nm_matmul.mask_check import check_known_mask
+from pallas_kernels.nm_matmul.mosaic_sm90.break_even import beats_dense
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_weight, prune_on_gpu
+from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.mvue import GROUP
-from pallas_kernels.nm_matmul.pack_sm90 import prune_on_gpu
 from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
-from pallas_kernels.nm_matmul.straight_through import Products
-from pallas_kernels.nm_matmul.tile_config import default_config
+from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
 
 
-def make_products(
-    w: jax.Array, *, transposable: bool, grad_pruning: str, activation: str | None
-) -> Products:
-    """Collect the products of a call, and refuse what the kernel does not do.
+def suits(facts: NMFacts) -> bool:
+    """Return whether the kernels were measured to be faster than the dense product.
 
     Args:
-      w: [K, N].
-      transposable: bool, dx is a sparse product as well.
-      grad_pruning: "none", "mvue" or "mvue_exact"; dw is a sparse product unless "none".
-      activation: str or None.
+      facts: NMFacts.
 
     Returns:
-      Products, the same for the same facts.
+      bool.
+    """
+    return beats_dense(facts.rows, facts.inner, facts.columns, facts.dtype)
+
+
+def check(facts: NMFacts) -> None:
+    """Refuse what the kernels do not do.
+
+    Args:
+      facts: NMFacts.
 
     Raises:
       NotImplementedError: with the reason.
     """
-    if w.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Hopper kernel takes bfloat16 and float16, got {w.dtype}")
-    halves = 2 if activation in GATED else 1
-    if w.shape[0] % TILE or w.shape[1] % (halves * TILE):
+    check_hopper()
+    if facts.pattern != (2, 4):
+        raise NotImplementedError(
+            f"implementation='mosaic_sm90' takes pattern (2, 4), got {facts.pattern}; 'xla' takes "
+            "all"
+        )
+    if facts.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"the Hopper kernel takes bfloat16 and float16, got {facts.dtype}"
+        )
+    halves = 2 if facts.activation in GATED else 1
+    if facts.inner % TILE or facts.columns % (halves * TILE):
         raise NotImplementedError(
             f"the Hopper kernel takes weights [K, N] of multiples of {TILE}, and of "
-            f"{2 * TILE} columns with a gate, got {w.shape=}, {activation=}; pad them"
+            f"{2 * TILE} columns with a gate, got w.shape={(facts.inner, facts.columns)}, "
+            f"activation={facts.activation!r}; pad them"
         )
-    return Products(
+
+
+def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
+    """Multiply on sparse tensor cores, after packing the weight if that is not done.
+
+    Args:
+      arrays: NMArrays.
+      facts: NMFacts.
+
+    Returns:
+      float[M, N], or [M, N / 2] for a gated activation, typed like x.
+
+    Raises:
+      ValueError: if the weight is packed here, and the values of its mask are known while tracing
+        and keep too many of a group.
+    """
+    if arrays.packed is None:
+        check_known_mask(arrays.mask, pattern=facts.pattern, transposable=facts.transposable)
+        packed = pack_weight(
+            PackArrays(jax.lax.stop_gradient(arrays.w), arrays.mask),
+            PackFacts(along_k=True, along_n=facts.transposable),
+        )
+        arrays = arrays._replace(packed=packed)
+    is_dense = facts.grad_pruning == "none"
+    products = NMProducts(
         forward=_forward,
-        input_gradient=_input_gradient if transposable else XLA_PRODUCTS.input_gradient,
-        weight_gradient=XLA_PRODUCTS.weight_gradient
-        if grad_pruning == "none"
-        else _weight_gradient,
+        input_gradient=_input_gradient if facts.transposable else XLA_PRODUCTS.input_gradient,
+        weight_gradient=XLA_PRODUCTS.weight_gradient if is_dense else _weight_gradient,
     )
+    return multiply_straight_through(arrays, facts, products)
 
 
 def _forward(x, w, mask, packed: PackedNM, bias, activation, keeps_z):

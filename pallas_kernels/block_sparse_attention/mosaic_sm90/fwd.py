@@ -1,7 +1,7 @@
 """Block-sparse attention forward on Hopper tensor cores.
 
 One list of key blocks for each block of queries. The softmax is online and in base 2; see
-`mosaic_sm90_program` for who does what.
+`program` for who does what.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
@@ -11,8 +11,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import launch, write
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import launch, write
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     BY_COLUMN,
     BY_ROW,
     LOG2_E,
@@ -22,7 +23,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     multiply_add,
     zeros,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     NUM_COMPUTE,
     ROWS,
     Problem,
@@ -31,7 +32,6 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import (
     make_walk,
     walk_list,
 )
-from pallas_kernels.block_sparse_attention.tile_lists import TileLists
 
 # A finite start keeps a row that never sees a key clear of inf - inf.
 _LOWEST = -1e30

@@ -8,7 +8,7 @@ With p = exp(s - lse), dp = dO V^T and ds = p (dp - delta), delta = rowsum(dO * 
 
 Logits are computed again from the saved log-sum-exp. Key heads that serve several query heads sum
 over them in f32 registers; or over a part of them, where there are too few key heads to fill the
-device, and the parts, in f32, are added in a fixed order. See `mosaic_sm90_program` for who does
+device, and the parts, in f32, are added in a fixed order. See `program` for who does
 what.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90_program import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
     launch,
     write,
     write_parts,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     BY_COLUMN,
     BY_ROW,
     LOG2_E,
@@ -37,7 +38,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import (
     multiply_both,
     zeros,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     ROWS,
     Problem,
     Walk,
@@ -45,7 +46,6 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import (
     make_walk,
     walk_list,
 )
-from pallas_kernels.block_sparse_attention.tile_lists import TileLists
 
 
 class Operands(NamedTuple):

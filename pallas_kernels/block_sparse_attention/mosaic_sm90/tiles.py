@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import Problem
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem
 
 LOG2_E = math.log2(math.e)
 """Softmax is computed in base 2: 2^(x log2 e) = e^x."""

@@ -18,9 +18,9 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.nm_matmul.mvue import as_uniform, prune_group
-from pallas_kernels.nm_matmul.packing import TILE, Compressed, select_two
-from pallas_kernels.nm_matmul.thread_words import (
+from pallas_kernels.dispatch import check_hopper, is_interpreted
+from pallas_kernels.nm_matmul.call import PackArrays, PackFacts
+from pallas_kernels.nm_matmul.mosaic_sm90.thread_words import (
     NUM_THREADS,
     Place,
     Window,
@@ -29,10 +29,39 @@ from pallas_kernels.nm_matmul.thread_words import (
     store_words,
     thread_index,
 )
+from pallas_kernels.nm_matmul.mvue import as_uniform, prune_group
+from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM, select_two
 
 _GROUP = 4
 _ACROSS = TILE // _GROUP  # blocks of a tile along either axis
 _BLOCKS = _ACROSS * _ACROSS // NUM_THREADS  # blocks of a thread, one below the other
+
+
+def check_packing(facts: PackFacts) -> None:
+    """Refuse to pack where the kernel cannot run.
+
+    Args:
+      facts: PackFacts.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    del facts
+    check_hopper()
+
+
+def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
+    """Pack a weight with one kernel that reads it and its mask once.
+
+    Args:
+      arrays: PackArrays.
+      facts: PackFacts.
+
+    Returns:
+      PackedNM.
+    """
+    options = {"along_k": facts.along_k, "along_n": facts.along_n}
+    return PackedNM(*pack_on_gpu(*arrays, **options, interpreted=is_interpreted()))
 
 
 def pack_on_gpu(

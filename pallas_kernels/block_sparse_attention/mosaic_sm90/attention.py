@@ -1,7 +1,7 @@
 """Block-sparse attention on Hopper GPUs: Pallas kernels, forward and backward.
 
 What the kernels do not do raises NotImplementedError with the reason; `None` as implementation
-then takes another. See `mosaic_sm90_program` for how the kernels work.
+then takes another. See `program` for how the kernels work.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
@@ -11,58 +11,54 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
-from pallas_kernels.block_sparse_attention.mosaic_sm90_bwd import (
+from pallas_kernels.block_sparse_attention.call import (
+    AttentionArrays,
+    AttentionFacts,
+    make_schedule,
+)
+from pallas_kernels.block_sparse_attention.mosaic_sm90.bwd import (
     Operands,
     attention_backward_keys,
     attention_backward_queries,
     make_key_walk,
     make_query_walk,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_fwd import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.fwd import (
     attention_forward,
     make_forward_walk,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import LOG2_E
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import Problem, choose_parts
-from pallas_kernels.block_sparse_attention.softmax_rules import count_visible
-from pallas_kernels.block_sparse_attention.tile_lists import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import (
     make_grain,
     make_key_lists,
     make_query_lists,
 )
-from pallas_kernels.dispatch import count_processors, is_interpreted
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import LOG2_E
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem, choose_parts
+from pallas_kernels.block_sparse_attention.softmax_rules import count_visible
+from pallas_kernels.dispatch import check_hopper, count_processors, is_interpreted
 
 HEAD_DIMS = (32, 64, 128, 256)
 BLOCKS = (32, 64, 128)
 
 
-def make_problem(
-    q: jax.Array,
-    k: jax.Array,
-    schedule_shape: tuple[int, ...],
-    *,
-    block_q: int,
-    block_kv: int,
-    causal: bool,
-    has_kv_mask: bool,
-    has_segments: bool,
-    scale: float,
-    pruned_logits: str,
-) -> Problem:
-    """Collect the static facts of a call, and refuse what the kernels do not do.
+def check(facts: AttentionFacts) -> None:
+    """Refuse what the kernels do not do.
 
     Args:
-      q: [B, T, N, H], queries.
-      k: [B, S, K, H], keys.
-      schedule_shape: leading axes of the schedule, (1 or B, 1 or N).
-      block_q: int, queries of a block of the pattern.
-      block_kv: int, keys of a block of the pattern.
-      causal: bool.
-      has_kv_mask: bool.
-      has_segments: bool.
-      scale: float.
-      pruned_logits: "masked" or "zero".
+      facts: AttentionFacts.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    check_hopper()
+    make_problem(facts)
+
+
+def make_problem(facts: AttentionFacts) -> Problem:
+    """Collect what the kernels need to know, and refuse what they do not do on any device.
+
+    Args:
+      facts: AttentionFacts.
 
     Returns:
       Problem.
@@ -70,66 +66,57 @@ def make_problem(
     Raises:
       NotImplementedError: with the reason.
     """
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Hopper kernels take bfloat16 and float16, got {q.dtype}")
-    if q.shape[3] not in HEAD_DIMS:
+    if facts.dtype not in ("bfloat16", "float16"):
         raise NotImplementedError(
-            f"the Hopper kernels take head dims {HEAD_DIMS}, got H={q.shape[3]}"
+            f"the Hopper kernels take bfloat16 and float16, got {facts.dtype}"
         )
+    if facts.head_dim not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"the Hopper kernels take head dims {HEAD_DIMS}, got H={facts.head_dim}"
+        )
+    block_q, block_kv = facts.block_q, facts.block_kv
     if block_q not in BLOCKS or block_kv not in BLOCKS:
         raise NotImplementedError(
             f"the Hopper kernels take blocks of {BLOCKS} positions, got {block_q=}, {block_kv=}"
         )
     grain = make_grain(block_q, block_kv)
-    if q.shape[1] % grain.block_q or k.shape[1] % grain.block_kv:
+    if facts.num_queries % grain.block_q or facts.num_keys % grain.block_kv:
         raise NotImplementedError(
             "the Hopper kernels pair blocks of 32 positions and take lengths that are multiples of "
-            f"64 there, got T={q.shape[1]}, S={k.shape[1]} with {block_q=}, {block_kv=}"
+            f"64 there, got T={facts.num_queries}, S={facts.num_keys} with {block_q=}, {block_kv=}"
         )
+    scale = facts.scale
     if scale <= 0:
         raise NotImplementedError(f"the Hopper kernels take a positive scale, got {scale=}")
+    mask_batch, mask_heads = facts.mask_shape or (1, 1)
     problem = Problem(
-        batch=q.shape[0],
-        num_queries=q.shape[1],
-        num_keys=k.shape[1],
-        num_heads=q.shape[2],
-        num_kv_heads=k.shape[2],
-        head_dim=q.shape[3],
-        dtype=q.dtype.name,
+        batch=facts.batch,
+        num_queries=facts.num_queries,
+        num_keys=facts.num_keys,
+        num_heads=facts.num_heads,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        dtype=facts.dtype,
         grain=grain,
-        mask_batch=schedule_shape[0],
-        mask_heads=schedule_shape[1],
-        causal=causal,
-        has_kv_mask=has_kv_mask,
-        has_segments=has_segments,
+        mask_batch=mask_batch,
+        mask_heads=mask_heads,
+        causal=facts.causal,
+        has_kv_mask=facts.has_kv_mask,
+        has_segments=facts.has_segments,
         scale=scale,
-        zero_logits=pruned_logits == "zero",
+        zero_logits=facts.pruned_logits == "zero",
         in_registers=not is_interpreted(),
     )
     make_forward_walk(problem)
     return problem
 
 
-def block_sparse_attention_mosaic_sm90(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    schedule: BlockSchedule,
-    kv_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-    problem: Problem,
-) -> tuple[jax.Array, jax.Array]:
+def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array]:
     """Run block-sparse attention over the lists of a schedule.
 
     Args:
-      q: bf16 or f16[B, T, N, H], queries.
-      k: [B, S, K, H], keys; finite everywhere, as are the values.
-      v: [B, S, K, H], values.
-      schedule: BlockSchedule with axes [1 or B, 1 or N]; if causal, without blocks above the
-        diagonal (`drop_blocks_above_diagonal`).
-      kv_mask: bool[B, S] or None.
-      segment_ids: int[B, T] or None.
-      problem: Problem of these arrays.
+      arrays: AttentionArrays.
+      facts: AttentionFacts.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N]; both differentiable, if the
@@ -147,6 +134,9 @@ def block_sparse_attention_mosaic_sm90(
       FlashAttention-2, arXiv:2307.08691, for the online softmax and the backward pass;
       FlashAttention-3, arXiv:2407.08608, for the division of labour between warpgroups.
     """
+    problem = make_problem(facts)
+    schedule = make_schedule(arrays, facts)
+    q, k, v, _, kv_mask, segment_ids = arrays
     if kv_mask is not None:
         kv_mask = kv_mask.astype(jnp.int32)
     if segment_ids is not None:

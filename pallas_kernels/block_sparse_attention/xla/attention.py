@@ -16,43 +16,27 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`), and, after folding,
   U lists   R lists of a tile   P list positions   W list positions walked at once
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
-from pallas_kernels.block_sparse_attention.folding import (
+from pallas_kernels.block_sparse_attention.call import (
+    AttentionArrays,
+    AttentionFacts,
+    make_schedule,
+)
+from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits, count_visible
+from pallas_kernels.block_sparse_attention.xla.folding import (
     fold_blocks,
     gather_blocks,
     make_fold,
     unfold_blocks,
 )
-from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits, count_visible
-from pallas_kernels.block_sparse_attention.tiles import make_key_tiles, make_query_tiles
+from pallas_kernels.block_sparse_attention.xla.tiles import make_key_tiles, make_query_tiles
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Static settings of one call.
-
-    Attributes:
-      block_q: int, queries per block.
-      block_kv: int, keys per block.
-      causal: bool, query t sees keys 0..t.
-      scale: float, factor of the logits.
-      pruned_logits: "masked" or "zero".
-    """
-
-    block_q: int
-    block_kv: int
-    causal: bool
-    scale: float
-    pruned_logits: str
 
 
 class _Operands(NamedTuple):
@@ -66,12 +50,12 @@ class _Operands(NamedTuple):
     kv_segments_XYC: jax.Array | None
 
 
-def _fold_operands(q, k, v, kv_mask, segment_ids, fold, options) -> _Operands:
+def _fold_operands(q, k, v, kv_mask, segment_ids, fold, facts) -> _Operands:
     def queries(x_BTN_):
-        return fold_blocks(x_BTN_, fold.batch, fold.q_heads, options.block_q)
+        return fold_blocks(x_BTN_, fold.batch, fold.q_heads, facts.block_q)
 
     def keys(x_BSK_):
-        return fold_blocks(x_BSK_, fold.batch, fold.kv_heads, options.block_kv)
+        return fold_blocks(x_BSK_, fold.batch, fold.kv_heads, facts.block_kv)
 
     def per_head(x_BT, heads):
         return jnp.broadcast_to(x_BT[..., None], (*x_BT.shape, heads))
@@ -86,17 +70,17 @@ def _fold_operands(q, k, v, kv_mask, segment_ids, fold, options) -> _Operands:
     )
 
 
-def _reach(operands, q_blocks_RW, kv_blocks_RW, grid, options):
+def _reach(operands, q_blocks_RW, kv_blocks_RW, grid, facts):
     """Which queries see which keys, pruning and key mask aside: [1 or X, R, Q, C] or None."""
     reach = None
-    if options.causal:
+    if facts.causal:
         num_q, num_kv = grid
-        group = operands.q_XYQH.shape[2] // options.block_q
-        offsets = jnp.tile(jnp.arange(options.block_q), group)
+        group = operands.q_XYQH.shape[2] // facts.block_q
+        offsets = jnp.tile(jnp.arange(facts.block_q), group)
         lists = q_blocks_RW.shape[0]
-        q_at = ((q_blocks_RW % num_q)[..., None] * options.block_q + offsets).reshape(lists, -1)
-        offsets = jnp.arange(options.block_kv)
-        kv_at = ((kv_blocks_RW % num_kv)[..., None] * options.block_kv + offsets).reshape(lists, -1)
+        q_at = ((q_blocks_RW % num_q)[..., None] * facts.block_q + offsets).reshape(lists, -1)
+        offsets = jnp.arange(facts.block_kv)
+        kv_at = ((kv_blocks_RW % num_kv)[..., None] * facts.block_kv + offsets).reshape(lists, -1)
         reach = (q_at[:, :, None] >= kv_at[:, None, :])[None]
     if operands.q_segments_XYQ is not None:
         q_segments = gather_blocks(operands.q_segments_XYQ, q_blocks_RW)
@@ -117,25 +101,25 @@ def _attended(operands, reach, kv_blocks_RW, listed):
 _matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _forward(q, k, v, schedule, kv_mask, segment_ids, options):
+def _forward(q, k, v, schedule, kv_mask, segment_ids, facts):
     """Return out like q and lse f32[B, T, N]."""
     fold = make_fold(q, k, schedule)
     grid = schedule.kv_indices.shape[-2:]
-    operands = _fold_operands(q, k, v, kv_mask, segment_ids, fold, options)
-    tiles = make_query_tiles(schedule, fold, block_kv=options.block_kv)
-    count_kept = options.pruned_logits == "zero"
+    operands = _fold_operands(q, k, v, kv_mask, segment_ids, fold, facts)
+    tiles = make_query_tiles(schedule, fold, block_kv=facts.block_kv)
+    count_kept = facts.pruned_logits == "zero"
 
     def walk(_, tile):
         q_XRQH = operands.q_XYQH[:, tile.owner]
 
         def step(index, state):
             top, total, acc, kept = state
-            visited_RW, listed = tile.walk(index, options.block_kv)
+            visited_RW, listed = tile.walk(index, facts.block_kv)
             k_XRCH = gather_blocks(operands.k_XYCH, visited_RW)
             v_XRCH = gather_blocks(operands.v_XYCH, visited_RW)
-            reach = _reach(operands, tile.owner[:, None], visited_RW, grid, options)
+            reach = _reach(operands, tile.owner[:, None], visited_RW, grid, facts)
             attended = _attended(operands, reach, visited_RW, listed[:, None, :])
-            s = _matmul("xrqh,xrch->xrqc", q_XRQH, k_XRCH) * options.scale
+            s = _matmul("xrqh,xrch->xrqc", q_XRQH, k_XRCH) * facts.scale
             s = jnp.where(attended, s, -jnp.inf)
             new_top = jnp.maximum(top, s.max(axis=-1))
             shrink = jnp.exp(top - new_top)
@@ -161,31 +145,31 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, options):
 
     _, tiled = jax.lax.scan(walk, None, tiles)
     out, lse, kept = (
-        unfold_blocks(tiles.restore_order(x), fold.batch, fold.q_heads, options.block_q)
+        unfold_blocks(tiles.restore_order(x), fold.batch, fold.q_heads, facts.block_q)
         for x in tiled
     )
     if count_kept:
         visible_BT = count_visible(
-            q.shape[1], k.shape[1], causal=options.causal, segment_ids=segment_ids
+            q.shape[1], k.shape[1], causal=facts.causal, segment_ids=segment_ids
         )
         out, lse = add_zero_logits(out, lse, visible_BT[..., None] - kept)
     return out.astype(q.dtype), lse
 
 
-def _backward(residuals, d_out, d_lse, options):
+def _backward(residuals, d_out, d_lse, facts):
     """Return dq, dk, dv; each tile owns key blocks and adds to the dq of the rows it visits."""
     q, k, v, schedule, kv_mask, segment_ids, out, lse = residuals
     fold = make_fold(q, k, schedule)
     grid = schedule.kv_indices.shape[-2:]
-    operands = _fold_operands(q, k, v, kv_mask, segment_ids, fold, options)
-    tiles = make_key_tiles(schedule, fold, block_q=options.block_q)
+    operands = _fold_operands(q, k, v, kv_mask, segment_ids, fold, facts)
+    tiles = make_key_tiles(schedule, fold, block_q=facts.block_q)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     # A row that counted nothing has no probabilities, exp(s - inf) = 0, and takes no gradient,
     # whatever came back along its lse of -inf.
     counted = lse > -jnp.inf
     lse, delta = jnp.where(counted, lse, jnp.inf), jnp.where(counted, delta, 0.0)
     d_out_XYQH, lse_XYQ, delta_XYQ = (
-        fold_blocks(x, fold.batch, fold.q_heads, options.block_q) for x in (d_out, lse, delta)
+        fold_blocks(x, fold.batch, fold.q_heads, facts.block_q) for x in (d_out, lse, delta)
     )
     num_lists, num_kv = fold.q_heads[1], grid[1]
     group = num_lists // fold.kv_heads[1]
@@ -205,11 +189,11 @@ def _backward(residuals, d_out, d_lse, options):
                 gather_blocks(x, visited_RW) for x in (operands.q_XYQH, d_out_XYQH)
             )
             lse_XRQ, delta_XRQ = (gather_blocks(x, visited_RW) for x in (lse_XYQ, delta_XYQ))
-            reach = _reach(operands, visited_RW, own_R1, grid, options)
+            reach = _reach(operands, visited_RW, own_R1, grid, facts)
             attended = _attended(operands, reach, own_R1, listed[:, :, None])
             # Everything lies keys by queries: each product then contracts the last axis of its
             # left operand, the form that CPU libraries run at full speed.
-            s = _matmul("xrch,xrqh->xrcq", k_XRCH, q_XRQH) * options.scale
+            s = _matmul("xrch,xrqh->xrcq", k_XRCH, q_XRQH) * facts.scale
             s = jnp.where(attended.swapaxes(-1, -2), s, -jnp.inf)
             p = jnp.exp(s - lse_XRQ[..., None, :])
             dp = _matmul("xrch,xrqh->xrcq", v_XRCH, d_out_XRQH)
@@ -230,39 +214,25 @@ def _backward(residuals, d_out, d_lse, options):
 
     dq_start = jnp.zeros(operands.q_XYQH.swapaxes(-1, -2).shape, jnp.float32)
     dq_XYHQ, tiled = jax.lax.scan(walk, dq_start, tiles)
-    dq = unfold_blocks(dq_XYHQ.swapaxes(-1, -2), fold.batch, fold.q_heads, options.block_q)
+    dq = unfold_blocks(dq_XYHQ.swapaxes(-1, -2), fold.batch, fold.q_heads, facts.block_q)
     # Lists of several query heads read the same key head: their shares are summed.
     list_heads = (fold.kv_heads[0], num_lists, 1)
     dk, dv = (
-        unfold_blocks(tiles.restore_order(x), fold.batch, list_heads, options.block_kv)
+        unfold_blocks(tiles.restore_order(x), fold.batch, list_heads, facts.block_kv)
         .reshape(*k.shape[:3], group, k.shape[3])
         .sum(axis=3)
         for x in tiled
     )
-    scale = options.scale
+    scale = facts.scale
     return (dq * scale).astype(q.dtype), (dk * scale).astype(k.dtype), dv.astype(v.dtype)
 
 
-def block_sparse_attention_xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    schedule: BlockSchedule,
-    kv_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-    options: Options,
-) -> tuple[jax.Array, jax.Array]:
+def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array]:
     """Run block-sparse attention over the lists of a schedule.
 
     Args:
-      q: float[B, T, N, H], queries.
-      k: float[B, S, K, H], keys; finite everywhere, as are the values.
-      v: float[B, S, K, H], values.
-      schedule: BlockSchedule with axes [1 or B, 1 or N]; if causal, without blocks above the
-        diagonal (`drop_blocks_above_diagonal`).
-      kv_mask: bool[B, S] or None.
-      segment_ids: int[B, T] or None.
-      options: Options, static.
+      arrays: AttentionArrays.
+      facts: AttentionFacts.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N]; both differentiable.
@@ -274,20 +244,21 @@ def block_sparse_attention_xla(
     References:
       FlashAttention-2, arXiv:2307.08691, for the online softmax and the backward pass.
     """
-    return _attention(q, k, v, schedule, kv_mask, segment_ids, options)
+    schedule = make_schedule(arrays, facts)
+    return _attention(*arrays._replace(blocks=schedule), facts)
 
 
-_attention = jax.custom_vjp(_forward, nondiff_argnames=("options",))
+_attention = jax.custom_vjp(_forward, nondiff_argnames=("facts",))
 
 
-def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, options):
-    out, lse = _attention(q, k, v, schedule, kv_mask, segment_ids, options)
+def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, facts):
+    out, lse = _attention(q, k, v, schedule, kv_mask, segment_ids, facts)
     return (out, lse), (q, k, v, schedule, kv_mask, segment_ids, out, lse)
 
 
-def _attention_bwd(options, residuals, cotangents):
+def _attention_bwd(facts, residuals, cotangents):
     d_out, d_lse = cotangents
-    return (*_backward(residuals, d_out, d_lse, options), None, None, None)
+    return (*_backward(residuals, d_out, d_lse, facts), None, None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -23,8 +23,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90_tiles import matrix_smem
-from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import matrix_smem
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     NUM_COMPUTE,
     ROWS,
     Item,
@@ -34,7 +35,6 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90_walk import (
     find_item,
     locate,
 )
-from pallas_kernels.block_sparse_attention.tile_lists import TileLists
 
 # Registers per thread, of 65536 for 384 threads: a copying thread needs few.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24

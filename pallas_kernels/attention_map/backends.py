@@ -1,0 +1,12 @@
+"""The backends of `mean_attention_map`, in order of preference."""
+
+from pallas_kernels.attention_map import mosaic_sm90, reference, xla
+from pallas_kernels.attention_map.call import MapArrays, MapFacts
+from pallas_kernels.backends import Backend, always
+
+BACKENDS: tuple[Backend[MapArrays, MapFacts], ...] = (
+    # Has to be named until it was run on a GPU.
+    Backend(name="mosaic_sm90", run=mosaic_sm90.run, check=mosaic_sm90.check),
+    Backend(name="reference", run=reference.run),
+    Backend(name="xla", run=xla.run, suits=always),
+)

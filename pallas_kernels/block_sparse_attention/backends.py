@@ -1,0 +1,13 @@
+"""The backends of `block_sparse_attention`, in order of preference."""
+
+from pallas_kernels.backends import Backend, always
+from pallas_kernels.block_sparse_attention import dense, mosaic_sm90, reference, xla
+from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
+
+BACKENDS: tuple[Backend[AttentionArrays, AttentionFacts], ...] = (
+    # Has to be named until it was run on a GPU.
+    Backend(name="mosaic_sm90", run=mosaic_sm90.run, check=mosaic_sm90.check),
+    Backend(name="dense", run=dense.run, suits=dense.suits),
+    Backend(name="reference", run=reference.run),
+    Backend(name="xla", run=xla.run, suits=always),
+)

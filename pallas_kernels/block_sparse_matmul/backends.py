@@ -1,0 +1,12 @@
+"""The backends of `block_sparse_matmul`, in order of preference."""
+
+from pallas_kernels.backends import Backend, always
+from pallas_kernels.block_sparse_matmul import mosaic_sm90, reference, xla
+from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
+
+BACKENDS: tuple[Backend[BlockArrays, BlockFacts], ...] = (
+    # Has to be named until it was run on a GPU.
+    Backend(name="mosaic_sm90", run=mosaic_sm90.run, check=mosaic_sm90.check),
+    Backend(name="reference", run=reference.run),
+    Backend(name="xla", run=xla.run, suits=always),
+)

@@ -1,0 +1,44 @@
+"""What a backend of `block_sparse_matmul` is given.
+
+Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+
+class BlockArrays(NamedTuple):
+    """Arrays of one call.
+
+    Attributes:
+      x_MK: float[M, K].
+      w_KN: float[K, N], dtype of x. What it holds in pruned blocks, NaN too, has no effect.
+      mask_IJ: bool[I, J], blocks kept.
+      grad_mask_IJ: bool[I, J], blocks whose gradient is wanted.
+      bias_N: float[N] or None, dtype of x.
+    """
+
+    x_MK: jax.Array
+    w_KN: jax.Array
+    mask_IJ: jax.Array
+    grad_mask_IJ: jax.Array
+    bias_N: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """Static facts of one call.
+
+    Attributes:
+      rows: int, M.
+      shape: (K, N).
+      grid: (I, J).
+      dtype: str, of x and w.
+    """
+
+    rows: int
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    dtype: str
