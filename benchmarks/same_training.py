@@ -34,9 +34,12 @@ class _Run(NamedTuple):
 
 _SHORT = {"data.sequence_length": 512, "recipe.spion.probe_every_steps": 10}
 _SMALL = {"model.num_layers": 2, "data.sequence_length": 128, "num_eval_batches": 2}
-_DYNAMIC = {"mst_small": _Run("mst_small", _SMALL | {"recipe.mst.stairs": 3})} | {
+_DYNAMIC = {
+    "mst_small": _Run("mst_small", _SMALL | {"recipe.mst.stairs": 3}),
+    "static": _Run("mst_small", _SMALL | {"recipe.name": "static_weights"}),
+} | {
     name: _Run("mst_small", _SMALL | {"recipe.name": name})
-    for name in ("dense", "rigl", "set", "magnitude", "static")
+    for name in ("dense", "rigl", "set", "magnitude")
 }
 _BLOCKS = {
     "recipe.mst.sparse_weights": ".*/.*=32x32; embedding=unstructured",

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 from sparsejax.recipes.attention.sat import SatConfig, make_sat
 from sparsejax.recipes.attention.spion import SpionConfig, make_spion
-from sparsejax.recipes.attention.static import StaticAttentionConfig, make_static_attention
+from sparsejax.recipes.attention.static_attention import (
+    StaticAttentionConfig,
+    make_static_attention,
+)
 from sparsejax.recipes.dense import DenseConfig, make_dense
 from sparsejax.recipes.dynamic.magnitude import MagnitudeConfig, make_magnitude
 from sparsejax.recipes.dynamic.mst import MSTConfig, make_mst
 from sparsejax.recipes.dynamic.rigl import RigLConfig, make_rigl
 from sparsejax.recipes.dynamic.set import SETConfig, make_set
-from sparsejax.recipes.dynamic.static import StaticConfig, make_static
+from sparsejax.recipes.dynamic.static_weights import StaticWeightsConfig, make_static_weights
 from sparsejax.recipes.nm.fst import FSTConfig, make_fst
 from sparsejax.recipes.nm.sste import SSTEConfig, make_sste
 from sparsejax.recipes.recipe import Recipe
@@ -74,7 +77,9 @@ RECIPES: dict[str, RecipeEntry] = {
         RecipeEntry("rigl", RigLConfig, make_rigl, _WEIGHTS, _ALL_WEIGHTS),
         RecipeEntry("set", SETConfig, make_set, _WEIGHTS, _ALL_WEIGHTS),
         RecipeEntry("magnitude", MagnitudeConfig, make_magnitude, _WEIGHTS, _ALL_WEIGHTS),
-        RecipeEntry("static", StaticConfig, make_static, _WEIGHTS, _ALL_WEIGHTS),
+        RecipeEntry(
+            "static_weights", StaticWeightsConfig, make_static_weights, _WEIGHTS, _ALL_WEIGHTS
+        ),
     )
 }
 """By name."""

@@ -6,7 +6,13 @@ import pathlib
 import pytest
 
 from configs import base, gpt2, mst_small, spion_image
-from sparsejax.config import ConfigError, find_differences, make_transformer_config, parse_config
+from sparsejax.config import (
+    ConfigError,
+    find_differences,
+    list_settings,
+    make_transformer_config,
+    parse_config,
+)
 
 
 def _settings(**changes):
@@ -20,6 +26,10 @@ def test_defaults_are_valid():
     config = parse_config(_settings())
     assert config.recipe.name == "dense"
     assert config.data.sequence_length == 1024
+
+
+def test_every_setting_has_a_meaning():
+    assert [setting.name for setting in list_settings() if not setting.meaning] == []
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from sparsejax.recipes import (
     MSTConfig,
     RigLConfig,
     SETConfig,
-    StaticConfig,
+    StaticWeightsConfig,
     get_attention_masks,
     get_weight_masks,
     make_magnitude,
     make_mst,
     make_rigl,
     make_set,
-    make_static,
+    make_static_weights,
 )
 
 L, K, N = 2, 8, 12
@@ -56,8 +56,8 @@ def gradual_set(**changes):
 
 
 @functools.cache
-def static(**changes):
-    return make_static(StaticConfig(**KNOWN | changes))
+def static_weights(**changes):
+    return make_static_weights(StaticWeightsConfig(**KNOWN | changes))
 
 
 def draw(seed):
@@ -95,24 +95,27 @@ def kernels_of(params):
     return {name: np.asarray(mlp[name.removeprefix("mlp/")]["kernel"]) for name in SHAPES}
 
 
-@functools.cache
 def make_update(recipe):
     """Return the jitted end of a step."""
+    return jit_update(recipe.update, recipe.phases[0])
 
+
+@functools.cache
+def jit_update(update, phase):
     @jax.jit
-    def update(sparsity, params, moments, grads, step):
-        return recipe.update(
+    def jitted(sparsity, params, moments, grads, step):
+        return update(
             sparsity,
             params,
             moments,
             {"model": grads, "recipe": {}},
             step=step,
             key=jax.random.fold_in(jax.random.key(7), step),
-            phase=recipe.phases[0],
+            phase=phase,
             learning_rate=0.1,
         )
 
-    return update
+    return jitted
 
 
 def make_counts(sparsity, method="erdos_renyi"):
@@ -179,7 +182,7 @@ def test_counts_are_exact_after_every_update_and_pruned_weights_zero(name):
 
 
 def test_static_masks_stay_and_are_of_the_density():
-    recipe = static()
+    recipe = static_weights()
     sparsity, params = begin(recipe)
     update = make_update(recipe)
     before = masks_of(sparsity)
@@ -197,7 +200,7 @@ def test_static_masks_stay_and_are_of_the_density():
 
 
 def test_a_mask_may_begin_with_the_largest_weights():
-    recipe = static(initial_mask="magnitude", layer_density="uniform")
+    recipe = static_weights(initial_mask="magnitude", layer_density="uniform")
     sparsity, params = begin(recipe)
     mask, w = masks_of(sparsity)["mlp/up"], np.abs(kernels_of(params)["mlp/up"])
     for layer in range(L):
@@ -304,7 +307,7 @@ def test_moments_of_grown_weights(rule):
     np.testing.assert_array_equal(bias, moment["model"]["blocks"]["mlp"]["up"]["bias"])
 
 
-@pytest.mark.parametrize("make", [mst, rigl, gradual_set, magnitude, static])
+@pytest.mark.parametrize("make", [mst, rigl, gradual_set, magnitude, static_weights])
 def test_the_learning_rate_of_sparse_weights_may_grow_as_their_density_falls(make):
     updates = {"model": draw(3), "recipe": {}}
     sparsity, _ = begin(make())
@@ -331,7 +334,7 @@ def test_the_learning_rate_of_sparse_weights_may_grow_as_their_density_falls(mak
         (functools.partial(mst, keep_optimizer_step=True), False),
         (gradual_set, False),
         (magnitude, False),
-        (static, False),
+        (static_weights, False),
     ],
 )
 def test_an_update_takes_the_place_of_the_optimizer_where_it_is_published_so(make, skips):
