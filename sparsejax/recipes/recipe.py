@@ -29,25 +29,25 @@ class Phase(NamedTuple):
     """A stretch of training with one compiled step.
 
     Attributes:
-      name: str, unique in the recipe; recorded in checkpoints.
-      sparse_attention: bool, False attends everywhere.
+      name: unique in the recipe; recorded in checkpoints.
+      sparse_attention: False attends everywhere.
       position_mask: (T) -> bool[T, T], True = kept: sparse attention goes to these positions and
         not to the blocks of the masks, which saves counted FLOPs and no time. None: to the blocks.
       pruned_logits: "masked" or "zero", how pruned attention blocks count in the softmax.
-      sparse_weights: bool, False ignores the masks of weights.
+      sparse_weights: False ignores the masks of weights.
       grad_pruning: "none", "mvue" or "mvue_exact", how gradients are pruned for the gradient of
         sparse weights.
-      masked_gradients: bool, pruned weights have no gradient, and counted FLOPs leave it out. False
+      masked_gradients: pruned weights have no gradient, and counted FLOPs leave it out. False
         trains them straight through.
-      last_step: int, the phase ends after this many steps of the run at the latest; None = no
+      last_step: the phase ends after this many steps of the run at the latest; None = no
         limit.
-      ends_when: str, what `observe` waits for; shown when the phase never ends.
-      probe_every_steps: int, steps between two that probe: they hand the attention maps of their
+      ends_when: what `observe` waits for; shown when the phase never ends.
+      probe_every_steps: steps between two that probe: they hand the attention maps of their
         forward pass to `auxiliary_loss` and `observe`; None = never.
       learning_rate: "schedule" continues it, "restart" runs it anew from the phase's first
         step, "constant" holds the base rate.
-      learning_rate_scale: float, multiplies the rate.
-      reset_optimizer: bool, the phase begins with fresh optimizer state.
+      learning_rate_scale: multiplies the rate.
+      reset_optimizer: the phase begins with fresh optimizer state.
     """
 
     name: str
@@ -185,8 +185,7 @@ class Recipe(NamedTuple):
     """A sparse-training method as pure functions; the defaults train densely.
 
     Attributes:
-      name: str.
-      phases: tuple of Phase, in the order of training.
+      phases: in the order of training.
       init: (masks, params, key) -> Sparsity, before the first step; masks are all True.
       choose_masks: (sparsity, *, step, phase) -> masks that the forward pass of a training step
         sees, like `sparsity.masks`; evaluation sees those.
