@@ -5,9 +5,8 @@
   python train.py --config=configs/quickstart.py --mode=plan --target=h200
   python train.py --config=configs/fst_small.py --mode=find_decay --workdir=runs/decay
 
-Any setting can be changed with --config.KEY=VALUE; configs/base.py lists them and says where None
-has a meaning. The same workdir resumes. Exit code 2: a setting has to be changed; the message says
-which.
+Any setting can be changed with --config.KEY=VALUE; `python -m configs.base` lists them all. The
+same workdir resumes. Exit code 2: a setting has to be changed; the message says which.
 """
 
 import os
@@ -23,45 +22,50 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run."
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
 _TARGET = flags.DEFINE_enum("target", "h200", ["h200", "h100"], "GPU of --mode=plan.")
-_NUM_CLASSES = flags.DEFINE_integer(
-    "plan_num_classes", None, "Labels of a tfds: or idx: source, which --mode=plan does not read."
-)
 
 
 def main(argv: list[str]) -> int:
     """Run the chosen mode.
 
     Args:
-      argv: list of str, the program's name and nothing else.
+      argv: the program's name and nothing else.
 
     Returns:
-      int, exit code: 0 done (or stopped by a signal and saved), 1 loss not finite or a file not
+      Exit code: 0 done (or stopped by a signal and saved), 1 loss not finite or a file not
       written, 2 a setting has to be changed, 130 interrupted before it could save.
     """
+    import jax  # not before, so that --help does not wait for it
+
+    workdir = _WORKDIR.value or ""
     if len(argv) > 1:
         return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _MODE.value == "plan":
         # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    elif not _WORKDIR.value:
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    elif not workdir:
         return _fail(f"--workdir must be a folder for --mode={_MODE.value}, got none")
-    # Imported here so that --help does not wait for JAX.
     from sparsejax.checkpoint.save import CheckpointError
-    from sparsejax.config import ConfigError
-    from sparsejax.tools.modes import run_mode
-    from sparsejax.training.loop import NonFiniteError
+    from sparsejax.config.parse import ConfigError, parse_config
+    from sparsejax.tools.evaluate import evaluate
+    from sparsejax.tools.find_decay import find_decay
+    from sparsejax.tools.plan import format_plan, make_plan
+    from sparsejax.training.loop import NonFiniteError, train_and_evaluate
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     try:
-        run_mode(
-            _MODE.value,
-            _CONFIG.value.to_dict(),
-            workdir=_WORKDIR.value or "",
-            command=shlex.join([sys.executable, *sys.argv]),
-            target=_TARGET.value,
-            num_classes=_NUM_CLASSES.value,
-        )
+        config = parse_config(_CONFIG.value.to_dict())
+        if _MODE.value == "plan":
+            print(format_plan(make_plan(config, target=_TARGET.value)))
+        elif _MODE.value == "find_decay":
+            find_decay(config, workdir)
+        elif _MODE.value == "eval":
+            for name, value in evaluate(config, workdir).items():
+                print(f"{name}: {value}")
+        else:
+            command = shlex.join([sys.executable, *sys.argv])
+            train_and_evaluate(config, _WORKDIR.value, resume_command=command)
     except ConfigError as error:
         return _fail(str(error))
     except (NonFiniteError, CheckpointError, OSError) as error:

@@ -26,12 +26,8 @@ from benchmarks.targets import Target, evaluate, times_faster
 from benchmarks.timing import relative_error
 from configs import fst_gpt2, fst_small
 from sparsejax.accounting.flops import count_transformer_flops
-from sparsejax.config import (
-    TrainConfig,
-    make_recipe,
-    make_transformer_config,
-    parse_config,
-)
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.masks import transposable_mask
 from sparsejax.models import (
     DENSE_LINEAR,
@@ -197,16 +193,7 @@ def make_block_case(problem: BlockProblem, kernel: NMImplementation) -> Case:
         return relative_error((result[0], result[2]), (expected[0], expected[2]))
 
     dense = run(DENSE_LINEAR)
-    layer = count_transformer_flops(
-        num_layers=1,
-        model_dim=problem.width,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_heads,
-        head_dim=64,
-        mlp_dim=model.mlp_dim,
-        sequence_length=problem.length,
-        causal=True,
-    ).training
+    layer = count_transformer_flops(model).layers[0]
     return Case(
         functions={kernel: run(LinearMode(True, "mvue", kernel)), DENSE: dense},
         args=make_args(),
@@ -214,7 +201,7 @@ def make_block_case(problem: BlockProblem, kernel: NMImplementation) -> Case:
         references={DENSE: dense},
         tolerance=_TOLERANCE,
         error=error,
-        flops=dict.fromkeys((kernel, DENSE), layer * problem.batch),
+        flops=dict.fromkeys((kernel, DENSE), (layer.forward + layer.backward) * problem.batch),
     )
 
 

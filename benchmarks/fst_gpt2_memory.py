@@ -17,7 +17,8 @@ from benchmarks.compiled import counts, gigabytes, ratios, run_compilations
 from benchmarks.records import Column, Key
 from configs import fst_gpt2, gpt2
 from pallas_kernels import aot
-from sparsejax.config import make_recipe, make_transformer_config, parse_config
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.data import Facts
 from sparsejax.tools.plan import compile_programs
 

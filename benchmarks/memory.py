@@ -21,7 +21,8 @@ from benchmarks.harness import RESULTS
 from benchmarks.records import Column, Results, make_table
 from configs import gpt2_124m_spion, spion_listops, spion_retrieval
 from pallas_kernels import aot, block_sparse_attention
-from sparsejax.config import make_recipe, make_transformer_config, parse_config
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.data import find_facts
 from sparsejax.tools.plan import compile_programs
 

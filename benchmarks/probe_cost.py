@@ -26,12 +26,8 @@ from benchmarks.steps import (
 from benchmarks.targets import Target, seconds_of
 from configs import base
 from pallas_kernels import Implementation
-from sparsejax.config import (
-    TrainConfig,
-    make_recipe,
-    make_transformer_config,
-    parse_config,
-)
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.optimizer import make_optimizer
 
 PLAIN = "no probe"

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -35,7 +36,7 @@ class _Run(NamedTuple):
 _SHORT = {"data.sequence_length": 512, "recipe.spion.probe_every_steps": 10}
 _SMALL = {"model.num_layers": 2, "data.sequence_length": 128, "num_eval_batches": 2}
 _DYNAMIC = {
-    "mst_small": _Run("mst_small", _SMALL | {"recipe.mst.stairs": 3}),
+    "mst_small": _Run("mst_small", _SMALL | {"recipe.mst.warmup": 0.1, "recipe.mst.stairs": 3}),
     "static": _Run("mst_small", _SMALL | {"recipe.name": "static_weights"}),
 } | {
     name: _Run("mst_small", _SMALL | {"recipe.name": name})
@@ -149,7 +150,7 @@ def find_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
 
 
 def _hash_leaf(leaf: Any) -> str:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
     digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -25,7 +25,8 @@ from benchmarks.steps import (
 )
 from benchmarks.targets import Target, seconds_of
 from configs import sat
-from sparsejax.config import make_recipe, make_transformer_config, parse_config
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.optimizer import make_optimizer
 
 DENSE, LOOP, SPARSE = "dense", "own loop, every block", "SAT"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import ml_collections
 from ml_collections import config_dict
 
-from sparsejax.config import list_settings
+from sparsejax.config.parse import list_settings
 
 
 def get_config() -> ml_collections.ConfigDict:

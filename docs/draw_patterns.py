@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from configs import sat_quickstart
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config import parse_config
+from sparsejax.config.parse import parse_config
 from sparsejax.masks import block_density, sat_pattern, spion_pattern
 from sparsejax.training.setup import prepare_run
 

@@ -3,24 +3,16 @@
 Legend: L layers.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from sparsejax.accounting.flops import count_transformer_flops
-from sparsejax.models import (
-    EMBEDDING,
-    GATED_ACTIVATIONS,
-    TransformerConfig,
-    sparse_weight_patterns,
-)
+from sparsejax.models import TransformerConfig, sparse_weight_patterns
 from sparsejax.patterns import NMPattern, WeightPattern
 from sparsejax.recipes import Phase, compute_attention_density, compute_weight_density
 from sparsejax.types import PyTree
-
-_DECODER = "decoder/"
 
 
 class Density(NamedTuple):
@@ -105,7 +97,7 @@ def split_phase_flops(
       dense_gradient: bool, whether dW computes everything all the same.
 
     Returns:
-      PhaseFlops, as `training/flops.py` counts; of both documents if there are two towers. The
+      PhaseFlops, as `accounting/flops.py` counts; of both documents if there are two towers. The
       sentences of an encoder-decoder are counted with all their positions, padding included.
     """
     patterns = sparse_weight_patterns(model)
@@ -115,8 +107,10 @@ def split_phase_flops(
     thinned = {name: d for name, d in density.weights.items() if _thins_backward(patterns[name])}
 
     def count(weights):
-        parts = _count_forward(model, density.attention, weights)
-        return {part: model.num_towers * flops for part, flops in parts.items()}
+        flops = count_transformer_flops(
+            model, attention_density=density.attention, weight_density=weights
+        )
+        return {part: model.num_towers * x for part, x in flops.parts.items()}
 
     y, dx, dw = (count(w) for w in (density.weights, thinned, every))
     step_dw = count(kept) if phase.masked_gradients else dw
@@ -181,48 +175,3 @@ def describe_density(density: Density) -> str:
 
 def _thins_backward(pattern: WeightPattern) -> bool:
     return not isinstance(pattern, NMPattern) or pattern.transposable
-
-
-def _count_forward(model, attention_density, weight_density) -> dict[str, float]:
-    count = functools.partial(
-        count_transformer_flops,
-        model_dim=model.model_dim,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        mlp_dim=model.mlp_dim,
-        gated_mlp=model.mlp_activation in GATED_ACTIVATIONS,
-        sequence_length=model.max_length,
-    )
-    in_decoder = {}
-    if model.num_decoder_layers:
-        in_decoder = {
-            name: density
-            for name, density in weight_density.items()
-            if name.startswith(_DECODER) or name == EMBEDDING
-        }
-    first = count(
-        num_layers=model.num_layers,
-        causal=model.causal,
-        vocab_size=0 if model.num_decoder_layers else model.vocab_size,
-        num_classes=model.num_classes,
-        patch_values=model.patch_values,
-        attention_density=attention_density,
-        weight_density={n: x for n, x in weight_density.items() if n not in in_decoder},
-    )
-    parts = {"patches": first.patches} if model.patch_values else {}
-    parts |= {f"layer {index}": layer.forward for index, layer in enumerate(first.layers)}
-    if not model.num_decoder_layers:
-        return parts | {"head": first.head}
-    decoder = count(
-        num_layers=model.num_decoder_layers,
-        causal=True,
-        vocab_size=model.vocab_size,
-        weight_density={n.removeprefix(_DECODER): x for n, x in in_decoder.items()},
-    )
-    # Queries of the target, keys and values of the source: as many as in a layer of the encoder.
-    to_source = count(num_layers=model.num_decoder_layers, causal=False)
-    for index, (layer, cross) in enumerate(zip(decoder.layers, to_source.layers, strict=True)):
-        cross_attention = cross.qkv + cross.attention + cross.output
-        parts[f"decoder layer {index}"] = layer.forward + cross_attention
-    return parts | {"head": decoder.head}

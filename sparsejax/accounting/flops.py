@@ -5,7 +5,7 @@ activation, bias, embedding look-up, position encoding or optimizer. The backwar
 product is two products of the same size, for either operand, hence twice the forward pass;
 rematerialisation is not counted. What a density below 1 leaves out is not counted, whether or
 not the hardware in use can save it, and it is left out of both passes alike; where the products
-of the backward pass keep other parts, `training/density.py` counts each by itself.
+of the backward pass keep other parts, `accounting/density.py` counts each by itself.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-_LAYER_WEIGHTS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
-_HEAD = "embedding"
+from sparsejax.models import EMBEDDING, GATED_ACTIVATIONS, TransformerConfig
+from sparsejax.models.config import DECODER_LINEAR_LAYERS, LINEAR_LAYERS
+
+_DECODER = "decoder/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class LayerFlops:
       output: float, projection of the heads back to the model width.
       up: float, first product of the feed-forward block, the gate included.
       down: float, second product of the feed-forward block.
+      cross_attention: float, all products of a decoder's attention to the encoded source.
     """
 
     qkv: float
@@ -37,6 +40,7 @@ class LayerFlops:
     output: float
     up: float
     down: float
+    cross_attention: float = 0.0
 
     @property
     def attention(self) -> float:
@@ -51,7 +55,7 @@ class LayerFlops:
     @property
     def forward(self) -> float:
         """FLOPs of the forward pass."""
-        return self.attention + self.linears
+        return self.attention + self.linears + self.cross_attention
 
     @property
     def backward(self) -> float:
@@ -61,22 +65,32 @@ class LayerFlops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerFlops:
-    """FLOPs of a transformer for one sequence.
+    """FLOPs of a transformer for one sequence, or one source with its target.
 
     Attributes:
       layers: tuple of LayerFlops, first layer first.
-      head: float, forward FLOPs of the language-model head or the classifier.
-      patches: float, forward FLOPs of the embedding of patches.
+      decoder_layers: the same of a decoder.
+      head: forward FLOPs of the language-model head or the classifier.
+      patches: forward FLOPs of the embedding of patches.
     """
 
     layers: tuple[LayerFlops, ...]
+    decoder_layers: tuple[LayerFlops, ...] = ()
     head: float
     patches: float = 0.0
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Forward FLOPs by part: "patches", "layer 0", ..., "decoder layer 0", ..., "head"."""
+        parts = {"patches": self.patches} if self.patches else {}
+        parts |= {f"layer {i}": layer.forward for i, layer in enumerate(self.layers)}
+        parts |= {f"decoder layer {i}": x.forward for i, x in enumerate(self.decoder_layers)}
+        return parts | {"head": self.head}
+
+    @property
     def forward(self) -> float:
         """FLOPs of the forward pass: inference on one sequence."""
-        return sum(layer.forward for layer in self.layers) + self.head + self.patches
+        return sum(self.parts.values())
 
     @property
     def backward(self) -> float:
@@ -90,25 +104,14 @@ class TransformerFlops:
 
 
 def count_transformer_flops(
+    config: TransformerConfig,
     *,
-    num_layers: int,
-    model_dim: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    mlp_dim: int,
-    sequence_length: int,
-    causal: bool,
-    gated_mlp: bool = False,
-    vocab_size: int = 0,
-    num_classes: int = 0,
-    patch_values: int = 0,
     attention_density: ArrayLike = 1.0,
     weight_density: Mapping[str, ArrayLike] | None = None,
 ) -> TransformerFlops:
     """Count the FLOPs of a transformer on one sequence, by layer and component.
 
-    With T = sequence_length, D = model_dim, H = head_dim, N and K = num_heads and num_kv_heads,
+    With T positions, D = model_dim, H = head_dim, N and K query and key/value heads, and
     P = T^2 query-key pairs, or T (T + 1) / 2 if causal:
 
       qkv      2 T D (N + 2 K) H   * weight_density["attention/qkv"]
@@ -120,102 +123,102 @@ def count_transformer_flops(
       head     2 T D vocab_size    * weight_density["embedding"], or 2 D num_classes
       patches  2 T D patch_values
 
-    The module's docstring states what is counted and what is not. Multiply by the batch size
-    for a step, divide by the sequence length for a token.
+    A decoder's layers attend densely: to their own past, and to the source, which costs the same as
+    the dense attention of an encoder's layer, projections included. The head is at the end of the
+    decoder then. A classifier's head counts at one pooled position.
+
+    The module's docstring states what is counted and what is not. Multiply by the batch size for a
+    step, divide by T for a token; of two towers, each is one sequence.
 
     Args:
-      num_layers: int, transformer layers.
-      model_dim: int, width of the residual stream.
-      num_heads: int, query heads; a multiple of `num_kv_heads`.
-      num_kv_heads: int, key and value heads.
-      head_dim: int, width of a head.
-      mlp_dim: int, hidden width of the feed-forward block.
-      sequence_length: int, positions of one sequence.
-      causal: bool, whether only the visible half of the query-key pairs is counted. False counts
-        the full square, also the usual convention for dense causal models.
-      gated_mlp: bool, whether the feed-forward block has a third, gating matrix.
-      vocab_size: int, outputs of the head at every position; 0 leaves the head out.
-      num_classes: int, outputs of a classifier at one pooled position. If positive, it is the
-        head, and `vocab_size` merely sizes an embedding, which costs no FLOPs.
-      patch_values: int, inputs of the embedding of a patch; 0 for token ids, which are looked up.
+      config: the model; its T is `max_length`.
       attention_density: float[] or float[num_layers] in [0, 1], kept fraction of the counted pairs.
-      weight_density: name -> float[] or float[num_layers] in [0, 1], kept fraction of a weight;
-        1 for weights without a name. That of the embedding, tied to the head, is float[] or
-        float[1].
-
-    Returns:
-      TransformerFlops for one sequence.
+      weight_density: layer name, such as "mlp/up" or "decoder/mlp/up" -> float[] or float[layers]
+        in [0, 1], kept fraction of a weight; 1 for weights without a name. That of the embedding,
+        tied to the head, is float[] or float[1].
 
     Raises:
-      ValueError: if a size is not positive, one that may be 0 is negative, the heads
-        are not a multiple of the key/value heads, a density is outside [0, 1] or neither one
-        number nor one per layer, or a weight is unknown.
+      ValueError: if a density is outside [0, 1] or neither one number nor one per layer, or a
+        weight is unknown.
 
     Example:
-      >>> gpt2 = dict(num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12, head_dim=64,
-      ...             mlp_dim=3072, vocab_size=50304, sequence_length=1024, causal=True)
-      >>> dense = count_transformer_flops(**gpt2)
-      >>> sparse = count_transformer_flops(**gpt2, attention_density=0.1)
+      >>> from sparsejax.patterns import BlockPattern
+      >>> gpt2 = TransformerConfig(num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12,
+      ...   mlp_dim=3072, vocab_size=50304, max_length=1024, causal=True,
+      ...   block=BlockPattern(block_q=64, block_kv=64))
+      >>> dense = count_transformer_flops(gpt2)
+      >>> sparse = count_transformer_flops(gpt2, attention_density=0.1)
       >>> round(dense.training / sparse.training, 3)
       1.068
     """
-    sizes = {
-        "num_layers": num_layers,
-        "model_dim": model_dim,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "mlp_dim": mlp_dim,
-        "sequence_length": sequence_length,
-    }
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
-    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "patch_values": patch_values}
-    for name, value in sizes.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {name}={value}")
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            "num_heads must be a multiple of num_kv_heads, got "
-            f"num_heads={num_heads} and num_kv_heads={num_kv_heads}"
+    weights = dict(weight_density or {})
+    known = (*LINEAR_LAYERS, *DECODER_LINEAR_LAYERS, EMBEDDING)
+    if unknown := set(weights) - set(known):
+        raise ValueError(f"weight_density must name some of {known}, got {sorted(unknown)}")
+    layers = _count_layers(
+        config, config.num_layers, config.causal, weights, attention_density=attention_density
+    )
+    decoder_layers = ()
+    if config.num_decoder_layers:
+        decoder_layers = tuple(
+            dataclasses.replace(layer, cross_attention=_count_dense_attention(config))
+            for layer in _count_layers(
+                config, config.num_decoder_layers, True, weights, prefix=_DECODER
+            )
         )
+    (to_head,) = _spread(f"weight_density[{EMBEDDING!r}]", weights.get(EMBEDDING, 1.0), 1)
+    T, D = config.max_length, config.model_dim
+    head = config.num_classes or T * config.vocab_size * to_head
+    return TransformerFlops(
+        layers=layers,
+        decoder_layers=decoder_layers,
+        head=2.0 * D * head,
+        patches=2.0 * T * D * config.patch_values,
+    )
 
-    pairs = sequence_length * (sequence_length + 1) // 2 if causal else sequence_length**2
-    qkv = 2 * sequence_length * model_dim * (num_heads + 2 * num_kv_heads) * head_dim
-    scores = 2 * pairs * num_heads * head_dim
-    output = 2 * sequence_length * num_heads * head_dim * model_dim
-    down = 2 * sequence_length * model_dim * mlp_dim
-    names = (*_LAYER_WEIGHTS, _HEAD)
-    weights = dict.fromkeys(names, 1.0) | dict(weight_density or {})
-    if unknown := set(weights) - set(names):
-        raise ValueError(f"weight_density must name some of {names}, got {sorted(unknown)}")
+
+def _count_layers(
+    config: TransformerConfig,
+    num_layers: int,
+    causal: bool,
+    weights: Mapping[str, ArrayLike],
+    *,
+    prefix: str = "",
+    attention_density: ArrayLike = 1.0,
+) -> tuple[LayerFlops, ...]:
+    """Count a stack of blocks; `prefix` goes before the names of its weights."""
+    T, D, N, H = config.max_length, config.model_dim, config.num_heads, config.head_dim
+    pairs = T * (T + 1) // 2 if causal else T**2
+    qkv = 2 * T * D * (N + 2 * config.num_kv_heads) * H
+    scores = 2 * pairs * N * H
+    output = 2 * T * N * H * D
+    down = 2 * T * D * config.mlp_dim
+    up = down * (2 if config.mlp_activation in GATED_ACTIVATIONS else 1)
+    names = [prefix + name for name in LINEAR_LAYERS]
     densities = [
-        _per_layer(f"weight_density[{name!r}]", weights[name], num_layers)
-        for name in _LAYER_WEIGHTS
+        _spread(f"weight_density[{name!r}]", weights.get(name, 1.0), num_layers) for name in names
     ]
-    (to_head,) = _per_layer(f"weight_density[{_HEAD!r}]", weights[_HEAD], 1)
-    densities.append(_per_layer("attention_density", attention_density, num_layers))
-    layers = tuple(
+    densities.append(_spread("attention_density", attention_density, num_layers))
+    return tuple(
         LayerFlops(
             qkv=qkv * to_qkv,
             scores=scores * attention,
             values=scores * attention,
             output=output * to_output,
-            up=down * (2 if gated_mlp else 1) * to_up,
+            up=up * to_up,
             down=down * to_down,
         )
         for to_qkv, to_output, to_up, to_down, attention in zip(*densities, strict=True)
     )
-    head = num_classes or sequence_length * vocab_size * to_head
-    return TransformerFlops(
-        layers=layers,
-        head=2.0 * model_dim * head,
-        patches=2.0 * sequence_length * model_dim * patch_values,
-    )
 
 
-def _per_layer(name: str, density: ArrayLike, num_layers: int) -> list[float]:
+def _count_dense_attention(config: TransformerConfig) -> float:
+    (layer,) = _count_layers(config, 1, False, {})
+    return layer.qkv + layer.attention + layer.output
+
+
+def _spread(name: str, density: ArrayLike, num_layers: int) -> list[float]:
+    """Return a density for each layer."""
     densities = np.asarray(density, np.float64)
     if densities.shape not in ((), (num_layers,)):
         raise ValueError(

@@ -11,13 +11,12 @@ import numpy as np
 
 from sparsejax.accounting.density import Density, PhaseFlops, make_dense, split_phase_flops
 from sparsejax.models import TransformerConfig
-from sparsejax.recipes import Phase
+from sparsejax.recipes import Phase, StepAccount
 
-_CHANGED = "mask_density/"
 _PASSES = PhaseFlops._fields
 _DENSE = "dense"
 
-type Spent = dict[str, dict[str, Any]]
+type FlopsByPhase = dict[str, dict[str, Any]]
 """Phase -> "steps", int, and "forward", "backward", "update" and "dense", part -> FLOPs.
 
 "dense" is what as many steps of dense training take. See `PhaseFlops` for the others."""
@@ -26,38 +25,38 @@ type Spent = dict[str, dict[str, Any]]
 class FlopsLedger:
     """Densities and FLOPs of a run's steps, in order.
 
-    They change where a phase begins, and where a recipe's metrics say that masks do; how is in
-    `training/density.py` and `training/flops.py`: the head counts, and of causal attention the
-    visible half.
+    They change where a phase begins, and where a recipe says that masks do. What is counted stands
+    in `accounting/density.py` and `accounting/flops.py`: the head counts, and of causal attention
+    the visible half.
 
     Attributes:
-      spent: Spent, of the steps entered so far.
+      totals: FlopsByPhase of the steps recorded so far.
       density: Density of the next step.
-      step_flops: float, forward and backward pass of the next step over all examples.
-      dense_step_flops: float, those of a dense step.
     """
 
-    def __init__(self, model: TransformerConfig, *, batch_size: int, spent: Spent | None = None):
-        """Open the book.
+    def __init__(
+        self, model: TransformerConfig, *, batch_size: int, totals: FlopsByPhase | None = None
+    ):
+        """Begin an empty ledger, or go on with one.
 
         Args:
-          model: TransformerConfig.
-          batch_size: int, examples of a step.
-          spent: Spent of the steps before a resumption; None at the beginning.
+          model: what is trained.
+          batch_size: examples of a step.
+          totals: of the steps before a resumption; None at the beginning.
         """
         self._model, self._batch_size = model, batch_size
-        self.spent: Spent = {} if spent is None else spent
+        self.totals: FlopsByPhase = {} if totals is None else totals
         self._phase: Phase
         self.density: Density
         self._flops: PhaseFlops
         self._dense: dict[str, float]
 
     def begin_phase(self, phase: Phase, density: Density) -> None:
-        """Turn to the page of a phase, or back to it after a resumption.
+        """Start accounting for a phase, or resume it.
 
         Args:
-          phase: Phase.
-          density: Density of its next step.
+          phase: the phase.
+          density: that of its next step.
         """
         self._phase, self.density = phase, density
         self._flops = self._count(density)
@@ -66,55 +65,50 @@ class FlopsLedger:
 
     @property
     def step_flops(self) -> float:
-        """See the class."""
+        """FLOPs of the next step, forward and backward pass over all examples."""
         return self._flops.total
 
     @property
     def dense_step_flops(self) -> float:
-        """See the class."""
+        """FLOPs of a dense step."""
         return sum(self._dense.values())
 
     def describe_step(self) -> dict[str, float]:
         """Return what a row of metrics tells of the next step.
 
         Returns:
-          dict with "density", mean over layers of attention's, "weight_density" if weights are
-          sparse, and "step_flops".
+          "density", mean over layers of attention's, "weight_density" if weights are sparse, and
+          "step_flops".
         """
         row = {"density": float(self.density.attention.mean())}
         if (mean := self.density.mean_weights) is not None:
             row["weight_density"] = mean
         return row | {"step_flops": self.step_flops}
 
-    def book(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Enter one step.
+    def record_step(self, account: StepAccount) -> dict[str, float]:
+        """Add one step.
 
         Args:
-          values: metrics of the step. "dense_gradient" and "mask_density/NAME" are read, as
-            `Recipe.metrics` describes them; masks change at the end of a step.
+          account: what the recipe says of it; masks change at the end of a step.
 
         Returns:
-          dict, as `describe_step` of this step.
+          As `describe_step` of this step.
         """
         row, flops = self.describe_step(), self._flops
-        if values.get("dense_gradient"):
+        if account.dense_gradient:
             flops = self._count(self.density, dense_gradient=True)
             row["step_flops"] = flops.total
-        self._enter(flops)
-        changed = {
-            name.removeprefix(_CHANGED): np.asarray(density, np.float32)
-            for name, density in values.items()
-            if name.startswith(_CHANGED)
-        }
-        if changed and self._phase.sparse_weights:
+        entry = self.totals.setdefault(self._phase.name, {"steps": 0})
+        entry["steps"] += 1
+        _add(entry, flops._asdict() | {_DENSE: self._dense})
+        if account.weight_density and self._phase.sparse_weights:
+            changed = {
+                name: np.asarray(density, np.float32)
+                for name, density in account.weight_density.items()
+            }
             self.density = self.density._replace(weights=self.density.weights | changed)
             self._flops = self._count(self.density)
         return row
-
-    def _enter(self, flops: PhaseFlops) -> None:
-        page = self.spent.setdefault(self._phase.name, {"steps": 0})
-        page["steps"] += 1
-        _add(page, flops._asdict() | {_DENSE: self._dense})
 
     def _count(self, density: Density, **options: bool) -> PhaseFlops:
         flops = split_phase_flops(self._model, self._phase, density, **options)
@@ -123,11 +117,11 @@ class FlopsLedger:
         )
 
 
-def summarise_flops(spent: Spent) -> dict[str, float]:
+def summarise_flops(totals: FlopsByPhase) -> dict[str, float]:
     """Condense a ledger into a flat dict.
 
     Args:
-      spent: Spent.
+      totals: of the run.
 
     Returns:
       dict of the FLOPs of the whole run, "training_flops", and as a fraction of those of dense
@@ -135,46 +129,46 @@ def summarise_flops(spent: Spent) -> dict[str, float]:
       and "step_flops", the mean over its steps. Empty for an empty ledger.
     """
     summary: dict[str, float] = {}
-    for phase, page in spent.items():
-        flops = _sum_passes(page)
-        summary[f"{phase}_step_flops"] = flops / page["steps"]
+    for phase, entry in totals.items():
+        flops = _sum_passes(entry)
+        summary[f"{phase}_step_flops"] = flops / entry["steps"]
         summary[f"{phase}_training_flops"] = flops
-        summary[f"{phase}_training_flops_of_dense"] = flops / sum(page[_DENSE].values())
-    if spent:
-        total = sum(map(_sum_passes, spent.values()))
-        dense = sum(sum(page[_DENSE].values()) for page in spent.values())
+        summary[f"{phase}_training_flops_of_dense"] = flops / sum(entry[_DENSE].values())
+    if totals:
+        total = sum(map(_sum_passes, totals.values()))
+        dense = sum(sum(entry[_DENSE].values()) for entry in totals.values())
         summary |= {"training_flops": total, "training_flops_of_dense": total / dense}
     return summary
 
 
-def format_flops(spent: Spent) -> list[str]:
+def format_flops(totals: FlopsByPhase) -> list[str]:
     """Write a ledger for a person: passes by phase, and all of the run by part of the model.
 
     Args:
-      spent: Spent.
+      totals: of the run.
 
     Returns:
       list of str, lines; empty for an empty ledger.
 
     Example:
-      >>> page = {"forward": {"layer 0": 1e12, "head": 2e12}, "update": {"layer 0": 0, "head": 0}}
-      >>> page |= {"backward": {"layer 0": 2e12, "head": 4e12}, "steps": 5}
-      >>> page |= {"dense": {"layer 0": 6e12, "head": 6e12}}
-      >>> print("\\n".join(format_flops({"sparse": page})))
+      >>> entry = {"forward": {"layer 0": 1e12, "head": 2e12}, "update": {"layer 0": 0, "head": 0}}
+      >>> entry |= {"backward": {"layer 0": 2e12, "head": 4e12}, "steps": 5}
+      >>> entry |= {"dense": {"layer 0": 6e12, "head": 6e12}}
+      >>> print("\\n".join(format_flops({"sparse": entry})))
       TFLOPs                 forward    backward      update   of dense
         sparse                 3.000       6.000       0.000      75.0%
         whole run              3.000       6.000       0.000      75.0%
         by part            layer 0 50.0%, head 100.0% of dense
     """
-    if not spent:
+    if not totals:
         return []
     lines = [f"{'TFLOPs':<18}" + "".join(f"{name:>12}" for name in _PASSES) + "   of dense"]
     whole: dict[str, Any] = {}
-    for page in spent.values():
-        _add(whole, page)
-    for name, page in {**spent, "whole run": whole}.items():
-        share = _sum_passes(page) / sum(page[_DENSE].values())
-        passes = "".join(f"{sum(page[n].values()) / 1e12:>12,.3f}" for n in _PASSES)
+    for entry in totals.values():
+        _add(whole, entry)
+    for name, entry in {**totals, "whole run": whole}.items():
+        share = _sum_passes(entry) / sum(entry[_DENSE].values())
+        passes = "".join(f"{sum(entry[n].values()) / 1e12:>12,.3f}" for n in _PASSES)
         lines.append(f"  {name:<16}{passes}{share:>11.1%}")
     parts = [
         f"{part} {sum(whole[n][part] for n in _PASSES) / dense:.1%}"
@@ -183,11 +177,11 @@ def format_flops(spent: Spent) -> list[str]:
     return [*lines, f"  {'by part':<18} {', '.join(parts)} of dense"]
 
 
-def _sum_passes(page: Mapping[str, Any]) -> float:
-    return sum(sum(page[name].values()) for name in _PASSES)
+def _sum_passes(entry: Mapping[str, Any]) -> float:
+    return sum(sum(entry[name].values()) for name in _PASSES)
 
 
-def _add(page: dict[str, Any], more: Mapping[str, Any]) -> None:
+def _add(entry: dict[str, Any], more: Mapping[str, Any]) -> None:
     for name in (*_PASSES, _DENSE):
-        before = page.get(name, {})
-        page[name] = {part: before.get(part, 0.0) + x for part, x in more[name].items()}
+        before = entry.get(name, {})
+        entry[name] = {part: before.get(part, 0.0) + x for part, x in more[name].items()}

@@ -13,24 +13,25 @@ import jax
 
 from sparsejax.checkpoint.files import parse_order
 from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
-from sparsejax.config import ConfigError, find_differences
+from sparsejax.config.parse import ConfigError, find_differences
+from sparsejax.config.schema import TrainConfig
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe_run(settings: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def describe_run(config: TrainConfig, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must stay the same while a run is resumed, and what it ran on.
 
     Args:
-      settings: nested dict of the configuration.
-      fingerprint: dict that identifies the data.
+      config: settings of the run.
+      fingerprint: what identifies the data.
 
     Returns:
-      dict with "config", "data" and "versions".
+      JSON values: "config", "data" and "versions".
     """
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
-        "config": dict(settings),
+        "config": config.to_dict(),
         "data": dict(fingerprint),
         "versions": {
             "python": platform.python_version(),
@@ -88,6 +89,7 @@ def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
         raise ConfigError(str(error)) from error
     if before is None:
         return []
+    before["config"] = _drop_other_recipes(before["config"])
     for part, name in (("config", "settings"), ("data", "data")):
         differences = find_differences(before[part], description[part])
         if differences:
@@ -123,3 +125,12 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
             + "\n  ".join(problems)
         )
     return None, problems
+
+
+def _drop_other_recipes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings without the sections of recipes that do not train.
+
+    Earlier versions recorded them all.
+    """
+    recipe = config["recipe"]
+    return {**config, "recipe": {k: v for k, v in recipe.items() if k in ("name", recipe["name"])}}

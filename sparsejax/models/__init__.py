@@ -5,6 +5,8 @@ from pallas_kernels.nm_matmul.op import NMImplementation as NMImplementation
 from sparsejax.models.attention import AttentionMode as AttentionMode
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.attention import apply_rotary as apply_rotary
+from sparsejax.models.block_lists import BlockLists as BlockLists
+from sparsejax.models.block_lists import make_block_lists as make_block_lists
 from sparsejax.models.config import EMBEDDING as EMBEDDING
 from sparsejax.models.config import TransformerConfig as TransformerConfig
 from sparsejax.models.config import TransformerOptions as TransformerOptions

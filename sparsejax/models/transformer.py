@@ -12,6 +12,7 @@ from flax import nnx
 
 from pallas_kernels import make_block_schedule
 from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
+from sparsejax.models.block_lists import BlockLists
 from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.decoder import Decoder
 from sparsejax.models.embedding import compute_logits, look_up, make_embed
@@ -193,6 +194,7 @@ class Transformer(nnx.Module):
         mode: AttentionMode = SPARSE,
         linear_mode: LinearMode = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
+        block_lists: BlockLists = None,
         probe: bool = False,
     ) -> ModelOutput:
         """Compute logits.
@@ -207,10 +209,9 @@ class Transformer(nnx.Module):
           linear_mode: LinearMode of sparse weights, static.
           pruning_key: typed key; needed where `linear_mode` prunes gradients and there are sparse
             weights, without effect elsewhere.
+          block_lists: what `make_block_lists` returns for the model's masks, to build it once and
+            not in every call; None builds it here. Not used for T below `max_length`.
           probe: bool, static; also return each layer's mean attention map.
-
-        Returns:
-          ModelOutput.
 
         Raises:
           ValueError: if `tokens` or `decoder_tokens` has the wrong rank or is longer than
@@ -238,6 +239,7 @@ class Transformer(nnx.Module):
             (block_key, pruning_key),
             mode=mode,
             linear_mode=linear_mode,
+            block_lists=block_lists,
             probe=probe,
         )
         x_BTD = self.final_norm(x_BTD)
@@ -274,12 +276,14 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
 
-    def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, probe):
+    def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, block_lists, probe):
         config = self.config
         schedules = None
         by_blocks = mode.sparse and mode.position_mask is None
         if by_blocks and x_BTD.shape[1] == config.max_length:
-            schedules = make_block_schedule(self.blocks.attention.block_mask[...])
+            schedules = block_lists
+            if schedules is None:
+                schedules = make_block_schedule(self.blocks.attention.block_mask[...])
 
         def apply(block, x_BTD, keys, schedule):
             dropout_key, pruning_key = keys

@@ -1,4 +1,4 @@
-"""The methods by name: one row for each, which is all that settings know of it."""
+"""The methods by name: one row per method, all that settings know of it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,18 +22,18 @@ from sparsejax.recipes.recipe import Recipe
 
 
 class RecipeEntry(NamedTuple):
-    """One method as settings name it.
+    """One method.
 
     Attributes:
-      name: its name, and that of its section of settings.
+      name: of the method and of its section of settings.
       config_class: dataclass of its settings. Fields named in `needs` come from the model and the
         run, all others from the section, with the defaults of the class.
       make: config -> Recipe.
-      needs: what it has to know of the model and of the run, out of "num_layers", "length",
-        "block_size" and "num_blocks" (of attention), "causal", "head_dim", "num_steps", and
-        "patterns", layer name -> pattern of its weight.
-      sparse_weights: default of the setting that says which weights the method prunes, as
-        "regex=pattern; regex=pattern"; None if it prunes none.
+      needs: what the method needs to know of the model and of the run: any of "num_layers",
+        "length", "block_size" and "num_blocks" (of attention), "causal", "head_dim", "num_steps",
+        and "patterns", layer name -> pattern of its weight.
+      sparse_weights: default of the setting that names the weights to prune, as "regex=pattern;
+        regex=pattern"; None if the method prunes none.
     """
 
     name: str

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsejax.accounting.ledger import Spent, format_flops, summarise_flops
+from sparsejax.accounting.ledger import FlopsByPhase, format_flops, summarise_flops
 
 
 def say(text: str) -> None:
@@ -43,15 +43,21 @@ class StepTimer:
         return seconds
 
 
-def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: float | None) -> str:
+def format_progress(
+    row: Mapping[str, Any],
+    *,
+    num_steps: int,
+    step_seconds: float | None,
+    shown: Mapping[str, float] | None = None,
+) -> str:
     """Write one progress line.
 
     Args:
       row: metrics of a training step: step, phase, loss, tokens_per_second, density; the
-        weight_density of a phase that has sparse weights; the last
-        flip_rate of a recipe that has one.
-      num_steps: int, steps of the whole run.
-      step_seconds: float or None, recent seconds per step.
+        weight_density of a phase that has sparse weights.
+      num_steps: steps of the whole run.
+      step_seconds: recent seconds per step, if known.
+      shown: further numbers by label.
 
     Returns:
       str.
@@ -69,8 +75,7 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
     ]
     if "weight_density" in row:
         parts.append(f"weight density {row['weight_density']:.3f}")
-    if "flip_rate" in row:
-        parts.append(f"flip rate {row['flip_rate']:.4f}")
+    parts += [f"{label} {value:.4f}" for label, value in (shown or {}).items()]
     if step_seconds:
         parts.append(f"{_format_rate(row['tokens_per_step'] / step_seconds)} tokens/s")
         parts.append(f"{_format_duration((num_steps - row['step']) * step_seconds)} left")
@@ -79,7 +84,7 @@ def format_progress(row: Mapping[str, Any], *, num_steps: int, step_seconds: flo
 
 def summarise(
     rows: Sequence[Mapping[str, Any]],
-    spent: Spent,
+    totals: FlopsByPhase,
     *,
     phases: Sequence[str],
     tokens_per_step: int,
@@ -88,7 +93,7 @@ def summarise(
 
     Args:
       rows: lines of `metrics.jsonl`.
-      spent: Spent, the run's ledger.
+      totals: FLOPs of the run.
       phases: names of the recipe's phases, in order.
       tokens_per_step: int.
 
@@ -109,7 +114,7 @@ def summarise(
             summary[f"{row['phase']}_first_step"] = row["step"]
             summary[f"{row['phase']}_attention_density"] = row["density"]
             summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
-    summary |= summarise_flops(spent)
+    summary |= summarise_flops(totals)
     for phase in phases:
         steps = [row for row in rows if row["kind"] == "train" and row["phase"] == phase]
         densities = [row["weight_density"] for row in steps if "weight_density" in row]
@@ -126,12 +131,14 @@ def summarise(
     return summary
 
 
-def format_summary(summary: Mapping[str, Any], spent: Spent, *, phases: Sequence[str]) -> str:
+def format_summary(
+    summary: Mapping[str, Any], totals: FlopsByPhase, *, phases: Sequence[str]
+) -> str:
     """Write the closing summary for a person.
 
     Args:
       summary: what `summarise` returned, and where things are: "workdir", "checkpoint".
-      spent: Spent, the run's ledger.
+      totals: FLOPs of the run.
       phases: names of the recipe's phases, in order.
 
     Returns:
@@ -159,7 +166,7 @@ def format_summary(summary: Mapping[str, Any], spent: Spent, *, phases: Sequence
             f"  sparse phase       from step {summary['sparse_first_step']},"
             f" a step is {summary['sparse_step_speedup']:.2f}x faster than in the dense phase"
         )
-    lines += [f"  {line}" for line in format_flops(spent)]
+    lines += [f"  {line}" for line in format_flops(totals)]
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
     return "\n".join(lines)

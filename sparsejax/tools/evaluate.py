@@ -1,14 +1,14 @@
-"""Validation during a run, and of a finished one."""
+"""Evaluate a run: its newest checkpoint, masks included."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsejax.accounting.density import compute_density
 from sparsejax.checkpoint.save import restore
 from sparsejax.checkpoint.workdir import check_same_run, describe_run, find_newest_checkpoint
-from sparsejax.config import ConfigError, TrainConfig
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import TrainConfig
 from sparsejax.report.progress import say
 from sparsejax.training.setup import (
     compile_evaluation,
@@ -18,19 +18,16 @@ from sparsejax.training.setup import (
 )
 
 
-def evaluate(
-    config: TrainConfig, settings: Mapping[str, Any], workdir: str | os.PathLike
-) -> dict[str, Any]:
-    """Restore the newest checkpoint, masks included, and evaluate it.
+def evaluate(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Restore the newest checkpoint and evaluate it.
 
     Args:
-      config: TrainConfig.
-      settings: the nested mapping that `config` was parsed from.
-      workdir: folder of a run.
+      config: settings of the run.
+      workdir: folder of the run.
 
     Returns:
-      dict with step, phase, validation_loss, validation_accuracy, attention_density and, if the
-      phase has sparse weights, weight_density.
+      step, phase, validation_loss, validation_accuracy, attention_density and, if the phase has
+      sparse weights, weight_density.
 
     Raises:
       ConfigError: if the folder holds no checkpoint of a run with these settings.
@@ -39,21 +36,23 @@ def evaluate(
     if not checkpoints.is_dir():
         raise ConfigError(f"--workdir={workdir} must hold a run's checkpoints, found none")
     run = prepare_run(config)
-    check_same_run(checkpoints, describe_run(settings, run.data.fingerprint))
+    check_same_run(checkpoints, describe_run(config, run.data.fingerprint))
     info, problems = find_newest_checkpoint(checkpoints)
     for problem in problems:
         say(f"warning: checkpoint ignored: {problem}")
     if info is None:
         raise ConfigError(f"--workdir={workdir} must hold a whole checkpoint, found none")
     try:
-        phase = find_phase(run, info.metadata["phase"])
+        phase = find_phase(run.recipe, info.metadata["phase"])
         state, _ = restore(info, run.make_abstract_state(phase.name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    batch = run.put(next(run.data.validation(1)))
+    batch = run.put_batch(next(run.data.validation(1)))
     eval_step = compile_evaluation(run, phase, batch)
-    result = {"step": info.step, "phase": phase.name, **compute_validation(run, eval_step, state)}
-    density = compute_density(run.model, state.sparsity.masks, phase)
+    block_lists = run.make_block_lists(state, phase)
+    validation = compute_validation(run, eval_step, state, block_lists)
+    density = compute_density(run.model_config, state.sparsity.masks, phase)
+    result = {"step": info.step, "phase": phase.name, **validation}
     result["attention_density"] = float(density.attention.mean())
     if (mean := density.mean_weights) is not None:
         result["weight_density"] = mean

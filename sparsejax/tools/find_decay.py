@@ -8,17 +8,20 @@ whose masks are searched for at the same steps:
   mu = flip rate with decay / flip rate of the dense run,  accepted in [0.60, 0.95]
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sparsejax.checks import check_setting
-from sparsejax.config import ConfigError, TrainConfig, make_recipe
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import TrainConfig, make_recipe
 from sparsejax.report.plots.flips import plot_decay_search
 from sparsejax.report.progress import say
 from sparsejax.strict_json import dump_json
@@ -79,34 +82,20 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
       FST, arXiv:2404.01847, determination of the decay factor; no code of it was released. That mu
       is averaged over several searches, and which rate is preferred, are ours.
     """
-    check_setting(config.recipe.name == "fst", "recipe.name", config.recipe.name, "'fst'")
-    variant = config.recipe.settings["variant"]
-    expected = "'fst' or 'sr_ste', which decay"
-    check_setting(variant in ("fst", "sr_ste"), "recipe.fst.variant", variant, expected)
-    candidates = _parse_candidates(config.recipe.settings["decay_candidates"])
-    refresh = config.recipe.settings["refresh_steps"]
+    with _refusing():
+        candidates, refresh = _check_recipe(config)
     first = math.ceil(config.optimizer.warmup_steps / refresh) * refresh
     last = first + _NUM_SEARCHES * refresh
     run = prepare_run(config)
-    sparse_steps = run.recipe.phases[0].last_step or config.num_steps
-    check_setting(
-        last <= sparse_steps,
-        "num_steps",
-        config.num_steps,
-        f"large enough for {last} sparse steps: the warm-up and {_NUM_SEARCHES} searches",
-    )
+    with _refusing():
+        check_setting(
+            last <= (run.recipe.phases[0].last_step or config.num_steps),
+            "num_steps",
+            config.num_steps,
+            f"large enough for {last} sparse steps: the warm-up and {_NUM_SEARCHES} searches",
+        )
     begin = run.data.train.get_state()
-    dense_settings = {
-        **config.recipe.settings,
-        "variant": "dense",
-        "decay_rate": 0.0,
-        "grad_pruning": "none",
-    }
-    dense_config = dataclasses.replace(config, recipe_settings=dense_settings)
-    dense_run = dataclasses.replace(
-        run, config=dense_config, recipe=make_recipe(dense_config, run.model)
-    )
-    (dense,) = _measure(dense_run, begin, (first, last, refresh), [0.0])
+    (dense,) = _measure(_make_dense_run(run), begin, (first, last, refresh), [0.0])
     if dense == 0:
         raise ConfigError(
             f"the masks of a dense run do not change from step {first} to {last}: "
@@ -167,26 +156,54 @@ def _measure(run: Run, begin, steps: tuple[int, int, int], rates: list[float]) -
     """Return for each rate the mean flip rate of the searches, by one compiled step."""
     first, last, refresh = steps
     run.data.train.set_state(begin)
-    batch = run.put(next(run.data.train))
+    batch = run.put_batch(next(run.data.train))
     phase = run.recipe.phases[0]
     step = compile_phase(run, phase, batch).train_step
     results = []
     for rate in rates:
         state = run.create_state()
-        statistics = dict(state.sparsity.statistics)
-        statistics["decay_rate"] = statistics["decay_rate"] * 0 + np.float32(rate)
+        # On the devices of the state: the compiled step takes no other.
+        on_devices = jax.device_put(np.float32(rate), run.state_sharding)
+        statistics = {**state.sparsity.statistics, "decay_rate": on_devices}
         sparsity = dataclasses.replace(state.sparsity, statistics=statistics)
         state = dataclasses.replace(state, sparsity=sparsity)
         run.data.train.set_state(begin)
         flips = []
         for number in range(1, last + 1):
-            state, metrics = step(state, run.put(next(run.data.train)))
+            state, metrics = step(state, run.put_batch(next(run.data.train)), None)
             if number > first and number % refresh == 0:
                 flips.append(float(metrics["flip_rate"]))
         results.append(float(np.mean(flips)))
         say(f"{run.recipe.name}, decay_rate {rate:g}: flip rate {results[-1]:.5f}")
     run.data.train.set_state(begin)
     return results
+
+
+def _check_recipe(config: TrainConfig) -> tuple[list[float], int]:
+    """Return the rates to try and the steps between two searches for masks."""
+    name, settings = config.recipe.name, config.recipe.settings
+    check_setting(name == "fst", "recipe.name", name, "'fst'")
+    variant, expected = settings["variant"], "'fst' or 'sr_ste', which decay"
+    check_setting(variant in ("fst", "sr_ste"), "recipe.fst.variant", variant, expected)
+    return _parse_candidates(settings["decay_candidates"]), settings["refresh_steps"]
+
+
+def _make_dense_run(run: Run) -> Run:
+    """Return the run that trains densely and logs flip rates all the same."""
+    changes = {"variant": "dense", "decay_rate": 0.0, "grad_pruning": "none"}
+    recipe = dataclasses.replace(
+        run.config.recipe, settings={**run.config.recipe.settings, **changes}
+    )
+    config = dataclasses.replace(run.config, recipe=recipe)
+    return dataclasses.replace(run, config=config, recipe=make_recipe(config, run.model_config))
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _parse_candidates(text: str) -> list[float]:

@@ -5,6 +5,7 @@ computed and no data is read. Legend: B batch, T position.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,16 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import aot
-from sparsejax.config import (
-    ConfigError,
-    TrainConfig,
-    make_recipe,
-    make_transformer_config,
-)
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Facts, find_facts
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
+from sparsejax.training.block_lists import make_block_lists
 from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
 from sparsejax.types import PyTree
@@ -160,9 +158,10 @@ def compile_programs(
         steps[_PROBE] = make_train_step(graphdef, recipe, phase, optimizer, probes=True, **training)
     state = make_abstract_state(model, recipe, optimizer, phase.name)
     batch = make_abstract_batch(config, facts)
+    lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), state.sparsity.masks)
     return {
         name: aot.compile_for(
-            step, state, batch, mesh=mesh, donate_argnums=() if name == _EVALUATION else 0
+            step, state, batch, lists, mesh=mesh, donate_argnums=() if name == _EVALUATION else 0
         )
         for name, step in steps.items()
         if name in names

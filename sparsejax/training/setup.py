@@ -1,9 +1,10 @@
 """What is fixed during a run, and the programs compiled for one of its phases."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparsejax.config import (
-    ConfigError,
-    TrainConfig,
-    make_recipe,
-    make_transformer_config,
-)
+from sparsejax.config.parse import ConfigError
+from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Data, make_data
 from sparsejax.models import TransformerConfig
 from sparsejax.optimizer import Optimizer, make_optimizer
 from sparsejax.recipes import Phase, Recipe
+from sparsejax.training.block_lists import BlockLists, make_block_lists
 from sparsejax.training.state import (
     TrainState,
     create_train_state,
@@ -36,76 +34,90 @@ class Run:
     """The static parts of a run, built once from its settings.
 
     Attributes:
-      config: TrainConfig.
-      data: Data.
-      model: TransformerConfig, completed by the data.
-      graphdef: nnx.GraphDef of the model.
-      recipe: Recipe.
-      optimizer: Optimizer.
-      replicated: sharding of the state, a copy on every device.
-      split: sharding of a batch, its examples dealt out over the devices.
+      config: its settings.
+      data: its batches.
+      model_config: the model, completed by the data.
+      graphdef: static half of the model.
+      recipe: what trains it.
+      optimizer: its optimizer.
+      state_sharding: a copy of the state on every device.
+      batch_sharding: the examples of a batch, dealt out over the devices.
     """
 
     config: TrainConfig
     data: Data
-    model: TransformerConfig
+    model_config: TransformerConfig
     graphdef: nnx.GraphDef
     recipe: Recipe
     optimizer: Optimizer
-    replicated: NamedSharding
-    split: NamedSharding
+    state_sharding: NamedSharding
+    batch_sharding: NamedSharding
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a batch, over all processes."""
+        data = self.config.data
+        return data.batch_size * data.sequence_length * self.model_config.num_towers
 
     def create_state(self) -> TrainState:
-        """Initialise the state at step 0 on the devices.
-
-        Returns:
-          TrainState.
-        """
-        create = functools.partial(create_train_state, self.model, self.recipe, self.optimizer)
+        """Initialise the state at step 0 on the devices."""
+        create = functools.partial(
+            create_train_state, self.model_config, self.recipe, self.optimizer
+        )
         key = jax.random.key(self.config.seed)
-        return jax.jit(create, out_shardings=self.replicated)(key)
+        return jax.jit(create, out_shardings=self.state_sharding)(key)
 
     def enter_phase(self, state: TrainState, phase: Phase) -> TrainState:
         """Hand the state over to a later phase.
 
         Args:
-          state: TrainState, not to be used again.
-          phase: Phase.
-
-        Returns:
-          TrainState of the new phase.
+          state: not to be used again.
+          phase: the phase that begins.
         """
 
         def enter(state):
             return enter_phase(state, self.recipe, phase, self.optimizer)
 
-        return jax.jit(enter, out_shardings=self.replicated)(state)
+        return jax.jit(enter, out_shardings=self.state_sharding)(state)
 
     def make_abstract_state(self, phase_name: str) -> TrainState:
         """Return shapes, types and shardings of the state in a phase.
 
         Args:
-          phase_name: str.
+          phase_name: of the recipe.
 
-        Returns:
-          TrainState of `jax.ShapeDtypeStruct`.
+        Raises:
+          ValueError: if the recipe has no such phase.
         """
-        abstract = make_abstract_state(self.model, self.recipe, self.optimizer, phase_name)
+        abstract = make_abstract_state(self.model_config, self.recipe, self.optimizer, phase_name)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), abstract
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.state_sharding), abstract
         )
 
-    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+    def make_block_lists(self, state: TrainState, phase: Phase) -> BlockLists:
+        """List the attention blocks that a state keeps, for the steps of a phase.
+
+        Args:
+          state: the state.
+          phase: its phase.
+
+        Returns:
+          None where the phase does not go by carried lists.
+        """
+        make = functools.partial(make_block_lists, phase=phase)
+        return jax.jit(make, out_shardings=self.state_sharding)(state.sparsity.masks)
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """Copy this process's part of a batch to the devices.
 
         Args:
-          batch: dict of arrays with the examples in front.
+          batch: arrays with the examples in front.
 
         Returns:
-          dict of global arrays.
+          Global arrays.
         """
         return jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, self.split), batch
+            functools.partial(jax.make_array_from_process_local_data, self.batch_sharding), batch
         )
 
 
@@ -113,44 +125,51 @@ def prepare_run(config: TrainConfig) -> Run:
     """Open the data and build everything that does not change during training.
 
     Args:
-      config: TrainConfig.
-
-    Returns:
-      Run.
+      config: settings.
 
     Raises:
       ConfigError: if the data cannot be used as configured, or a setting does not fit it.
     """
-    try:
+    with _naming_data(config):
         data = make_data(
             config.data, process_index=jax.process_index(), process_count=jax.process_count()
         )
+    try:
+        model_config = make_transformer_config(
+            config,
+            task=data.task,
+            vocab_size=data.vocab_size,
+            num_classes=data.num_classes,
+            patch_values=data.patch_values,
+        )
+        recipe = make_recipe(config, model_config)
     except ValueError as error:
-        # The data layer names its own fields.
-        raise ConfigError(f"data.{error}") from error
-    except OSError as error:
-        raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
-    model = make_transformer_config(
-        config,
-        task=data.task,
-        vocab_size=data.vocab_size,
-        num_classes=data.num_classes,
-        patch_values=data.patch_values,
-    )
+        raise ConfigError(str(error)) from error
     devices = _choose_devices(config)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     run = Run(
         config=config,
         data=data,
-        model=model,
-        graphdef=make_graphdef(model),
-        recipe=make_recipe(config, model),
+        model_config=model_config,
+        graphdef=make_graphdef(model_config),
+        recipe=recipe,
         optimizer=make_optimizer(config.optimizer, num_steps=config.num_steps),
-        replicated=NamedSharding(mesh, PartitionSpec()),
-        split=NamedSharding(mesh, PartitionSpec("data")),
+        state_sharding=NamedSharding(mesh, PartitionSpec()),
+        batch_sharding=NamedSharding(mesh, PartitionSpec("data")),
     )
-    _check_implementation(run)
+    _check_implementations(run)
     return run
+
+
+@contextlib.contextmanager
+def _naming_data(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        # The data layer names its own fields.
+        raise ConfigError(f"data.{error}") from error
+    except OSError as error:
+        raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
 
 
 def _choose_devices(config: TrainConfig) -> list[Any]:
@@ -167,13 +186,13 @@ def _choose_devices(config: TrainConfig) -> list[Any]:
     return devices
 
 
-def _check_implementation(run: Run) -> None:
-    """Trace every phase, so that a kernel that is not there is missed now and not at the switch."""
+def _check_implementations(run: Run) -> None:
+    """Trace every phase, to fail early if a kernel is unavailable."""
     named = run.config.named_implementations
     if not named:
         return
     batch = next(run.data.validation(1))
-    options: dict[str, Any] = {**run.config.step_options, "num_micro_batches": 1}
+    options = {**run.config.step_options, "num_micro_batches": 1}
     for phase in run.recipe.phases:
         step = make_eval_step(run.graphdef, run.recipe, phase, **options)
         try:
@@ -182,16 +201,32 @@ def _check_implementation(run: Run) -> None:
             raise ConfigError(f"{named} must run on this device: {error}") from error
 
 
+def find_phase(recipe: Recipe, name: str) -> Phase:
+    """Return a phase of a recipe by name.
+
+    Args:
+      recipe: where it is.
+      name: as a checkpoint recorded it.
+
+    Raises:
+      ValueError: if the recipe has no such phase.
+    """
+    for phase in recipe.phases:
+        if phase.name == name:
+            return phase
+    raise ValueError(f"the checkpoint's phase {name!r} is not one of {recipe.name!r}")
+
+
 class Programs(NamedTuple):
     """The compiled programs of one phase; they cannot recompile, only refuse other shapes.
 
     Attributes:
-      train_step: (state, batch) -> (state, metrics); the state is donated.
-      eval_step: (state, batch) -> totals.
-      probing_step: (state, batch) -> (state, metrics, Observation), for the steps that probe; None
-        in a phase without.
-      step_memory_bytes: int, arguments, results and temporaries of a train step on one device.
-      compile_seconds: float.
+      train_step: (state, batch, block_lists) -> (state, metrics); the state is donated.
+      eval_step: (state, batch, block_lists) -> totals.
+      probing_step: (state, batch, block_lists) -> (state, metrics, Observation), for the steps that
+        probe; None in a phase without.
+      step_memory_bytes: arguments, results and temporaries of a train step on one device.
+      compile_seconds: for all of them together.
     """
 
     train_step: Callable
@@ -205,41 +240,35 @@ def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
     """Compile a phase's evaluation alone.
 
     Args:
-      run: Run.
-      phase: Phase.
-      batch: a batch of the shapes to come.
+      run: the run.
+      phase: the phase.
+      batch: one of the shapes to come.
 
     Returns:
-      Function (state, batch) -> totals.
+      Function (state, batch, block_lists) -> totals.
     """
     step = make_eval_step(run.graphdef, run.recipe, phase, **run.config.step_options)
-    jitted = jax.jit(step, out_shardings=run.replicated)
-    return jitted.lower(run.make_abstract_state(phase.name), batch).compile()
+    jitted = jax.jit(step, out_shardings=run.state_sharding)
+    return jitted.lower(*_make_abstract_arguments(run, phase, batch)).compile()
 
 
 def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """Compile a phase's programs ahead of its first step.
 
     Args:
-      run: Run.
-      phase: Phase.
-      batch: a batch of the shapes to come.
-
-    Returns:
-      Programs.
+      run: the run.
+      phase: the phase.
+      batch: one of the shapes to come.
     """
     start = time.perf_counter()
-    state = run.make_abstract_state(phase.name)
+    arguments = _make_abstract_arguments(run, phase, batch)
     build = {**run.config.step_options, "label_smoothing": run.config.label_smoothing}
-
-    def compile_step(step):
-        # Whatever a step returns stays replicated, so that it fits the next step's program.
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=run.replicated)
-        return jitted.lower(state, batch).compile()
 
     def compile_train_step(**options):
         step = make_train_step(run.graphdef, run.recipe, phase, run.optimizer, **build, **options)
-        return compile_step(step)
+        # Whatever a step returns stays replicated, so that it fits the next step's program.
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=run.state_sharding)
+        return jitted.lower(*arguments).compile()
 
     train_step = compile_train_step()
     probing_step = compile_train_step(probes=True) if phase.probe_every_steps else None
@@ -257,20 +286,23 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     )
 
 
-def compute_validation(run: Run, eval_step: Callable, state: TrainState) -> dict[str, float]:
+def compute_validation(
+    run: Run, eval_step: Callable, state: TrainState, block_lists: BlockLists
+) -> dict[str, float]:
     """Average loss and accuracy over the configured number of validation batches.
 
     Args:
-      run: Run.
+      run: the run.
       eval_step: compiled for the state's phase.
-      state: TrainState.
+      state: what is evaluated.
+      block_lists: of this state.
 
     Returns:
-      dict with "validation_loss" in nats per token or example and "validation_accuracy".
+      "validation_loss" in nats per token or example, and "validation_accuracy".
     """
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
     for batch in run.data.validation(run.config.num_eval_batches or None):
-        sums = jax.device_get(eval_step(state, run.put(batch)))
+        sums = jax.device_get(eval_step(state, run.put_batch(batch), block_lists))
         totals = {name: totals[name] + float(sums[name]) for name in totals}
     return {
         "validation_loss": totals["loss"] / totals["count"],
@@ -278,20 +310,7 @@ def compute_validation(run: Run, eval_step: Callable, state: TrainState) -> dict
     }
 
 
-def find_phase(run: Run, name: str) -> Phase:
-    """Return a phase of the run's recipe by name.
-
-    Args:
-      run: Run.
-      name: str.
-
-    Returns:
-      Phase.
-
-    Raises:
-      ValueError: if the recipe has no such phase.
-    """
-    for phase in run.recipe.phases:
-        if phase.name == name:
-            return phase
-    raise ValueError(f"the checkpoint's phase {name!r} is not one of {run.recipe.name!r}")
+def _make_abstract_arguments(run: Run, phase: Phase, batch: Batch) -> tuple[Any, ...]:
+    state = run.make_abstract_state(phase.name)
+    lists = jax.eval_shape(functools.partial(run.make_block_lists, phase=phase), state)
+    return state, batch, lists

@@ -21,6 +21,7 @@ from sparsejax.models import (
 )
 from sparsejax.optimizer import Optimizer, compute_learning_rate
 from sparsejax.recipes import Phase, Recipe
+from sparsejax.training.block_lists import BlockLists
 from sparsejax.training.state import TrainState, trainable
 
 type Batch = dict[str, jax.Array]
@@ -65,8 +66,9 @@ def make_train_step(
       label_smoothing: float in [0, 1), share of the target that is spread over all classes.
 
     Returns:
-      Function (state, batch) -> (state, metrics), to be jitted with the state donated; of a step
-      that probes, (state, metrics, Observation). Metrics are f32[]: those of `STEP_METRICS`, whose
+      Function (state, batch, block_lists=None) -> (state, metrics), to be jitted with the state
+      donated; of a step that probes, (state, metrics, Observation). Without `block_lists`, those of
+      the state's masks, the model builds them. Metrics are f32[]: those of `STEP_METRICS`, whose
       loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
       for the next phase.
     """
@@ -76,16 +78,18 @@ def make_train_step(
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
         return weights | {"model": recipe.transform_params(weights["model"], sparsity, phase)}
 
-    def compute_loss(seen, masks, state, batch, key, count):
+    def compute_loss(seen, masks, state, batch, key, count, block_lists):
         sparsity = dataclasses.replace(state.sparsity, params=seen["recipe"])
-        output = _apply(graphdef, seen["model"], masks, batch, modes, key=key, probe=probes)
+        output = _apply(
+            graphdef, seen["model"], masks, batch, modes, block_lists, key=key, probe=probes
+        )
         totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
         auxiliary = recipe.auxiliary_loss(sparsity, output.attention_maps, phase)
         metrics = {"loss": loss, "accuracy": totals["correct"] / count}
         return loss + auxiliary, (metrics, output.attention_maps)
 
-    def compute_gradients(weights, state, batch, key):
+    def compute_gradients(weights, state, batch, key, block_lists):
         # Of the whole batch: parts with fewer targets weigh less, as they do without parts.
         count = _spread_weights(batch).sum() / num_micro_batches
         # Transformed once, whatever the number of parts; so is the sum of their gradients, back.
@@ -93,16 +97,20 @@ def make_train_step(
         masks = recipe.choose_masks(state.sparsity, step=state.step, phase=phase)
 
         def differentiate(part, part_key):
-            return jax.grad(compute_loss, has_aux=True)(seen, masks, state, part, part_key, count)
+            return jax.grad(compute_loss, has_aux=True)(
+                seen, masks, state, part, part_key, count, block_lists
+            )
 
         total = _sum_over_parts(differentiate, batch, key, num_micro_batches)
         grads, observed = jax.tree.map(lambda x: x / num_micro_batches, total)
         return pull_back(grads)[0], observed
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, block_lists: BlockLists = None):
         key = jax.random.fold_in(state.key, state.step)
         weights = trainable(state.params, state.sparsity)
-        dense_grads, (metrics, attention_maps) = compute_gradients(weights, state, batch, key)
+        dense_grads, (metrics, attention_maps) = compute_gradients(
+            weights, state, batch, key, block_lists
+        )
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(dense_grads))
 
         observed, observation = state.sparsity, None
@@ -171,16 +179,17 @@ def make_eval_step(
       num_micro_batches: int, parts that the batch is split into to save memory.
 
     Returns:
-      Function (state, batch) -> {"loss", "correct", "count"}, f32[] sums; the loss is the plain
-      cross-entropy, whatever is trained.
+      Function (state, batch, block_lists=None) -> {"loss", "correct", "count"}, f32[] sums; the
+      loss is the plain cross-entropy, whatever is trained.
     """
     modes = _make_modes(phase, implementation, weight_implementation)
 
-    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+    def eval_step(state: TrainState, batch: Batch, block_lists: BlockLists = None) -> Metrics:
         params = recipe.transform_params(state.params, state.sparsity, phase)
 
         def evaluate(part, _):
-            return compute_totals(_apply(graphdef, params, state.sparsity.masks, part, modes), part)
+            output = _apply(graphdef, params, state.sparsity.masks, part, modes, block_lists)
+            return compute_totals(output, part)
 
         return _sum_over_parts(evaluate, batch, state.key, num_micro_batches)
 
@@ -250,7 +259,7 @@ def _make_modes(phase, implementation, weight_implementation):
     )
 
 
-def _apply(graphdef, params, masks, batch, modes, *, key=None, probe=False):
+def _apply(graphdef, params, masks, batch, modes, block_lists, *, key=None, probe=False):
     """Run the model; without a key, without dropout and without gradients to be pruned."""
     model = nnx.merge(graphdef, params, masks)
     mode, linear_mode = modes
@@ -267,6 +276,7 @@ def _apply(graphdef, params, masks, batch, modes, *, key=None, probe=False):
         mode=mode,
         linear_mode=linear_mode,
         pruning_key=pruning_key,
+        block_lists=block_lists,
         probe=probe,
     )
 

@@ -8,72 +8,94 @@ import numpy as np
 import pytest
 
 from sparsejax.accounting.flops import count_transformer_flops
+from sparsejax.models import TransformerConfig
+from sparsejax.patterns import BlockPattern
 
-GPT2_SMALL = dict(
+_BLOCK = BlockPattern(block_q=64, block_kv=64)
+_GPT2_SMALL = TransformerConfig(
     num_layers=12,
     model_dim=768,
     num_heads=12,
     num_kv_heads=12,
-    head_dim=64,
     mlp_dim=3072,
     vocab_size=50304,
-    sequence_length=1024,
+    max_length=1024,
+    causal=False,
+    block=_BLOCK,
 )
-GROUPED = dict(
+_GROUPED = TransformerConfig(
     num_layers=2,
-    model_dim=192,
+    model_dim=128,
     num_heads=4,
     num_kv_heads=2,
-    head_dim=32,
     mlp_dim=256,
-    sequence_length=128,
-    gated_mlp=True,
+    vocab_size=300,
+    max_length=128,
+    mlp_activation="geglu",
+    causal=False,
+    block=_BLOCK,
 )
+_CAUSAL = dataclasses.replace(_GROUPED, causal=True)
 
 
 def test_gpt2_small_per_token_by_hand():
-    flops = count_transformer_flops(**GPT2_SMALL, causal=False)
-    tokens = GPT2_SMALL["sequence_length"]
-    linears = sum(layer.linears for layer in flops.layers) / tokens
-    attention = sum(layer.attention for layer in flops.layers) / tokens
+    flops = count_transformer_flops(_GPT2_SMALL)
+    linears = sum(layer.linears for layer in flops.layers) / 1024
+    attention = sum(layer.attention for layer in flops.layers) / 1024
     assert linears == 2 * 12 * 12 * 768**2  # 169.9 million
     assert attention == 12 * 4 * 1024 * 768  # 37.7 million
-    assert flops.head / tokens == 2 * 768 * 50304  # 77.3 million
-    assert flops.forward / tokens == linears + attention + flops.head / tokens
+    assert flops.head / 1024 == 2 * 768 * 50304  # 77.3 million
+    assert flops.forward / 1024 == linears + attention + flops.head / 1024
     assert flops.training == 3 * flops.forward == flops.forward + flops.backward
 
 
 def test_components_of_a_layer_by_hand():
-    flops = count_transformer_flops(**GROUPED, causal=False, num_classes=10, vocab_size=999)
+    flops = count_transformer_flops(_GROUPED)
     assert dataclasses.asdict(flops.layers[1]) == {
-        "qkv": 2 * 128 * 192 * (4 + 2 + 2) * 32,
+        "qkv": 2 * 128 * 128 * (4 + 2 + 2) * 32,
         "scores": 2 * 128 * 128 * 4 * 32,
         "values": 2 * 128 * 128 * 4 * 32,
-        "output": 2 * 128 * 4 * 32 * 192,
-        "up": 2 * 2 * 128 * 192 * 256,
-        "down": 2 * 128 * 192 * 256,
+        "output": 2 * 128 * 4 * 32 * 128,
+        "up": 2 * 2 * 128 * 128 * 256,
+        "down": 2 * 128 * 128 * 256,
+        "cross_attention": 0.0,
     }
     assert flops.layers[1].backward == 2 * flops.layers[1].forward
-    assert flops.head == 2 * 192 * 10
-    plain = count_transformer_flops(**GROUPED, causal=False)
-    assert plain.head == plain.patches == 0
-    patched = count_transformer_flops(**GROUPED, causal=False, patch_values=48)
-    assert patched.patches == 2 * 128 * 192 * 48 == patched.forward - plain.forward
+    assert flops.head == 2 * 128 * 128 * 300
+
+
+def test_a_classifier_has_a_head_at_one_position_and_patches_are_multiplied():
+    classifier = dataclasses.replace(_GROUPED, num_classes=10)
+    assert count_transformer_flops(classifier).head == 2 * 128 * 10
+    patched = dataclasses.replace(classifier, vocab_size=0, patch_values=48)
+    flops = count_transformer_flops(patched)
+    assert flops.patches == 2 * 128 * 128 * 48
+    assert flops.forward == count_transformer_flops(classifier).forward + flops.patches
+    assert list(flops.parts) == ["patches", "layer 0", "layer 1", "head"]
+
+
+def test_a_decoder_attends_twice():
+    both = dataclasses.replace(_GROUPED, num_decoder_layers=1)
+    flops = count_transformer_flops(both, weight_density={"decoder/mlp/up": 0.5})
+    (decoder,), encoder = flops.decoder_layers, flops.layers[0]
+    assert decoder.cross_attention == encoder.qkv + encoder.attention + encoder.output
+    assert decoder.attention == count_transformer_flops(_CAUSAL).layers[0].attention
+    assert (decoder.up, decoder.down) == (0.5 * encoder.up, encoder.down)
+    assert list(flops.parts) == ["layer 0", "layer 1", "decoder layer 0", "head"]
 
 
 def test_causal_counts_each_visible_pair_once():
-    full = count_transformer_flops(**GROUPED, causal=False).layers[0]
-    causal = count_transformer_flops(**GROUPED, causal=True).layers[0]
+    full = count_transformer_flops(_GROUPED).layers[0]
+    causal = count_transformer_flops(_CAUSAL).layers[0]
     visible_pairs = sum(position + 1 for position in range(128))
     assert causal.attention == full.attention * visible_pairs / 128**2
     assert causal.linears == full.linears
 
 
 def test_densities_scale_their_own_components():
-    dense = count_transformer_flops(**GROUPED, causal=True).layers
+    dense = count_transformer_flops(_CAUSAL).layers
     sparse = count_transformer_flops(
-        **GROUPED,
-        causal=True,
+        _CAUSAL,
         attention_density=jnp.array([0.25, 0.0]),
         weight_density={"attention/qkv": 0.5, "mlp/down": (1.0, 0.75)},
     ).layers
@@ -101,7 +123,7 @@ def transformer(params, x_TD):
 
 
 def test_counts_agree_with_xla():
-    width, heads, length = GROUPED["model_dim"], 2, GROUPED["sequence_length"]
+    width, heads, length = _GROUPED.model_dim, 2, _GROUPED.max_length
     layer = {
         "q": (width, heads, 2, 32),
         "kv": (2, width, heads, 32),
@@ -121,7 +143,7 @@ def test_counts_agree_with_xla():
     def loss(params, x_TD):
         return (transformer(params, x_TD) ** 2).sum()
 
-    flops = count_transformer_flops(**GROUPED, vocab_size=300, causal=False)
+    flops = count_transformer_flops(_GROUPED)
     programs = {
         flops.forward: transformer,
         flops.training: jax.value_and_grad(loss, argnums=(0, 1)),
@@ -135,11 +157,6 @@ def test_counts_agree_with_xla():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_layers": 0}, "num_layers=0"),
-        ({"sequence_length": -1}, "sequence_length=-1"),
-        ({"vocab_size": -1}, "vocab_size=-1"),
-        ({"patch_values": -1}, "patch_values=-1"),
-        ({"num_kv_heads": 3}, "num_kv_heads=3"),
         ({"attention_density": 1.5}, "attention_density=1.5"),
         ({"attention_density": float("nan")}, "attention_density=nan"),
         ({"weight_density": {"mlp/up": (0.5, -0.5)}}, r"\['mlp/up'\]=\(0.5, -0.5\)"),
@@ -149,9 +166,9 @@ def test_counts_agree_with_xla():
 )
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        count_transformer_flops(**GROUPED | {"causal": True} | options)
+        count_transformer_flops(_CAUSAL, **options)
 
 
 def test_counts_are_plain_numbers():
-    flops = count_transformer_flops(**GROUPED, causal=True, attention_density=np.float32(0.5))
+    flops = count_transformer_flops(_CAUSAL, attention_density=np.float32(0.5))
     assert type(flops.forward) is float

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import sat
-from sparsejax.config import parse_config
+from sparsejax.config.parse import parse_config
 from sparsejax.data import make_data
 from sparsejax.masks import count_kept_blocks
 

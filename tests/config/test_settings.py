@@ -6,13 +6,8 @@ import pathlib
 import pytest
 
 from configs import base, gpt2, mst_small, spion_image
-from sparsejax.config import (
-    ConfigError,
-    find_differences,
-    list_settings,
-    make_transformer_config,
-    parse_config,
-)
+from sparsejax.config.parse import ConfigError, find_differences, list_settings, parse_config
+from sparsejax.config.schema import make_transformer_config
 
 
 def _settings(**changes):

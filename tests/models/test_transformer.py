@@ -215,9 +215,7 @@ def test_counted_flops_agree_with_xla():
     lowered = forward(config, DENSE).lower(params, masks, tokens)
     xla = lowered.compile().cost_analysis()["flops"]
     # XLA's dense attention computes both triangles.
-    counted = count_transformer_flops(
-        **sizes, head_dim=64, sequence_length=128, causal=False
-    ).forward
+    counted = count_transformer_flops(dataclasses.replace(config, causal=False)).forward
     assert counted <= xla <= 1.05 * counted
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from pallas_kernels import aot
-from sparsejax.config import ConfigError, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.data import find_facts, make_data
 from sparsejax.tools.plan import (
     TARGETS,

@@ -9,7 +9,7 @@ import jax
 
 from configs import base
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config import parse_config
+from sparsejax.config.parse import parse_config
 from sparsejax.training.loop import train_and_evaluate
 from sparsejax.training.setup import prepare_run
 from sparsejax.training.state import TrainState
@@ -59,9 +59,7 @@ def make_settings(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
 
 def train(settings: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any] | None:
     """Train in this process."""
-    return train_and_evaluate(
-        parse_config(settings), settings, workdir, resume_command="the same command"
-    )
+    return train_and_evaluate(parse_config(settings), workdir, resume_command="the same command")
 
 
 def load_end(settings: dict[str, Any], workdir: pathlib.Path) -> tuple[TrainState, Any]:

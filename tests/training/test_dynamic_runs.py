@@ -21,7 +21,8 @@ from sparsejax.accounting.density import (
 )
 from sparsejax.accounting.ledger import FlopsLedger, summarise_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config import ConfigError, make_recipe, make_transformer_config, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.models import LinearMode, TransformerConfig, sparse_weight_patterns
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.patterns import BlockPattern, Unstructured
@@ -223,19 +224,20 @@ def test_flops_follow_the_masks():
     row = ledger.book({"dense_gradient": 0.0})
     assert row["step_flops"] == rest + 3 * linears / 4 and row["weight_density"] == 0.25
     # All that was entered: by pass and part of the model, and what dense training takes.
-    page = ledger.spent[phase.name]
+    entry = ledger.totals[phase.name]
     layer = linears / 2
     attention = 2 * 2 * 3 * (16 * 17 // 2) * 16
     kept = 0.5 + 0.5 + 0.25
-    assert page["steps"] == 3 and page["update"] == {"layer 0": layer / 2, "layer 1": layer / 2} | {
-        "head": 0
-    }
+    assert entry["steps"] == 3 and entry["update"] == {
+        "layer 0": layer / 2,
+        "layer 1": layer / 2,
+    } | {"head": 0}
     for name, passes in {"forward": 1, "backward": 2}.items():
         expected = passes * (3 * attention + kept * layer)
-        assert page[name]["layer 0"] == page[name]["layer 1"] == expected
-        assert page[name]["head"] == 3 * passes * 2 * tokens * 16 * 17
-    assert sum(page["dense"].values()) == 3 * ledger.dense_step_flops
-    assert summarise_flops(ledger.spent)["training_flops"] == 3 * rest + linears * (3 * kept + 0.5)
+        assert entry[name]["layer 0"] == entry[name]["layer 1"] == expected
+        assert entry[name]["head"] == 3 * passes * 2 * tokens * 16 * 17
+    assert sum(entry["dense"].values()) == 3 * ledger.dense_step_flops
+    assert summarise_flops(ledger.totals)["training_flops"] == 3 * rest + linears * (3 * kept + 0.5)
     straight_through = phase._replace(masked_gradients=False)
     flops = 3 * count_phase_flops(model, straight_through, density)
     assert flops == rest + linears * (0.5 + 0.5 + 1)
@@ -317,10 +319,12 @@ def test_a_run_shows_phases_densities_and_flops(trained):
     spent = 0
     for step in range(1, NUM_STEPS):
         run, phase, state, _ = _load(settings, workdir, step)
-        density = compute_density(run.model, state.sparsity.masks, phase)
+        density = compute_density(run.model_config, state.sparsity.masks, phase)
         dense_gradient = step + 1 in (3, 5, 7, 9)
-        flops = 4 * count_phase_flops(run.model, phase, density, dense_gradient=dense_gradient)
-        dense_flops = 4 * count_phase_flops(run.model, phase, make_dense(density))
+        flops = 4 * count_phase_flops(
+            run.model_config, phase, density, dense_gradient=dense_gradient
+        )
+        dense_flops = 4 * count_phase_flops(run.model_config, phase, make_dense(density))
         assert steps[step + 1]["step_flops"] == flops, step
         spent += flops
     assert steps[1]["step_flops"] == dense_flops
@@ -330,7 +334,7 @@ def test_a_run_shows_phases_densities_and_flops(trained):
     parts = [summary[f"{name}_training_flops"] for name in dict.fromkeys(names)]
     assert sum(parts) == pytest.approx(spent)
     book = json.loads((workdir / "flops.json").read_text())
-    assert {name: page["steps"] for name, page in book.items()} == {
+    assert {name: entry["steps"] for name, entry in book.items()} == {
         name: names.count(name) for name in names
     }
     passes = [sum(x[name].values()) for x in book.values() for name in PhaseFlops._fields]

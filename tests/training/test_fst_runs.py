@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.config import ConfigError, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.masks import soft_threshold_mask, transposable_mask
 from sparsejax.models import TransformerConfig, sparse_weight_patterns
 from sparsejax.optimizer import OptimizerConfig, make_optimizer

@@ -9,7 +9,8 @@ import pytest
 from configs import fst_bert, fst_deit
 from sparsejax.accounting.flops import count_transformer_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config import ConfigError, make_recipe, make_transformer_config, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.data import find_facts, make_data
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import get_weight_masks
@@ -184,13 +185,8 @@ def test_a_run_learns_with_sparse_weights(kind, changes, tmp_path):
     assert phases == ["sparse", "dense finish"]
     assert any(row.get("flip_rate", 0) > 0 for row in rows)
     run = prepare_run(parse_config(settings))
-    model = run.model
-    flops = count_transformer_flops(
-        **{name: getattr(model, name) for name in _SIZES},
-        sequence_length=model.max_length,
-        causal=False,
-        gated_mlp=kind == "masked",
-    )
+    model = run.model_config
+    flops = count_transformer_flops(model)
     begins = [row for row in rows if row["kind"] == "phase"]
     assert [row["dense_step_flops"] for row in begins] == [4 * flops.training] * 2
     assert begins[0]["step_flops"] < begins[1]["step_flops"] == 4 * flops.training

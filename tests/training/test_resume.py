@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config import ConfigError, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.setup import prepare_run
@@ -183,7 +183,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_restarted_in_silence(
 
 def test_evaluation_restores_masks(settings, uninterrupted):
     workdir, summary = uninterrupted
-    result = evaluate(parse_config(settings), settings, workdir)
+    result = evaluate(parse_config(settings), workdir)
     assert (result["step"], result["phase"]) == (NUM_STEPS, "sparse")
     assert result["validation_loss"] == summary["validation_loss"]
     assert result["attention_density"] == summary["sparse_attention_density"] < 1

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.config import ConfigError, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.loop import NonFiniteError
 from tests.training.runs import make_settings, train
@@ -68,7 +68,7 @@ def test_missing_data_file_is_refused(tmp_path):
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
     settings = make_settings(tmp_path)
     with pytest.raises(ConfigError, match=r"must hold a run's checkpoints, found none"):
-        evaluate(parse_config(settings), settings, tmp_path)
+        evaluate(parse_config(settings), tmp_path)
 
 
 def test_unwritable_workdir_is_refused(tmp_path):

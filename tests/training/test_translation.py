@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.checkpoint.save import find_checkpoints, restore
-from sparsejax.config import ConfigError, parse_config
+from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.data import find_facts, make_data
 from sparsejax.masks import transposable_mask
 from sparsejax.recipes import get_weight_masks
@@ -76,7 +76,7 @@ def test_a_run_learns_to_copy(trained):
     assert rows[-1]["loss"] < 1.3
     assert summary["validation_loss"] < 1.3
     assert rows[19]["learning_rate"] == pytest.approx(1e-2 * (10 / 19) ** 0.5, rel=1e-5)
-    again = evaluate(parse_config(settings), settings, workdir)
+    again = evaluate(parse_config(settings), workdir)
     assert again["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_training_is_smoothed_and_validation_is_not(tmp_path):
     )
     run = prepare_run(parse_config(settings))
     host_batch, state = next(run.data.train), run.create_state()
-    batch = run.put(host_batch)
+    batch = run.put_batch(host_batch)
     programs = compile_phase(run, run.recipe.phases[0], batch)
     sums = jax.device_get(programs.eval_step(state, batch))
     model = nnx.merge(run.graphdef, state.params, state.sparsity.masks)

@@ -1,0 +1,72 @@
+"""Where a run begins: at step 0, or at the newest checkpoint of its folder."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsejax.accounting.ledger import FlopsByPhase
+from sparsejax.checkpoint.files import CheckpointInfo
+from sparsejax.checkpoint.save import check_free_space, count_bytes, restore
+from sparsejax.checkpoint.workdir import check_same_run, find_newest_checkpoint
+from sparsejax.config.parse import ConfigError
+from sparsejax.recipes import Phase
+from sparsejax.report.progress import say
+from sparsejax.training.setup import Run, find_phase
+from sparsejax.training.state import TrainState
+
+
+class Start(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+      step: steps done.
+      state: TrainState of that step; None in a finished run.
+      phase: its phase.
+      totals: FLOPs spent so far; None at step 0.
+      checkpoint: where the state comes from; None at step 0.
+    """
+
+    step: int
+    state: TrainState | None
+    phase: Phase
+    totals: FlopsByPhase | None
+    checkpoint: CheckpointInfo | None
+
+
+def open_or_resume(run: Run, workdir: Path, description: dict[str, Any]) -> Start:
+    """Initialise a run, or restore its newest checkpoint and the position in the data.
+
+    Args:
+      run: the run.
+      workdir: its folder.
+      description: of the run, see `describe_run`.
+
+    Raises:
+      ConfigError: if the folder belongs to a run of other settings or data, holds no whole
+        checkpoint among several, or has not enough room.
+    """
+    config, checkpoints = run.config, workdir / "checkpoints"
+    for line in check_same_run(checkpoints, description):
+        say(f"note: the run goes on, but not bit for bit as before, {line}")
+    info, problems = find_newest_checkpoint(checkpoints)
+    for problem in problems:
+        say(f"warning: checkpoint ignored: {problem}")
+    try:
+        if info is None:
+            return _open(run, checkpoints)
+        phase = find_phase(run.recipe, info.metadata["phase"])
+        totals = info.metadata["flops"]
+        if info.step >= config.num_steps:
+            return Start(info.step, None, phase, totals, info)
+        state, data_state = restore(info, run.make_abstract_state(phase.name))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    run.data.train.set_state(data_state)
+    return Start(info.step, state, phase, totals, info)
+
+
+def _open(run: Run, checkpoints: Path) -> Start:
+    phase, kept = run.recipe.phases[0], run.config.checkpoint
+    needed = count_bytes(run.make_abstract_state(phase.name))
+    # All that are kept, and the one being written before the oldest goes.
+    check_free_space(checkpoints, needed * (kept.keep_last + kept.keep_best + 1))
+    return Start(0, run.create_state(), phase, None, None)
