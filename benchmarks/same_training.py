@@ -35,8 +35,14 @@ class _Run(NamedTuple):
 
 _SHORT = {"data.sequence_length": 512, "recipe.spion.probe_every_steps": 10}
 _SMALL = {"model.num_layers": 2, "data.sequence_length": 128, "num_eval_batches": 2}
+_MST = {
+    "recipe.mst.warmup": 0.1,
+    "recipe.mst.stairs": 3,
+    "recipe.mst.restoration": 0.3,
+    "recipe.mst.update_interval": 5,
+}
 _DYNAMIC = {
-    "mst_small": _Run("mst_small", _SMALL | {"recipe.mst.warmup": 0.1, "recipe.mst.stairs": 3}),
+    "mst_small": _Run("mst_small", _SMALL | _MST),
     "static": _Run("mst_small", _SMALL | {"recipe.name": "static_weights"}),
 } | {
     name: _Run("mst_small", _SMALL | {"recipe.name": name})
@@ -78,7 +84,7 @@ RUNS: dict[str, _Run] = {
     "sste": _Run("fst_small", _SMALL | {"recipe.name": "sste"}),
     "masked": _Run("fst_small", _SMALL | {"data.mask_fraction": 0.15, "model.dropout_rate": 0.1}),
     **_DYNAMIC,
-    "mst, blocks": _Run("mst_small", _SMALL | _BLOCKS),
+    "mst, blocks": _Run("mst_small", _SMALL | _MST | _BLOCKS),
 }
 """What is trained, by a name for the record."""
 

@@ -31,6 +31,7 @@ from sparsejax.recipes import (
     Recipe,
     RigLConfig,
     StaticWeightsConfig,
+    StepAccount,
     get_weight_masks,
     make_rigl,
     make_static_weights,
@@ -212,16 +213,16 @@ def test_flops_follow_the_masks():
     linears = 2 * tokens * 2 * 16 * (3 * 16 + 16 + 2 * 32)  # two layers, one pass
     rest = ledger.dense_step_flops - 3 * linears
     assert rest == 3 * (2 * tokens * 16 * 17 + 2 * 2 * 2 * 3 * (16 * 17 // 2) * 16)
-    assert ledger.book({})["step_flops"] == rest + 3 * linears / 2
+    assert ledger.record_step(StepAccount())["step_flops"] == rest + 3 * linears / 2
     # A gradient of all weights costs half a pass more; new masks count from the next step on.
-    values = {f"mask_density/{name}": [0.25, 0.25] for name in weights}
-    row = ledger.book(values | {"dense_gradient": 1.0})
+    fewer = dict.fromkeys(weights, [0.25, 0.25])
+    row = ledger.record_step(StepAccount(dense_gradient=True, weight_density=fewer))
     assert row == {
         "density": 1.0,
         "weight_density": 0.5,
         "step_flops": rest + linears * (0.5 + 0.5 + 1),
     }
-    row = ledger.book({"dense_gradient": 0.0})
+    row = ledger.record_step(StepAccount())
     assert row["step_flops"] == rest + 3 * linears / 4 and row["weight_density"] == 0.25
     # All that was entered: by pass and part of the model, and what dense training takes.
     entry = ledger.totals[phase.name]
