@@ -1,4 +1,4 @@
-"""Dynamic sparse training: exact counts, what drops and grows, moments, phases."""
+"""Dynamic sparse training: exact counts, what drops and grows, moments."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparsejax.masks import count_kept, hybrid_blocks, layer_densities
+from sparsejax.masks import count_kept, layer_densities
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes import (
     MagnitudeConfig,
@@ -17,7 +17,6 @@ from sparsejax.recipes import (
     RigLConfig,
     SETConfig,
     StaticWeightsConfig,
-    get_attention_masks,
     get_weight_masks,
     make_magnitude,
     make_mst,
@@ -183,7 +182,7 @@ def test_counts_are_exact_after_every_update_and_pruned_weights_zero(name):
 
 def test_static_masks_stay_and_are_of_the_density():
     recipe = static_weights()
-    sparsity, params = begin(recipe)
+    sparsity, _ = begin(recipe)
     update = make_update(recipe)
     before = masks_of(sparsity)
     assert {n: m.sum((1, 2)).tolist() for n, m in before.items()} == {
@@ -196,7 +195,6 @@ def test_static_masks_stay_and_are_of_the_density():
         assert not any(kernels_of(trained)[name][~mask].any() for name, mask in before.items())
         assert kernels_of(trained)["mlp/up"][before["mlp/up"]].all()
     assert recipe.metrics(sparsity, step=0, phase=recipe.phases[0]) == {}
-    del params
 
 
 def test_a_mask_may_begin_with_the_largest_weights():
@@ -357,47 +355,3 @@ def test_gradients_of_pruned_weights_are_masked():
     bias = masked["model"]["blocks"]["mlp"]["up"]["bias"]
     np.testing.assert_array_equal(bias, grads["model"]["blocks"]["mlp"]["up"]["bias"])
     assert all(phase.masked_gradients and phase.sparse_weights for phase in recipe.phases)
-
-
-def test_attention_is_hybrid_in_the_ultra_sparse_phase():
-    recipe = mst(attention_stride=32, attention_blocks=True)
-    assert [(p.name, p.sparse_attention, p.last_step) for p in recipe.phases] == [
-        ("warm-up", False, 12),
-        ("ultra-sparse", True, 28),
-        ("restoration", False, None),
-    ]
-    sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, recipe.phases[1])
-    expected = hybrid_blocks(5, block=16, stride=32)
-    assert 0 < expected.sum() < 15
-    for layer in range(L):
-        np.testing.assert_array_equal(get_attention_masks(inside.masks)[layer], expected)
-    after = recipe.enter_phase(inside, recipe.phases[2])
-    assert get_attention_masks(after.masks).all()
-    jax.tree.map(np.testing.assert_array_equal, masks_of(after), masks_of(sparsity))
-    assert not any(phase.sparse_attention for phase in mst().phases)
-
-
-def test_hybrid_attention_is_of_positions_as_published():
-    recipe = mst(attention_stride=3)
-    dense, sparse, restored = recipe.phases
-    assert (dense.sparse_attention, restored.sparse_attention) == (False, False)
-    i, j = np.indices((80, 80))
-    expected = (i >= j) & ((i - j < 3) | ((i - j) % 3 == 0))
-    np.testing.assert_array_equal(sparse.position_mask(80), expected)
-    sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, sparse)
-    assert get_attention_masks(inside.masks).all(), "blocks have no part in it"
-
-
-@pytest.mark.parametrize("blocks", [False, True])
-def test_hybrid_attention_may_stay_to_the_end(blocks):
-    recipe = mst(attention_stride=32, attention_blocks=blocks, restore_attention=False)
-    _, sparse, restored = recipe.phases
-    assert restored == sparse._replace(name="restoration", last_step=None)
-    sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, sparse)
-    after = recipe.enter_phase(inside, restored)
-    kept = get_attention_masks(inside.masks)
-    np.testing.assert_array_equal(get_attention_masks(after.masks), kept)
-    assert kept.all() != blocks
