@@ -6,14 +6,20 @@ PY := $(VENV)/bin/python
 WORKERS ?= 2
 CONFIG ?= configs/quickstart.py
 TARGET ?= h200
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile
+PYTEST := $(PY) -m pytest $(PYTEST_OPTIONS)
+FAST := not slow and not gpu and not ci
+# One room: its tests, and the examples in its docstrings.
+ROOM_PATHS := $(if $(ROOM),$(wildcard tests/$(ROOM) sparsejax/$(ROOM) $(if $(filter kernels,$(ROOM)),pallas_kernels)))
 export PYTHON VENV
 
-.PHONY: help train test test-all bench plan gpu gpu-sweep lint lock clean
+.PHONY: help train test test-ci test-all test-newest bench plan gpu gpu-sweep lint lock clean
 
 help:
 	@echo "make train      train the quickstart model, or resume it"
-	@echo "make test       lint and the fast tests       make test-all   every test"
+	@echo "make test       lint and the fast tests; ROOM=recipes runs those of tests/recipes alone"
+	@echo "make test-ci    the slower tests that each push runs after them"
+	@echo "make test-all   every test on its full grid, and again with the newest JAX allowed"
 	@echo "make lint       ruff and pyright              make bench      the ops' benchmarks and their tables"
 	@echo "make gpu        contracts and headline benchmarks on a GPU"
 	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
@@ -25,12 +31,22 @@ train: $(VENV)/train.stamp
 	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/dev.stamp $(VENV)/compile.stamp
+	$(if $(ROOM),$(if $(ROOM_PATHS),,$(error ROOM must be a folder of tests, got $(ROOM))))
 	$(PY) -m ruff check
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "$(FAST)" $(ROOM_PATHS)
+
+test-ci: $(VENV)/dev.stamp $(VENV)/compile.stamp
+	$(PYTEST) -m "ci and not slow and not gpu"
 
 test-all: $(VENV)/dev.stamp $(VENV)/compile.stamp
 	$(PY) -m ruff check
-	$(PYTEST) -m "not gpu"
+	HYPOTHESIS_PROFILE=full $(PYTEST) -m "not gpu"
+	$(MAKE) --no-print-directory test-newest
+
+# In an environment of its own, without the lock: whatever pyproject.toml allows.
+test-newest:
+	requirements/install-newest.sh
+	$(VENV)/newest/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow and not gpu"
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check

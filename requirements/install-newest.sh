@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Make $VENV/newest (.venv/newest): the newest versions that pyproject.toml allows, and the compiler
+# for absent GPUs that fits that JAX.
+set -eu
+cd "$(dirname "$0")/.."
+newest="${VENV:-.venv}/newest"
+base=$(requirements/find-python.sh)
+rm -rf "$newest"
+"$base" -m venv "$newest"
+install() { "$newest/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+echo "Installing the newest packages into $newest"
+install --upgrade ".[data,dev]"
+# Tests import the working tree, not a copy of it.
+"$newest/bin/python" -m pip uninstall --quiet --yes sparsejax
+jaxlib=$("$newest/bin/python" -c 'import jaxlib; print(jaxlib.__version__)')
+sed -E "s/^(jax-cuda13-(plugin|pjrt))==.*/\1==$jaxlib/" requirements/compile.txt > "$newest/compile.txt"
+# As requirements/install.sh does: beside the environment's packages.
+install --no-deps --target "$newest/compile" -r "$newest/compile.txt"
+"$newest/bin/python" -c 'import jax; print("JAX", jax.__version__)'
