@@ -127,7 +127,14 @@ class SparsitySchedule:
         _check_phases("ramps", self.ramps, self.num_steps)
 
     def density(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Return the fraction of all sparse weights that is kept, f32[...] for i32[...]."""
+        """Return the fraction of all sparse weights that is kept, 1 - sparsity.
+
+        Args:
+          step: i32[...].
+
+        Returns:
+          f32[...], like the step.
+        """
         step, level = jnp.asarray(step), 1 - self.initial_sparsity
         density = jnp.full(step.shape, level, jnp.float32)
         for ramp in self.ramps:
@@ -197,7 +204,14 @@ class CosineAnnealing:
         _check_phases("phases", self.phases, self.num_steps)
 
     def fraction(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Return zeta, f32[...] in [0, 1] for i32[...]."""
+        """Return zeta.
+
+        Args:
+          step: i32[...].
+
+        Returns:
+          f32[...] in [0, 1], like the step.
+        """
         step = jnp.asarray(step)
         fraction = jnp.zeros(step.shape, jnp.float32)
         for phase in self.phases:
@@ -246,7 +260,14 @@ class UpdateSteps:
         return (self.end_step - 1) // self.interval * self.interval
 
     def due(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Return whether a step updates masks, bool[...] for i32[...]."""
+        """Return whether a step updates masks.
+
+        Args:
+          step: i32[...].
+
+        Returns:
+          bool[...], like the step.
+        """
         step = jnp.asarray(step)
         inside = (self.start_step <= step) & (step < self.end_step)
         return inside & (step % self.interval == 0)

@@ -104,6 +104,9 @@ def check_count(name: str, count: jax.typing.ArrayLike) -> jax.Array:
       name: what the message calls it.
       count: integer[].
 
+    Returns:
+      i32[], the count.
+
     Raises:
       ValueError: if the count is not an integer scalar.
     """

@@ -282,7 +282,7 @@ def block_of(mask: jax.Array, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return (rows, columns) of the blocks of a mask, (K / I, N / J).
 
     Args:
-      mask: bool[..., I, J].
+      mask: bool[..., I, J], True = kept.
       shape: (..., K, N) of the weight.
 
     Raises:

@@ -20,7 +20,7 @@ def set_attention_masks(masks: PyTree, pattern_LIJ: jax.Array) -> PyTree:
 
     Args:
       masks: nested dict of bool arrays; leaves called `block_mask` are bool[L, 1, 1, I, J].
-      pattern_LIJ: bool[L, I, J].
+      pattern_LIJ: bool[L, I, J], True = kept.
 
     Returns:
       Nested dict like `masks`.
@@ -50,7 +50,7 @@ def get_attention_masks(masks: PyTree) -> jax.Array:
       masks: nested dict of bool arrays with one leaf called `block_mask`, bool[L, 1, 1, I, J].
 
     Returns:
-      bool[L, I, J].
+      bool[L, I, J], True = kept.
 
     Raises:
       ValueError: if there is not exactly one such leaf.

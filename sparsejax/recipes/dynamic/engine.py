@@ -117,7 +117,14 @@ class TopologyConfig:
         return self.growth in ("gradient", "mixed")
 
     def due(self, step: jax.Array) -> jax.Array:
-        """Return whether a step updates the masks, bool[...] for i32[...]."""
+        """Return whether a step updates the masks.
+
+        Args:
+          step: i32[...].
+
+        Returns:
+          bool[...], like the step.
+        """
         return jnp.bool_(False) if self.updates is None else self.updates.due(step)
 
 

@@ -36,12 +36,12 @@ def init_mask(
     Args:
       pattern: of the weight.
       mask: bool[I, J], read for its shape.
-      weight: float[K, N].
+      weight: float[K, N], compared by magnitude.
       density: f32[], fraction kept; n:m keeps its own.
       key: typed key to keep entries at random; None keeps the largest.
 
     Returns:
-      bool[I, J].
+      bool[I, J], True = kept.
     """
     if isinstance(pattern, NMPattern):
         scores = weight if key is None else jax.random.uniform(key, mask.shape)
@@ -59,12 +59,12 @@ def prune_mask(
 
     Args:
       pattern: of the weight, not n:m.
-      mask: bool[I, J].
-      weight: float[K, N].
+      mask: bool[I, J], True = kept.
+      weight: float[K, N], compared by magnitude.
       density: f32[], fraction kept afterwards.
 
     Returns:
-      bool[I, J].
+      bool[I, J], True = kept.
     """
     count = count_kept(mask.size, density)
     return magnitude_mask(_score(pattern, weight), count, among=mask)
@@ -86,8 +86,8 @@ def update_mask(
 
     Args:
       pattern: of the weight.
-      mask: bool[I, J].
-      weight: float[K, N].
+      mask: bool[I, J], True = kept.
+      weight: float[K, N], compared by magnitude.
       grad: float[K, N] of all weights; None if growth does not read it.
       density: f32[], fraction kept afterwards; n:m keeps its own.
       update_fraction: f32[], fraction of the kept entries to replace.
@@ -96,7 +96,7 @@ def update_mask(
       key: typed key of random growth.
 
     Returns:
-      bool[I, J].
+      bool[I, J], True = kept.
     """
     num_drop, num_grow = update_counts(
         mask.sum(dtype=jnp.int32),
