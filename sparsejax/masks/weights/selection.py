@@ -191,7 +191,7 @@ def _find_largest(
     start: jax.Array,
     num_digits: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """Return the largest x of so many digits to base 4 for which the count of a selection holds.
+    """Return the largest x of `num_digits` base-4 digits for which the count of a selection holds.
 
     It must hold for 0 and, where it fails, for nothing larger.
     """
