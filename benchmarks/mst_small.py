@@ -53,7 +53,7 @@ _METHODS = Experiment(
     kind="quality",
     settings={
         "dense": _DENSE,
-        "static 80 %": _setting("static"),
+        "static 80 %": _setting("static_weights"),
         "SET 80 %": _setting("set"),
         "RigL 80 %": _setting("rigl"),
         "RigL 88 %": _setting("rigl", sparsity=0.88),

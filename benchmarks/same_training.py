@@ -41,9 +41,12 @@ _MST = {
     "recipe.mst.restoration": 0.3,
     "recipe.mst.update_interval": 5,
 }
-_DYNAMIC = {"mst_small": _Run("mst_small", _SMALL | _MST)} | {
+_DYNAMIC = {
+    "mst_small": _Run("mst_small", _SMALL | _MST),
+    "static": _Run("mst_small", _SMALL | {"recipe.name": "static_weights"}),
+} | {
     name: _Run("mst_small", _SMALL | {"recipe.name": name})
-    for name in ("dense", "rigl", "set", "magnitude", "static")
+    for name in ("dense", "rigl", "set", "magnitude")
 }
 _BLOCKS = {
     "recipe.mst.sparse_weights": ".*/.*=32x32; embedding=unstructured",

@@ -1,7 +1,7 @@
 """MST on the standard library's own sources: weights 80 % sparse for most of the run, then dense.
 
 Command:   python train.py --config=configs/mst_small.py --workdir=runs/mst_small
-           --config.recipe.name=rigl (or set, magnitude, static, dense) trains the rivals;
+           --config.recipe.name=rigl (or set, magnitude, static_weights, dense) trains the rivals;
            --config.recipe.mst.sparse_weights=".*/.*=32x32; embedding=unstructured" keeps the
            weights of layers in blocks, whose products skip what is pruned
 Hardware:  2 CPU cores, 2 to 3 minutes. Unstructured weights save no time: the products are dense
@@ -61,6 +61,6 @@ def get_config():
     # The released 0.3 replaces more than so short a run can train.
     for name in ("mst", "rigl", "set"):
         config.recipe[name].update_fraction = 0.01
-    for name in ("mst", "rigl", "set", "magnitude", "static"):
+    for name in ("mst", "rigl", "set", "magnitude", "static_weights"):
         config.recipe[name].rate_exponent = 1.0
     return config

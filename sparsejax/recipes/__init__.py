@@ -9,8 +9,12 @@ from sparsejax.recipes.attention.sat import SatConfig as SatConfig
 from sparsejax.recipes.attention.sat import make_sat as make_sat
 from sparsejax.recipes.attention.spion import SpionConfig as SpionConfig
 from sparsejax.recipes.attention.spion import make_spion as make_spion
-from sparsejax.recipes.attention.static import StaticAttentionConfig as StaticAttentionConfig
-from sparsejax.recipes.attention.static import make_static_attention as make_static_attention
+from sparsejax.recipes.attention.static_attention import (
+    StaticAttentionConfig as StaticAttentionConfig,
+)
+from sparsejax.recipes.attention.static_attention import (
+    make_static_attention as make_static_attention,
+)
 from sparsejax.recipes.dense import make_dense as make_dense
 from sparsejax.recipes.dynamic.magnitude import MagnitudeConfig as MagnitudeConfig
 from sparsejax.recipes.dynamic.magnitude import make_magnitude as make_magnitude
@@ -21,8 +25,8 @@ from sparsejax.recipes.dynamic.rigl import RigLConfig as RigLConfig
 from sparsejax.recipes.dynamic.rigl import make_rigl as make_rigl
 from sparsejax.recipes.dynamic.set import SETConfig as SETConfig
 from sparsejax.recipes.dynamic.set import make_set as make_set
-from sparsejax.recipes.dynamic.static import StaticConfig as StaticConfig
-from sparsejax.recipes.dynamic.static import make_static as make_static
+from sparsejax.recipes.dynamic.static_weights import StaticWeightsConfig as StaticWeightsConfig
+from sparsejax.recipes.dynamic.static_weights import make_static_weights as make_static_weights
 from sparsejax.recipes.nm.fst import FSTConfig as FSTConfig
 from sparsejax.recipes.nm.fst import make_fst as make_fst
 from sparsejax.recipes.nm.sste import SSTEConfig as SSTEConfig

@@ -14,7 +14,7 @@ def make_dense(config: DenseConfig | None = None) -> Recipe:
     """Return the recipe that prunes nothing, which has the single phase "dense".
 
     Args:
-      config: as every recipe has one; None is the same.
+      config: without effect; every recipe takes one.
 
     Example:
       >>> make_dense().phases[0].sparse_attention

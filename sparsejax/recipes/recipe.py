@@ -1,8 +1,8 @@
-"""The protocol that a sparse-training method speaks to the train step and the loop.
+"""The protocol between a sparse-training method and the train step and loop.
 
-A recipe is a NamedTuple of pure functions on pytrees, like an Optax transformation. Training
-runs through its phases in order; a phase is static, so each one compiles its own step. Every
-function has an identity default, so a method states only what it does:
+A recipe is a NamedTuple of pure functions on pytrees, like an Optax transformation. Training runs
+through its phases in order. A phase is static, so each one compiles its own step. Every function
+has a default that does nothing, so a method states only what it does:
 
   inside every step        choose_masks, transform_params -> forward -> auxiliary_loss ->
                            mask_gradients -> clip -> transform_gradients -> skip_optimizer ->
@@ -10,8 +10,8 @@ function has an identity default, so a method states only what it does:
   in a step that probes    observe, before transform_gradients; it may ask for the next phase
   between two phases       enter_phase
 
-And it owns its reports: what a step means for the ledger of FLOPs (account), which metrics progress
-lines show, and the pictures of a phase and of a run (draw_phase, draw_run).
+A recipe also owns its reports: what a step means for the ledger of FLOPs (account), the metrics in
+progress lines (progress_metrics), and the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
 import dataclasses
@@ -29,27 +29,26 @@ class Phase(NamedTuple):
     """A stretch of training with one compiled step.
 
     Attributes:
-      name: str, unique in the recipe; recorded in checkpoints.
-      sparse_attention: bool, False attends everywhere.
-      position_mask: (T) -> bool[T, T], True = kept: sparse attention goes to these positions and
-        not to the blocks of the masks, which saves counted FLOPs and no time. None: to the blocks.
-      pruned_logits: "masked" or "zero", how pruned attention blocks count in the softmax.
-      changes_attention: bool, `update` or `choose_masks` change attention masks within the phase;
-        their lists of blocks are then built in every step and not once.
-      sparse_weights: bool, False ignores the masks of weights.
-      grad_pruning: "none", "mvue" or "mvue_exact", how gradients are pruned for the gradient of
-        sparse weights.
-      masked_gradients: bool, pruned weights have no gradient, and counted FLOPs leave it out. False
+      name: unique in the recipe; recorded in checkpoints.
+      sparse_attention: False attends everywhere.
+      position_mask: (T) -> bool[T, T], True = kept: sparse attention keeps these positions instead
+        of the blocks of the masks, which saves counted FLOPs and no time. None keeps the blocks.
+      pruned_logits: how pruned attention blocks count in the softmax, "masked" or "zero".
+      changes_attention: `update` or `choose_masks` change attention masks within the phase. Their
+        lists of blocks are then built in every step and not once.
+      sparse_weights: False ignores the masks of weights.
+      grad_pruning: how gradients are pruned for the gradient of sparse weights, "none", "mvue" or
+        "mvue_exact".
+      masked_gradients: pruned weights have no gradient, and counted FLOPs leave it out. False
         trains them straight through.
-      last_step: int, the phase ends after this many steps of the run at the latest; None = no
-        limit.
-      ends_when: str, what `observe` waits for; shown when the phase never ends.
-      probe_every_steps: int, steps between two that probe: they hand the attention maps of their
+      last_step: the phase ends after this many steps of the run at the latest; None = no limit.
+      ends_when: what `observe` waits for; shown when the phase never ends.
+      probe_every_steps: steps between two that probe, that is, pass the attention maps of their
         forward pass to `auxiliary_loss` and `observe`; None = never.
-      learning_rate: "schedule" continues it, "restart" runs it anew from the phase's first
-        step, "constant" holds the base rate.
-      learning_rate_scale: float, multiplies the rate.
-      reset_optimizer: bool, the phase begins with fresh optimizer state.
+      learning_rate: "schedule" continues it, "restart" starts it again at the phase's first step,
+        "constant" holds the base rate.
+      learning_rate_scale: multiplies the rate.
+      reset_optimizer: the phase begins with fresh optimizer state.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Sparsity:
     Attributes:
       masks: nested dict of bool arrays, True = kept, as the model's `SparsityMask` variables.
       params: the recipe's own trainable parameters, updated by the same optimizer.
-      statistics: whatever the current phase has to remember.
+      statistics: whatever the current phase needs to remember.
       phase_start_step: i32[], steps done when the current phase began.
     """
 
@@ -91,7 +90,7 @@ class Observation(NamedTuple):
 
     Attributes:
       change_phase: bool[], enter the next phase after this step.
-      metrics: dict of arrays for the log.
+      metrics: arrays for the log, by name.
     """
 
     change_phase: jax.Array
@@ -188,33 +187,33 @@ class Recipe(NamedTuple):
     """A sparse-training method as pure functions; the defaults train densely.
 
     Attributes:
-      name: str.
-      phases: tuple of Phase, in the order of training.
+      name: shown in progress lines, summaries and pictures.
+      phases: in the order of training.
       init: (masks, params, key) -> Sparsity, before the first step; masks are all True.
       choose_masks: (sparsity, *, step, phase) -> masks that the forward pass of a training step
-        sees, like `sparsity.masks`; evaluation sees those.
+        sees, like `sparsity.masks`, which evaluation sees.
       transform_params: (params, sparsity, phase) -> params that the forward pass sees.
       auxiliary_loss: (sparsity, attention_maps, phase) -> f32[], added to the loss. Gradients
         flow to `sparsity.params` only. Maps are None in a step that does not probe.
       mask_gradients: (grads, sparsity, phase) -> grads, before they are measured and clipped.
       transform_gradients: (grads, params, sparsity, phase) -> grads, after clipping and before
         the optimizer.
-      skip_optimizer: (step, phase) -> bool[], leave parameters and optimizer state alone.
+      skip_optimizer: (step, phase) -> bool[], True leaves parameters and optimizer state alone.
       transform_updates: (updates, sparsity, phase) -> updates, what the optimizer adds to the
         parameters at a learning rate of 1, weight decay included.
       update: (sparsity, params, opt_state, grads, *, step, key, phase, learning_rate) ->
         (sparsity, params, opt_state), the method's own changes at the end of a step. Gradients are
         those of the batch, before `mask_gradients` and clipping. Moments in `opt_state` are dicts
         like `grads`, with the keys "model" and "recipe".
-      metrics: (sparsity, *, step, phase) -> dict of f32 arrays, logged after every step; what is
-        NaN throughout is left out. `step` is that of `update`.
+      metrics: (sparsity, *, step, phase) -> dict of f32 arrays, logged after every step; arrays
+        that are all NaN are left out. `step` is that of `update`.
       observe: (sparsity, attention_maps, phase) -> (sparsity, Observation). Maps are
         f32[L, T, T], averaged over batch and heads of the step's training batch.
       enter_phase: (sparsity, phase) -> sparsity, on entering any phase but the first; may
         change its structure.
       account: (values) -> StepAccount; values are the metrics of a step as numbers and lists. A
-        recipe whose masks change how much they keep says so here.
-      progress_metrics: name of a metric -> how progress lines call it. They show its last value.
+        recipe whose masks change their density reports it here.
+      progress_metrics: name of a metric -> its label in progress lines, which show its last value.
       draw_phase: (sparsity, phase, *, step, folder) -> None, write pictures when a phase begins.
       draw_run: (rows, *, folder) -> None, write pictures of a finished run; rows are the lines of
         `metrics.jsonl`.

@@ -1,4 +1,4 @@
-"""The methods by name: one row for each, which is all that settings know of it."""
+"""The methods by name: one row per method, all that settings know of it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,31 +6,34 @@ from typing import Any, NamedTuple
 
 from sparsejax.recipes.attention.sat import SatConfig, make_sat
 from sparsejax.recipes.attention.spion import SpionConfig, make_spion
-from sparsejax.recipes.attention.static import StaticAttentionConfig, make_static_attention
+from sparsejax.recipes.attention.static_attention import (
+    StaticAttentionConfig,
+    make_static_attention,
+)
 from sparsejax.recipes.dense import DenseConfig, make_dense
 from sparsejax.recipes.dynamic.magnitude import MagnitudeConfig, make_magnitude
 from sparsejax.recipes.dynamic.mst import MSTConfig, make_mst
 from sparsejax.recipes.dynamic.rigl import RigLConfig, make_rigl
 from sparsejax.recipes.dynamic.set import SETConfig, make_set
-from sparsejax.recipes.dynamic.static import StaticConfig, make_static
+from sparsejax.recipes.dynamic.static_weights import StaticWeightsConfig, make_static_weights
 from sparsejax.recipes.nm.fst import FSTConfig, make_fst
 from sparsejax.recipes.nm.sste import SSTEConfig, make_sste
 from sparsejax.recipes.recipe import Recipe
 
 
 class RecipeEntry(NamedTuple):
-    """One method as settings name it.
+    """One method.
 
     Attributes:
-      name: its name, and that of its section of settings.
+      name: of the method and of its section of settings.
       config_class: dataclass of its settings. Fields named in `needs` come from the model and the
         run, all others from the section, with the defaults of the class.
       make: config -> Recipe.
-      needs: what it has to know of the model and of the run, out of "num_layers", "length",
-        "block_size" and "num_blocks" (of attention), "causal", "head_dim", "num_steps", and
-        "patterns", layer name -> pattern of its weight.
-      sparse_weights: default of the setting that says which weights the method prunes, as
-        "regex=pattern; regex=pattern"; None if it prunes none.
+      needs: what the method needs to know of the model and of the run: any of "num_layers",
+        "length", "block_size" and "num_blocks" (of attention), "causal", "head_dim", "num_steps",
+        and "patterns", layer name -> pattern of its weight.
+      sparse_weights: default of the setting that names the weights to prune, as "regex=pattern;
+        regex=pattern"; None if the method prunes none.
     """
 
     name: str
@@ -74,7 +77,9 @@ RECIPES: dict[str, RecipeEntry] = {
         RecipeEntry("rigl", RigLConfig, make_rigl, _WEIGHTS, _ALL_WEIGHTS),
         RecipeEntry("set", SETConfig, make_set, _WEIGHTS, _ALL_WEIGHTS),
         RecipeEntry("magnitude", MagnitudeConfig, make_magnitude, _WEIGHTS, _ALL_WEIGHTS),
-        RecipeEntry("static", StaticConfig, make_static, _WEIGHTS, _ALL_WEIGHTS),
+        RecipeEntry(
+            "static_weights", StaticWeightsConfig, make_static_weights, _WEIGHTS, _ALL_WEIGHTS
+        ),
     )
 }
 """By name."""

@@ -1,13 +1,14 @@
-"""How recipes find the masks of weights in a stacked model, and the weights that belong to them.
+"""Find the masks of weights in a stacked model, and the weights they belong to.
 
-A weight that is not stacked, the embedding of tokens, counts as a stack of one. The mask of a
-weight in blocks has an entry for each of them: where this says bool[L, K, N], it is bool[L, I, J].
+A weight that is not stacked, the token embedding, counts as a stack of one. The mask of a weight in
+blocks has one entry per block: read bool[L, I, J] where this says bool[L, K, N].
 
 Legend: L layers, K contracted axis, N columns of a weight, I x J blocks.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from sparsejax.types import PyTree
 _WEIGHTS = {"kernel_mask": "kernel", "embedding_mask": "embedding"}
 _GRADIENT_MASK = "gradient_mask"
 _STACK = "blocks"
+
+FLIP_PROGRESS = {"flip_rate": "flip rate"}
+"""What progress lines show of `flip_metrics`, as `Recipe.progress_metrics`."""
 
 
 def map_weight_masks(
@@ -47,14 +51,14 @@ def map_weight_masks(
 
 
 def set_gradient_masks(masks: PyTree, everywhere: jax.typing.ArrayLike) -> PyTree:
-    """Say of which blocks a step computes the gradient: of those kept, or of all.
+    """Set which blocks get a weight gradient: those kept, or all.
 
     Args:
       masks: nested dict of the model's masks.
-      everywhere: bool[], True for all; a traced value does not recompile.
+      everywhere: bool[], True = all; a traced value does not recompile.
 
     Returns:
-      Nested dict like `masks`, with other `gradient_mask` leaves; without any, the same.
+      Nested dict like `masks` with new `gradient_mask` leaves, if it has any.
     """
 
     def replace(path, mask):
@@ -84,7 +88,7 @@ def get_weight_masks(masks: PyTree) -> dict[str, jax.Array]:
 
 
 def compute_weight_density(masks: PyTree) -> dict[str, jax.Array]:
-    """Return the fraction of entries that each mask of a weight keeps, by layer.
+    """Return the fraction of entries that each mask of a weight keeps, per layer.
 
     Args:
       masks: nested dict of the model's masks.
@@ -93,7 +97,7 @@ def compute_weight_density(masks: PyTree) -> dict[str, jax.Array]:
       dict, name -> f32[L].
 
     Numerics:
-      Counts are exact, and the product with 1 / size is the same jitted and not.
+      Counts are exact. The product with 1 / size is the same jitted or not.
     """
     return {
         name: mask.sum((1, 2), dtype=jnp.int32).astype(jnp.float32) * np.float32(1 / mask[0].size)
@@ -156,7 +160,7 @@ def map_moments(function: Callable[..., jax.Array], masks: PyTree, opt_state: Py
 def compare_weight_masks(
     old: dict[str, jax.Array], new: dict[str, jax.Array]
 ) -> dict[str, dict[str, jax.Array] | jax.Array]:
-    """Say how much masks have changed, as statistics of a recipe.
+    """Measure how much masks have changed, as statistics of a recipe.
 
     Args:
       old: name -> bool[L, K, N].
@@ -172,7 +176,7 @@ def compare_weight_masks(
 
 
 def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax.Array]:
-    """Return what `compare_weight_masks` found, for the log.
+    """Return the flip rates of `compare_weight_masks` as metrics.
 
     Args:
       statistics: dict with "flip_rates" and "flip_rate".
@@ -184,6 +188,19 @@ def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax
     rates = {f"flip_rate/{name}": rate for name, rate in statistics["flip_rates"].items()}
     rates["flip_rate"] = statistics["flip_rate"]
     return {name: jnp.where(due, rate, jnp.nan) for name, rate in rates.items()}
+
+
+def draw_flip_rates(rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
+    """Draw the flip rates of a run, as `Recipe.draw_run`.
+
+    Args:
+      rows: lines of `metrics.jsonl`.
+      folder: where `flip_rates.png` is written; nothing is, if no row has a flip rate.
+    """
+    if any("flip_rate" in row for row in rows):
+        from sparsejax.report.plots.flips import plot_flip_rates
+
+        plot_flip_rates(rows, path=folder / "flip_rates.png")
 
 
 def _layer_name(path: tuple[Any, ...]) -> str:

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import base, gpt2, mst_small, spion_image
-from sparsejax.config.parse import ConfigError, find_differences, parse_config
+from sparsejax.config.parse import ConfigError, find_differences, list_settings, parse_config
 from sparsejax.config.schema import make_transformer_config
 
 
@@ -21,6 +21,10 @@ def test_defaults_are_valid():
     config = parse_config(_settings())
     assert config.recipe.name == "dense"
     assert config.data.sequence_length == 1024
+
+
+def test_every_setting_has_a_meaning():
+    assert [setting.name for setting in list_settings() if not setting.meaning] == []
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_densities_of_gpt2_small(shapes, expected):
     np.testing.assert_allclose(list(densities.values()), expected, atol=5e-4)
 
 
-@pytest.mark.parametrize("method", ["erdos_renyi", "erk", "uniform"])
+@pytest.mark.parametrize("method", ["erdos_renyi", "uniform"])
 @pytest.mark.parametrize("density", [1e-4, 0.013, 0.1, 0.37, 0.8, 0.999, 1.0])
 def test_all_layers_together_have_the_density_asked_for(method, density):
     for shapes in (GPT2, UNEQUAL):
@@ -92,7 +92,6 @@ def test_traced_densities_are_the_static_ones(shapes, method):
         ({}, {}, "at least one layer"),
         ({"head": (50304,)}, {}, r"'head': \(50304,\)"),
         ({"head": (8, 0)}, {}, r"'head': \(8, 0\)"),
-        ({"patch": (4, 4, 3, 64)}, {"method": "erk"}, r"'patch': \(4, 4, 3, 64\)"),
         (GPT2, {"method": "balanced"}, "method='balanced'"),
         (GPT2, {"density": 0.0}, "density=0.0"),
         (GPT2, {"density": 1.01}, "density=1.01"),

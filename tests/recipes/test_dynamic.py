@@ -1,4 +1,4 @@
-"""Dynamic sparse training: exact counts, what drops and grows, moments, phases."""
+"""Dynamic sparse training: exact counts, what drops and grows, moments."""
 
 import dataclasses
 import functools
@@ -9,21 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from sparsejax.masks import count_kept, hybrid_blocks, layer_densities
+from sparsejax.masks import count_kept, layer_densities
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes import (
     MagnitudeConfig,
     MSTConfig,
     RigLConfig,
     SETConfig,
-    StaticConfig,
-    get_attention_masks,
+    StaticWeightsConfig,
     get_weight_masks,
     make_magnitude,
     make_mst,
     make_rigl,
     make_set,
-    make_static,
+    make_static_weights,
 )
 
 L, K, N = 2, 8, 12
@@ -56,8 +55,8 @@ def gradual_set(**changes):
 
 
 @functools.cache
-def static(**changes):
-    return make_static(StaticConfig(**KNOWN | changes))
+def static_weights(**changes):
+    return make_static_weights(StaticWeightsConfig(**KNOWN | changes))
 
 
 def draw(seed):
@@ -95,24 +94,27 @@ def kernels_of(params):
     return {name: np.asarray(mlp[name.removeprefix("mlp/")]["kernel"]) for name in SHAPES}
 
 
-@functools.cache
 def make_update(recipe):
     """Return the jitted end of a step."""
+    return jit_update(recipe.update, recipe.phases[0])
 
+
+@functools.cache
+def jit_update(update, phase):
     @jax.jit
-    def update(sparsity, params, moments, grads, step):
-        return recipe.update(
+    def jitted(sparsity, params, moments, grads, step):
+        return update(
             sparsity,
             params,
             moments,
             {"model": grads, "recipe": {}},
             step=step,
             key=jax.random.fold_in(jax.random.key(7), step),
-            phase=recipe.phases[0],
+            phase=phase,
             learning_rate=0.1,
         )
 
-    return update
+    return jitted
 
 
 def make_counts(sparsity, method="erdos_renyi"):
@@ -179,8 +181,8 @@ def test_counts_are_exact_after_every_update_and_pruned_weights_zero(name):
 
 
 def test_static_masks_stay_and_are_of_the_density():
-    recipe = static()
-    sparsity, params = begin(recipe)
+    recipe = static_weights()
+    sparsity, _ = begin(recipe)
     update = make_update(recipe)
     before = masks_of(sparsity)
     assert {n: m.sum((1, 2)).tolist() for n, m in before.items()} == {
@@ -193,11 +195,10 @@ def test_static_masks_stay_and_are_of_the_density():
         assert not any(kernels_of(trained)[name][~mask].any() for name, mask in before.items())
         assert kernels_of(trained)["mlp/up"][before["mlp/up"]].all()
     assert recipe.metrics(sparsity, step=0, phase=recipe.phases[0]) == {}
-    del params
 
 
 def test_a_mask_may_begin_with_the_largest_weights():
-    recipe = static(initial_mask="magnitude", layer_density="uniform")
+    recipe = static_weights(initial_mask="magnitude", layer_density="uniform")
     sparsity, params = begin(recipe)
     mask, w = masks_of(sparsity)["mlp/up"], np.abs(kernels_of(params)["mlp/up"])
     for layer in range(L):
@@ -304,7 +305,7 @@ def test_moments_of_grown_weights(rule):
     np.testing.assert_array_equal(bias, moment["model"]["blocks"]["mlp"]["up"]["bias"])
 
 
-@pytest.mark.parametrize("make", [mst, rigl, gradual_set, magnitude, static])
+@pytest.mark.parametrize("make", [mst, rigl, gradual_set, magnitude, static_weights])
 def test_the_learning_rate_of_sparse_weights_may_grow_as_their_density_falls(make):
     updates = {"model": draw(3), "recipe": {}}
     sparsity, _ = begin(make())
@@ -331,7 +332,7 @@ def test_the_learning_rate_of_sparse_weights_may_grow_as_their_density_falls(mak
         (functools.partial(mst, keep_optimizer_step=True), False),
         (gradual_set, False),
         (magnitude, False),
-        (static, False),
+        (static_weights, False),
     ],
 )
 def test_an_update_takes_the_place_of_the_optimizer_where_it_is_published_so(make, skips):
@@ -354,47 +355,3 @@ def test_gradients_of_pruned_weights_are_masked():
     bias = masked["model"]["blocks"]["mlp"]["up"]["bias"]
     np.testing.assert_array_equal(bias, grads["model"]["blocks"]["mlp"]["up"]["bias"])
     assert all(phase.masked_gradients and phase.sparse_weights for phase in recipe.phases)
-
-
-def test_attention_is_hybrid_in_the_ultra_sparse_phase():
-    recipe = mst(attention_stride=32, attention_blocks=True)
-    assert [(p.name, p.sparse_attention, p.last_step) for p in recipe.phases] == [
-        ("warm-up", False, 12),
-        ("ultra-sparse", True, 28),
-        ("restoration", False, None),
-    ]
-    sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, recipe.phases[1])
-    expected = hybrid_blocks(5, block=16, stride=32)
-    assert 0 < expected.sum() < 15
-    for layer in range(L):
-        np.testing.assert_array_equal(get_attention_masks(inside.masks)[layer], expected)
-    after = recipe.enter_phase(inside, recipe.phases[2])
-    assert get_attention_masks(after.masks).all()
-    jax.tree.map(np.testing.assert_array_equal, masks_of(after), masks_of(sparsity))
-    assert not any(phase.sparse_attention for phase in mst().phases)
-
-
-def test_hybrid_attention_is_of_positions_as_published():
-    recipe = mst(attention_stride=3)
-    dense, sparse, restored = recipe.phases
-    assert (dense.sparse_attention, restored.sparse_attention) == (False, False)
-    i, j = np.indices((80, 80))
-    expected = (i >= j) & ((i - j < 3) | ((i - j) % 3 == 0))
-    np.testing.assert_array_equal(sparse.position_mask(80), expected)
-    sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, sparse)
-    assert get_attention_masks(inside.masks).all(), "blocks have no part in it"
-
-
-@pytest.mark.parametrize("blocks", [False, True])
-def test_hybrid_attention_may_stay_to_the_end(blocks):
-    recipe = mst(attention_stride=32, attention_blocks=blocks, restore_attention=False)
-    _, sparse, restored = recipe.phases
-    assert restored == sparse._replace(name="restoration", last_step=None)
-    sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, sparse)
-    after = recipe.enter_phase(inside, restored)
-    kept = get_attention_masks(inside.masks)
-    np.testing.assert_array_equal(get_attention_masks(after.masks), kept)
-    assert kept.all() != blocks

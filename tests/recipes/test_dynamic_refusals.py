@@ -3,7 +3,7 @@
 import pytest
 
 from sparsejax.patterns import NMPattern, Unstructured
-from tests.recipes.test_dynamic import gradual_set, magnitude, mst, rigl, static
+from tests.recipes.test_dynamic import gradual_set, magnitude, mst, rigl, static_weights
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,16 @@ from tests.recipes.test_dynamic import gradual_set, magnitude, mst, rigl, static
         (rigl, {"update_fraction": 2.0}, r"fraction must be in \[0, 1\], got fraction=2.0"),
         (gradual_set, {"update_interval": 0}, "recipe.set: interval must be an int of at least 1"),
         (magnitude, {"start_fraction": 0.8}, "start_fraction must be .* below end_fraction, got"),
-        (static, {"sparsity": -0.1}, "recipe.static: initial_sparsity must be in .* got initial_s"),
-        (static, {"layer_density": "er"}, "recipe.static: method must be .* got method='er'"),
+        (
+            static_weights,
+            {"sparsity": -0.1},
+            "recipe.static_weights: initial_sparsity must be in .* got initial_sparsity=-0.1",
+        ),
+        (
+            static_weights,
+            {"layer_density": "er"},
+            "recipe.static_weights: method must be .* got method='er'",
+        ),
         (
             rigl.__wrapped__,
             {"patterns": {}},
@@ -48,7 +56,7 @@ from tests.recipes.test_dynamic import gradual_set, magnitude, mst, rigl, static
             r"where the sparsity changes while training, got \{'mlp/up': '2:4'\}",
         ),
         (
-            static.__wrapped__,
+            static_weights.__wrapped__,
             {"sparsity": 0.5, "patterns": {"a": NMPattern(), "b": Unstructured()}},
             "sparse_weights must be one n:m pattern, not transposable, or none of n:m, got",
         ),

@@ -30,11 +30,11 @@ from sparsejax.recipes import (
     Phase,
     Recipe,
     RigLConfig,
-    StaticConfig,
+    StaticWeightsConfig,
     StepAccount,
     get_weight_masks,
     make_rigl,
-    make_static,
+    make_static_weights,
 )
 from sparsejax.recipes.weight_masks import map_sparse_weights
 from sparsejax.report.metrics import read_metrics
@@ -111,7 +111,7 @@ def _assert_same(got, expected, **tolerance):
 def test_static_masks_are_dense_training_of_masked_weights():
     # Adam would make much of the rounding of gradients that are zero.
     optimizer = _optimizer(name="sgd", learning_rate=1.0)
-    recipe = make_static(StaticConfig(**_KNOWN))
+    recipe = make_static_weights(StaticWeightsConfig(**_KNOWN))
     state = _state(recipe, optimizer)
     assert set(get_weight_masks(state.sparsity.masks)) == set(_KNOWN["patterns"])
 
@@ -203,7 +203,7 @@ def test_moments_of_grown_weights_begin_at_zero_or_where_they_were():
 
 
 def test_flops_follow_the_masks():
-    phase = make_static(StaticConfig(**_KNOWN)).phases[0]
+    phase = make_static_weights(StaticWeightsConfig(**_KNOWN)).phases[0]
     model = dataclasses.replace(_MODEL, sparse_weights=((".*/.*", Unstructured()),))
     weights = {name: np.full(2, 0.5, np.float32) for name in sparse_weight_patterns(model)}
     density = Density(np.ones(2, np.float32), weights)

@@ -11,7 +11,7 @@ def block_density(mask: jax.Array, *, causal: bool = False) -> jax.Array:
 
     Args:
       mask: bool[..., I, J], True = kept.
-      causal: bool, whether only the lower triangle of blocks (I = J) is visible.
+      causal: whether only the lower triangle of blocks (I = J) is visible.
 
     Returns:
       f32[...], one density per leading index.

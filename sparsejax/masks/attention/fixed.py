@@ -21,10 +21,10 @@ def sliding_window(num_blocks: int, *, width: int, causal: bool = False) -> jax.
     kept[i, j] = |i - j| < width
 
     Args:
-      num_blocks: int, NB, blocks per side.
-      width: int, blocks from the diagonal to the edge of the window, the diagonal included: a
+      num_blocks: NB, blocks per side.
+      width: blocks from the diagonal to the edge of the window, the diagonal included: a
         query block sees `width` blocks if causal, `2 width - 1` otherwise.
-      causal: bool, whether blocks above the diagonal are dropped.
+      causal: whether blocks above the diagonal are dropped.
 
     Returns:
       bool[NB, NB], True = kept.
@@ -48,10 +48,10 @@ def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = F
     kept[i, j] = |i - j| < width or min(i, j) < num_global
 
     Args:
-      num_blocks: int, NB, blocks per side.
-      width: int, blocks from the diagonal to the edge of the window, the diagonal included.
-      num_global: int, leading blocks that see every block and are seen by every block.
-      causal: bool, whether blocks above the diagonal are dropped.
+      num_blocks: NB, blocks per side.
+      width: blocks from the diagonal to the edge of the window, the diagonal included.
+      num_global: leading blocks that see every block and are seen by every block.
+      causal: whether blocks above the diagonal are dropped.
 
     Returns:
       bool[NB, NB], True = kept.
@@ -86,15 +86,15 @@ def bigbird(
     """Keep a sliding window, global rows and columns, and random blocks in each row.
 
     The random blocks of a row are drawn uniformly, without repetition, from its visible blocks
-    outside the window and the globals; a row with fewer of them than asked for keeps all.
+    outside the window and the globals; a row that has too few keeps all of them.
 
     Args:
-      num_blocks: int, NB, blocks per side.
-      width: int, blocks from the diagonal to the edge of the window, the diagonal included.
-      num_global: int, leading blocks that see every block and are seen by every block.
-      num_random: int, random blocks per row of blocks.
+      num_blocks: NB, blocks per side.
+      width: blocks from the diagonal to the edge of the window, the diagonal included.
+      num_global: leading blocks that see every block and are seen by every block.
+      num_random: random blocks per row of blocks.
       key: PRNG key of the draw.
-      causal: bool, whether blocks above the diagonal are dropped.
+      causal: whether blocks above the diagonal are dropped.
 
     Returns:
       bool[NB, NB], True = kept.
@@ -126,9 +126,9 @@ def hybrid_mask(length: int, *, stride: int, causal: bool = True) -> jax.Array:
     This is the strided pattern of sparse transformers with both parts in every head.
 
     Args:
-      length: int, T, positions.
-      stride: int, l, positions from a query to the edge of its window, itself included.
-      causal: bool, whether positions after the query are dropped.
+      length: T, positions.
+      stride: l, positions from a query to the edge of its window, itself included.
+      causal: whether positions after the query are dropped.
 
     Returns:
       bool[T, T], True = kept.
@@ -158,14 +158,14 @@ def hybrid_mask(length: int, *, stride: int, causal: bool = True) -> jax.Array:
 def hybrid_blocks(num_blocks: int, *, block: int, stride: int, causal: bool = True) -> jax.Array:
     """Keep the blocks that hold anything `hybrid_mask` keeps.
 
-    A stride that is a multiple of the block keeps one diagonal of blocks in stride / block; any
-    other touches two where the mask has one diagonal of positions.
+    If the stride is a multiple of the block, one in stride / block diagonals of blocks is kept;
+    otherwise each diagonal of positions touches two diagonals of blocks.
 
     Args:
-      num_blocks: int, NB, blocks per side.
-      block: int, positions per block.
-      stride: int, as `hybrid_mask`, in positions.
-      causal: bool, as `hybrid_mask`.
+      num_blocks: NB, blocks per side.
+      block: positions per block.
+      stride: as `hybrid_mask`, in positions.
+      causal: as `hybrid_mask`.
 
     Returns:
       bool[NB, NB], True = kept.
@@ -174,7 +174,7 @@ def hybrid_blocks(num_blocks: int, *, block: int, stride: int, causal: bool = Tr
       ValueError: if `num_blocks`, `block` or `stride` is not positive.
 
     References:
-      As `hybrid_mask`; the cover by blocks is ours, and attends to more than MST does.
+      As `hybrid_mask`. The cover by blocks is ours and attends to more than MST does.
 
     Example:
       >>> hybrid_blocks(5, block=64, stride=128).astype(int)
@@ -207,9 +207,9 @@ def pattern_at_density(
     """Make the pattern of a family that keeps exactly the requested number of blocks.
 
     The count is round(density * visible blocks), so that patterns of different families can be
-    compared at equal cost. The rule is ours. Every pattern begins with the diagonal; what is
-    left of the count is divided among the family's parts, and each part takes its share of the
-    blocks not kept yet in its own order, last the window:
+    compared at equal cost. The rule is ours. Every pattern keeps the diagonal first. The rest of
+    the count is divided among the family's parts; each takes its share of the blocks not kept yet,
+    in its own order, the window last:
 
       sliding_window  all to the window
       longformer      half to globals, half to the window
@@ -220,9 +220,9 @@ def pattern_at_density(
 
     Args:
       name: "sliding_window", "longformer" or "bigbird".
-      num_blocks: int, NB, blocks per side.
-      density: float, fraction of the visible blocks to keep; at least the diagonal's share.
-      causal: bool, whether only the lower triangle of blocks is visible.
+      num_blocks: NB, blocks per side.
+      density: fraction of the visible blocks to keep; at least the diagonal's share.
+      causal: whether only the lower triangle of blocks is visible.
       key: PRNG key of the random blocks; the other families do not use it.
 
     Returns:

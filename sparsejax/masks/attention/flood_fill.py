@@ -1,4 +1,4 @@
-"""Block patterns by convolutional flood filling of attention maps (SPION).
+"""SPION: block patterns by convolutional flood filling of attention maps.
 
 An attention map becomes a block pattern in three steps, each usable on its own:
 
@@ -37,26 +37,25 @@ def spion_pattern(
 ) -> jax.Array:
     """Find the block-sparse attention pattern of each layer from its attention map.
 
-    The variants are those of the paper: `"cf"` is `pool_attention` followed by `flood_fill`,
-    `"f"` the same without the diagonal convolution, `"c"` is `pool_attention` followed by
-    `top_k_blocks`. The map is the softmax output averaged over batch and heads, so one
-    pattern serves all heads of a layer. The rules follow the released code of the paper.
+    The paper's variants: `"cf"` is `pool_attention` followed by `flood_fill`, `"f"` is the same
+    without the diagonal convolution, `"c"` is `pool_attention` followed by `top_k_blocks`. The map
+    is the softmax output averaged over batch and heads, so one pattern serves all heads of a layer.
+    The rules follow the paper's released code.
 
     The paper has no causal case. `causal=True` is our extension, see `flood_fill`: positions
     above the diagonal are ignored, and so are blocks above the diagonal.
 
-    A layer whose map holds a NaN keeps its diagonal blocks alone.
+    A layer whose map holds a NaN keeps only its diagonal blocks.
 
     Args:
       attention: floating[..., T, T], non-negative attention maps; leading axes are layers.
-      block_size: int, positions per block side; divides T.
-      quantile: float in (0, 1), the share of pooled values at or below the threshold of the
-        flood fill; variant `"c"` does not use it.
-      filter_size: int, odd, positions in the diagonal convolution; variant `"f"` does not
-        use it.
+      block_size: positions per block side; divides T.
+      quantile: share of pooled values at or below the threshold of the flood fill, in (0, 1);
+        variant `"c"` does not use it.
+      filter_size: positions in the diagonal convolution, odd; variant `"f"` does not use it.
       variant: "cf", "c" or "f".
-      density: float, fraction of blocks that variant `"c"` asks for; None otherwise.
-      causal: bool, whether queries see only themselves and earlier positions (ours).
+      density: fraction of blocks that variant `"c"` asks for; None otherwise.
+      causal: whether queries see only themselves and earlier positions (ours).
 
     Returns:
       bool[..., NB, NB], True = kept, with NB = T / block_size; the diagonal is always kept.
@@ -113,9 +112,9 @@ def pool_attention(
 
     Args:
       attention: floating[..., T, T], attention maps.
-      block_size: int, positions per block side; divides T.
-      filter_size: int, odd, terms of the diagonal sum; None leaves the convolution out.
-      causal: bool, whether positions above the diagonal count as zero (ours).
+      block_size: positions per block side; divides T.
+      filter_size: terms of the diagonal sum, odd; None leaves the convolution out.
+      causal: whether positions above the diagonal count as zero (ours).
 
     Returns:
       f32[..., NB, NB] with NB = T / block_size (f64 for an f64 map).
@@ -167,40 +166,39 @@ def pool_attention(
 
 @functools.partial(jax.jit, static_argnames=("quantile", "causal"))
 def flood_fill(pooled: jax.Array, *, quantile: float, causal: bool = False) -> jax.Array:
-    """Keep the blocks above a quantile that greedy walks from the border come across.
+    """Keep the blocks above a quantile that greedy walks from the border visit.
 
-    A walk starts at every block of the first row and of the first column. It moves to the
-    largest of the three neighbours below, right and below-right, blocks outside the grid counting
-    as zero, until it leaves the grid; below-right wins its ties, then right. The blocks it moves
-    to are kept if their value is strictly above the `quantile` of all values (interpolated
-    linearly); it walks on through the others. Its start is not tested. Diagonal blocks are
-    always kept.
+    A walk starts at every block of the first row and of the first column. It moves to the largest
+    of its three neighbours below, right and below-right until it leaves the grid; blocks outside
+    the grid count as zero, and ties go to below-right, then to right. A visited block is kept if
+    its value is strictly above the `quantile` of all values (interpolated linearly); the walk
+    continues either way. The first block of a walk is not tested. Diagonal blocks are always kept.
 
     Without causality at most ceil((1 - quantile) (NB^2 - 1)) + NB blocks are kept. The walks look
-    one block ahead and miss many: of the 41 blocks above the 0.96-quantile of a random 32 x 32
-    map they reach 25 on average. Where many values tie at the top the quantile can equal the
-    maximum, which leaves the diagonal.
+    one block ahead and miss many: of the 41 blocks above the 0.96-quantile of a random 32 x 32 map
+    they reach 25 on average. Where many values tie at the top, the quantile can equal the maximum,
+    and only the diagonal is kept.
 
-    The causal case is ours. Blocks above the diagonal are invisible: they count as zero, are
-    left out of the quantile (their zeros would make up half the values, so that a quantile of
-    0.96 would admit twice the share of visible blocks) and are never kept. A walk starts at the
-    first *visible* block of every row and column, hence in the first column and on the diagonal:
-    from the first row it would see only zeros and leave along the edge of the grid without
-    entering the triangle. Values of diagonal blocks average over their invisible half too.
+    The causal case is ours. Blocks above the diagonal are invisible: they count as zero, are never
+    kept, and are left out of the quantile, where their zeros would make up half the values and a
+    quantile of 0.96 would admit twice the share of visible blocks. A walk starts at the first
+    *visible* block of every row and column, hence in the first column and on the diagonal: from the
+    first row it would see only zeros and leave along the edge of the grid without entering the
+    triangle. Values of diagonal blocks average over their invisible half too.
 
     Args:
       pooled: floating[..., NB, NB], non-negative block values; leading axes are layers.
-      quantile: float in (0, 1), the share of values at or below the threshold.
-      causal: bool, whether only the lower triangle of blocks is visible (ours).
+      quantile: share of values at or below the threshold, in (0, 1).
+      causal: whether only the lower triangle of blocks is visible (ours).
 
     Returns:
-      bool[..., NB, NB], True = kept. A layer that holds a NaN keeps its diagonal alone.
+      bool[..., NB, NB], True = kept. A layer that holds a NaN keeps only its diagonal.
 
     Raises:
       ValueError: if the grid is not square and floating, or the quantile is not inside (0, 1).
 
     References:
-      arXiv:2309.12578; where the text leaves the walk open, its released code decides.
+      arXiv:2309.12578; where the text leaves the walk open we follow its released code.
 
     Example:
       >>> pooled = jnp.array([[0.0, 7, 0], [9, 0, 8], [1, 0, 0]])
@@ -230,11 +228,11 @@ def top_k_blocks(pooled: jax.Array, *, density: float, causal: bool = False) -> 
 
     Args:
       pooled: floating[..., NB, NB], block values; leading axes are layers.
-      density: float, fraction of the visible blocks to keep; at least the diagonal's share.
-      causal: bool, whether only the lower triangle of blocks is visible (ours).
+      density: fraction of the visible blocks to keep; at least the diagonal's share.
+      causal: whether only the lower triangle of blocks is visible (ours).
 
     Returns:
-      bool[..., NB, NB], True = kept. A layer that holds a NaN keeps its diagonal alone.
+      bool[..., NB, NB], True = kept. A layer that holds a NaN keeps only its diagonal.
 
     Raises:
       ValueError: if the grid is not square and floating, or the density is above 1 or less
@@ -269,8 +267,8 @@ def top_k_blocks(pooled: jax.Array, *, density: float, causal: bool = False) -> 
 def _walk(pooled: jax.Array, *, starts: np.ndarray) -> jax.Array:
     """Return the blocks that the walks from `starts` move to.
 
-    The next block depends on the present one alone, so walks that meet stay together and the
-    set of present blocks says all. At most 2 (NB - 1) moves stay within the grid.
+    The next block depends only on the present one, so walks that meet stay together, and the set
+    of present blocks is enough. At most 2 (NB - 1) moves stay within the grid.
     """
     num_blocks = pooled.shape[-1]
     bordered = _pad_last_two(pooled, (0, 1), (0, 1))

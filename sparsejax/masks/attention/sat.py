@@ -1,4 +1,4 @@
-"""Block patterns from a learned low-rank model of the attention map, and when maps are ripe (SAT).
+"""SAT: block patterns from a learned low-rank model of the attention map, and the switch test.
 
 `NB` is the number of blocks per side; leading axes (layers) are independent.
 """
@@ -12,19 +12,19 @@ import jax.numpy as jnp
 
 @functools.partial(jax.jit, static_argnames=("density", "causal"))
 def sat_pattern(w_pattern: jax.Array, *, density: float, causal: bool = False) -> jax.Array:
-    """Keep the blocks that the learned model of a layer's attention map holds to be largest.
+    """Keep the largest blocks of the learned model of each layer's attention map.
 
     R = W W^T,  kept: the k = floor(density * visible) largest entries of R
 
-    Visible are NB^2 blocks, or the NB (NB + 1) / 2 on and below the diagonal if causal (ours).
-    R is positive semidefinite, |R_ij|^2 <= R_ii R_jj, so diagonal blocks tend to come first; but
-    none is forced, and a row of blocks may stay empty. R is symmetric, and so is the pattern, but
-    for the last block where k cuts a pair.
+    NB^2 blocks are visible, or the NB (NB + 1) / 2 on and below the diagonal if causal (ours). R is
+    positive semidefinite, |R_ij|^2 <= R_ii R_jj, so diagonal blocks tend to come first; but none is
+    forced, and a row of blocks may stay empty. R is symmetric, and so is the pattern, except for
+    the last block where k splits a pair.
 
     Args:
       w_pattern: floating[..., NB, D], one vector per block of positions.
-      density: float in (0, 1], fraction of the visible blocks to keep.
-      causal: bool, whether only the lower triangle of blocks is visible (ours).
+      density: fraction of the visible blocks to keep, in (0, 1].
+      causal: whether only the lower triangle of blocks is visible (ours).
 
     Returns:
       bool[..., NB, NB], True = kept; exactly k blocks. Ties go to the earlier block in row order.
@@ -64,17 +64,9 @@ def sat_pattern(w_pattern: jax.Array, *, density: float, causal: bool = False) -
 
 
 def count_kept_blocks(num_blocks: int, *, density: float, causal: bool = False) -> int:
-    """Return how many blocks `sat_pattern` keeps of a layer.
+    """Return how many blocks `sat_pattern` keeps in each layer, at least 1.
 
     k = floor(density * visible)
-
-    Args:
-      num_blocks: int, NB.
-      density: float in (0, 1].
-      causal: bool.
-
-    Returns:
-      int, at least 1.
 
     Raises:
       ValueError: if the density is not in (0, 1] or keeps no block.
@@ -144,7 +136,7 @@ def map_skewness(attention: jax.Array) -> jax.Array:
 
 
 def map_distance(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Return the Frobenius distance of two attention maps.
+    """Return the Frobenius distance between two attention maps.
 
     ||new - old||_F
 

@@ -1,1 +1,1 @@
-"""Masks of weights, and the schedules that they follow."""
+"""Masks of weights, and their schedules."""

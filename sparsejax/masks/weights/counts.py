@@ -1,7 +1,7 @@
 """How many entries a mask keeps, drops and grows, in exact integers.
 
-f32 holds integers to 2^24 only and the head of GPT-2 has 38.6 million weights, so products of a
-count and a fraction are taken in integers, the fraction as a multiple of 2^-31.
+f32 holds integers up to 2^24 only, and the head of GPT-2 has 38.6 million weights. So the product
+of a count and a fraction is computed in integers, with the fraction as a multiple of 2^-31.
 """
 
 import jax
@@ -15,12 +15,12 @@ def count_kept(size: int, density: jax.typing.ArrayLike) -> jax.Array:
 
     kept = ceil(density size)
 
-    An excess over a whole number of less than 2^-20 of that number, at most half an entry, is
-    taken for the rounding of the density to f32 and not rounded up: 0.1 of 1000 are 100, though
-    0.1 as f32 is more than a tenth. A positive density keeps at least one entry.
+    A product that exceeds a whole number by less than 2^-20 of it, and by at most half an entry, is
+    not rounded up, since the excess may come from rounding the density to f32: 0.1 of 1000 is 100,
+    although 0.1 as f32 is more than a tenth. A positive density keeps at least one entry.
 
     Args:
-      size: int, entries of a layer, 1 to 2^31 - 1.
+      size: entries of a layer, 1 to 2^31 - 1.
       density: f32[...], fraction kept; below 0 it counts as 0, above 1 as 1.
 
     Returns:
@@ -30,8 +30,8 @@ def count_kept(size: int, density: jax.typing.ArrayLike) -> jax.Array:
       ValueError: if `size` is out of range.
 
     Numerics:
-      Integers; equal densities give equal counts on every device, and larger ones no smaller
-      counts.
+      Integers: equal densities give equal counts on every device, and the count never falls as
+      the density rises.
 
     Example:
       >>> count_kept(50304 * 768, jnp.array([0.0, 0.082, 1.0]))
@@ -50,22 +50,22 @@ def update_counts(
     density: jax.typing.ArrayLike,
     update_fraction: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return how many entries an update of the topology drops and grows.
+    """Return how many entries an update of a mask drops and grows.
 
     delta    = kept - count_kept(size, density)
     num_drop = max(floor(update_fraction kept), delta)
     num_grow = num_drop - delta
 
-    Afterwards the layer keeps exactly count_kept(size, density), whatever it kept before. Fewer
-    are dropped than grown where the density rises. Both are feasible: 0 <= num_drop <= kept, and
-    num_grow <= size - kept + num_drop, the dropped ones being candidates again.
+    Afterwards the layer keeps exactly count_kept(size, density), whatever it kept before; if the
+    density rises, it grows more than it drops. Both counts are feasible: 0 <= num_drop <= kept, and
+    num_grow <= size - kept + num_drop, since dropped entries may grow again.
 
     MST's delta is floor((target sparsity - sparsity) size), the same in exact arithmetic. The floor
-    of a product forgives what the ceiling in `count_kept` does.
+    tolerates the same rounding as the ceiling in `count_kept`.
 
     Args:
       kept: i32[...], entries that the mask keeps now, between 0 and `size`.
-      size: int, entries of a layer, 1 to 2^31 - 1.
+      size: entries of a layer, 1 to 2^31 - 1.
       density: f32[...], fraction kept afterwards; below 0 it counts as 0, above 1 as 1.
       update_fraction: f32[...], zeta, fraction of the kept entries to replace; as `density`.
 

@@ -1,4 +1,4 @@
-"""Decay of the weights that a mask prunes."""
+"""The decay of pruned weights."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ from sparsejax.types import PyTree
 
 
 def masked_decay(w: PyTree, mask: PyTree, rate: jax.typing.ArrayLike) -> PyTree:
-    """Return the pull of pruned weights towards zero, to be added to a gradient.
+    """Return the decay of pruned weights, a pull towards zero to add to a gradient.
 
     d = rate (1 - mask) w
 
-    FST adds it after the gradient was clipped and before the optimizer: through Adam's division
-    its strength follows the size of the gradient, while a decay of the weights themselves, as in
-    SR-STE, does not. d is exactly zero where the mask keeps, whatever w holds there.
+    FST adds it after clipping and before the optimizer. Adam divides it like the gradient, so its
+    strength follows the size of the gradient; the decay of SR-STE acts on the weights, and its
+    strength does not. d is exactly zero where the mask keeps, whatever w holds there.
 
     Args:
       w: floating[...], or a pytree of them.

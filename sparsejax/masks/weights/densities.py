@@ -1,4 +1,4 @@
-"""How a density of all sparse weights is shared out among layers."""
+"""How a density of all sparse weights is divided among layers."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-type DensityMethod = Literal["erdos_renyi", "erk", "uniform"]
-"""How `layer_densities` shares a density out."""
+type DensityMethod = Literal["erdos_renyi", "uniform"]
+"""How `layer_densities` divides a density."""
 
 
 def layer_densities(
@@ -18,21 +18,20 @@ def layer_densities(
     density: float,
     method: DensityMethod = "erdos_renyi",
 ) -> dict[str, float]:
-    """Return the density of every layer, such that all together have the one asked for.
+    """Return a density for every layer so that all together have the one asked for.
 
     erdos_renyi: density_l = min(1, eps (K_l + N_l) / (K_l N_l)),
                  eps such that sum_l density_l n_l = density sum_l n_l
     uniform:     density_l = density
 
-    Small layers are denser. Those that eps would make denser than 1 become dense, and eps is solved
-    for the rest. Erdos-Renyi-kernel, "erk", has the sum of all axes of a convolution for K + N; for
-    matrices it is the same, and convolutions are refused.
+    Small layers are denser. Layers that eps would make denser than 1 become dense, and eps is
+    solved for the others. For matrices this equals the Erdos-Renyi-kernel rule of RigL.
 
     Args:
       shapes: layer name -> (..., K, N), shape of its weight; leading axes are stacked layers of
         one density.
-      density: float in (0, 1], fraction of all these weights that is kept.
-      method: "erdos_renyi", "erk" or "uniform".
+      density: fraction of all these weights that is kept, in (0, 1].
+      method: "erdos_renyi" or "uniform".
 
     Returns:
       dict, layer name -> float in (0, 1].
@@ -65,9 +64,8 @@ def layer_densities_at(
     """Return the density of every layer for an overall density that is an array.
 
     density_l(density) is piecewise linear: its slope changes where a layer becomes dense. These
-    points, one for each distinct shape, are computed while tracing, and the array is interpolated
-    between them. That serves any schedule, also one that is not known in advance, and stays as
-    small as the model has shapes; a table over the updates of a run would do neither.
+    points, one per distinct shape, are computed while tracing, and the density is interpolated
+    between them. This serves any schedule, even one not known in advance.
 
     Args:
       density: f32[...], fraction of all these weights that is kept; below 0 it counts as 0, above
@@ -104,14 +102,11 @@ def _make_curves(
     """Return overall densities from 0 to 1, and the density of every layer at each of them."""
     if not shapes:
         raise ValueError("shapes must hold at least one layer")
-    if method not in ("erdos_renyi", "erk", "uniform"):
-        known = "'erdos_renyi', 'erk' or 'uniform'"
-        raise ValueError(f"method must be {known}, got method={method!r}")
+    if method not in ("erdos_renyi", "uniform"):
+        raise ValueError(f"method must be 'erdos_renyi' or 'uniform', got method={method!r}")
     for name, shape in shapes.items():
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"a shape must be (..., K, N), all positive, got {name!r}: {shape}")
-        if method == "erk" and len(shape) > 3:
-            raise ValueError(f"'erk' takes matrices and stacks of them, got {name!r}: {shape}")
 
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if method == "uniform":

@@ -1,4 +1,4 @@
-"""How much masks of weights change, and how much of the weights they keep."""
+"""How much the masks of weights change, and how much magnitude they keep."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def flip_rate(old: jax.Array, new: jax.Array) -> jax.Array:
         differ.
 
     Numerics:
-      Counts are exact integers; one rounding follows.
+      Counts are exact integers; the quotient is rounded once.
 
     References:
       Hu et al., FST, arXiv:2404.01847, definition of the flip rate.

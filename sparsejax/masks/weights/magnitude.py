@@ -12,14 +12,14 @@ def magnitude_nm_mask(w: jax.Array, *, n: int = 2, m: int = 4, axis: int) -> jax
 
     mask_i = #{j in the group of i : |w_j| > |w_i|, or |w_j| = |w_i| and j < i} < n
 
-    Of equal magnitudes the earlier is kept. NaN counts as infinite, so that it shows in the
-    product instead of being masked away.
+    Ties keep the earlier entry. NaN counts as infinite, so that it shows in the product instead of
+    being masked away.
 
     Args:
       w: floating[...], the axis in groups of m consecutive entries; other axes are independent.
-      n: int, 1 <= n <= m, entries kept of each group.
-      m: int, entries of a group; divides the axis.
-      axis: int, the axis along which groups lie; -2 contracts in x w with stacked w[L, K, N].
+      n: entries kept of each group, 1 <= n <= m.
+      m: entries of a group; divides the axis.
+      axis: the axis along which groups lie; -2 contracts in x w with stacked w[L, K, N].
 
     Returns:
       bool, shape of w, True = kept; exactly n in every group.
@@ -45,11 +45,10 @@ def magnitude_nm_mask(w: jax.Array, *, n: int = 2, m: int = 4, axis: int) -> jax
 
 
 def rank_along(x: jax.Array, axis: int) -> jax.Array:
-    """Return how many entries along a short axis come before each, largest first.
+    """Return the rank of each entry along a short axis: 0 for the largest.
 
     Args:
       x: number[...], without NaN; of equal entries the earlier comes first.
-      axis: int.
 
     Returns:
       i32, shape of x.
@@ -71,8 +70,8 @@ def split_groups(w: jax.Array, *, m: int, axis: int) -> tuple[jax.Array, int]:
 
     Args:
       w: array.
-      m: int, entries of a group; divides the axis.
-      axis: int, the axis along which groups lie.
+      m: entries of a group; divides the axis.
+      axis: the axis along which groups lie.
 
     Returns:
       The array with `axis` split into groups and entries, and the index of the entries' axis.

@@ -1,7 +1,8 @@
-"""Drop and grow under an n:m pattern: every group of m weights keeps n, whatever changes.
+"""Drop and grow under an n:m pattern: every group of m weights always keeps n.
 
-This is ours: dynamic sparse training chooses weights of a whole layer, n:m chooses within every
-group. Here weights are dropped as in any layer, and each group grows as many as it lost.
+This is ours. Published methods choose among the weights of a whole layer, and an n:m pattern
+chooses within each group. Here weights are dropped as in any layer, and each group grows as many
+as it lost.
 
 Legend: K rows and N columns of a weight, G = K / m groups, m entries of a group.
 """
@@ -29,7 +30,7 @@ def drop_and_grow_nm(
     mix: int = 3,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Drop the smallest weights of an n:m mask, and grow as many in the groups that lost them.
+    """Drop the smallest weights of an n:m mask and grow as many in the groups that lost them.
 
     kept  = the (|mask| - num_drop) largest |weight| of the mask
     grown = in every group, as many as it lacks of n, just-dropped entries included:
@@ -39,14 +40,14 @@ def drop_and_grow_nm(
 
     Args:
       mask: bool[K, N], True = kept, n of every m consecutive along K; one layer.
-      n: int, weights kept of a group.
-      m: int, weights of a group; divides K.
+      n: weights kept of a group.
+      m: weights of a group; divides K.
       weight: floating[K, N]; read where the mask keeps.
       grad: floating[K, N], gradient of the dense weight; not read by "random".
       num_drop: integer[], entries to replace; a traced value does not recompile. Clamped to what
         the mask holds.
       growth: "gradient", "random" or "mixed".
-      mix: int, entries grown by gradient for each grown at random, of "mixed" only.
+      mix: entries grown by gradient for each grown at random, of "mixed" only.
       key: PRNG key of "random" and "mixed".
 
     Returns:

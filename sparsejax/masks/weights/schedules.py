@@ -1,9 +1,9 @@
-"""When the topology of a run changes, how dense it is then, and how much of it is replaced.
+"""Schedules of masks: when they are updated, how dense they are, how much of them is replaced.
 
-Schedules are frozen values that are checked when they are made, and functions of a traced step. A
-step may be an array; steps count from 0, and a stretch of steps is half open: [start, end).
+A schedule is a frozen dataclass, checked when it is made, with functions of a traced step. A step
+may be an array; steps count from 0, and a stretch of steps is half open: [start, end).
 
-The density of an update is that of its step. Between updates a mask keeps what it has.
+An update takes the density of its own step. Between updates a mask does not change.
 """
 
 import dataclasses
@@ -17,20 +17,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """A stretch of steps in which the density moves from where it is to another value.
+    """A stretch of steps in which the density moves from its present value to another.
 
     x = (step - start_step) / (end_step - start_step), with stairs floor(x stairs) / stairs
     linear: density = d0 + (d1 - d0) x
     cubic:  density = d1 + (d0 - d1) (1 - x)^3, fast at first, as gradual magnitude pruning
 
-    Stairs are of equal length; the first jump is after one of them, the last at the end.
+    Stairs are equally long; the first jump is at the end of the first stair, the last at the end of
+    the ramp.
 
     Attributes:
-      start_step: int, first step.
-      end_step: int, from this step on the density is 1 - sparsity.
-      sparsity: float in [0, 1), fraction removed at the end; 1 - d1.
+      start_step: first step.
+      end_step: from this step on the density is 1 - sparsity.
+      sparsity: fraction removed at the end, in [0, 1); 1 - d1.
       shape: "linear" or "cubic".
-      stairs: int or None, jumps of a staircase; None moves at every step.
+      stairs: jumps of a staircase; None moves at every step.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -63,7 +64,7 @@ class Ramp:
 
         Args:
           step: i32[...], at least `start_step`.
-          start_density: float, d0.
+          start_density: d0, the density before the ramp.
 
         Returns:
           f32[...]; exactly 1 - sparsity from the end on.
@@ -78,7 +79,7 @@ class Ramp:
         if self.stairs is None:
             x = (step - self.start_step).astype(jnp.float32) / num_steps
             return jnp.where(step < self.end_step, interpolate(x), end_density)
-        # Where stairs begin is decided by integers, and their levels are those of f64.
+        # Stairs begin at integer steps, and their levels are computed in f64.
         index = np.arange(self.stairs + 1)
         begins = [
             self.start_step - (-num_steps * stair // self.stairs)
@@ -94,14 +95,14 @@ class Ramp:
 class SparsitySchedule:
     """The sparsity of all sparse weights together, over a run.
 
-    It starts at `initial_sparsity`, moves in each ramp and rests between them. No ramps: a
-    constant, as SET and RigL have it. One cubic ramp: gradual magnitude pruning. Warm-up and
-    restoration: the sparsity variation of MST, see `mst_schedules`.
+    It starts at `initial_sparsity`, moves during each ramp and holds between them. SET and RigL
+    have no ramps; gradual magnitude pruning has one cubic ramp; MST has a warm-up and a
+    restoration, see `mst_schedules`.
 
     Attributes:
-      num_steps: int, steps of the run.
-      initial_sparsity: float in [0, 1), fraction removed at step 0.
-      ramps: tuple of Ramp, in order and without overlap.
+      num_steps: steps of the run.
+      initial_sparsity: fraction removed at step 0, in [0, 1).
+      ramps: in order and without overlap.
 
     Raises:
       ValueError: if a setting is out of range, or ramps overlap or reach beyond the run.
@@ -132,7 +133,7 @@ class SparsitySchedule:
           step: i32[...].
 
         Returns:
-          f32[...].
+          f32[...], like the step.
         """
         step, level = jnp.asarray(step), 1 - self.initial_sparsity
         density = jnp.full(step.shape, level, jnp.float32)
@@ -144,15 +145,15 @@ class SparsitySchedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnnealingPhase:
-    """A stretch of steps with its own cosine of the update fraction.
+    """A stretch of steps in which the update fraction follows one cosine.
 
     zeta(t) = fraction / 2 (1 + cos(pi coefficient (t - start_step) / (end_step - start_step)))
 
     Attributes:
-      start_step: int, first step.
-      end_step: int, first step after the phase.
-      fraction: float in [0, 1], zeta at the start.
-      coefficient: float, at least 0: 1 ends at zero, 0 is constant, above 1 zeta rises again.
+      start_step: first step.
+      end_step: first step after the phase.
+      fraction: zeta at the start, in [0, 1].
+      coefficient: at least 0: 1 ends at zero, 0 is constant, above 1 zeta rises again.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -178,9 +179,8 @@ class CosineAnnealing:
     """The fraction of kept weights that an update replaces, annealed phase by phase.
 
     Attributes:
-      num_steps: int, steps of the run.
-      phases: tuple of AnnealingPhase, in order and without overlap; outside of them nothing is
-        replaced.
+      num_steps: steps of the run.
+      phases: in order and without overlap; outside of them nothing is replaced.
 
     Raises:
       ValueError: if `num_steps` is not positive, or phases overlap or reach beyond the run.
@@ -210,7 +210,7 @@ class CosineAnnealing:
           step: i32[...].
 
         Returns:
-          f32[...] in [0, 1].
+          f32[...] in [0, 1], like the step.
         """
         step = jnp.asarray(step)
         fraction = jnp.zeros(step.shape, jnp.float32)
@@ -225,13 +225,13 @@ class CosineAnnealing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateSteps:
-    """The steps at which the topology is updated: multiples of an interval within a stretch.
+    """The steps that update masks: multiples of an interval within a stretch.
 
     Attributes:
-      interval: int, dT, steps from one update to the next.
-      end_step: int, T_end, no update from this step on.
-      start_step: int, no update before this step. The default leaves step 0 out, when a mask has
-        just been made.
+      interval: dT, steps from one update to the next.
+      end_step: T_end, no update from this step on.
+      start_step: no update before this step. The default skips step 0, when masks have just been
+        made.
 
     Raises:
       ValueError: if a setting is out of range, or no update is left.
@@ -260,13 +260,13 @@ class UpdateSteps:
         return (self.end_step - 1) // self.interval * self.interval
 
     def due(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Return whether a step updates the topology.
+        """Return whether a step updates masks.
 
         Args:
           step: i32[...].
 
         Returns:
-          bool[...].
+          bool[...], like the step.
         """
         step = jnp.asarray(step)
         inside = (self.start_step <= step) & (step < self.end_step)

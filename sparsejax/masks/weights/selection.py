@@ -1,6 +1,6 @@
 """Masks with an exact number of entries: the largest ones, or random ones.
 
-The number is an array: it changes without recompiling, and shapes do not depend on it.
+The number is an array, so it changes without recompiling.
 """
 
 import functools
@@ -17,23 +17,24 @@ MAX_ENTRIES = 2**31 - 1
 def magnitude_mask(
     w: jax.Array, num_kept: jax.typing.ArrayLike, *, among: jax.Array | None = None
 ) -> jax.Array:
-    """Keep exactly so many entries, those of largest magnitude.
+    """Keep exactly `num_kept` entries, those of largest magnitude.
 
     mask_i = #{j : |w_j| > |w_i|, or |w_j| = |w_i| and j < i} < num_kept
 
-    Of equal magnitudes the earlier in row order is kept. NaN counts as infinite, so that it shows
-    in the product instead of being masked away.
+    Ties keep the earlier entry in row order. NaN counts as infinite, so that it shows in the
+    product instead of being masked away.
 
-    No sort: non-negative floats are ordered as their bits are, so the smallest magnitude kept is
-    found two bits at a time, by counting what reaches each of three thresholds. That is 16 passes
-    over memory for 32-bit types, 8 for 16-bit ones; a tie at the threshold is broken by a second
-    search, over positions, of at most 16 passes more. A sharded array exchanges counts only. On 2
-    CPU cores in use 38.6 million f32 took 0.8 s, `lax.top_k` or `lax.sort` with positions 21 s.
+    Nothing is sorted. Non-negative floats are ordered like their bits, so the smallest magnitude
+    kept is found two bits at a time, by counting the entries that reach each of three thresholds.
+    That takes 16 passes over memory for 32-bit types and 8 for 16-bit ones; a second search, over
+    positions, breaks ties at the threshold in at most 16 more. A sharded array exchanges counts
+    only. On 2 busy CPU cores 38.6 million f32 took 0.8 s; `lax.top_k`, or `lax.sort` with
+    positions, took 21 s.
 
     Args:
       w: floating[...], one layer; map over layers with `jax.vmap`.
-      num_kept: integer[], a traced value does not recompile; below 0 it counts as 0, above the
-        number of candidates as that.
+      num_kept: integer[], clamped to 0 and the number of candidates; a traced value does not
+        recompile.
       among: bool[...], shape of w, candidates; None = everything.
 
     Returns:
@@ -44,7 +45,7 @@ def magnitude_mask(
         integer scalar, or `among` is not boolean or not shaped like w.
 
     Numerics:
-      Compares bits, subnormal numbers too: the choice is the same on every device, jitted and
+      Compares bits, of subnormal numbers too: the choice is the same on every device, jitted or
       mapped.
 
     Example:
@@ -70,16 +71,16 @@ def random_mask(
     *,
     among: jax.Array | None = None,
 ) -> jax.Array:
-    """Keep exactly so many entries, drawn uniformly without repetition.
+    """Keep exactly `num_kept` entries, drawn uniformly without repetition.
 
-    Every entry draws 31 random bits, and the largest draws are kept as by `magnitude_mask`. Equal
-    draws favour the earlier entry: the chances of two entries differ by less than 2^-31.
+    Every entry draws 31 random bits, and the largest draws are kept, as in `magnitude_mask`. Ties
+    favour the earlier entry: the chances of two entries differ by less than 2^-31.
 
     Args:
       key: PRNG key; equal keys give equal masks, and larger counts contain smaller ones.
-      shape: tuple of int, one layer; map over layers with `jax.vmap` and one key each.
-      num_kept: integer[], a traced value does not recompile; below 0 it counts as 0, above the
-        number of candidates as that.
+      shape: one layer; map over layers with `jax.vmap` and one key each.
+      num_kept: integer[], clamped to 0 and the number of candidates; a traced value does not
+        recompile.
       among: bool[shape], candidates; None = everything.
 
     Returns:
@@ -100,11 +101,11 @@ def check_count(name: str, count: jax.typing.ArrayLike) -> jax.Array:
     """Return a count of one layer as i32[].
 
     Args:
-      name: str, what the message calls it.
+      name: what the message calls it.
       count: integer[].
 
     Returns:
-      i32[].
+      i32[], the count.
 
     Raises:
       ValueError: if the count is not an integer scalar.
@@ -119,9 +120,9 @@ def check_count(name: str, count: jax.typing.ArrayLike) -> jax.Array:
 
 
 def count_true(*masks: jax.Array) -> tuple[jax.Array, ...]:
-    """Count what is kept by masks of one shape, in one pass over memory.
+    """Count the kept entries of masks of one shape, in one pass over memory.
 
-    On a CPU, XLA vectorises a reduction of two or more masks and not that of one.
+    On a CPU, XLA vectorises the reduction of two or more masks but not of one.
 
     Args:
       *masks: bool[...], at most 2^31 - 1 entries each.
@@ -147,7 +148,7 @@ def count_true(*masks: jax.Array) -> tuple[jax.Array, ...]:
 def _keep_largest(
     order: jax.Array, num_kept: jax.typing.ArrayLike, among: jax.Array | None
 ) -> jax.Array:
-    """Keep the largest of unsigned integers whose highest bit is not set."""
+    """Keep the largest of unsigned integers whose highest bits are 0."""
     if order.size > MAX_ENTRIES:
         raise ValueError(f"a layer must have at most {MAX_ENTRIES} entries, got {order.size}")
     num_kept, num_candidates = check_count("num_kept", num_kept), order.size
@@ -190,7 +191,7 @@ def _find_largest(
     start: jax.Array,
     num_digits: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """Return the largest x of so many digits to base 4 for which the count of a selection holds.
+    """Return the largest x of `num_digits` base-4 digits for which the count of a selection holds.
 
     It must hold for 0 and, where it fails, for nothing larger.
     """

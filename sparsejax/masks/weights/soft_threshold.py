@@ -1,7 +1,7 @@
 """2:4 sparsity as a continuous function of the weights (S-STE).
 
-The two largest magnitudes of each group of four are shrunk by the third largest, the other two
-become zero. Where the order changes, what changes places is zero: no jump, unlike a mask.
+The two largest magnitudes of each group of four are shrunk by the third largest; the other two
+become zero. Values swap order only at zero, so the function has no jump, unlike a mask.
 """
 
 import functools
@@ -22,8 +22,7 @@ def soft_threshold(w: jax.Array, *, axis: int) -> jax.Array:
 
     Args:
       w: floating[...], the axis in groups of four consecutive entries.
-      axis: int, the axis along which groups lie, the contracted one; -2 in x w with stacked
-        w[L, K, N].
+      axis: the contracted axis, along which groups lie; -2 in x w with stacked w[L, K, N].
 
     Returns:
       Like w; at most two of each group are not zero.
@@ -51,12 +50,12 @@ def soft_threshold_mask(w: jax.Array, *, axis: int) -> jax.Array:
 
     mask_i = |w_i| > t,  t = second-smallest magnitude in the group of i
 
-    Where magnitudes tie at t fewer than two of four are kept, none if all four are equal: those
-    values are zero either way. `magnitude_nm_mask` keeps these entries and fills up to two.
+    Where magnitudes tie at t, fewer than two of four are kept, and none if all four are equal: the
+    values are zero either way. `magnitude_nm_mask` keeps the same entries and fills up to two.
 
     Args:
       w: floating[...], the axis in groups of four consecutive entries.
-      axis: int, the axis along which groups lie.
+      axis: the axis along which groups lie.
 
     Returns:
       bool, shape of w, True = kept; at most two of each group, none of a group with a NaN.
@@ -73,16 +72,16 @@ def soft_threshold_mask(w: jax.Array, *, axis: int) -> jax.Array:
 
 
 def soft_threshold_scale(w: jax.Array, *, axis: int) -> jax.Array:
-    """Return the factor that makes up for the shrinking, one per matrix.
+    """Return the factor that undoes the shrinking on average, one per matrix.
 
     beta = <w, S(w)> / <S(w), S(w)>, the minimum of |w - beta S(w)|^2
 
-    To be computed once, from the initial weights, and then frozen: computed anew it grows during
-    training. For Gaussian weights of any size it is 1.4837.
+    Compute it once, from the initial weights, and keep it: recomputed, it grows during training.
+    For Gaussian weights of any scale it is 1.4837.
 
     Args:
       w: floating[..., K, N]; leading axes are layers.
-      axis: int, the axis along which groups of four lie.
+      axis: the axis along which groups of four lie.
 
     Returns:
       f32[...] (f64 for f64), one factor per leading index; 1 where S(w) is zero throughout.
@@ -109,7 +108,7 @@ def soft_threshold_scale(w: jax.Array, *, axis: int) -> jax.Array:
 
 
 def soft_threshold_ste(w: jax.Array, beta: jax.typing.ArrayLike, *, axis: int) -> jax.Array:
-    """Shrink and rescale weights, with the gradient passed straight through.
+    """Shrink and rescale weights; pass the gradient straight through.
 
     y = beta S(w),  dw = dy,  dbeta = 0
 
@@ -117,8 +116,8 @@ def soft_threshold_ste(w: jax.Array, beta: jax.typing.ArrayLike, *, axis: int) -
 
     Args:
       w: floating[..., K, N]; leading axes are layers.
-      beta: floating[] or floating[...], what `soft_threshold_scale` returned at the beginning.
-      axis: int, the axis along which groups of four lie.
+      beta: floating[] or floating[...], `soft_threshold_scale` of the initial weights.
+      axis: the axis along which groups of four lie.
 
     Returns:
       Like w.

@@ -1,10 +1,10 @@
-"""Dynamic sparse training: which entries are dropped and grown, and what becomes of their values.
+"""Drop and grow entries of a mask, and update weights and moments to match.
 
 One function drops and grows for all methods: SET grows at random, RigL by the gradient, MST mixes
-both; a static mask drops and grows nothing, and gradual magnitude pruning only drops.
+both.
 
-A layer is one array: stacked layers are mapped over with `jax.vmap`, each with its own counts and
-key. Blocks are entries of a smaller array, with `block_scores` for weights and gradients.
+An array is one layer: map over stacked layers with `jax.vmap`, each with its own counts and key. A
+mask of blocks has one entry per block and takes the `block_scores` of weights and gradients.
 
 Legend: K rows and N columns of a weight, I x J blocks.
 """
@@ -34,29 +34,28 @@ def drop_and_grow(
     mix: int = 3,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Drop the smallest weights of a mask, and grow as many entries as asked for.
+    """Drop the smallest weights of a mask and grow other entries.
 
     kept  = the (|mask| - num_drop) largest |weight| of the mask
     grown = num_grow of what is not kept, just-dropped entries included:
       gradient  the largest |grad|
       random    uniformly at random
-      mixed     floor(num_grow mix / (mix + 1)) by |grad|, of the others the rest at random
+      mixed     floor(num_grow mix / (mix + 1)) by |grad|, then the rest at random
 
-    Counts are exact whatever ties there are; of equal magnitudes the earlier in row order is kept
-    or grown. NaN counts as infinite: such a weight is not dropped, such a gradient grows.
+    Counts are exact even with ties, which keep or grow the earlier entry in row order. NaN counts
+    as infinite: a NaN weight is not dropped, and an entry with a NaN gradient grows.
 
-    Thresholds are found by bisection on the bits of magnitudes and not by sorting, see
-    `magnitude_mask`.
+    Nothing is sorted, see `magnitude_mask`.
 
     Args:
       mask: bool[...], True = kept, one layer.
       weight: floating[...], shape of the mask; read where the mask keeps.
       grad: floating[...], shape of the mask, gradient of the dense weight; not read by "random".
-      num_drop: integer[], entries to drop; a traced value does not recompile. Clamped to what the
-        mask holds.
-      num_grow: integer[], entries to grow, likewise. Clamped to what is not kept.
+      num_drop: integer[], entries to drop, clamped to what the mask keeps; a traced value does not
+        recompile.
+      num_grow: integer[], entries to grow, clamped to what is not kept; likewise.
       growth: "gradient" (RigL), "random" (SET) or "mixed" (MST).
-      mix: int, entries grown by gradient for each grown at random, of "mixed" only.
+      mix: entries grown by gradient for each grown at random, of "mixed" only.
       key: PRNG key of "random" and "mixed".
 
     Returns:
@@ -69,7 +68,7 @@ def drop_and_grow(
 
     References:
       Mocanu et al., SET, arXiv:1707.04780; Evci et al., RigL, arXiv:1911.11134; Hu, Li, Huang, MST,
-      arXiv:2408.11746, whose released code draws on every device anew; here one key decides.
+      arXiv:2408.11746, whose released code draws differently on every device; here one key decides.
 
     Example:
       >>> mask, weight = jnp.array([True, True, False, False]), jnp.array([3.0, -1, 0, 0])
@@ -104,11 +103,11 @@ def drop_and_grow(
 
 
 def apply_topology(weight: PyTree, old_mask: PyTree, new_mask: PyTree) -> PyTree:
-    """Return the weights of a new mask: those kept all along, and zeros.
+    """Return the weights under a new mask: those that both masks keep, and zeros.
 
     w' = w where old_mask and new_mask, else 0
 
-    New weights start at 0. One that was dropped and grown in the same update is in both masks and
+    Grown weights start at 0. A weight dropped and grown in the same update is in both masks and
     keeps its value.
 
     Args:
@@ -141,26 +140,26 @@ def reset_moments(
     *,
     rule: Literal["stale", "zero", "mean"] = "zero",
 ) -> PyTree:
-    """Return an optimizer's moments after an update of the topology.
+    """Return an optimizer's moments after an update of the masks.
 
     zero:  m' = 0 where new_mask and not old_mask, else m
-    mean:  m' = mean of m over old_mask, likewise; 0 if that keeps nothing
+    mean:  m' = mean of m over old_mask where new_mask and not old_mask, else m; 0 if old_mask keeps
+           nothing
     stale: m' = m
 
-    As RigL has it, a grown weight does not inherit the momentum of its former life. MST's released
-    code leaves Adam's moments as they are. A weight dropped and grown in the same update keeps its
-    moments under every rule.
+    "zero" is RigL's rule: a grown weight starts without momentum. "stale" is that of MST's released
+    code. A weight dropped and grown in the same update keeps its moments under every rule.
 
-    The mean is ours, for second moments. Where Adam's is 0, or has decayed while the weight was
-    pruned, the first steps of all grown weights are as long as the learning rate, whatever their
-    gradients. With the mean of the layer they are as long as those of others.
+    "mean" is ours, for second moments. If Adam's second moment is 0, or decayed while the weight
+    was pruned, the first steps of a grown weight are as long as the learning rate, whatever its
+    gradients. With the mean of the layer its steps are as long as those of other weights.
 
     Args:
       moments: floating[..., K, N], or a pytree of them: one moment of every weight.
       old_mask: bool[...], True = kept, shape of the moment; or a pytree like `moments`, with None
         for a leaf that is never sparse.
       new_mask: like `old_mask`.
-      rule: "zero", "mean" or "stale". A mean is over the last two axes.
+      rule: "zero", "mean" (over the last two axes) or "stale".
 
     Returns:
       Like `moments`.
@@ -193,7 +192,7 @@ def reset_moments(
 
 
 def block_scores(x: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """Return the magnitude of every block, by which blocks are dropped and grown.
+    """Return the score of every block for dropping and growing, its sum of magnitudes.
 
     score_ij = sum of |x| over block (i, j)
 
@@ -230,7 +229,7 @@ def block_scores(x: jax.Array, block: tuple[int, int]) -> jax.Array:
 
 
 def expand_blocks(mask: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """Return the mask of weights that a mask of blocks stands for.
+    """Expand a mask of blocks to one entry per weight.
 
     mask'[r, c] = mask[r // rows, c // columns]
 
@@ -258,10 +257,10 @@ def expand_blocks(mask: jax.Array, block: tuple[int, int]) -> jax.Array:
 
 
 def expand_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return the mask of every weight, whether this one has an entry for each or for each block.
+    """Return the mask with one entry per weight.
 
     Args:
-      mask: bool[..., I, J], True = kept.
+      mask: bool[..., I, J], True = kept; one entry per weight or per block.
       shape: (..., K, N) of the weight; K and N are multiples of I and J.
 
     Returns:
@@ -280,14 +279,11 @@ def expand_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def block_of(mask: jax.Array, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return (rows, columns) of the blocks that a mask has an entry for.
+    """Return (rows, columns) of the blocks of a mask, (K / I, N / J).
 
     Args:
-      mask: bool[..., I, J].
+      mask: bool[..., I, J], True = kept.
       shape: (..., K, N) of the weight.
-
-    Returns:
-      tuple of two ints, K / I and N / J.
 
     Raises:
       ValueError: if the mask does not fit the weight.

@@ -1,14 +1,17 @@
-"""How attention recipes write a pattern into the masks of a stacked model.
+"""The attention masks of a stacked model: written, read, measured and drawn.
 
 Legend: L layers, I query blocks, J key blocks.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sparsejax.checks import Check
 from sparsejax.masks import block_density
+from sparsejax.recipes.recipe import Phase, Sparsity
 from sparsejax.types import PyTree
 
 
@@ -17,7 +20,7 @@ def set_attention_masks(masks: PyTree, pattern_LIJ: jax.Array) -> PyTree:
 
     Args:
       masks: nested dict of bool arrays; leaves called `block_mask` are bool[L, 1, 1, I, J].
-      pattern_LIJ: bool[L, I, J].
+      pattern_LIJ: bool[L, I, J], True = kept.
 
     Returns:
       Nested dict like `masks`.
@@ -47,7 +50,7 @@ def get_attention_masks(masks: PyTree) -> jax.Array:
       masks: nested dict of bool arrays with one leaf called `block_mask`, bool[L, 1, 1, I, J].
 
     Returns:
-      bool[L, I, J].
+      bool[L, I, J], True = kept.
 
     Raises:
       ValueError: if there is not exactly one such leaf.
@@ -67,7 +70,7 @@ def compute_attention_density(masks: PyTree, *, causal: bool) -> jax.Array:
 
     Args:
       masks: nested dict of bool arrays with one leaf called `block_mask`, bool[L, 1, 1, I, J].
-      causal: bool, only blocks on and below the diagonal are visible.
+      causal: whether only blocks on and below the diagonal are visible.
 
     Returns:
       f32[L].
@@ -75,11 +78,41 @@ def compute_attention_density(masks: PyTree, *, causal: bool) -> jax.Array:
     return block_density(get_attention_masks(masks), causal=causal)
 
 
-def check_attention_sizes(check: Check, settings: Any) -> None:
-    """Refuse sizes that are not positive, and blocks that do not fill a sequence.
+def draw_attention_patterns(
+    name: str, causal: bool, sparsity: Sparsity, phase: Phase, *, step: int, folder: Path
+) -> None:
+    """Draw the blocks that each layer keeps in a phase of sparse attention, as `Recipe.draw_phase`.
+
+    The pooled attention maps are drawn beside them if the recipe keeps those as the statistic
+    "pooled", f32[L, I, J].
 
     Args:
-      check: of the recipe.
+      name: of the recipe, for the title.
+      causal: whether only blocks on and below the diagonal are visible.
+      sparsity: of the train state.
+      phase: the phase that begins.
+      step: steps done.
+      folder: where `attention_patterns.png` is written; nothing is, if attention is dense.
+    """
+    if not phase.sparse_attention:
+        return
+    from sparsejax.report.plots.attention import plot_attention_patterns
+
+    pooled_LIJ = sparsity.statistics.get("pooled")
+    plot_attention_patterns(
+        np.asarray(get_attention_masks(sparsity.masks)),
+        None if pooled_LIJ is None else np.asarray(pooled_LIJ),
+        path=folder / "attention_patterns.png",
+        causal=causal,
+        title=f"{name}: attention blocks from step {step}",
+    )
+
+
+def check_attention_sizes(check: Check, settings: Any) -> None:
+    """Refuse sizes that are not positive, and blocks that do not divide the sequence.
+
+    Args:
+      check: that of the recipe.
       settings: object with num_layers, length, block_size and probe_every_steps.
 
     Raises:

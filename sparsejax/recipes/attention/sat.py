@@ -1,19 +1,20 @@
-"""SAT: train densely, learn each layer's attention pattern meanwhile, go on sparsely.
+"""SAT: train densely, learn each layer's attention pattern meanwhile, then train sparsely.
 
-Dense phase: every layer n has parameters W_n, fitted to its block-pooled attention map R_n by
+In the dense phase every layer n fits parameters W_n to its block-pooled attention map R_n by
 
   loss += 0.01 L sum_n mean((R_n - W_n W_n^T)^2)
 
-R_n is taken as given: no gradient reaches the model through it. With a_n the attention map,
-averaged over batch and heads of the step's training batch, and D_n its Frobenius distance to the
-map of the probe before, the switch comes when in every layer the skewness of a_n is at least a
-threshold and 100 |D_n - D_n before| / D_n before is below another. The blocks that W_n W_n^T holds
-to be largest are kept from then on; pruned logits count as zero in the softmax.
+R_n is constant: no gradient reaches the model through it. Let a_n be the attention map, averaged
+over batch and heads of the step's training batch, and D_n its Frobenius distance to the map of the
+probe before. The phase ends when in every layer the skewness of a_n is at least a threshold and
+100 |D_n - D_n before| / D_n before is below another. The sparse phase keeps the largest blocks of
+W_n W_n^T; pruned logits count as zero in the softmax.
 
 Legend: L layers, T positions, I = J blocks along one side, P inner size of W.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -29,7 +30,11 @@ from sparsejax.masks import (
     pool_attention,
     sat_pattern,
 )
-from sparsejax.recipes.attention.layer_masks import check_attention_sizes, set_attention_masks
+from sparsejax.recipes.attention.layer_masks import (
+    check_attention_sizes,
+    draw_attention_patterns,
+    set_attention_masks,
+)
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
 _LOSS_SCALE = 0.01
@@ -40,26 +45,26 @@ class SatConfig:
     """Settings of SAT; the defaults are the published ones where there are any.
 
     Attributes:
-      density: float in (0, 1], fraction of the visible blocks that a layer keeps.
-      min_skewness: float, gamma: the switch needs every layer's skewness to reach it.
-      max_change_percent: float, d: the switch needs every layer's change below it.
-      probe_every_steps: int, steps between two probes: 1 as published. Ours if larger: between
-        probes W is fitted to the map seen last.
-      map_decay: float in [0, 1), weight of the past in a running average of the map over probes.
-        Ours; 0 as published.
-      pattern_dim: int or None, P; None takes the width of a head, as the released code.
-      continue_schedule: bool, after the switch go on with optimizer and schedule; its momentum may
-        then move W, which nothing reads any more. False does as the released code: W is frozen, a
-        fresh optimizer trains at a constant half of the peak rate.
-      pruned_logits: "zero" as published, or "masked".
-      latest_switch_step: int or None, switch after this many steps even if the condition does not
-        hold. Ours; None as published.
-      block_size: int, side of a block in positions.
-      causal: bool, fit and keep blocks on and below the diagonal only. Our extension: the published
+      density: fraction of the visible blocks that a layer keeps, in (0, 1].
+      min_skewness: gamma; the switch needs every layer's skewness to reach it.
+      max_change_percent: d; the switch needs every layer's change below it.
+      probe_every_steps: steps between two probes, 1 as published. More is ours: between probes W is
+        fitted to the last map.
+      map_decay: weight of the past in a running average of the map over probes, in [0, 1). Ours; 0
+        as published.
+      pattern_dim: P; None = the width of a head, as in the released code.
+      continue_schedule: keep optimizer state and schedule after the switch; momentum may then move
+        W, which nothing reads any more. False as the released code: W is frozen, and a fresh
+        optimizer trains at a constant half of the peak rate.
+      pruned_logits: how pruned blocks count in the softmax, "zero" as published, or "masked".
+      latest_switch_step: switch after this many steps even if the condition does not hold. Ours;
+        None as published.
+      block_size: side of a block, positions.
+      causal: fit and keep blocks on and below the diagonal only. Our extension: the published
         models are encoders.
-      num_layers: int, layers of the model.
-      length: int, positions T.
-      head_dim: int, width of a head.
+      num_layers: layers of the model.
+      length: positions T.
+      head_dim: width of a head.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -107,18 +112,14 @@ class SatConfig:
 def make_sat(config: SatConfig) -> Recipe:
     """Return SAT with the phases "dense" and "sparse".
 
-    Args:
-      config: SatConfig.
-
-    Returns:
-      Recipe. Own parameters: "pattern", f32[L, I, P], uniform in [0, 1) at first. A probe's
-      metrics are f32[L]: "skewness", "distance" and "change_percent", NaN before the third probe.
+    Its own parameters are "pattern", f32[L, I, P], drawn uniformly from [0, 1). The metrics of a
+    probe are f32[L]: "skewness", "distance" and "change_percent", NaN before the third probe.
 
     References:
       Yoon, Lee, Kim, Moon, Exploring Attention Sparsity to Accelerate Transformer Training on
       GPUs, IEEE Access 12 (2024), doi:10.1109/ACCESS.2024.3425638. Where paper and released code
-      differ, the code is followed. It averages (R - W W^T)^2 over batch and heads as well, which
-      adds a term without gradient, left out here.
+      differ we follow the code. It also averages (R - W W^T)^2 over batch and heads; that adds a
+      term without gradient, which we leave out.
     """
     L, T, I = config.num_layers, config.length, config.num_blocks  # noqa: E741
     visible_IJ = np.ones((I, I), bool)
@@ -193,7 +194,7 @@ def make_sat(config: SatConfig) -> Recipe:
         return dataclasses.replace(
             sparsity,
             masks=set_attention_masks(sparsity.masks, pattern),
-            # The maps were needed for the switch only; the pooled ones stay for the pictures.
+            # Only the switch needs the maps. The pooled ones stay for the picture.
             statistics={"pooled": sparsity.statistics["pooled"]},
         )
 
@@ -220,4 +221,5 @@ def make_sat(config: SatConfig) -> Recipe:
         auxiliary_loss=auxiliary_loss,
         observe=observe,
         enter_phase=enter_phase,
+        draw_phase=functools.partial(draw_attention_patterns, "sat", config.causal),
     )

@@ -1,23 +1,27 @@
-"""SPION: train densely, find each layer's attention blocks once, go on sparsely.
+"""SPION: train densely, choose each layer's attention blocks once, then train sparsely.
 
-Dense phase: at every probing step the loop hands over A_n, the attention map of layer n
-averaged over batch and heads of that step's training batch. With D_c = ||before - A_n||_F at
-check c, the switch comes when floor(100 |D_c - D_{c-1}| / D_{c-1}) is below a threshold in every
-layer; a layer whose D_{c-1} is 0 has no such quotient and counts as still changing. The patterns
-come from the map of that moment (`flood_fill`) and stay fixed; pruned logits
-count as zero in the softmax from then on.
+In the dense phase every probing step measures A_n, the attention map of layer n, averaged over
+batch and heads of that step's training batch. With D_c = ||before - A_n||_F at check c, the phase
+ends when floor(100 |D_c - D_{c-1}| / D_{c-1}) is below a threshold in every layer; a layer whose
+D_{c-1} is 0 counts as still changing. The patterns are made from the last maps (`flood_fill`) and
+stay fixed. From then on pruned logits count as zero in the softmax.
 
 Legend: L layers, T positions, I = J blocks along one side.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 
 from sparsejax.checks import make_check
 from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
-from sparsejax.recipes.attention.layer_masks import check_attention_sizes, set_attention_masks
+from sparsejax.recipes.attention.layer_masks import (
+    check_attention_sizes,
+    draw_attention_patterns,
+    set_attention_masks,
+)
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
 
 
@@ -27,25 +31,25 @@ class SpionConfig:
 
     Attributes:
       variant: "cf" convolution and flood fill, "c" convolution and top-k, "f" flood fill only.
-      quantile: float in (0, 1), threshold of the flood fill over the pooled map, to be given for
-        "cf" and "f". Published: 0.96 to 0.99, another for each task.
-      density: float, share of the visible blocks that "c" keeps, at least that of the diagonal;
-        None otherwise.
-      filter_size: int, odd, length of the diagonal filter.
-      block_size: int, side of a block in positions.
-      probe_every_steps: int, steps between two checks.
-      max_change_percent: int, the switch needs every layer's change below this.
-      keep_map_at_second_check: bool, the released code does not replace the remembered map at
-        the second check, so that the third spans two intervals; False replaces it every time.
-      restart_learning_rate: bool or None, run the schedule anew from its warm-up after the
-        switch. None does as the released code: "cf" and "c" restart, "f" does not.
-      pruned_logits: "zero" as published, or "masked".
-      latest_switch_step: int or None, switch after this many steps even if the maps still
-        change; a multiple of `probe_every_steps`. Ours; None as published.
-      causal: bool, keep blocks on and below the diagonal only. Our extension: the published
-        models are encoders.
-      num_layers: int, layers of the model.
-      length: int, positions T.
+      quantile: threshold of the flood fill over the pooled map, in (0, 1); required by "cf" and
+        "f". Published: 0.96 to 0.99, depending on the task.
+      density: share of the visible blocks that "c" keeps, at least that of the diagonal; None for
+        the other variants.
+      filter_size: length of the diagonal filter, positions, odd.
+      block_size: side of a block, positions.
+      probe_every_steps: steps between two checks.
+      max_change_percent: the switch needs every layer's change below this.
+      keep_map_at_second_check: the second check does not replace the remembered map, as in the
+        released code, so that the third spans two intervals. False replaces it every time.
+      restart_learning_rate: start the schedule again, from its warm-up, after the switch. None as
+        the released code: "cf" and "c" restart, "f" does not.
+      pruned_logits: how pruned blocks count in the softmax, "zero" as published, or "masked".
+      latest_switch_step: switch after this many steps even if the maps still change; a multiple of
+        `probe_every_steps`. Ours; None as published.
+      causal: keep blocks on and below the diagonal only. Our extension: the published models are
+        encoders.
+      num_layers: layers of the model.
+      length: positions T.
 
     Raises:
       ValueError: if a setting is out of range or belongs to another variant.
@@ -97,16 +101,9 @@ class SpionConfig:
 def make_spion(config: SpionConfig) -> Recipe:
     """Return SPION with the phases "dense" and "sparse".
 
-    Args:
-      config: SpionConfig.
-
-    Returns:
-      Recipe.
-
     References:
       Yoon, Han and Moon, SPION: Layer-Wise Sparse Training of Transformer via Convolutional
-      Flood Filling, arXiv:2309.12578. Where paper and released code differ, the code is
-      followed.
+      Flood Filling, arXiv:2309.12578. Where paper and released code differ we follow the code.
     """
     num_blocks = config.length // config.block_size
     L, T, I = config.num_layers, config.length, num_blocks  # noqa: E741
@@ -164,7 +161,7 @@ def make_spion(config: SpionConfig) -> Recipe:
         return dataclasses.replace(
             sparsity,
             masks=set_attention_masks(sparsity.masks, pattern),
-            # The maps were needed for the switch only; the pooled ones stay for the pictures.
+            # Only the switch needs the maps. The pooled ones stay for the picture.
             statistics={"pooled": pooled},
         )
 
@@ -186,10 +183,12 @@ def make_spion(config: SpionConfig) -> Recipe:
         pruned_logits=config.pruned_logits,
         learning_rate="restart" if restart else "schedule",
     )
+    name = f"spion-{config.variant}"
     return Recipe(
-        name=f"spion-{config.variant}",
+        name=name,
         phases=(dense, sparse),
         init=init,
         observe=observe,
         enter_phase=enter_phase,
+        draw_phase=functools.partial(draw_attention_patterns, name, config.causal),
     )

@@ -1,1 +1,1 @@
-"""Methods that drop and grow weights while training."""
+"""Methods that drop and grow weights during training."""

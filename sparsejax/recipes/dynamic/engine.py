@@ -1,13 +1,13 @@
-"""The engine of dynamic sparse training: masks of weights that drop and grow while training.
+"""The engine of dynamic sparse training: masks drop and grow weights during training.
 
   forward      y = x (W * M); pruned weights are 0 and have no gradient
   every step   optimizer, then W <- W * M
-  an update    the gradient of all weights decides what grows; M and W change; no optimizer step,
-               unless the method takes one
+  an update    changes M and W. It may read the gradient of all weights, and may take the place of
+               the optimizer's step
 
-Which method it is, its schedules and its growth say: see `mst.py`, `rigl.py`, `set.py`,
-`magnitude.py`, `static.py`. Sparsity and density are of the chosen weights: linear layers of
-blocks, and the embedding of tokens, which is the weight of the head too and has one mask.
+Schedules and growth rule define the method: `mst.py`, `rigl.py`, `set.py`, `magnitude.py` and
+`static_weights.py` state theirs as a `TopologyConfig`. Sparsity and density count the chosen
+weights only: linear layers of blocks, and the token embedding, which shares its mask with the head.
 
 Legend: L layers, K rows and N columns of a weight.
 """
@@ -16,8 +16,9 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,9 @@ from sparsejax.masks import (
 )
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.masks.weights.topology import Growth
-from sparsejax.patterns import NMPattern, WeightPattern
-from sparsejax.recipes.dynamic.layer_topology import begin_mask, change_mask, prune_mask
-from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
+from sparsejax.patterns import WeightPattern
+from sparsejax.recipes.dynamic.layer_topology import init_mask, prune_mask, update_mask
+from sparsejax.recipes.recipe import Phase, Recipe, Sparsity, StepAccount
 from sparsejax.recipes.weight_masks import (
     compute_weight_density,
     get_weight_masks,
@@ -48,33 +49,35 @@ from sparsejax.recipes.weight_masks import (
 from sparsejax.types import PyTree
 
 _TOPOLOGY = zlib.crc32(b"topology")
+# Names of metrics, which `_account` and `_draw_run` read again.
+_MASK_DENSITY, _DENSE_GRADIENT = "mask_density", "dense_gradient"
 
 type InitialMask = Literal["random", "magnitude"]
-"""Which weights a run begins with."""
+"""Which weights the first masks keep."""
 
 type MomentRule = Literal["stale", "zero", "mean"]
-"""What becomes of the optimizer's moments of a grown weight, see `reset_moments`.
+"""The optimizer's moments of a grown weight, see `reset_moments`.
 
-Of "mean" (ours), first moments begin at 0."""
+"mean" (ours) applies to second moments; first moments start at 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Topology:
-    """What a method of dynamic sparse training does to masks, and when.
+class TopologyConfig:
+    """How a method changes its masks, and when.
 
     Attributes:
-      sparsity: SparsitySchedule of all sparse weights together.
-      layer_density: DensityMethod, how a density is shared out among weights.
-      initial_mask: InitialMask.
-      updates: UpdateSteps; None = masks stay as they begin.
-      annealing: CosineAnnealing of the fraction replaced; None replaces nothing.
-      growth: Growth; None = masks only lose entries.
-      mix: int, of "mixed" growth, see `drop_and_grow`.
-      moments: MomentRule.
-      skips_optimizer: bool, an update takes the place of the optimizer's step. Otherwise it comes
-        after it and sees the weights that it left.
-      rate_exponent: float in [0, 1], p: the learning rate of a sparse weight is density^-p times
-        that of others, weight decay included, with the density of its layer.
+      sparsity: that of all sparse weights together, by step.
+      layer_density: how a density is divided among weights.
+      initial_mask: which weights the first masks keep.
+      updates: None = masks never change.
+      annealing: fraction of the kept weights that an update replaces; None replaces nothing.
+      growth: None = masks only lose entries.
+      mix: of "mixed" growth, see `drop_and_grow`.
+      moments: the optimizer's moments of grown weights.
+      skips_optimizer: True = an update takes the place of the optimizer's step. False = it follows
+        that step and sees its weights.
+      rate_exponent: p in [0, 1]. The learning rate of a sparse weight, weight decay included, is
+        multiplied by density^-p, with the density of its layer.
 
     Raises:
       ValueError: if a setting is unknown or out of range.
@@ -113,204 +116,188 @@ class Topology:
         """Whether an update reads gradients of pruned weights."""
         return self.growth in ("gradient", "mixed")
 
+    def due(self, step: jax.Array) -> jax.Array:
+        """Return whether a step updates the masks.
+
+        Args:
+          step: i32[...].
+
+        Returns:
+          bool[...], like the step.
+        """
+        return jnp.bool_(False) if self.updates is None else self.updates.due(step)
+
 
 def make_dynamic(
     name: str,
-    topology: Topology,
+    topology: TopologyConfig,
     patterns: Mapping[str, WeightPattern],
     *,
     phases: tuple[Phase, ...],
-    enter_phase: Callable[[Sparsity, Phase], Sparsity] | None = None,
 ) -> Recipe:
-    """Return the recipe of a topology that changes.
+    """Return the recipe that trains under changing masks.
+
+    Counts and schedules are arrays computed from the step, so that nothing recompiles within a
+    phase. After an update every mask holds exactly what `count_kept` gives for the density of its
+    layer. Statistics, which are also the metrics of steps that update: "mask_density/NAME", f32[L],
+    kept fraction of a weight; "mask_density", f32[], of all sparse weights; "update_fraction",
+    f32[]; "target_density", f32[]. The metric "dense_gradient" is 1 if the update read the gradient
+    of pruned weights.
 
     Args:
-      name: str.
-      topology: Topology.
-      patterns: layer name -> WeightPattern.
-      phases: tuple of Phase; see `sparse_phase`.
-      enter_phase: as of Recipe; None changes nothing.
-
-    Returns:
-      Recipe. Counts and schedules are arrays of the step: within a phase nothing recompiles. Every
-      mask holds exactly what `count_kept` says of its layer's density after an update. Statistics,
-      and metrics of the steps that update: "mask_density/NAME", f32[L], kept fraction of a weight,
-      and "mask_density", f32[], of all sparse weights; "update_fraction", f32[];
-      "target_density", f32[]; "dense_gradient", 1 if the update needed that.
+      name: of the recipe.
+      topology: how masks change.
+      patterns: layer name -> pattern of its weight.
+      phases: see `sparse_phase`.
     """
-
-    def init(masks, params, key):
-        density = topology.sparsity.density(0)
-        densities = _share_out(topology, density, masks, params)
-
-        def begin(name, mask, w):
-            keys = None
-            if topology.initial_mask == "random":
-                keys = _split_key(key, name, w.shape[0])
-            choose = functools.partial(begin_mask, patterns[name], density=densities[name])
-            return jax.vmap(lambda mask, w, key: choose(mask, w, key=key))(mask, w, keys)
-
-        masks = map_weight_masks(begin, masks, params)
-        statistics = {}
-        if topology.updates is not None:
-            statistics = _measure(masks, params, density, jnp.float32(0))
-        return Sparsity(
-            masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
-        )
-
-    def choose_masks(sparsity, *, step, phase):
-        del phase
-        # Blocks outside the mask have a gradient only in the step that asks for it.
-        wanted = is_due(step) & topology.needs_dense_gradient
-        return set_gradient_masks(sparsity.masks, wanted)
-
-    def mask_gradients(grads, sparsity, phase):
-        del phase
-        return grads | {"model": _mask(sparsity.masks, grads["model"])}
-
-    def transform_updates(updates, sparsity, phase):
-        del phase
-        if not topology.rate_exponent:
-            return updates
-        densities = compute_weight_density(sparsity.masks)
-
-        def scale(name, mask, u):
-            del mask
-            return u * densities[name][:, None, None] ** -topology.rate_exponent
-
-        model = map_sparse_weights(scale, sparsity.masks, updates["model"])
-        return updates | {"model": model}
-
-    def is_due(step):
-        return jnp.bool_(False) if topology.updates is None else topology.updates.due(step)
-
-    def skip_optimizer(step, phase):
-        del phase
-        return is_due(step) & topology.skips_optimizer
-
-    def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
-        del phase, learning_rate
-        params = _mask(sparsity.masks, params)
-        if topology.updates is None:
-            return sparsity, params, opt_state
-
-        def change(state):
-            sparsity, params, opt_state = state
-            masks, statistics = _change_masks(
-                topology, patterns, sparsity.masks, params, grads["model"], step=step, key=key
-            )
-            old = get_weight_masks(sparsity.masks)
-
-            def move(name, new, w):
-                return apply_topology(w, expand_mask(old[name], w.shape), expand_mask(new, w.shape))
-
-            def forget(name, new, m, *, order):
-                rule = topology.moments
-                if rule == "mean" and order == 1:
-                    rule = "zero"
-                masks = expand_mask(old[name], m.shape), expand_mask(new, m.shape)
-                return reset_moments(m, *masks, rule=rule)
-
-            params = map_sparse_weights(move, masks, params)
-            opt_state = map_moments(forget, masks, opt_state)
-            sparsity = dataclasses.replace(sparsity, masks=masks, statistics=statistics)
-            return sparsity, params, opt_state
-
-        state = (sparsity, params, opt_state)
-        return jax.lax.cond(is_due(step), change, lambda state: state, state)
-
-    def metrics(sparsity, *, step, phase):
-        del phase
-        if topology.updates is None:
-            return {}
-        values = sparsity.statistics | {"dense_gradient": float(topology.needs_dense_gradient)}
-        due = is_due(step)
-        return {name: jnp.where(due, value, jnp.nan) for name, value in values.items()}
-
-    recipe = Recipe(
+    return Recipe(
         name=name,
         phases=phases,
-        init=init,
-        choose_masks=choose_masks,
-        mask_gradients=mask_gradients,
-        skip_optimizer=skip_optimizer,
-        transform_updates=transform_updates,
-        update=update,
-        metrics=metrics,
+        init=functools.partial(_init, topology, patterns),
+        choose_masks=functools.partial(_choose_masks, topology),
+        mask_gradients=_mask_gradients,
+        skip_optimizer=functools.partial(_skip_optimizer, topology),
+        transform_updates=functools.partial(_transform_updates, topology),
+        update=functools.partial(_update, topology, patterns),
+        metrics=functools.partial(_metrics, topology),
+        account=_account,
+        draw_run=_draw_run,
     )
-    return recipe if enter_phase is None else recipe._replace(enter_phase=enter_phase)
-
-
-def fraction_to_steps(name: str, fraction: float, num_steps: int) -> int:
-    """Turn a fraction of a run into steps.
-
-    Args:
-      name: str, what the message calls the fraction.
-      fraction: float in (0, 1].
-      num_steps: int, steps of the run.
-
-    Returns:
-      int.
-
-    Raises:
-      ValueError: if the fraction is out of range.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {name}={fraction}")
-    return round(fraction * num_steps)
 
 
 def sparse_phase(name: str, **options) -> Phase:
     """Return a phase in which pruned weights count as 0 and are not trained.
 
     Args:
-      name: str.
+      name: of the phase.
       **options: other attributes of Phase.
-
-    Returns:
-      Phase.
     """
     return Phase(name, sparse_weights=True, masked_gradients=True, **options)
 
 
-def check_patterns(
-    patterns: Mapping[str, WeightPattern], *, constant_sparsity: float | None = None
-) -> None:
-    """Refuse patterns that a method cannot follow.
+def _init(
+    topology: TopologyConfig,
+    patterns: Mapping[str, WeightPattern],
+    masks: PyTree,
+    params: PyTree,
+    key: jax.Array,
+) -> Sparsity:
+    density = topology.sparsity.density(0)
+    densities = _divide_density(topology, density, masks, params)
 
-    Args:
-      patterns: layer name -> pattern of its weight.
-      constant_sparsity: float, the sparsity of the whole run; None if it changes.
+    def init(name, mask, w):
+        keys = None
+        if topology.initial_mask == "random":
+            keys = _split_key(key, name, w.shape[0])
+        init_layer = functools.partial(init_mask, patterns[name], density=densities[name])
+        return jax.vmap(lambda mask, w, key: init_layer(mask, w, key=key))(mask, w, keys)
 
-    Raises:
-      ValueError: if there is no weight; or one of n:m whose sparsity would not be that of the run,
-        or transposable, or beside weights of other patterns.
-    """
-    shown = {name: str(pattern) for name, pattern in patterns.items()}
-    if not patterns:
-        raise ValueError(f"sparse_weights must name at least one weight, got {shown}")
-    groups = {p for p in patterns.values() if isinstance(p, NMPattern)}
-    if not groups:
-        return
-    if constant_sparsity is None:
-        raise ValueError(
-            "sparse_weights must be 'unstructured' or blocks such as '64x64' where the sparsity "
-            f"changes while training, got {shown}"
+    masks = map_weight_masks(init, masks, params)
+    statistics = {}
+    if topology.updates is not None:
+        statistics = _measure(masks, params, density, jnp.float32(0))
+    return Sparsity(masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0))
+
+
+def _choose_masks(
+    topology: TopologyConfig, sparsity: Sparsity, *, step: jax.Array, phase: Phase
+) -> PyTree:
+    del phase
+    # Pruned blocks have a gradient only in a step that reads it.
+    wanted = topology.due(step) & topology.needs_dense_gradient
+    return set_gradient_masks(sparsity.masks, wanted)
+
+
+def _mask_gradients(grads: PyTree, sparsity: Sparsity, phase: Phase) -> PyTree:
+    del phase
+    return grads | {"model": _apply_masks(sparsity.masks, grads["model"])}
+
+
+def _skip_optimizer(topology: TopologyConfig, step: jax.Array, phase: Phase) -> jax.Array:
+    del phase
+    return topology.due(step) & topology.skips_optimizer
+
+
+def _transform_updates(
+    topology: TopologyConfig, updates: PyTree, sparsity: Sparsity, phase: Phase
+) -> PyTree:
+    del phase
+    if not topology.rate_exponent:
+        return updates
+    densities = compute_weight_density(sparsity.masks)
+
+    def scale(name, mask, u):
+        del mask
+        return u * densities[name][:, None, None] ** -topology.rate_exponent
+
+    return updates | {"model": map_sparse_weights(scale, sparsity.masks, updates["model"])}
+
+
+def _update(
+    topology: TopologyConfig,
+    patterns: Mapping[str, WeightPattern],
+    sparsity: Sparsity,
+    params: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    *,
+    step: jax.Array,
+    key: jax.Array,
+    phase: Phase,
+    learning_rate: jax.Array,
+) -> tuple[Sparsity, PyTree, PyTree]:
+    del phase, learning_rate
+    params = _apply_masks(sparsity.masks, params)
+    if topology.updates is None:
+        return sparsity, params, opt_state
+
+    def update(state):
+        sparsity, params, opt_state = state
+        masks, statistics = _update_masks(
+            topology, patterns, sparsity.masks, params, grads["model"], step=step, key=key
         )
-    if len({*patterns.values()}) > 1 or any(p.transposable for p in groups):
-        raise ValueError(
-            f"sparse_weights must be one n:m pattern, not transposable, or none of n:m, got {shown}"
-        )
-    (pattern,) = groups
-    if constant_sparsity != 1 - pattern.n / pattern.m:
-        raise ValueError(
-            f"sparsity must be {1 - pattern.n / pattern.m:g}, that of the pattern '{pattern}', got "
-            f"sparsity={constant_sparsity}"
-        )
+        old = get_weight_masks(sparsity.masks)
+        params = _update_weights(old, masks, params)
+        opt_state = _update_moments(topology.moments, old, masks, opt_state)
+        sparsity = dataclasses.replace(sparsity, masks=masks, statistics=statistics)
+        return sparsity, params, opt_state
+
+    state = (sparsity, params, opt_state)
+    return jax.lax.cond(topology.due(step), update, lambda state: state, state)
 
 
-def _change_masks(
-    topology: Topology,
+def _metrics(
+    topology: TopologyConfig, sparsity: Sparsity, *, step: jax.Array, phase: Phase
+) -> dict[str, jax.Array]:
+    del phase
+    if topology.updates is None:
+        return {}
+    values = sparsity.statistics | {_DENSE_GRADIENT: float(topology.needs_dense_gradient)}
+    due = topology.due(step)
+    return {name: jnp.where(due, value, jnp.nan) for name, value in values.items()}
+
+
+def _account(values: Mapping[str, Any]) -> StepAccount:
+    prefix = f"{_MASK_DENSITY}/"
+    return StepAccount(
+        dense_gradient=bool(values.get(_DENSE_GRADIENT)),
+        weight_density={
+            name.removeprefix(prefix): density
+            for name, density in values.items()
+            if name.startswith(prefix)
+        },
+    )
+
+
+def _draw_run(rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
+    if any(_MASK_DENSITY in row for row in rows):
+        from sparsejax.report.plots.topology import plot_topology
+
+        plot_topology(rows, path=folder / "topology.png")
+
+
+def _update_masks(
+    topology: TopologyConfig,
     patterns: Mapping[str, WeightPattern],
     masks: PyTree,
     params: PyTree,
@@ -322,17 +309,17 @@ def _change_masks(
     density, fraction = topology.sparsity.density(step), jnp.float32(0)
     if topology.annealing is not None:
         fraction = topology.annealing.fraction(step)
-    densities = _share_out(topology, density, masks, params)
+    densities = _divide_density(topology, density, masks, params)
     by_name = {}
     if topology.needs_dense_gradient:
         map_sparse_weights(lambda name, _, g: by_name.setdefault(name, g), masks, grads)
 
-    def change(name, mask, w):
+    def update(name, mask, w):
         if topology.growth is None:
             prune = functools.partial(prune_mask, patterns[name], density=densities[name])
             return jax.vmap(prune)(mask, w)
-        change_layer = functools.partial(
-            change_mask,
+        update_layer = functools.partial(
+            update_mask,
             patterns[name],
             density=densities[name],
             update_fraction=fraction,
@@ -340,12 +327,30 @@ def _change_masks(
             mix=topology.mix,
         )
         keys = _split_key(key, name, w.shape[0])
-        return jax.vmap(lambda mask, w, grad, key: change_layer(mask, w, grad, key=key))(
+        return jax.vmap(lambda mask, w, grad, key: update_layer(mask, w, grad, key=key))(
             mask, w, by_name.get(name), keys
         )
 
-    masks = map_weight_masks(change, masks, params)
+    masks = map_weight_masks(update, masks, params)
     return masks, _measure(masks, params, density, fraction)
+
+
+def _update_weights(old: Mapping[str, jax.Array], masks: PyTree, params: PyTree) -> PyTree:
+    def update(name, new, w):
+        return apply_topology(w, expand_mask(old[name], w.shape), expand_mask(new, w.shape))
+
+    return map_sparse_weights(update, masks, params)
+
+
+def _update_moments(
+    rule: MomentRule, old: Mapping[str, jax.Array], masks: PyTree, opt_state: PyTree
+) -> PyTree:
+    def update(name, new, m, *, order):
+        own_rule = "zero" if rule == "mean" and order == 1 else rule
+        pair = expand_mask(old[name], m.shape), expand_mask(new, m.shape)
+        return reset_moments(m, *pair, rule=own_rule)
+
+    return map_moments(update, masks, opt_state)
 
 
 def _measure(
@@ -354,15 +359,15 @@ def _measure(
     densities, shapes = compute_weight_density(masks), _get_shapes(masks, params)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     kept = sum(densities[name].mean() * sizes[name] for name in sizes)
-    return {f"mask_density/{name}": x for name, x in densities.items()} | {
-        "mask_density": kept / sum(sizes.values()),
+    return {f"{_MASK_DENSITY}/{name}": x for name, x in densities.items()} | {
+        _MASK_DENSITY: kept / sum(sizes.values()),
         "target_density": density,
         "update_fraction": fraction,
     }
 
 
-def _share_out(
-    topology: Topology, density: jax.Array, masks: PyTree, params: PyTree
+def _divide_density(
+    topology: TopologyConfig, density: jax.Array, masks: PyTree, params: PyTree
 ) -> dict[str, jax.Array]:
     shapes = _get_shapes(masks, params)
     return layer_densities_at(density, shapes, method=topology.layer_density)
@@ -379,7 +384,7 @@ def _get_shapes(masks: PyTree, params: PyTree) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _mask(masks: PyTree, tree: PyTree) -> PyTree:
+def _apply_masks(masks: PyTree, tree: PyTree) -> PyTree:
     return map_sparse_weights(
         lambda name, mask, x: jnp.where(expand_mask(mask, x.shape), x, 0), masks, tree
     )

@@ -1,7 +1,7 @@
-"""What becomes of the mask of one weight, by the pattern that it follows.
+"""The mask of one weight: made, pruned and updated as its pattern asks.
 
-Unstructured weights are chosen one by one, those in blocks by the sum of magnitudes in a block,
-those of n:m within their groups.
+Unstructured masks choose single weights, block masks whole blocks by their sum of magnitudes, n:m
+masks weights within each group of m.
 
 Legend: K rows and N columns of a weight, I x J its mask: K x N, or the grid of its blocks.
 """
@@ -23,7 +23,7 @@ from sparsejax.masks.weights.topology import Growth
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
 
 
-def begin_mask(
+def init_mask(
     pattern: WeightPattern,
     mask: jax.Array,
     weight: jax.Array,
@@ -34,14 +34,14 @@ def begin_mask(
     """Return the first mask of a weight.
 
     Args:
-      pattern: WeightPattern.
+      pattern: of the weight.
       mask: bool[I, J], read for its shape.
-      weight: float[K, N].
+      weight: float[K, N], compared by magnitude.
       density: f32[], fraction kept; n:m keeps its own.
-      key: typed key, keep at random; None keeps the largest.
+      key: typed key to keep entries at random; None keeps the largest.
 
     Returns:
-      bool[I, J].
+      bool[I, J], True = kept.
     """
     if isinstance(pattern, NMPattern):
         scores = weight if key is None else jax.random.uniform(key, mask.shape)
@@ -55,22 +55,22 @@ def begin_mask(
 def prune_mask(
     pattern: WeightPattern, mask: jax.Array, weight: jax.Array, *, density: jax.Array
 ) -> jax.Array:
-    """Return a mask that has only lost entries.
+    """Return the mask without its smallest entries.
 
     Args:
-      pattern: Unstructured or WeightBlocks.
-      mask: bool[I, J].
-      weight: float[K, N].
+      pattern: of the weight, not n:m.
+      mask: bool[I, J], True = kept.
+      weight: float[K, N], compared by magnitude.
       density: f32[], fraction kept afterwards.
 
     Returns:
-      bool[I, J].
+      bool[I, J], True = kept.
     """
     count = count_kept(mask.size, density)
     return magnitude_mask(_score(pattern, weight), count, among=mask)
 
 
-def change_mask(
+def update_mask(
     pattern: WeightPattern,
     mask: jax.Array,
     weight: jax.Array,
@@ -82,21 +82,21 @@ def change_mask(
     mix: int,
     key: jax.Array,
 ) -> jax.Array:
-    """Return a mask that has dropped its smallest entries and grown others.
+    """Return the mask after it dropped its smallest entries and grew others.
 
     Args:
-      pattern: WeightPattern.
-      mask: bool[I, J].
-      weight: float[K, N].
+      pattern: of the weight.
+      mask: bool[I, J], True = kept.
+      weight: float[K, N], compared by magnitude.
       grad: float[K, N] of all weights; None if growth does not read it.
       density: f32[], fraction kept afterwards; n:m keeps its own.
-      update_fraction: f32[], of the kept entries to replace.
-      growth: Growth.
-      mix: int, of "mixed" growth.
-      key: typed key.
+      update_fraction: f32[], fraction of the kept entries to replace.
+      growth: how entries to grow are chosen, see `drop_and_grow`.
+      mix: of "mixed" growth.
+      key: typed key of random growth.
 
     Returns:
-      bool[I, J].
+      bool[I, J], True = kept.
     """
     num_drop, num_grow = update_counts(
         mask.sum(dtype=jnp.int32),

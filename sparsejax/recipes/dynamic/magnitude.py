@@ -1,61 +1,40 @@
-"""Gradual magnitude pruning: a dense model loses its smallest weights while it trains."""
+"""Gradual magnitude pruning: a dense model loses its smallest weights as it trains."""
 
 import dataclasses
-from collections.abc import Mapping
 
 from sparsejax.checks import prefix_errors
 from sparsejax.masks import Ramp, SparsitySchedule, UpdateSteps
 from sparsejax.masks.weights.densities import DensityMethod
-from sparsejax.patterns import WeightPattern
-from sparsejax.recipes.dynamic.engine import (
-    Topology,
-    check_patterns,
-    fraction_to_steps,
-    make_dynamic,
-    sparse_phase,
-)
+from sparsejax.recipes.dynamic.engine import TopologyConfig, make_dynamic, sparse_phase
+from sparsejax.recipes.dynamic.settings import DynamicConfig, check_patterns, fraction_to_steps
 from sparsejax.recipes.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MagnitudeConfig:
+class MagnitudeConfig(DynamicConfig):
     """Settings of gradual magnitude pruning.
 
     Attributes:
-      sparsity: float in [0, 1), fraction of the sparse weights removed in the end.
-      start_fraction: float in [0, 1), pruning begins after this share of the run.
-      end_fraction: float in (0, 1], and ends after this one.
-      update_interval: int, steps from one pruning to the next.
-      layer_density: "uniform" as published, "erdos_renyi" or "erk".
-      rate_exponent: float in [0, 1], p: the learning rate of sparse weights is multiplied by
-        density^-p. 0 as published; 1 as SuPar, arXiv:2405.15743, has it, with which the rate of
-        dense training suits sparse weights too.
-      num_steps: int, steps of the run.
-      patterns: layer name -> Unstructured or WeightBlocks.
-
-    Raises:
-      ValueError: if a setting is out of range.
+      sparsity: fraction of the sparse weights removed in the end, in [0, 1).
+      start_fraction: pruning begins after this share of the run, in [0, 1).
+      end_fraction: pruning ends after this share of the run, in (0, 1].
+      update_interval: steps from one pruning to the next.
+      layer_density: how the density is divided among weights, "uniform" as published, or
+        "erdos_renyi" (small weights are denser).
     """
 
-    sparsity: float = 0.8
     start_fraction: float = 0.1
     end_fraction: float = 0.75
     update_interval: int = 100
     layer_density: DensityMethod = "uniform"
-    rate_exponent: float = 0.0
-    num_steps: int
-    patterns: Mapping[str, WeightPattern]
 
     def __post_init__(self):
         with prefix_errors("recipe.magnitude"):
             check_patterns(self.patterns)
-            self.make_topology()
+            self.make_topology_config()
 
-    def make_topology(self) -> Topology:
-        """Return what these settings mean.
-
-        Returns:
-          Topology.
+    def make_topology_config(self) -> TopologyConfig:
+        """Return how masks change: they only lose entries.
 
         Raises:
           ValueError: if a setting is out of range.
@@ -77,7 +56,7 @@ class MagnitudeConfig:
             sparsity=self.sparsity,
             shape="cubic",
         )
-        return Topology(
+        return TopologyConfig(
             sparsity=SparsitySchedule(num_steps=self.num_steps, ramps=(ramp,)),
             layer_density=self.layer_density,
             rate_exponent=self.rate_exponent,
@@ -88,20 +67,13 @@ class MagnitudeConfig:
 def make_magnitude(config: MagnitudeConfig) -> Recipe:
     """Return gradual magnitude pruning, which has the single phase "sparse".
 
-    density(t) = d + (1 - d) (1 - x)^3, x from 0 to 1 between first and last pruning
+    density(t) = d + (1 - d) (1 - x)^3, x from 0 to 1 between the first and the last pruning
 
-    It comes after the optimizer's step and keeps the largest weights of those there are: unlike the
-    published implementation, where a pruned weight keeps its value and may return.
-
-    Args:
-      config: MagnitudeConfig.
-
-    Returns:
-      Recipe, see `make_dynamic`.
+    A pruning follows the optimizer's step and keeps the largest of the weights that are left. In
+    the published implementation a pruned weight keeps its value and may return; here it may not.
 
     References:
       Zhu, Gupta, To prune, or not to prune, arXiv:1710.01878.
     """
-    return make_dynamic(
-        "magnitude", config.make_topology(), config.patterns, phases=(sparse_phase("sparse"),)
-    )
+    topology = config.make_topology_config()
+    return make_dynamic("magnitude", topology, config.patterns, phases=(sparse_phase("sparse"),))

@@ -15,11 +15,10 @@ class MSTSchedules(NamedTuple):
     """What `mst_schedules` returns.
 
     Attributes:
-      sparsity: SparsitySchedule with a warm-up and a restoration.
-      annealing: CosineAnnealing with a phase for warm-up, ultra-sparse training and restoration.
-      updates: UpdateSteps to the end of the run.
-      sparse_attention: (start, end), the steps of hybrid sparse attention: those at the ultimate
-        sparsity.
+      sparsity: with a ramp for the warm-up and one for the restoration.
+      annealing: with a phase for warm-up, ultra-sparse training and restoration.
+      updates: to the end of the run.
+      sparse_attention: (start, end), steps of the ultra-sparse phase and of hybrid attention.
     """
 
     sparsity: SparsitySchedule
@@ -41,26 +40,23 @@ def mst_schedules(
 ) -> MSTSchedules:
     """Return the schedules of mixed sparsity training: warm-up, ultra-sparse phase, restoration.
 
-    The sparsity climbs from 0 in stairs, rests, and falls linearly. The paper's own values are not
-    known: its released code contains the mechanism and not the numbers. These defaults are ours;
-    with hybrid attention of stride 128, GPT-2 small trains at 23.6 % of the dense FLOPs, the head
-    counted. `update_fraction` and `update_interval` are the released script's.
+    The sparsity climbs from 0 in stairs, holds, and falls linearly. Neither the paper nor its
+    released code states the numbers, so most defaults are ours: with hybrid attention of stride
+    128, GPT-2 small trains at 23.6 % of the dense FLOPs, head included. `update_fraction` and
+    `update_interval` are the released script's.
 
     The restoration ends at the last update and not at the end of the run, so that the last masks
-    do have `final_sparsity`.
+    have `final_sparsity`.
 
     Args:
-      num_steps: int, steps of the run.
-      sparsity: float in [0, 1), fraction removed in the ultra-sparse phase.
-      final_sparsity: float in [0, 1), fraction removed at the end; 0 = a dense model.
-      warmup: float, fraction of the run for the warm-up.
-      restoration: float, fraction of the run for the restoration.
-      stairs: int, jumps of the warm-up; None climbs linearly.
-      update_fraction: float in [0, 1], zeta at the start of each phase.
-      update_interval: int, dT, steps from one update to the next.
-
-    Returns:
-      MSTSchedules.
+      num_steps: steps of the run.
+      sparsity: fraction removed in the ultra-sparse phase, in [0, 1).
+      final_sparsity: fraction removed at the end, in [0, 1); 0 = a dense model.
+      warmup: fraction of the run for the warm-up.
+      restoration: fraction of the run for the restoration.
+      stairs: jumps of the warm-up; None climbs linearly.
+      update_fraction: zeta in [0, 1] at the start of each phase.
+      update_interval: dT, steps from one update to the next.
 
     Raises:
       ValueError: if a setting is out of range, or the run is too short for the phases.

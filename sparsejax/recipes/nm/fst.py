@@ -1,9 +1,9 @@
 """FST: train with 2:4 sparse feed-forward weights, then densely.
 
-Masks keep two of four along both axes of a weight, so that y = x (W * M) and dx = dy (W * M)^T are
-sparse products; dW is dense, or sparse too where its dy is pruned by an unbiased estimator. Every
-few steps masks are found anew in the weights as they are. Pruned weights go on being trained: the
-gradient reaches them too (straight-through), and a decay pulls them to zero, so that masks settle.
+Masks keep two of four weights along both axes, so that y = x (W * M) and dx = dy (W * M)^T are
+sparse products. dW is a dense product, or a sparse one where an unbiased estimator prunes its dy.
+Every few steps masks are recomputed from the weights. Pruned weights go on training: the gradient
+passes straight through to them, and a decay pulls them towards zero, so that masks settle.
 
 Legend: L layers, K contracted axis, N columns of a weight.
 """
@@ -20,7 +20,9 @@ from sparsejax.masks import magnitude_nm_mask, masked_decay, transposable_mask
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
+    FLIP_PROGRESS,
     compare_weight_masks,
+    draw_flip_rates,
     flip_metrics,
     get_weight_masks,
     map_sparse_weights,
@@ -37,17 +39,16 @@ class FSTConfig:
     """Settings of FST and of the methods it is compared with.
 
     Attributes:
-      variant: "fst"; "sr_ste", the decay acts on the weights after the optimizer instead of on the
-        gradient; "ste", no decay; "dense", nothing is pruned and the masks that would have been
-        used are followed.
-      decay_rate: float, lambda_W of the decay of pruned weights; 0 for "ste" and "dense".
-      decay_candidates: numbers separated by spaces, the rates that --mode=find_decay tries; without
-        effect in training.
-      refresh_steps: int, steps between two searches for masks.
-      grad_pruning: "none", "mvue" or "mvue_exact", how dy is pruned for dW.
-      dense_fraction: float in [0, 1), share of the steps, at the end, that train densely.
-      num_steps: int, steps of the run.
-      patterns: layer name -> NMPattern of its weight.
+      variant: "fst" decays gradients; "sr_ste" decays weights, after the optimizer; "ste" has no
+        decay; "dense" trains densely and computes masks only to log flip rates.
+      decay_rate: lambda_W, decay of pruned weights per step; 0 for "ste" and "dense".
+      decay_candidates: the rates that --mode=find_decay tries, separated by spaces; no effect in
+        training.
+      refresh_steps: steps between two mask searches.
+      grad_pruning: how dy is pruned for dW, "none", "mvue" or "mvue_exact".
+      dense_fraction: share of the steps that train densely at the end, in [0, 1).
+      num_steps: steps of the run.
+      patterns: layer name -> pattern of its weight.
 
     Raises:
       ValueError: if a setting is out of range or contradicts another.
@@ -93,13 +94,9 @@ class FSTConfig:
 def make_fst(config: FSTConfig) -> Recipe:
     """Return FST with the phases "sparse" and "dense finish", or one of its rivals.
 
-    Args:
-      config: FSTConfig.
-
-    Returns:
-      Recipe. Statistics: "flip_rates", layer name -> f32[L], share of mask entries that changed at
-      the last search; "flip_rate", f32[], over all weights; "decay_rate", f32[], read in every
-      step, so that one compiled step serves all rates.
+    Statistics: "flip_rates", layer name -> f32[L], share of mask entries that changed at the last
+    search; "flip_rate", f32[], over all weights; "decay_rate", f32[], an array so that one compiled
+    step serves all rates.
 
     References:
       Hu et al., Accelerating Transformer Pre-training with 2:4 Sparsity, arXiv:2404.01847. SR-STE:
@@ -177,4 +174,6 @@ def make_fst(config: FSTConfig) -> Recipe:
         transform_gradients=transform_gradients,
         update=update,
         metrics=metrics,
+        progress_metrics=FLIP_PROGRESS,
+        draw_run=draw_flip_rates,
     )

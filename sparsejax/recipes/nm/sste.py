@@ -1,9 +1,9 @@
-"""S-STE: 2:4 sparse weights as a continuous function of dense ones, from first to last step.
+"""S-STE: 2:4 sparse weights that are a continuous function of dense ones, in every step.
 
-The forward pass sees beta S(W), where S keeps two of four along the contracted axis and shrinks
-them by the third largest magnitude, so that what changes places is zero. The gradient passes
-straight through, without beta. Masks are not transposable: dx is a dense product. There is no decay
-and no dense finish.
+The forward pass sees beta S(W). S keeps two of four weights along the contracted axis and shrinks
+them by the third largest magnitude: values swap order only at zero, so S is continuous. The
+gradient passes straight through, without beta. Masks are not transposable, so dx is a dense
+product. There is no decay and no dense finish.
 
 Legend: L layers, K contracted axis, N columns of a weight.
 """
@@ -20,7 +20,9 @@ from sparsejax.masks import soft_threshold_mask, soft_threshold_scale, soft_thre
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
+    FLIP_PROGRESS,
     compare_weight_masks,
+    draw_flip_rates,
     flip_metrics,
     get_weight_masks,
     map_sparse_weights,
@@ -35,10 +37,10 @@ class SSTEConfig:
     """Settings of S-STE.
 
     Attributes:
-      grad_pruning: "none", "mvue" or "mvue_exact", how dy is pruned for dW.
-      flip_interval_steps: int, steps between the two masks that a flip rate compares; masks follow
-        the weights in every step.
-      patterns: layer name -> NMPattern of its weight: 2:4, not transposable.
+      grad_pruning: how dy is pruned for dW, "none", "mvue" or "mvue_exact".
+      flip_interval_steps: steps between the two masks that a flip rate compares; masks follow the
+        weights in every step.
+      patterns: layer name -> pattern of its weight: 2:4, not transposable.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -63,16 +65,12 @@ class SSTEConfig:
 def make_sste(config: SSTEConfig) -> Recipe:
     """Return S-STE, which has the single phase "sparse".
 
-    Args:
-      config: SSTEConfig.
-
-    Returns:
-      Recipe. Statistics: "beta", layer name -> f32[L], frozen at the beginning; "flip_rates" and
-      "flip_rate" as in FST; "masks_before", those that the next flip rate compares with.
+    Statistics: "beta", layer name -> f32[L], computed once from the initial weights; "flip_rates"
+    and "flip_rate" as in FST; "masks_before", which the next flip rate compares with.
 
     References:
       Hu, Zhu, Chen, S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training,
-      arXiv:2409.09099. Its FP8 products, simulated in the released code, are not followed.
+      arXiv:2409.09099. Its FP8 products, simulated in the released code, are left out.
     """
 
     def find_masks(masks, params):
@@ -136,4 +134,6 @@ def make_sste(config: SSTEConfig) -> Recipe:
         transform_params=transform_params,
         update=update,
         metrics=metrics,
+        progress_metrics=FLIP_PROGRESS,
+        draw_run=draw_flip_rates,
     )

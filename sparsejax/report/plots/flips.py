@@ -11,18 +11,6 @@ _PREFIX = "flip_rate/"
 _DPI = 150
 
 
-def has_flip_rates(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a run recorded how its masks of weights change.
-
-    Args:
-      rows: lines of `read_metrics`.
-
-    Returns:
-      bool.
-    """
-    return any("flip_rate" in row for row in rows)
-
-
 def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLike) -> None:
     """Draw the flip rate over the steps, and below it that of every layer as a heat map.
 

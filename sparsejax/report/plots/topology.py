@@ -10,18 +10,6 @@ _PREFIX = "mask_density/"
 _DPI = 150
 
 
-def has_topology(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a run recorded masks whose density may change.
-
-    Args:
-      rows: lines of `read_metrics`.
-
-    Returns:
-      bool.
-    """
-    return any("mask_density" in row for row in rows)
-
-
 def plot_topology(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLike) -> None:
     """Draw sparsity by weight, update fraction, losses, and FLOPs of a step against a dense one.
 

@@ -1,9 +1,10 @@
-"""Fixed attention patterns known in advance: the peers of learned ones.
+"""Fixed attention patterns, known in advance: the baselines of learned ones.
 
 Legend: L layers, I = J blocks along one side.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -11,22 +12,23 @@ import jax.numpy as jnp
 
 from sparsejax.checks import make_check
 from sparsejax.masks import pattern_at_density
-from sparsejax.recipes.attention.layer_masks import set_attention_masks
+from sparsejax.recipes.attention.layer_masks import draw_attention_patterns, set_attention_masks
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StaticAttentionConfig:
-    """Settings of a fixed pattern, the same in every layer.
+    """Settings of one fixed pattern for all layers.
 
     Attributes:
       pattern: "sliding_window", "longformer" or "bigbird", in block form.
-      density: float, fraction of the visible blocks kept, at least that of the diagonal.
-      dense_steps: int, steps of dense attention before the pattern applies.
-      pruned_logits: "masked" as in the published models, or "zero".
-      causal: bool, keep blocks on and below the diagonal only.
-      num_layers: int, layers of the model.
-      num_blocks: int, blocks along one side.
+      density: fraction of the visible blocks kept, at least that of the diagonal.
+      dense_steps: steps of dense attention before the pattern applies.
+      pruned_logits: how pruned blocks count in the softmax, "masked" as in the published models, or
+        "zero".
+      causal: keep blocks on and below the diagonal only.
+      num_layers: layers of the model.
+      num_blocks: blocks along one side.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -56,11 +58,7 @@ class StaticAttentionConfig:
 def make_static_attention(config: StaticAttentionConfig) -> Recipe:
     """Return the recipe that applies one fixed pattern.
 
-    Args:
-      config: StaticAttentionConfig.
-
-    Returns:
-      Recipe with the phase "sparse", after a phase "dense" if `dense_steps` asks for one.
+    It has the phase "sparse", after a phase "dense" if `dense_steps` is positive.
 
     References:
       Beltagy et al., Longformer, arXiv:2004.05150. Zaheer et al., Big Bird, arXiv:2007.14062.
@@ -90,9 +88,11 @@ def make_static_attention(config: StaticAttentionConfig) -> Recipe:
 
     dense = Phase("dense", last_step=config.dense_steps)
     sparse = Phase("sparse", sparse_attention=True, pruned_logits=config.pruned_logits)
+    name = f"static-{config.pattern}"
     return Recipe(
-        name=f"static-{config.pattern}",
+        name=name,
         phases=(dense, sparse) if config.dense_steps else (sparse,),
         init=init,
         enter_phase=enter_phase,
+        draw_phase=functools.partial(draw_attention_patterns, name, config.causal),
     )
