@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +15,6 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90 import (
     block_sparse_attention_mosaic_sm90,
     make_problem,
 )
-from sparsejax.masks import flood_fill
-from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
-from sparsejax.patterns import BlockPattern
 from tests.kernels import interpreter
 from tests.kernels.contract import (
     Case,
@@ -81,51 +77,6 @@ def _attend(q, k, v, mask, **options):
 def test_contract(case):
     with hopper():
         check_case(case, _attend)
-
-
-def test_flood_filled_pattern():
-    case = _change(num_queries=256, num_keys=256, causal=True, pruned_logits="zero")
-    pooled = np.random.default_rng(0).random((4, 4), np.float32) + 3 * np.eye(4, dtype=np.float32)
-    mask = flood_fill(jnp.asarray(pooled), quantile=0.5)[None, None]
-    with hopper():
-        got = compile_case(case, _attend)(case.inputs(), mask)
-    expected = compile_case(case, call_implementation("reference"))(case.inputs(), mask)
-    assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.03
-
-
-def test_the_model_pads_a_length_between_blocks():
-    real = jnp.arange(100) < jnp.array([[100], [70]])
-
-    @functools.partial(jax.jit, static_argnames=("mode", "dtype"))
-    def run(kept, mode, dtype):
-        attention = BlockSparseAttention(
-            64,
-            2,
-            max_length=128,
-            block=BlockPattern(block_q=64, block_kv=64),
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-        )
-        graphdef, masks, params = nnx.split(attention, SparsityMask, nnx.Param)
-        masks = jax.tree.map(lambda _: kept, masks)
-        x, cotangent = make_normal(((2, 100, 64),) * 2, "bfloat16")
-
-        def attend(params, x):
-            return nnx.merge(graphdef, masks, params)(x, kv_mask_BT=real, mode=mode)[0]
-
-        out, vjp = jax.vjp(attend, params, x.astype(dtype))
-        return [y / jnp.abs(y).max() for y in jax.tree.leaves((out, vjp(cotangent.astype(dtype))))]
-
-    everything = jnp.ones((1, 1, 2, 2), bool)
-    pruned = everything.at[:, :, 0, 1].set(False)
-    with hopper():
-        mode = AttentionMode(implementation="mosaic_sm90")
-        got = [run(kept, mode, "bfloat16") for kept in (everything, pruned)]
-    # Dense attention is not padded.
-    dense, xla = AttentionMode(sparse=False), AttentionMode(implementation="xla")
-    expected = run(everything, dense, "float32"), run(pruned, xla, "float32")
-    for arrays in zip(got, expected, strict=True):
-        assert max(error(x, y) for x, y in zip(*arrays, strict=True)) < 0.05
 
 
 def test_another_gpu_skips_with_the_reason(monkeypatch):
