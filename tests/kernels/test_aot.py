@@ -57,6 +57,7 @@ def test_mosaic_kernel_reports_what_ptxas_made_of_it():
     assert "HGMMA" in kernel.sass
 
 
+@pytest.mark.ci
 def test_a_kernel_is_reported_each_time_it_is_compiled():
     again = report_matmul.__wrapped__()
     assert [kernel.registers for kernel in again.kernels] == [

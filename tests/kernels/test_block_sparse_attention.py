@@ -21,20 +21,27 @@ from tests.kernels.contract import (
     has_select,
 )
 from tests.kernels.oracles import error, make_masks, make_normal
+from tests.kernels.tiers import tier
 
 IMPLEMENTATIONS = ("xla", "dense")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_contract(case, implementation):
+_CONTRACTS = {f"{name}-{i}": (CASES[name], i) for name in CASES for i in IMPLEMENTATIONS}
+_FAST = ["grouped_key_mask_segments_zero_all-xla", "bf16_causal-xla", "bf16_causal-dense"]
+
+
+@pytest.mark.parametrize("contract", tier(_CONTRACTS, fast=_FAST))
+def test_contract(contract):
+    case, implementation = contract
     check_case(case, call_implementation(implementation))
 
 
+@pytest.mark.ci
 def test_reference_in_bf16_meets_the_contract():
     check_case(CASES["bf16_causal"], call_implementation("reference"))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_schedule_serves_as_its_mask(implementation):
     attention = call_implementation(implementation)
@@ -79,10 +86,10 @@ def _causality_ignored(q, k, v, mask, **options):
     ("case", "broken"),
     [
         ("plain", _untransposed_lists),
-        ("plain", _dropped_last_block),
-        ("plain", _wrong_scale),
-        ("bf16_zero", _value_of_pruned_logits_ignored),
-        ("bf16_causal", _causality_ignored),
+        pytest.param("plain", _dropped_last_block, marks=pytest.mark.ci),
+        pytest.param("plain", _wrong_scale, marks=pytest.mark.ci),
+        pytest.param("bf16_zero", _value_of_pruned_logits_ignored, marks=pytest.mark.ci),
+        pytest.param("bf16_causal", _causality_ignored, marks=pytest.mark.ci),
     ],
 )
 def test_contract_rejects_broken_implementations(case, broken):
@@ -123,6 +130,7 @@ def test_removed_keys_that_are_finite_are_left_as_they_are(implementation):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.ci
 def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     case = CASES["plain"]
     attention = call_implementation("xla")
@@ -135,6 +143,7 @@ def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     assert max(error(x, y) for x, y in zip(eager, first[:2], strict=True)) < 1e-6
 
 
+@pytest.mark.ci
 def test_vmap_over_inputs_and_schedules():
     case = Case(num_queries=64, num_keys=64)
     q, k, v = make_normal(tuple((3, *shape) for shape in case.shapes))
@@ -155,6 +164,7 @@ def test_vmap_over_inputs_and_schedules():
             assert error(x[index], y) < 1e-5
 
 
+@pytest.mark.ci
 def test_layers_scan_over_stacked_schedules_with_remat():
     case = Case(num_queries=64, num_keys=64, causal=True)
     (x,) = make_normal((case.shapes[0],))
@@ -178,6 +188,7 @@ _PROPERTY_CASE = Case(num_queries=64, num_keys=80, mask_heads=4, num_kv_heads=2)
 _PROPERTY_RUNS = {}
 
 
+@pytest.mark.ci
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(density=st.floats(0, 1), seed=st.integers(0, 99))
 def test_any_mask_agrees_with_the_reference(density, seed):

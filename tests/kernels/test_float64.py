@@ -92,6 +92,7 @@ def test_attention(rule, causal, implementation):
                     right.check(x, f"{name} of {case}")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["reference", "dense", "xla"])
 def test_equal_logits_of_any_size(implementation):
     mask = jnp.ones((1, 1, 2, 2), bool)

@@ -25,6 +25,7 @@ from tests.kernels.contract import (
 )
 from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
+from tests.kernels.tiers import tier
 
 _SMALL = Case(
     batch=1, num_heads=1, num_kv_heads=1, num_queries=192, num_keys=192, head_dim=64, block_q=64,
@@ -34,6 +35,10 @@ _change = functools.partial(dataclasses.replace, _SMALL)
 _PAIRED = ("random", "empty_columns")
 
 CASES = {
+    "grouped_causal_segments_zero": _change(
+        num_heads=2, mask_heads=2, causal=True, has_segments=True, pruned_logits="zero",
+        head_dim=32, mask_names=("random",),
+    ),
     "every_mask": _change(mask_names=None),
     # More tiles than a ring holds, in every kernel: slots are used again.
     "long_lists": _change(num_queries=320, num_keys=320, head_dim=32, mask_names=("full",)),
@@ -73,7 +78,7 @@ def _attend(q, k, v, mask, **options):
     return call_implementation("mosaic_sm90")(q, k, v, mask, **options)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", tier(CASES, fast=["grouped_causal_segments_zero"]))
 def test_contract(case):
     with hopper():
         check_case(case, _attend)
@@ -107,12 +112,20 @@ def _wrong_scale(q, k, v, mask, **options):
     return _attend(q, k, v, mask, **options | {"scale": 1.05 * q.shape[-1] ** -0.5})
 
 
-@pytest.mark.parametrize("broken", [_untransposed_lists, _dropped_last_block, _wrong_scale])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(_untransposed_lists, marks=pytest.mark.ci),
+        _dropped_last_block,
+        pytest.param(_wrong_scale, marks=pytest.mark.ci),
+    ],
+)
 def test_contract_rejects_broken_lists_and_scale(broken):
     with pytest.raises(AssertionError, match="off by"), hopper():
         check_case(_change(mask_names=("random",)), broken)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
 @pytest.mark.parametrize("missing", [0, 4], ids=["slot_reused", "tile_read"])
 def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
@@ -126,6 +139,7 @@ def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
         jax.block_until_ready(jax.jit(functools.partial(_attend, **case.options))(q, k, v, mask))
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU reports no races")
 def test_contract_rejects_a_tile_given_back_before_it_is_multiplied(monkeypatch):
     case = CASES["long_lists"]
@@ -139,6 +153,7 @@ def test_contract_rejects_a_tile_given_back_before_it_is_multiplied(monkeypatch)
         jax.block_until_ready(jax.jit(lambda *inputs: run(*inputs))(*case.inputs(), mask))
 
 
+@pytest.mark.ci
 def test_nothing_leaks_from_removed_keys():
     case = CASES["shared_ring_key_mask"]
     q, k, v = case.inputs()
@@ -157,6 +172,7 @@ def test_nothing_leaks_from_removed_keys():
     assert rewrites == [True, False]
 
 
+@pytest.mark.ci
 def test_a_row_that_counts_nothing_takes_no_gradient_whatever_its_cotangent():
     case = _change(num_queries=64, num_keys=64)
     options = case.options | {"kv_mask": jnp.zeros((1, 64), bool)}
@@ -174,6 +190,7 @@ def test_a_row_that_counts_nothing_takes_no_gradient_whatever_its_cotangent():
         np.testing.assert_array_equal(x, jnp.zeros_like(x))
 
 
+@pytest.mark.ci
 def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     case = _SMALL
     inputs, mask = case.inputs(), case.masks()["random"]
@@ -186,6 +203,7 @@ def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     assert max(error(x, y) for x, y in zip(eager, first[:2], strict=True)) < 1e-2
 
 
+@pytest.mark.ci
 def test_vmap_over_inputs_and_masks():
     case = _change(num_queries=64)
     q, k, v = make_normal(tuple((2, *shape) for shape in case.shapes), "bfloat16")
@@ -210,6 +228,7 @@ def _property_run(implementation):
     return compile_case(_PROPERTY, call_implementation(implementation))
 
 
+@pytest.mark.ci
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(kept=st.lists(st.booleans(), min_size=4, max_size=4), seed=st.integers(0, 9))
 def test_any_mask_agrees_with_the_reference(kept, seed):
@@ -276,6 +295,7 @@ def test_what_the_kernels_do_not_do_is_refused_with_the_reason(change, options, 
         )
 
 
+@pytest.mark.ci
 def test_a_wide_head_runs_forward():
     case = _change(head_dim=256, block_q=128, num_queries=128, num_keys=256)
     inputs, mask = case.inputs(), jnp.array([[[[True, False, True, True]]]])

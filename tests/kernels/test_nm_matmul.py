@@ -31,7 +31,9 @@ from tests.kernels.nm_contract import (
     make_nm_masks,
 )
 from tests.kernels.oracles import error, make_normal
+from tests.kernels.tiers import tier
 
+_FAST = ["transposable", "geglu", "one_of_four", "two_of_eight", "mvue_exact", "bf16_swiglu"]
 PRUNING = {
     name: dataclasses.replace(case, leading=(2, 13), activation=activation)
     for (name, case), activation in zip(
@@ -42,16 +44,17 @@ PRUNING = {
 }
 
 
-@pytest.mark.parametrize("case", NM_CASES.values(), ids=NM_CASES.keys())
+@pytest.mark.parametrize("case", tier(NM_CASES, fast=_FAST))
 def test_contract(case):
     check_nm_case(case, "xla")
 
 
+@pytest.mark.ci
 def test_reference_in_bf16_meets_the_contract():
     check_nm_case(NM_CASES["bf16"], "reference", optimise=False)
 
 
-@pytest.mark.parametrize("case", PRUNING.values(), ids=PRUNING.keys())
+@pytest.mark.parametrize("case", tier(PRUNING, fast=["mvue_exact"]))
 def test_two_of_four_tokens_make_the_weight_gradient(case):
     check_pruned_gradient(case, "xla", optimise=False)
 
@@ -179,6 +182,7 @@ def test_contract_rejects_broken_implementations(case, name, changes):
         check_nm_case(case, _with(**changes), optimise=False)
 
 
+@pytest.mark.ci
 def test_contract_accepts_the_products_that_were_not_broken():
     check_nm_case(NM_CASES["bf16_geglu"], _with(), optimise=False)
 
@@ -227,6 +231,7 @@ def _loss(x, w, mask, key, implementation="xla"):
     return (y**2).sum()
 
 
+@pytest.mark.ci
 def test_vmap_over_inputs_weights_masks_and_keys():
     (x, w) = make_normal(((3, 8, 16), (3, 16, 8)))
     masks = jnp.stack([make_nm_masks((16, 8), (2, 4), seed=s)["whole"] for s in range(3)])
@@ -239,6 +244,7 @@ def test_vmap_over_inputs_weights_masks_and_keys():
             assert error(a[index], b) < 1e-5
 
 
+@pytest.mark.ci
 def test_layers_scan_over_stacked_masks_with_remat():
     (x, w) = make_normal(((2, 6, 16), (3, 16, 32)))
     masks = jnp.stack([make_nm_masks((16, 32), (2, 4), seed=s)["underfull"] for s in range(3)])
@@ -267,6 +273,7 @@ def test_layers_scan_over_stacked_masks_with_remat():
         assert error(a, b) < 1e-4 * (1 + float(jnp.abs(b).max()))
 
 
+@pytest.mark.ci
 def test_jit_agrees_with_eager_and_repeats_to_the_bit():
     (x, w) = make_normal(((8, 16), (16, 8)))
     mask = jnp.asarray(make_nm_masks((16, 8), (2, 4))["whole"])
@@ -279,6 +286,7 @@ def test_jit_agrees_with_eager_and_repeats_to_the_bit():
     assert max(error(a, b) for a, b in zip(eager, first, strict=True)) < 1e-4
 
 
+@pytest.mark.ci
 def test_weight_gradient_of_a_gated_layer_is_unbiased():
     (x, w) = make_normal(((10, 16), (16, 8)))
     mask = jnp.asarray(make_nm_masks((16, 8), (2, 4))["whole"])

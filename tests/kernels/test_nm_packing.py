@@ -146,7 +146,12 @@ def test_stacked_weights():
 
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((128, 64), "both"), ((64, 128), "both"), ((64, 64), 0), ((64, 128), 1)],
+    [
+        pytest.param((128, 64), "both", marks=pytest.mark.ci),
+        ((64, 128), "both"),
+        pytest.param((64, 64), 0, marks=pytest.mark.ci),
+        pytest.param((64, 128), 1, marks=pytest.mark.ci),
+    ],
     ids=str,
 )
 def test_the_kernel_packs_the_same_bits(shape, axis):

@@ -21,6 +21,7 @@ from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.test_nm_packing import assert_same_bits, make_weight
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("axes", ["k", "n", "kn"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_packing(axes, dtype):
@@ -33,6 +34,7 @@ def test_packing(axes, dtype):
     assert_same_bits(actual, (along_k if "k" in axes else None, along_n if "n" in axes else None))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("dtype", "exact"), [("bfloat16", False), ("float16", True)])
 def test_pruning(dtype, exact):
     (dz,) = make_normal(((128, 192),), dtype)
@@ -111,6 +113,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS.keys())
 def test_products(case):
     check_product(*case, reads="late", copies="late")
@@ -142,6 +145,7 @@ def test_every_tile(tiles, dense_is_transposed):
     check_product(product | dict(dense_is_transposed=dense_is_transposed), tiles)
 
 
+@pytest.mark.ci
 def test_a_whole_layer():
     # Packing, y, dx and dw, the last of a pruned gradient, as a model calls them.
     x, w, dy = make_normal(((128, 64), (64, 128), (128, 128)), "bfloat16")
@@ -177,6 +181,7 @@ def _edit_ptx(monkeypatch, pattern, replacement):
     monkeypatch.setattr(ptx_host, "compile_kernel", edited)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("pattern", "replacement"),
     [
