@@ -14,6 +14,7 @@ from tests.kernels.block_matmul_contract import (
     check_block_matmul,
 )
 from tests.kernels.oracles import make_masks, make_normal
+from tests.kernels.tiers import tier
 
 PLAIN = BlockMatmulCase()
 CASES = {
@@ -26,7 +27,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", tier(CASES, fast=["plain", "bfloat16"]))
 def test_contract(case, implementation):
     if case.grid == (1, 1):
         # make_masks wants three columns; a grid of one has two masks.
@@ -89,6 +90,7 @@ def test_the_contract_rejects_broken_implementations(broken):
         check_block_matmul(PLAIN, broken)
 
 
+@pytest.mark.ci
 def test_layers_that_are_scanned_and_recomputed_keep_their_masks():
     x, w, dy = make_normal(((12, 16), (3, 16, 16), (12, 16)))
     masks = make_masks((4, 4))

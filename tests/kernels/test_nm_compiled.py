@@ -93,7 +93,7 @@ def _make_problem(product):
     return Problem(**defaults | product)
 
 
-@pytest.mark.parametrize("product", tier(PRODUCTS, fast=["geglu_bias"]))
+@pytest.mark.parametrize("product", tier(PRODUCTS, fast=["small"]))
 def test_products_of_transformers(product):
     problem = _make_problem(product)
     tiles = default_config(

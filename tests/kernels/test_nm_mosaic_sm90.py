@@ -44,6 +44,7 @@ _CASES = {
     )
     for name, case in NM_KERNEL_CASES.items()
 }
+_CASES["small"] = dataclasses.replace(_CASES["bf16_geglu"], leading=(40,), has_bias=True)
 
 
 def packed_beforehand(x, w, mask, **options):
@@ -53,7 +54,7 @@ def packed_beforehand(x, w, mask, **options):
     return nm_matmul(x, w, mask, packed=packed, implementation="mosaic_sm90", **options)
 
 
-@pytest.mark.parametrize("case", tier(_CASES, fast=["bf16_geglu"]))
+@pytest.mark.parametrize("case", tier(_CASES, fast=["small"]))
 def test_contract(case):
     with hopper():
         check_nm_case(case, packed_beforehand, optimise=False)
@@ -133,9 +134,10 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", tier(CUTS, fast=["geglu_half_full"]))
-def test_every_cut_gives_the_product(cut):
-    check(*cut)
+@pytest.mark.ci
+@pytest.mark.parametrize(("problem", "tiles"), CUTS.values(), ids=CUTS.keys())
+def test_every_cut_gives_the_product(problem, tiles):
+    check(problem, tiles)
 
 
 @pytest.mark.ci
@@ -239,8 +241,9 @@ def test_eager_vmap_and_scan_agree_with_jit():
     np.testing.assert_array_equal(one_by_one, scanned)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
-@pytest.mark.parametrize("missing", tier({"slot_reused": 0, "tile_read": 2}, fast=["tile_read"]))
+@pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
     # Barriers are awaited in the order: a slot that the copying warpgroup uses again, all slots at
     # its end, a tile of a computing one.
