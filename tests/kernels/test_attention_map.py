@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import block_sparse_attention, mean_attention_map
 from tests.kernels.oracles import make_normal, softmax_maps
+from tests.kernels.tiers import tier
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 average_maps = jit(mean_attention_map, static_argnames=("causal", "implementation"))
@@ -25,10 +26,14 @@ def _draw(*shapes):
     return tuple(np.asarray(x) for x in make_normal(shapes))
 
 
+_KINDS = {"plain": (False, False), "causal": (True, False), "padded": (False, True)}
+_KINDS |= {"causal-padded": (True, True)}
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_map_is_the_mean_of_the_softmax_maps(causal, padded, implementation):
+@pytest.mark.parametrize("kind", tier(_KINDS, fast=["causal-padded"]))
+def test_the_map_is_the_mean_of_the_softmax_maps(kind, implementation):
+    causal, padded = kind
     q_BTNH, k_BSKH = _draw((2, 12, 4, 8), (2, 12, 2, 8))
     visible_BTS = np.ones((2, 12, 12), bool)
     kv_mask = None

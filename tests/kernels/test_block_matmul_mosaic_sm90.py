@@ -195,7 +195,7 @@ def _half_of_the_tokens(monkeypatch):
     [
         pytest.param(_lists_of_other_owners, "64x64", "y", marks=pytest.mark.ci),
         pytest.param(_first_half_of_each_block, "128x64_f16", "y", marks=pytest.mark.ci),
-        (_half_of_the_tokens, "64x64", "dw"),
+        pytest.param(_half_of_the_tokens, "64x64", "dw", marks=pytest.mark.ci),
     ],
 )
 def test_the_contract_rejects_broken_plans(broken, case, part, monkeypatch):

@@ -54,7 +54,8 @@ def test_reference_in_bf16_meets_the_contract():
     check_nm_case(NM_CASES["bf16"], "reference", optimise=False)
 
 
-@pytest.mark.parametrize("case", tier(PRUNING, fast=["mvue"]))
+@pytest.mark.ci
+@pytest.mark.parametrize("case", PRUNING.values(), ids=PRUNING.keys())
 def test_two_of_four_tokens_make_the_weight_gradient(case):
     check_pruned_gradient(case, "xla", optimise=False)
 

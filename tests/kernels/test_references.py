@@ -73,6 +73,7 @@ def test_full_mask_is_jax_attention_with_its_gradient(causal):
         assert error(actual, expected) < 1e-5
 
 
+@pytest.mark.ci
 def test_zero_rule_keeps_the_share_of_pruned_positions():
     q, k, _ = make_normal(((1, 64, 1, 8),) * 3)
     mask = jnp.asarray(np.random.default_rng(0).random((1, 1, 4, 4)) < 0.5)
@@ -84,6 +85,7 @@ def test_zero_rule_keeps_the_share_of_pruned_positions():
     )
 
 
+@pytest.mark.ci
 def test_rows_that_keep_nothing_have_no_gradient():
     q, k, v = make_normal(((1, 32, 1, 8),) * 3)
     mask = jnp.array([[True, True], [False, False]])[None, None]
