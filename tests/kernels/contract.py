@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import block_sparse_attention, make_block_schedule
 from tests.kernels.oracles import (
     error,
     make_masks,
@@ -107,6 +107,28 @@ CASES = {
 def call_implementation(implementation):
     """Return attention(q, k, v, mask, **options) -> (out, lse) for a named implementation."""
     return functools.partial(block_sparse_attention, return_lse=True, implementation=implementation)
+
+
+def with_untransposed_lists(attention):
+    """Break an attention: keys read the lists of queries."""
+
+    def broken(q, k, v, mask, **options):
+        schedule = make_block_schedule(mask)
+        lists = {"q_counts": schedule.kv_counts, "q_indices": schedule.kv_indices}
+        return attention(q, k, v, dataclasses.replace(schedule, **lists), **options)
+
+    return broken
+
+
+def with_a_block_dropped(attention):
+    """Break an attention: queries do not see the last block of their lists."""
+
+    def broken(q, k, v, mask, **options):
+        schedule = make_block_schedule(mask)
+        counts = jnp.maximum(schedule.kv_counts - 1, 0)
+        return attention(q, k, v, dataclasses.replace(schedule, kv_counts=counts), **options)
+
+    return broken
 
 
 def compile_case(case, attention, *, optimise=True):

@@ -19,10 +19,13 @@ from tests.kernels.contract import (
     check_case,
     compile_case,
     has_select,
+    with_a_block_dropped,
+    with_untransposed_lists,
 )
 from tests.kernels.oracles import error, make_masks, make_normal
 
 IMPLEMENTATIONS = ("xla", "dense")
+_XLA = call_implementation("xla")
 
 
 @pytest.mark.ci
@@ -55,21 +58,6 @@ def test_a_schedule_serves_as_its_mask(implementation):
     )
 
 
-def _untransposed_lists(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    schedule = dataclasses.replace(
-        schedule, q_counts=schedule.kv_counts, q_indices=schedule.kv_indices
-    )
-    return call_implementation("xla")(q, k, v, schedule, **options)
-
-
-def _dropped_last_block(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    counts = jnp.maximum(schedule.kv_counts - 1, 0)
-    schedule = dataclasses.replace(schedule, kv_counts=counts)
-    return call_implementation("xla")(q, k, v, schedule, **options)
-
-
 def _wrong_scale(q, k, v, mask, **options):
     options["scale"] = 1.01 * q.shape[-1] ** -0.5
     return call_implementation("dense")(q, k, v, mask, **options)
@@ -88,8 +76,8 @@ def _causality_ignored(q, k, v, mask, **options):
 @pytest.mark.parametrize(
     ("case", "broken"),
     [
-        pytest.param("plain", _untransposed_lists, marks=pytest.mark.ci),
-        pytest.param("plain", _dropped_last_block, marks=pytest.mark.ci),
+        pytest.param("plain", with_untransposed_lists(_XLA), marks=pytest.mark.ci),
+        pytest.param("plain", with_a_block_dropped(_XLA), marks=pytest.mark.ci),
         ("plain", _wrong_scale),
         pytest.param("bf16_zero", _value_of_pruned_logits_ignored, marks=pytest.mark.ci),
         pytest.param("bf16_causal", _causality_ignored, marks=pytest.mark.ci),

@@ -22,6 +22,8 @@ from tests.kernels.contract import (
     check_case,
     compile_case,
     has_select,
+    with_a_block_dropped,
+    with_untransposed_lists,
 )
 from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
@@ -35,10 +37,10 @@ _change = functools.partial(dataclasses.replace, _SMALL)
 _PAIRED = ("random", "empty_columns")
 
 CASES = {
-    # Lists of two, one and none; a kept block that causality removes.
-    "grouped_causal_zero": _change(
-        num_heads=2, mask_heads=2, causal=True, pruned_logits="zero", head_dim=32, num_keys=128,
-        scale=0.3, mask_names=("random",),
+    # Lists of one and two, a kept block that causality removes, more items than programs.
+    "causal_segments_zero": _change(
+        causal=True, has_segments=True, pruned_logits="zero", head_dim=32, scale=0.3,
+        mask_names=("global_row_and_column",),
     ),
     "every_mask": _change(mask_names=None),
     # More tiles than a ring holds, in every kernel: slots are used again.
@@ -79,7 +81,7 @@ def _attend(q, k, v, mask, **options):
     return call_implementation("mosaic_sm90")(q, k, v, mask, **options)
 
 
-@pytest.mark.parametrize("case", tier(CASES, fast=["grouped_causal_zero"]))
+@pytest.mark.parametrize("case", tier(CASES, fast=["causal_segments_zero"]))
 def test_contract(case):
     with hopper():
         check_case(case, _attend)
@@ -95,20 +97,6 @@ def test_another_gpu_skips_with_the_reason(monkeypatch):
         pass
 
 
-def _untransposed_lists(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    schedule = dataclasses.replace(
-        schedule, q_counts=schedule.kv_counts, q_indices=schedule.kv_indices
-    )
-    return _attend(q, k, v, schedule, **options)
-
-
-def _dropped_last_block(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    counts = jnp.maximum(schedule.kv_counts - 1, 0)
-    return _attend(q, k, v, dataclasses.replace(schedule, kv_counts=counts), **options)
-
-
 def _wrong_scale(q, k, v, mask, **options):
     return _attend(q, k, v, mask, **options | {"scale": 1.05 * q.shape[-1] ** -0.5})
 
@@ -116,11 +104,8 @@ def _wrong_scale(q, k, v, mask, **options):
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "broken",
-    [
-        pytest.param(_untransposed_lists, marks=pytest.mark.ci),
-        _dropped_last_block,
-        pytest.param(_wrong_scale, marks=pytest.mark.ci),
-    ],
+    [with_untransposed_lists(_attend), with_a_block_dropped(_attend), _wrong_scale],
+    ids=["untransposed lists", "a block dropped", "wrong scale"],
 )
 def test_contract_rejects_broken_lists_and_scale(broken):
     with pytest.raises(AssertionError, match="off by"), hopper():

@@ -19,7 +19,7 @@ from pallas_kernels.nm_matmul.activations import (
 from pallas_kernels.nm_matmul.mvue import prune_tokens
 from pallas_kernels.nm_matmul.straight_through import Products
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
-from tests.kernels import nm_contract
+from tests.kernels import float64, nm_contract
 from tests.kernels.nm_contract import (
     NM_CASES,
     NMCase,
@@ -60,30 +60,6 @@ def test_two_of_four_tokens_make_the_weight_gradient(case):
     check_pruned_gradient(case, "xla", optimise=False)
 
 
-def _numpy_gelu(z):
-    inner = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
-    slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)
-    half = (1 + np.tanh(inner)) / 2
-    return z * half, half + z / 2 * (1 - np.tanh(inner) ** 2) * slope
-
-
-def _numpy_silu(z):
-    sigmoid = 1 / (1 + np.exp(-z))
-    return z * sigmoid, sigmoid + z * sigmoid * (1 - sigmoid)
-
-
-def _numpy_activation(z, d_out, name):
-    """Return act(z) and dz, in f64."""
-    if name is None:
-        return z, d_out
-    if name == "gelu":
-        act, slope = _numpy_gelu(z)
-        return act, d_out * slope
-    value, gate = np.split(z, 2, axis=-1)
-    act, slope = (_numpy_gelu if name == "geglu" else _numpy_silu)(gate)
-    return value * act, np.concatenate([d_out * act, d_out * value * slope], axis=-1)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_reference_is_the_equation(activation):
     case = NMCase(leading=(2, 9), has_bias=True, activation=activation)
@@ -92,7 +68,7 @@ def test_reference_is_the_equation(activation):
     x, w, bias = (np.asarray(a, np.float64) for a in case.inputs())
     dy = np.asarray(case.cotangent(), np.float64)
     kept = np.where(mask, w, 0)
-    y, dz = _numpy_activation(x @ kept + bias, dy, activation)
+    y, dz = float64.activated(x @ kept + bias, activation, dy)
     dw = np.einsum("bsk,bsn->kn", x, dz)
     for actual, expected in zip(got, (y, dz @ kept.T, dw, dz.sum(axis=(0, 1))), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -103,7 +79,7 @@ def test_reference_is_the_equation(activation):
 def test_activations_far_from_zero(activation):
     (d_out,) = make_normal(((3, 8) if activation in (None, "gelu") else (3, 4),))
     z = jnp.array([-200.0, -30.0, -4.0, -1e-3, 1e-3, 4.0, 30.0, 200.0]) * jnp.ones((3, 1))
-    act, dz = _numpy_activation(*(np.asarray(a, np.float64) for a in (z, d_out)), activation)
+    act, dz = float64.activated(np.float64(z), activation, np.float64(d_out))
     np.testing.assert_allclose(apply_activation(z, activation), act, rtol=1e-5, atol=1e-5)
     got = activation_gradient(z, d_out, activation)
     np.testing.assert_allclose(got, dz, rtol=1e-5, atol=1e-5)
