@@ -60,5 +60,6 @@ def test_lse_comes_from_the_attention_kernel_when_it_is_not_given():
     assert report.temp_bytes < MAPS_BYTES / 20
 
 
+@pytest.mark.ci
 def test_an_unproven_kernel_is_not_chosen():
     assert not _compile(64).kernels

@@ -154,7 +154,8 @@ def test_few_steps_and_a_wait_for_every_group(num_steps, in_flight):
     check_kernel(kernel, in_flight_at_release=in_flight)
 
 
-@pytest.mark.parametrize("axis", tier({"0": 0, "1": 1, "both": "both"}, fast=["both"]))
+@pytest.mark.ci
+@pytest.mark.parametrize("axis", [0, 1, "both"])
 def test_packing_is_one_kernel_that_reads_once(axis):
     def pack(w, mask):
         return pack_nm(w, mask, axis=axis, implementation="mosaic_sm90")

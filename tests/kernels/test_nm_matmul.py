@@ -33,7 +33,7 @@ from tests.kernels.nm_contract import (
 from tests.kernels.oracles import error, make_normal
 from tests.kernels.tiers import tier
 
-_FAST = ["transposable", "geglu", "one_of_four", "two_of_eight", "mvue_exact", "bf16_swiglu"]
+_FAST = ["transposable", "geglu", "one_of_four", "two_of_eight", "mvue_exact", "bf16"]
 PRUNING = {
     name: dataclasses.replace(case, leading=(2, 13), activation=activation)
     for (name, case), activation in zip(

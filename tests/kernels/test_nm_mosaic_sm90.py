@@ -33,7 +33,6 @@ from tests.kernels.nm_contract import (
     make_nm_masks,
 )
 from tests.kernels.oracles import error, make_normal
-from tests.kernels.tiers import tier
 
 _CASES = {
     name: dataclasses.replace(
@@ -44,7 +43,6 @@ _CASES = {
     )
     for name, case in NM_KERNEL_CASES.items()
 }
-_CASES["small"] = dataclasses.replace(_CASES["bf16_geglu"], leading=(40,), has_bias=True)
 
 
 def packed_beforehand(x, w, mask, **options):
@@ -54,7 +52,14 @@ def packed_beforehand(x, w, mask, **options):
     return nm_matmul(x, w, mask, packed=packed, implementation="mosaic_sm90", **options)
 
 
-@pytest.mark.parametrize("case", tier(_CASES, fast=["small"]))
+def test_contract_with_packing():
+    case = dataclasses.replace(_CASES["bf16_geglu"], leading=(40,), has_bias=True)
+    with hopper():
+        check_nm_case(case, "mosaic_sm90", optimise=False)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
 def test_contract(case):
     with hopper():
         check_nm_case(case, packed_beforehand, optimise=False)

@@ -137,6 +137,7 @@ def test_unpacking_inverts_packing(seed, shape, axis):
     assert_same_bits(unpack_nm(packed), jnp.where(mask, w, 0))
 
 
+@pytest.mark.ci
 def test_stacked_weights():
     w, masks = make_weight((64, 128))
     stacked = jnp.stack([w, 2 * w]), jnp.stack([masks["whole"], masks["underfull"]])
@@ -146,14 +147,10 @@ def test_stacked_weights():
     assert_same_bits(jax.tree.map(lambda x: x[1], packed), jit_pack(2 * w, masks["underfull"]))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [
-        pytest.param((128, 64), "both", marks=pytest.mark.ci),
-        ((64, 128), "both"),
-        pytest.param((64, 64), 0, marks=pytest.mark.ci),
-        pytest.param((64, 128), 1, marks=pytest.mark.ci),
-    ],
+    [((128, 64), "both"), ((64, 128), "both"), ((64, 64), 0), ((64, 128), 1)],
     ids=str,
 )
 def test_the_kernel_packs_the_same_bits(shape, axis):
@@ -208,7 +205,7 @@ def _broken(packed, kind):
 )
 def test_the_emulation_rejects_other_layouts(kind):
     w, masks = make_weight((64, 64))
-    packed = pack_nm(w, masks["whole"])
+    packed = jit_pack(w, masks["whole"])
     dense, _ = emulate(_broken(packed, kind).along_k)
     assert (dense != masked(w, masks["whole"]).T).any()
 
