@@ -27,6 +27,8 @@ CONTRACTS = (
     "test_block_matmul_mosaic_sm90.py",
     "test_attention_map_mosaic_sm90.py",
 )
+# What a model makes of lengths between blocks goes through the kernels too.
+MODELS = "tests/models/test_attention_kernels.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +88,7 @@ def _gpu_environment() -> dict[str, str]:
 def _run_contracts() -> bool:
     first = [f"tests/kernels/{name}" for name in CONTRACTS]
     # These are about compiling without a GPU and need another compiler installed.
-    others = ["tests/kernels", *(f"--ignore={path}" for path in first)]
+    others = ["tests/kernels", MODELS, *(f"--ignore={path}" for path in first)]
     others += [f"--ignore-glob=tests/kernels/{name}" for name in ("test_aot.py", "*_compiled.py")]
     began, passed = time.monotonic(), []
     for paths in (first, others):

@@ -47,6 +47,19 @@ ULP = 2.0**-24
 _UNDERFLOW = 1e-30
 
 
+def activated(z, name, d_out=1.0):
+    """Compute act(z) and dz = act'(z) d_out of an activation of `nm_matmul`, by name."""
+    if name is None:
+        return z, d_out
+    if name == "gelu":
+        act = act_parts(z, name)
+        return act.value, d_out * act.slope
+    value, gate = np.split(z, 2, axis=-1)
+    act = act_parts(gate, "silu" if name == "swiglu" else "gelu")
+    of_value, of_gate = d_out * act.value, d_out * value * act.slope
+    return value * act.value, np.concatenate([of_value, of_gate], axis=-1)
+
+
 class Judged(NamedTuple):
     """A right value, and how far an f32 computation may be from it.
 

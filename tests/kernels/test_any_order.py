@@ -48,6 +48,7 @@ def _mean_map():
     return functools.partial(mean_attention_map, causal=True, **_HOPPER), (q, k)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU has an order of its own")
 @pytest.mark.parametrize("make", [_sparse_product, _attention, _block_product, _mean_map])
 def test_copies_may_land_in_any_order(make):

@@ -57,6 +57,7 @@ def test_mosaic_kernel_reports_what_ptxas_made_of_it():
     assert "HGMMA" in kernel.sass
 
 
+@pytest.mark.ci
 def test_a_kernel_is_reported_each_time_it_is_compiled():
     again = report_matmul.__wrapped__()
     assert [kernel.registers for kernel in again.kernels] == [
@@ -64,6 +65,7 @@ def test_a_kernel_is_reported_each_time_it_is_compiled():
     ]
 
 
+@pytest.mark.ci
 def test_spills_are_seen():
     kernel = plgpu.kernel(spilling_kernel, out_type=jax.ShapeDtypeStruct((64, 256), jnp.float32))
     report = aot.compile_for(kernel, jax.ShapeDtypeStruct((3, 64, 256), jnp.float32))

@@ -72,6 +72,7 @@ def test_layers_of_gpt2():
     _check_products(report, (64, 64), "bfloat16", (128, 64))
 
 
+@pytest.mark.ci
 def test_the_layer_of_the_target():
     report = _compile(8192, (4096, 4096), (128, 128), has_bias=False)
     _check_products(report, (128, 128), "bfloat16", (128, 128))
@@ -97,6 +98,7 @@ def test_a_missing_wait_is_noticed(monkeypatch):
         _check_products(_compile(2048, (768, 3072), (64, 64)), (64, 64), "bfloat16", (128, 64))
 
 
+@pytest.mark.ci
 def test_scanned_layers_that_are_computed_again():
     x, w, mask = _struct(1000, 512), _struct(3, 512, 512), _struct(3, 8, 4, dtype=bool)
 

@@ -26,6 +26,7 @@ from tests.kernels.block_matmul_contract import (
 )
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
+from tests.kernels.tiers import tier
 
 SMALL = BlockMatmulCase(
     leading=(2, 65),
@@ -36,6 +37,7 @@ SMALL = BlockMatmulCase(
     mask_names=("global_row_and_column", "gradient of everything", "empty_columns"),
 )
 CASES = {
+    "small": dataclasses.replace(SMALL, leading=(65,), mask_names=("gradient of everything",)),
     "64x64": SMALL,
     "128x64_f16": dataclasses.replace(SMALL, block=(128, 64), dtype="float16"),
 }
@@ -49,7 +51,7 @@ SLOW_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", tier(CASES, fast=["small"]))
 def test_contract(case):
     with hopper():
         check_block_matmul(case, call_block_matmul("mosaic_sm90"))
@@ -95,6 +97,7 @@ def check_rows(num_rows, blocks, mask, *, transposed=False, planned_for=1, num_p
     return plan
 
 
+@pytest.mark.ci
 def test_tall_tiles_and_groups_of_them(monkeypatch):
     monkeypatch.setattr(products, "_GROUP", 2)
     plan = check_rows(768, (64, 64), [[1, 0], [1, 0]], num_programs=2)
@@ -102,6 +105,7 @@ def test_tall_tiles_and_groups_of_them(monkeypatch):
     assert plan.shape == (128, 64) and plan.num_row_tiles == 3 and plan.group == 2
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("num_programs", "transposed"),
     [(1, True), (64, False), pytest.param(3, True, marks=pytest.mark.slow)],
@@ -135,6 +139,7 @@ def test_chosen_tiles_fit(blocks, num_rows):
         assert stages * (plan.lhs.num_bytes + plan.rhs.num_bytes) < SHARED_MEMORY_BYTES
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
 @pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
@@ -144,6 +149,7 @@ def test_a_missing_barrier_is_noticed(missing, monkeypatch):
         check_rows(128, (64, 64), np.ones((9, 1)), planned_for=9)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
 @pytest.mark.parametrize("missing", [3, 4], ids=["sum_overwritten", "sum_read"])
 def test_a_missing_barrier_between_warpgroups_is_noticed(missing, monkeypatch):
@@ -190,9 +196,9 @@ def _half_of_the_tokens(monkeypatch):
 @pytest.mark.parametrize(
     ("broken", "case", "part"),
     [
-        (_lists_of_other_owners, "64x64", "y"),
-        (_first_half_of_each_block, "128x64_f16", "y"),
-        (_half_of_the_tokens, "64x64", "dw"),
+        pytest.param(_lists_of_other_owners, "64x64", "y", marks=pytest.mark.ci),
+        pytest.param(_first_half_of_each_block, "128x64_f16", "y", marks=pytest.mark.ci),
+        pytest.param(_half_of_the_tokens, "64x64", "dw", marks=pytest.mark.ci),
     ],
 )
 def test_the_contract_rejects_broken_plans(broken, case, part, monkeypatch):

@@ -19,22 +19,35 @@ from tests.kernels.contract import (
     check_case,
     compile_case,
     has_select,
+    with_a_block_dropped,
+    with_untransposed_lists,
 )
 from tests.kernels.oracles import error, make_masks, make_normal
 
 IMPLEMENTATIONS = ("xla", "dense")
+_XLA = call_implementation("xla")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_contract(case, implementation):
     check_case(case, call_implementation(implementation))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_contract_as_compiled_in_haste(implementation):
+    # The rule for pruned logits and causality meet float64 in `test_float64`.
+    case = CASES["bf16_grouped_key_mask_segments"]
+    check_case(case, call_implementation(implementation), optimise=False)
+
+
+@pytest.mark.ci
 def test_reference_in_bf16_meets_the_contract():
     check_case(CASES["bf16_causal"], call_implementation("reference"))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_schedule_serves_as_its_mask(implementation):
     attention = call_implementation(implementation)
@@ -45,24 +58,9 @@ def test_a_schedule_serves_as_its_mask(implementation):
     )
 
 
-def _untransposed_lists(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    schedule = dataclasses.replace(
-        schedule, q_counts=schedule.kv_counts, q_indices=schedule.kv_indices
-    )
-    return call_implementation("xla")(q, k, v, schedule, **options)
-
-
-def _dropped_last_block(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    counts = jnp.maximum(schedule.kv_counts - 1, 0)
-    schedule = dataclasses.replace(schedule, kv_counts=counts)
-    return call_implementation("xla")(q, k, v, schedule, **options)
-
-
 def _wrong_scale(q, k, v, mask, **options):
     options["scale"] = 1.01 * q.shape[-1] ** -0.5
-    return call_implementation("xla")(q, k, v, mask, **options)
+    return call_implementation("dense")(q, k, v, mask, **options)
 
 
 def _value_of_pruned_logits_ignored(q, k, v, mask, **options):
@@ -78,11 +76,11 @@ def _causality_ignored(q, k, v, mask, **options):
 @pytest.mark.parametrize(
     ("case", "broken"),
     [
-        ("plain", _untransposed_lists),
-        ("plain", _dropped_last_block),
+        pytest.param("plain", with_untransposed_lists(_XLA), marks=pytest.mark.ci),
+        pytest.param("plain", with_a_block_dropped(_XLA), marks=pytest.mark.ci),
         ("plain", _wrong_scale),
-        ("bf16_zero", _value_of_pruned_logits_ignored),
-        ("bf16_causal", _causality_ignored),
+        pytest.param("bf16_zero", _value_of_pruned_logits_ignored, marks=pytest.mark.ci),
+        pytest.param("bf16_causal", _causality_ignored, marks=pytest.mark.ci),
     ],
 )
 def test_contract_rejects_broken_implementations(case, broken):
@@ -90,6 +88,7 @@ def test_contract_rejects_broken_implementations(case, broken):
         check_case(CASES[case], broken, optimise=False)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["xla", "dense", "reference"])
 @pytest.mark.parametrize("pruned_logits", ["masked", "zero"])
 def test_nothing_leaks_from_removed_keys(implementation, pruned_logits):
@@ -107,6 +106,7 @@ def test_nothing_leaks_from_removed_keys(implementation, pruned_logits):
     assert all(not jnp.where(removed, dx, 0).any() for dx in poisoned[3:])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_removed_keys_that_are_finite_are_left_as_they_are(implementation):
     case = dataclasses.replace(CASES["grouped_key_mask_batch"], causal=True)
@@ -123,6 +123,7 @@ def test_removed_keys_that_are_finite_are_left_as_they_are(implementation):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.ci
 def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     case = CASES["plain"]
     attention = call_implementation("xla")
@@ -135,6 +136,7 @@ def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     assert max(error(x, y) for x, y in zip(eager, first[:2], strict=True)) < 1e-6
 
 
+@pytest.mark.ci
 def test_vmap_over_inputs_and_schedules():
     case = Case(num_queries=64, num_keys=64)
     q, k, v = make_normal(tuple((3, *shape) for shape in case.shapes))
@@ -155,6 +157,7 @@ def test_vmap_over_inputs_and_schedules():
             assert error(x[index], y) < 1e-5
 
 
+@pytest.mark.ci
 def test_layers_scan_over_stacked_schedules_with_remat():
     case = Case(num_queries=64, num_keys=64, causal=True)
     (x,) = make_normal((case.shapes[0],))
@@ -178,6 +181,7 @@ _PROPERTY_CASE = Case(num_queries=64, num_keys=80, mask_heads=4, num_kv_heads=2)
 _PROPERTY_RUNS = {}
 
 
+@pytest.mark.ci
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(density=st.floats(0, 1), seed=st.integers(0, 99))
 def test_any_mask_agrees_with_the_reference(density, seed):
@@ -202,6 +206,7 @@ _WORK_MASKS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("causal", [False, True])
 def test_work_is_proportional_to_kept_blocks(monkeypatch, causal):
     computed = []
@@ -235,6 +240,7 @@ def test_work_is_proportional_to_kept_blocks(monkeypatch, causal):
         assert 2 * kept.sum() <= sum(computed) <= bound, f"{name}: {sum(computed)} > {bound}"
 
 
+@pytest.mark.ci
 def test_temporary_memory_grows_with_the_length():
     def temporary_bytes(length):
         array = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)

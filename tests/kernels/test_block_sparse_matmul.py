@@ -14,6 +14,7 @@ from tests.kernels.block_matmul_contract import (
     check_block_matmul,
 )
 from tests.kernels.oracles import make_masks, make_normal
+from tests.kernels.tiers import tier
 
 PLAIN = BlockMatmulCase()
 CASES = {
@@ -26,7 +27,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", tier(CASES, fast=["bfloat16"]))
 def test_contract(case, implementation):
     if case.grid == (1, 1):
         # make_masks wants three columns; a grid of one has two masks.
@@ -73,22 +74,23 @@ def _no_bias(x, w, mask, grad_mask, bias):
     return block_sparse_matmul(x, w, mask, grad_mask=grad_mask) + 0 * bias
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        _masks_swapped,
-        _dense_gradient,
-        _multiplied_mask,
-        _one_block_forgotten,
-        _rounded_twice,
-        _no_bias,
-    ],
+_BROKEN = (
+    _masks_swapped,
+    _dense_gradient,
+    _multiplied_mask,
+    _one_block_forgotten,
+    _rounded_twice,
+    _no_bias,
 )
+
+
+@pytest.mark.parametrize("broken", tier({f.__name__: f for f in _BROKEN}, fast=["_masks_swapped"]))
 def test_the_contract_rejects_broken_implementations(broken):
     with pytest.raises(AssertionError):
         check_block_matmul(PLAIN, broken)
 
 
+@pytest.mark.ci
 def test_layers_that_are_scanned_and_recomputed_keep_their_masks():
     x, w, dy = make_normal(((12, 16), (3, 16, 16), (12, 16)))
     masks = make_masks((4, 4))

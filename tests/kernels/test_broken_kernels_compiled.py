@@ -31,6 +31,8 @@ from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.ptx_program import PtxError
 from tests.kernels.test_nm_mosaic_sm90 import make_operands, run
 
+pytestmark = pytest.mark.ci
+
 # Thirteen steps: too many for LLVM to unroll, and one is left over from the turns.
 _PROBLEM = Problem(
     rows=256, contraction=832, columns=128, dtype="bfloat16", dense_is_transposed=True

@@ -20,6 +20,7 @@ from pallas_kernels import (
 from tests.kernels import float64
 from tests.kernels.nm_contract import make_nm_masks
 from tests.kernels.oracles import make_normal, value_and_gradients
+from tests.kernels.tiers import tier
 
 BLOCK, LENGTH, HEADS, KV_HEADS, DIM = 8, 32, 4, 2, 4
 SCALE = 0.5  # DIM**-0.5
@@ -69,10 +70,14 @@ def _judge_attention(magnitude, sign, mask_name, causal, rule):
     return (q, k, v), cotangents, mask, judged
 
 
+_KINDS = {"masked": ("masked", False), "masked-causal": ("masked", True)}
+_KINDS |= {"zero": ("zero", False), "zero-causal": ("zero", True)}
+
+
 @pytest.mark.parametrize("implementation", ["reference", "dense", "xla"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rule", ["masked", "zero"])
-def test_attention(rule, causal, implementation):
+@pytest.mark.parametrize("kind", tier(_KINDS, fast=["zero-causal"]))
+def test_attention(kind, implementation):
+    rule, causal = kind
     options = {"block_q": BLOCK, "block_kv": BLOCK, "causal": causal, "pruned_logits": rule}
     options |= {"return_lse": True, "implementation": implementation}
 
@@ -92,6 +97,7 @@ def test_attention(rule, causal, implementation):
                     right.check(x, f"{name} of {case}")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["reference", "dense", "xla"])
 def test_equal_logits_of_any_size(implementation):
     mask = jnp.ones((1, 1, 2, 2), bool)
@@ -107,7 +113,7 @@ def test_equal_logits_of_any_size(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_mean_map(causal, implementation):
     # Under causality the first queries of the second example see no key.
     kv_mask = np.arange(LENGTH) >= np.array([[0], [3]])

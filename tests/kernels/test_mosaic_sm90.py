@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import block_sparse_attention, make_block_schedule
-from sparsejax.masks import flood_fill
-from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
-from sparsejax.patterns import BlockPattern
+from pallas_kernels import block_sparse_attention
 from tests.kernels import interpreter
 from tests.kernels.contract import (
     Case,
@@ -22,9 +18,12 @@ from tests.kernels.contract import (
     check_case,
     compile_case,
     has_select,
+    with_a_block_dropped,
+    with_untransposed_lists,
 )
 from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
 from tests.kernels.oracles import error, make_normal
+from tests.kernels.tiers import tier
 
 _SMALL = Case(
     batch=1, num_heads=1, num_kv_heads=1, num_queries=192, num_keys=192, head_dim=64, block_q=64,
@@ -34,6 +33,11 @@ _change = functools.partial(dataclasses.replace, _SMALL)
 _PAIRED = ("random", "empty_columns")
 
 CASES = {
+    # Lists of one and two, a kept block that causality removes, more items than programs.
+    "causal_segments_zero": _change(
+        causal=True, has_segments=True, pruned_logits="zero", head_dim=32, scale=0.3,
+        mask_names=("global_row_and_column",),
+    ),
     "every_mask": _change(mask_names=None),
     # More tiles than a ring holds, in every kernel: slots are used again.
     "long_lists": _change(num_queries=320, num_keys=320, head_dim=32, mask_names=("full",)),
@@ -73,55 +77,10 @@ def _attend(q, k, v, mask, **options):
     return call_implementation("mosaic_sm90")(q, k, v, mask, **options)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", tier(CASES, fast=["causal_segments_zero"]))
 def test_contract(case):
     with hopper():
         check_case(case, _attend)
-
-
-def test_flood_filled_pattern():
-    case = _change(num_queries=256, num_keys=256, causal=True, pruned_logits="zero")
-    pooled = np.random.default_rng(0).random((4, 4), np.float32) + 3 * np.eye(4, dtype=np.float32)
-    mask = flood_fill(jnp.asarray(pooled), quantile=0.5)[None, None]
-    with hopper():
-        got = compile_case(case, _attend)(case.inputs(), mask)
-    expected = compile_case(case, call_implementation("reference"))(case.inputs(), mask)
-    assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.03
-
-
-def test_the_model_pads_a_length_between_blocks():
-    real = jnp.arange(100) < jnp.array([[100], [70]])
-
-    @functools.partial(jax.jit, static_argnames=("mode", "dtype"))
-    def run(kept, mode, dtype):
-        attention = BlockSparseAttention(
-            64,
-            2,
-            max_length=128,
-            block=BlockPattern(block_q=64, block_kv=64),
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-        )
-        graphdef, masks, params = nnx.split(attention, SparsityMask, nnx.Param)
-        masks = jax.tree.map(lambda _: kept, masks)
-        x, cotangent = make_normal(((2, 100, 64),) * 2, "bfloat16")
-
-        def attend(params, x):
-            return nnx.merge(graphdef, masks, params)(x, kv_mask_BT=real, mode=mode)[0]
-
-        out, vjp = jax.vjp(attend, params, x.astype(dtype))
-        return [y / jnp.abs(y).max() for y in jax.tree.leaves((out, vjp(cotangent.astype(dtype))))]
-
-    everything = jnp.ones((1, 1, 2, 2), bool)
-    pruned = everything.at[:, :, 0, 1].set(False)
-    with hopper():
-        mode = AttentionMode(implementation="mosaic_sm90")
-        got = [run(kept, mode, "bfloat16") for kept in (everything, pruned)]
-    # Dense attention is not padded.
-    dense, xla = AttentionMode(sparse=False), AttentionMode(implementation="xla")
-    expected = run(everything, dense, "float32"), run(pruned, xla, "float32")
-    for arrays in zip(got, expected, strict=True):
-        assert max(error(x, y) for x, y in zip(*arrays, strict=True)) < 0.05
 
 
 def test_another_gpu_skips_with_the_reason(monkeypatch):
@@ -134,30 +93,22 @@ def test_another_gpu_skips_with_the_reason(monkeypatch):
         pass
 
 
-def _untransposed_lists(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    schedule = dataclasses.replace(
-        schedule, q_counts=schedule.kv_counts, q_indices=schedule.kv_indices
-    )
-    return _attend(q, k, v, schedule, **options)
-
-
-def _dropped_last_block(q, k, v, mask, **options):
-    schedule = make_block_schedule(mask)
-    counts = jnp.maximum(schedule.kv_counts - 1, 0)
-    return _attend(q, k, v, dataclasses.replace(schedule, kv_counts=counts), **options)
-
-
 def _wrong_scale(q, k, v, mask, **options):
     return _attend(q, k, v, mask, **options | {"scale": 1.05 * q.shape[-1] ** -0.5})
 
 
-@pytest.mark.parametrize("broken", [_untransposed_lists, _dropped_last_block, _wrong_scale])
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "broken",
+    [with_untransposed_lists(_attend), with_a_block_dropped(_attend), _wrong_scale],
+    ids=["untransposed lists", "a block dropped", "wrong scale"],
+)
 def test_contract_rejects_broken_lists_and_scale(broken):
     with pytest.raises(AssertionError, match="off by"), hopper():
         check_case(_change(mask_names=("random",)), broken)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
 @pytest.mark.parametrize("missing", [0, 4], ids=["slot_reused", "tile_read"])
 def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
@@ -171,6 +122,7 @@ def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
         jax.block_until_ready(jax.jit(functools.partial(_attend, **case.options))(q, k, v, mask))
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU reports no races")
 def test_contract_rejects_a_tile_given_back_before_it_is_multiplied(monkeypatch):
     case = CASES["long_lists"]
@@ -184,6 +136,7 @@ def test_contract_rejects_a_tile_given_back_before_it_is_multiplied(monkeypatch)
         jax.block_until_ready(jax.jit(lambda *inputs: run(*inputs))(*case.inputs(), mask))
 
 
+@pytest.mark.ci
 def test_nothing_leaks_from_removed_keys():
     case = CASES["shared_ring_key_mask"]
     q, k, v = case.inputs()
@@ -202,6 +155,7 @@ def test_nothing_leaks_from_removed_keys():
     assert rewrites == [True, False]
 
 
+@pytest.mark.ci
 def test_a_row_that_counts_nothing_takes_no_gradient_whatever_its_cotangent():
     case = _change(num_queries=64, num_keys=64)
     options = case.options | {"kv_mask": jnp.zeros((1, 64), bool)}
@@ -219,6 +173,7 @@ def test_a_row_that_counts_nothing_takes_no_gradient_whatever_its_cotangent():
         np.testing.assert_array_equal(x, jnp.zeros_like(x))
 
 
+@pytest.mark.ci
 def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     case = _SMALL
     inputs, mask = case.inputs(), case.masks()["random"]
@@ -231,6 +186,7 @@ def test_repeat_is_bit_equal_and_jit_agrees_with_eager():
     assert max(error(x, y) for x, y in zip(eager, first[:2], strict=True)) < 1e-2
 
 
+@pytest.mark.ci
 def test_vmap_over_inputs_and_masks():
     case = _change(num_queries=64)
     q, k, v = make_normal(tuple((2, *shape) for shape in case.shapes), "bfloat16")
@@ -255,6 +211,7 @@ def _property_run(implementation):
     return compile_case(_PROPERTY, call_implementation(implementation))
 
 
+@pytest.mark.ci
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(kept=st.lists(st.booleans(), min_size=4, max_size=4), seed=st.integers(0, 9))
 def test_any_mask_agrees_with_the_reference(kept, seed):
@@ -321,6 +278,7 @@ def test_what_the_kernels_do_not_do_is_refused_with_the_reason(change, options, 
         )
 
 
+@pytest.mark.ci
 def test_a_wide_head_runs_forward():
     case = _change(head_dim=256, block_q=128, num_queries=128, num_keys=256)
     inputs, mask = case.inputs(), jnp.array([[[[True, False, True, True]]]])

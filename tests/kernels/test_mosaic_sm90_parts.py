@@ -95,6 +95,7 @@ def _parametrize():
     return pytest.mark.parametrize(("case", "processors", "parts"), fast + slow)
 
 
+@pytest.mark.ci
 @_parametrize()
 def test_contract(case, processors, parts, monkeypatch):
     walks = []
@@ -110,6 +111,7 @@ def test_contract(case, processors, parts, monkeypatch):
     assert [walk.parts for walk in walks] == [parts]
 
 
+@pytest.mark.ci
 def test_a_repeated_call_agrees_to_the_bit():
     case = _change(num_heads=2, num_queries=64, num_keys=64)
     inputs, mask = case.inputs(), case.masks()["full"]

@@ -89,6 +89,7 @@ def test_pairs_have_their_probabilities(exact):
     assert np.abs(pairs - expected)[off].max() < 4.5 * 0.5 / np.sqrt(len(mask))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("exact", "variance"), [(False, 2.011), (True, 1.895)])
 def test_variance_on_gaussian_groups(exact, variance):
     """Numbers by f64 Monte Carlo over the closed forms, 16 million groups, error 0.0001."""
@@ -101,6 +102,7 @@ def test_variance_on_gaussian_groups(exact, variance):
     assert abs(squares.mean() - variance) < 3 * deviation
 
 
+@pytest.mark.ci
 @VARIANTS
 def test_empty_and_single_groups(exact):
     x = jnp.zeros((5, 4)).at[jnp.arange(4), jnp.arange(4)].set(jnp.array([3.0, -1.0, 1e-8, 1e20]))
@@ -110,6 +112,7 @@ def test_empty_and_single_groups(exact):
     np.testing.assert_allclose(pruned, np.broadcast_to(x, pruned.shape), rtol=1e-6)
 
 
+@pytest.mark.ci
 @VARIANTS
 def test_the_scale_of_a_gradient_does_not_matter(exact):
     (x,) = np.random.default_rng(0).standard_normal((1, 64, 8)).astype(np.float32)
@@ -121,6 +124,7 @@ def test_the_scale_of_a_gradient_does_not_matter(exact):
     np.testing.assert_array_equal(pruned * 2.0**-40, small)
 
 
+@pytest.mark.ci
 @VARIANTS
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible(exact, bad):
@@ -130,6 +134,7 @@ def test_what_is_not_finite_stays_visible(exact, bad):
     assert not jnp.isfinite(pruned).all(axis=1).any()
 
 
+@pytest.mark.ci
 @VARIANTS
 def test_axes_and_dtypes(exact):
     x = np.random.default_rng(0).standard_normal((3, 8, 5)).astype(np.float32)

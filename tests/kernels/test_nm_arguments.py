@@ -1,6 +1,7 @@
 """What `nm_matmul` and its companions refuse, in which words, and which backend runs."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import backends, check_nm_mask, choose_backend, nm_matmul, pack_nm
+from pallas_kernels import PackedNM, backends, check_nm_mask, choose_backend, nm_matmul, pack_nm
 from pallas_kernels.nm_matmul.backends import BACKENDS
 from pallas_kernels.nm_matmul.call import NMFacts
 from pallas_kernels.nm_matmul.mosaic_sm90 import break_even, products
@@ -101,25 +102,30 @@ _MASK64 = (jnp.arange(64)[:, None] + jnp.arange(128)) % 2 == 0
 
 
 # Functions: what a module computes is compiled by all workers at once.
-def _pack(**options):
-    return lambda: pack_nm(_W64, _MASK64, **options)
+@functools.cache
+def _pack():
+    return jax.jit(functools.partial(pack_nm, axis="both"))(_W64, _MASK64)
+
+
+def _pack_along(name):
+    return lambda: PackedNM(**{"along_k": None, "along_n": None, name: getattr(_pack(), name)})
 
 
 def _pack_two():
-    return pack_nm(jnp.stack([_W64] * 2), jnp.stack([_MASK64] * 2))
+    return jax.tree.map(lambda x: jnp.stack([x, x]), _pack())
 
 
 @pytest.mark.parametrize(
     ("make_packed", "changes", "message"),
     [
-        (_pack(axis=1), {}, r"pack_nm\(axis=0\).*along_k=None, along_n=packed"),
+        (_pack_along("along_n"), {}, r"pack_nm\(axis=0\).*along_k=None, along_n=packed"),
         (
-            _pack(axis=0),
+            _pack_along("along_k"),
             {"transposable": True},
             r"pack_nm\(axis='both'\) for transposable=True.*along_n=None",
         ),
         (
-            _pack(axis="both"),
+            _pack,
             {"w": _W64[:, :64]},
             r"packed.shape=\(64, 128\), .* w.shape=\(64, 64\)",
         ),
@@ -129,7 +135,7 @@ def _pack_two():
             r"packed.shape=\(2, 64, 128\)",
         ),
         (
-            _pack(axis="both"),
+            _pack,
             {"dtype": jnp.float16},
             "must have the shape and dtype of w.*w.dtype=dtype.'float16'",
         ),
@@ -147,9 +153,7 @@ def test_a_packed_weight_that_does_not_fit_is_refused(make_packed, changes, mess
 def test_portable_implementations_accept_a_packed_weight():
     x = jnp.ones((2, 64), jnp.bfloat16)
     without = nm_matmul(x, _W64, _MASK64, transposable=True)
-    packed = nm_matmul(
-        x, _W64, _MASK64, transposable=True, packed=pack_nm(_W64, _MASK64, axis="both")
-    )
+    packed = nm_matmul(x, _W64, _MASK64, transposable=True, packed=_pack())
     np.testing.assert_array_equal(without, packed)
 
 

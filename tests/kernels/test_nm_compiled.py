@@ -14,6 +14,7 @@ from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
 from pallas_kernels.products_in_flight import find_loops
 from tests.kernels.machine_checks import check_kernel
+from tests.kernels.tiers import tier
 
 NUM_PROCESSORS = 132
 
@@ -91,7 +92,7 @@ def _make_problem(product):
     return Problem(**defaults | product)
 
 
-@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS.keys())
+@pytest.mark.parametrize("product", tier(PRODUCTS, fast=["small"]))
 def test_products_of_transformers(product):
     problem = _make_problem(product)
     tiles = default_config(
@@ -131,6 +132,7 @@ def test_every_tile(tiles, kind):
     _check_product(problem, tiles)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_activations_take_an_exponential_and_no_tanh(activation):
     # The hardware's tanh errs by 2^-11, of which nothing is left where `1 + tanh` cancels.
@@ -140,6 +142,7 @@ def test_activations_take_an_exponential_and_no_tanh(activation):
     assert "MUFU.TANH" not in kernel.sass and "MUFU.EX2" in kernel.sass
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("num_steps", "in_flight"),
     [(1, 1), (2, 1), (5, 1), (1, 0), pytest.param(64, 0, marks=pytest.mark.slow)],
@@ -150,6 +153,7 @@ def test_few_steps_and_a_wait_for_every_group(num_steps, in_flight):
     check_kernel(kernel, in_flight_at_release=in_flight)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("axis", [0, 1, "both"])
 def test_packing_is_one_kernel_that_reads_once(axis):
     def pack(w, mask):
@@ -203,6 +207,7 @@ def test_a_feed_forward_block_with_its_gradient(grad_pruning):
     assert len(dense) == (0 if pruned else 2), "products left to cuBLAS: dw, unless pruned"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
 def test_the_gradient_of_an_activation_is_one_pass(activation):
     halves = 1 if activation == "gelu" else 2

@@ -19,7 +19,7 @@ from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 from pallas_kernels.nm_matmul.mvue import prune_tokens
 from pallas_kernels.nm_matmul.straight_through import NMProducts
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
-from tests.kernels import nm_contract
+from tests.kernels import float64, nm_contract
 from tests.kernels.nm_contract import (
     NM_CASES,
     NMCase,
@@ -31,7 +31,9 @@ from tests.kernels.nm_contract import (
     make_nm_masks,
 )
 from tests.kernels.oracles import error, make_normal
+from tests.kernels.tiers import tier
 
+_FAST = ["transposable", "geglu", "one_of_four", "two_of_eight", "mvue_exact", "bf16"]
 PRUNING = {
     name: dataclasses.replace(case, leading=(2, 13), activation=activation)
     for (name, case), activation in zip(
@@ -42,42 +44,20 @@ PRUNING = {
 }
 
 
-@pytest.mark.parametrize("case", NM_CASES.values(), ids=NM_CASES.keys())
+@pytest.mark.parametrize("case", tier(NM_CASES, fast=_FAST))
 def test_contract(case):
     check_nm_case(case, "xla")
 
 
+@pytest.mark.ci
 def test_reference_in_bf16_meets_the_contract():
     check_nm_case(NM_CASES["bf16"], "reference", optimise=False)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", PRUNING.values(), ids=PRUNING.keys())
 def test_two_of_four_tokens_make_the_weight_gradient(case):
     check_pruned_gradient(case, "xla", optimise=False)
-
-
-def _numpy_gelu(z):
-    inner = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
-    slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)
-    half = (1 + np.tanh(inner)) / 2
-    return z * half, half + z / 2 * (1 - np.tanh(inner) ** 2) * slope
-
-
-def _numpy_silu(z):
-    sigmoid = 1 / (1 + np.exp(-z))
-    return z * sigmoid, sigmoid + z * sigmoid * (1 - sigmoid)
-
-
-def _numpy_activation(z, d_out, name):
-    """Return act(z) and dz, in f64."""
-    if name is None:
-        return z, d_out
-    if name == "gelu":
-        act, slope = _numpy_gelu(z)
-        return act, d_out * slope
-    value, gate = np.split(z, 2, axis=-1)
-    act, slope = (_numpy_gelu if name == "geglu" else _numpy_silu)(gate)
-    return value * act, np.concatenate([d_out * act, d_out * value * slope], axis=-1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -88,17 +68,18 @@ def test_reference_is_the_equation(activation):
     x, w, bias = (np.asarray(a, np.float64) for a in case.inputs())
     dy = np.asarray(case.cotangent(), np.float64)
     kept = np.where(mask, w, 0)
-    y, dz = _numpy_activation(x @ kept + bias, dy, activation)
+    y, dz = float64.activated(x @ kept + bias, activation, dy)
     dw = np.einsum("bsk,bsn->kn", x, dz)
     for actual, expected in zip(got, (y, dz @ kept.T, dw, dz.sum(axis=(0, 1))), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_far_from_zero(activation):
     (d_out,) = make_normal(((3, 8) if activation in (None, "gelu") else (3, 4),))
     z = jnp.array([-200.0, -30.0, -4.0, -1e-3, 1e-3, 4.0, 30.0, 200.0]) * jnp.ones((3, 1))
-    act, dz = _numpy_activation(*(np.asarray(a, np.float64) for a in (z, d_out)), activation)
+    act, dz = float64.activated(np.float64(z), activation, np.float64(d_out))
     np.testing.assert_allclose(apply_activation(z, activation), act, rtol=1e-5, atol=1e-5)
     got = activation_gradient(z, d_out, activation)
     np.testing.assert_allclose(got, dz, rtol=1e-5, atol=1e-5)
@@ -167,14 +148,30 @@ _ROWS = dataclasses.replace(NM_CASES["mvue"], leading=(24,))
     ("case", "name", "changes"),
     [
         (NM_CASES["plain"], "dx", {"input_gradient": _mask_dropped_in_dx}),
-        (NM_CASES["bf16_geglu"], "dx", {"input_gradient": _mask_dropped_in_dx}),
-        (NM_CASES["plain"], "dw", {"weight_gradient": _masked_dw(NM_CASES["plain"])}),
+        pytest.param(
+            NM_CASES["bf16_geglu"],
+            "dx",
+            {"input_gradient": _mask_dropped_in_dx},
+            marks=pytest.mark.ci,
+        ),
+        pytest.param(
+            NM_CASES["plain"],
+            "dw",
+            {"weight_gradient": _masked_dw(NM_CASES["plain"])},
+            marks=pytest.mark.ci,
+        ),
         (NM_CASES["transposable"], "y", {"forward": _mask_of_the_wrong_axis}),
-        (NM_CASES["bf16"], "y", {"forward": _bias_lost}),
-        (NM_CASES["swiglu"], "y", {"forward": _gate_and_value_swapped}),
+        pytest.param(NM_CASES["bf16"], "y", {"forward": _bias_lost}, marks=pytest.mark.ci),
+        pytest.param(
+            NM_CASES["swiglu"], "y", {"forward": _gate_and_value_swapped}, marks=pytest.mark.ci
+        ),
         (_ROWS, "dw", {"weight_gradient": _scale_off}),
-        (_ROWS, "dw", {"weight_gradient": _groups_of_scattered_tokens}),
-        (NM_CASES["bf16_mvue"], "dw", {"weight_gradient": _scale_off}),
+        pytest.param(
+            _ROWS, "dw", {"weight_gradient": _groups_of_scattered_tokens}, marks=pytest.mark.ci
+        ),
+        pytest.param(
+            NM_CASES["bf16_mvue"], "dw", {"weight_gradient": _scale_off}, marks=pytest.mark.ci
+        ),
     ],
 )
 def test_contract_rejects_broken_implementations(case, name, changes):
@@ -182,10 +179,12 @@ def test_contract_rejects_broken_implementations(case, name, changes):
         check_nm_case(case, _with(**changes), optimise=False)
 
 
+@pytest.mark.ci
 def test_contract_accepts_the_products_that_were_not_broken():
     check_nm_case(NM_CASES["bf16_geglu"], _with(), optimise=False)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("broken", [_scale_off, _groups_of_scattered_tokens])
 def test_contract_rejects_a_broken_pruned_gradient(broken):
     case = dataclasses.replace(PRUNING["mvue_exact"], leading=(2, 12))
@@ -193,6 +192,7 @@ def test_contract_rejects_a_broken_pruned_gradient(broken):
         check_pruned_gradient(case, _with(weight_gradient=broken), optimise=False)
 
 
+@pytest.mark.ci
 def test_contract_rejects_a_program_per_mask(monkeypatch):
     case = dataclasses.replace(NM_CASES["plain"], mask_names=("whole", "empty"))
 
@@ -205,6 +205,7 @@ def test_contract_rejects_a_program_per_mask(monkeypatch):
         check_nm_case(case, "xla")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_nothing_leaks_from_pruned_weights(implementation):
     case = NMCase(has_bias=True, activation="geglu", grad_pruning="mvue")
@@ -230,6 +231,7 @@ def _loss(x, w, mask, key, implementation="xla"):
     return (y**2).sum()
 
 
+@pytest.mark.ci
 def test_vmap_over_inputs_weights_masks_and_keys():
     (x, w) = make_normal(((3, 8, 16), (3, 16, 8)))
     masks = jnp.stack([make_nm_masks((16, 8), (2, 4), seed=s)["whole"] for s in range(3)])
@@ -242,6 +244,7 @@ def test_vmap_over_inputs_weights_masks_and_keys():
             assert error(a[index], b) < 1e-5
 
 
+@pytest.mark.ci
 def test_layers_scan_over_stacked_masks_with_remat():
     (x, w) = make_normal(((2, 6, 16), (3, 16, 32)))
     masks = jnp.stack([make_nm_masks((16, 32), (2, 4), seed=s)["underfull"] for s in range(3)])
@@ -270,6 +273,7 @@ def test_layers_scan_over_stacked_masks_with_remat():
         assert error(a, b) < 1e-4 * (1 + float(jnp.abs(b).max()))
 
 
+@pytest.mark.ci
 def test_jit_agrees_with_eager_and_repeats_to_the_bit():
     (x, w) = make_normal(((8, 16), (16, 8)))
     mask = jnp.asarray(make_nm_masks((16, 8), (2, 4))["whole"])
@@ -282,6 +286,7 @@ def test_jit_agrees_with_eager_and_repeats_to_the_bit():
     assert max(error(a, b) for a, b in zip(eager, first, strict=True)) < 1e-4
 
 
+@pytest.mark.ci
 def test_weight_gradient_of_a_gated_layer_is_unbiased():
     (x, w) = make_normal(((10, 16), (16, 8)))
     mask = jnp.asarray(make_nm_masks((16, 8), (2, 4))["whole"])
@@ -312,6 +317,7 @@ def test_little_is_kept_for_the_backward_pass():
     assert kept_shapes("gelu") == [(8, 8), (8, 16), (16, 8), (16, 8)]
 
 
+@pytest.mark.ci
 def test_products_are_a_plain_tuple():
     assert isinstance(XLA_PRODUCTS, NMProducts) and hash(XLA_PRODUCTS)
     x = jnp.ones((4, 4))

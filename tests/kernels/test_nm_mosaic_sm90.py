@@ -52,12 +52,20 @@ def packed_beforehand(x, w, mask, **options):
     return nm_matmul(x, w, mask, packed=packed, implementation="mosaic_sm90", **options)
 
 
+def test_contract_with_packing():
+    case = dataclasses.replace(_CASES["bf16_geglu"], leading=(40,), has_bias=True)
+    with hopper():
+        check_nm_case(case, "mosaic_sm90", optimise=False)
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
 def test_contract(case):
     with hopper():
         check_nm_case(case, packed_beforehand, optimise=False)
 
 
+@pytest.mark.ci
 def test_two_of_four_tokens_make_the_weight_gradient():
     case = _CASES["bf16_mvue_odd_rows"]
     case = dataclasses.replace(case, leading=(50,), grad_pruning="mvue_exact")
@@ -131,16 +139,19 @@ CUTS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("problem", "tiles"), CUTS.values(), ids=CUTS.keys())
 def test_every_cut_gives_the_product(problem, tiles):
     check(problem, tiles)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("num_programs", [1, 3, 64])
 def test_any_number_of_programs(num_programs):
     check(_change(rows=256), Tiles(1, 64, 64, 2), num_programs=num_programs)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("problem", "tiles"),
     [
@@ -180,6 +191,7 @@ def test_tiles_that_give_back_a_slot_in_use_are_refused(in_flight, stages):
         Tiles(1, 64, 64, stages, in_flight=in_flight)
 
 
+@pytest.mark.ci
 def test_repeat_is_bit_equal():
     problem, tiles = CUTS["geglu_half_full"]
     operands = make_operands(problem)[2:]
@@ -189,6 +201,7 @@ def test_repeat_is_bit_equal():
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.ci
 def test_packed_weights_serve_several_calls():
     (x, w) = make_normal(((2, 64, 64), (64, 64)), "bfloat16")
     mask = jnp.asarray(make_nm_masks((64, 64), (2, 4), transposable=True)["whole"])
@@ -220,6 +233,7 @@ def test_packed_weights_serve_several_calls():
         assert error(got[i][0], expected) < 0.02 * float(jnp.abs(expected).max())
 
 
+@pytest.mark.ci
 def test_eager_vmap_and_scan_agree_with_jit():
     (x, w) = make_normal(((2, 64, 64), (2, 64, 64)), "bfloat16")
     mask = jnp.asarray(make_nm_masks((64, 64), (2, 4))["whole"])
@@ -232,6 +246,7 @@ def test_eager_vmap_and_scan_agree_with_jit():
     np.testing.assert_array_equal(one_by_one, scanned)
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
 @pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
@@ -242,6 +257,7 @@ def test_a_missing_barrier_is_noticed(missing, monkeypatch):
         check(_change(contraction=256), Tiles(1, 64, 64, 2), num_programs=1)
 
 
+@pytest.mark.ci
 def test_contract_rejects_metadata_of_another_row(monkeypatch):
     case = _CASES["bf16"]
 

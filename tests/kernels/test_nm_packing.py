@@ -19,6 +19,7 @@ from tests.kernels.nm_contract import make_nm_masks
 from tests.kernels.oracles import make_normal
 
 # Two positions, the first in the low bits, the second greater: all others are undefined.
+jit_pack, jit_unpack = jax.jit(pack_nm, static_argnames=("axis",)), jax.jit(unpack_nm)
 LEGAL = {0x4, 0x8, 0xC, 0x9, 0xD, 0xE}
 
 
@@ -82,7 +83,7 @@ def assert_same_bits(actual, expected):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tensor_cores_see_the_masked_weight(name, dtype):
     w, masks = make_weight((128, 192), transposable=True, dtype=dtype)
-    packed = pack_nm(w, masks[name], axis="both")
+    packed = jit_pack(w, masks[name], axis="both")
     expected = masked(w, masks[name])
     along_n, nibbles = emulate(packed.along_n)
     np.testing.assert_array_equal(along_n, expected)
@@ -106,11 +107,11 @@ def test_every_group(kept):
         with pytest.raises(ValueError, match=message):
             pack_nm(w, mask, axis=1)
         first_two = mask & (jnp.cumsum(mask.reshape(64, 16, 4), axis=2).reshape(64, 64) <= 2)
-        packed = jax.jit(functools.partial(pack_nm, axis=1))(w, mask)
-        assert_same_bits(unpack_nm(packed), jnp.where(first_two, w, 0))
+        packed = jit_pack(w, mask, axis=1)
+        assert_same_bits(jit_unpack(packed), jnp.where(first_two, w, 0))
         return
-    packed = pack_nm(w, mask, axis=1)
-    assert_same_bits(unpack_nm(packed), jnp.where(mask, w, 0))
+    packed = jit_pack(w, mask, axis=1)
+    assert_same_bits(jit_unpack(packed), jnp.where(mask, w, 0))
     _, nibbles = emulate(packed.along_n)
     assert len(nibbles) == 1 and nibbles <= LEGAL
 
@@ -118,9 +119,10 @@ def test_every_group(kept):
 def test_equal_magnitudes_are_told_apart_by_the_mask_alone():
     w = jnp.ones((64, 64), jnp.bfloat16)
     mask = make_weight((64, 64))[1]["whole"]
-    np.testing.assert_array_equal(emulate(pack_nm(w, mask).along_k)[0], masked(w, mask).T)
+    np.testing.assert_array_equal(emulate(jit_pack(w, mask).along_k)[0], masked(w, mask).T)
 
 
+@pytest.mark.ci
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
@@ -135,15 +137,17 @@ def test_unpacking_inverts_packing(seed, shape, axis):
     assert_same_bits(unpack_nm(packed), jnp.where(mask, w, 0))
 
 
+@pytest.mark.ci
 def test_stacked_weights():
     w, masks = make_weight((64, 128))
     stacked = jnp.stack([w, 2 * w]), jnp.stack([masks["whole"], masks["underfull"]])
-    packed = jax.jit(pack_nm)(*stacked)
+    packed = jit_pack(*stacked)
     assert packed.shape == (2, 64, 128)
-    assert_same_bits(unpack_nm(packed), jnp.where(stacked[1], stacked[0], 0))
-    assert_same_bits(jax.tree.map(lambda x: x[1], packed), pack_nm(2 * w, masks["underfull"]))
+    assert_same_bits(jit_unpack(packed), jnp.where(stacked[1], stacked[0], 0))
+    assert_same_bits(jax.tree.map(lambda x: x[1], packed), jit_pack(2 * w, masks["underfull"]))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((128, 64), "both"), ((64, 128), "both"), ((64, 64), 0), ((64, 128), 1)],
@@ -160,7 +164,11 @@ def test_the_kernel_packs_the_same_bits(shape, axis):
     assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize(("dtype", "exact"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [("bfloat16", False), ("float16", True)],
+)
 def test_the_kernel_prunes_and_packs_the_same_bits(dtype, exact):
     (dz,) = make_normal(((128, 64),), dtype)
     dz = dz.at[:8].set(0)
@@ -197,7 +205,7 @@ def _broken(packed, kind):
 )
 def test_the_emulation_rejects_other_layouts(kind):
     w, masks = make_weight((64, 64))
-    packed = pack_nm(w, masks["whole"])
+    packed = jit_pack(w, masks["whole"])
     dense, _ = emulate(_broken(packed, kind).along_k)
     assert (dense != masked(w, masks["whole"]).T).any()
 

@@ -81,6 +81,7 @@ def check_attention(case, **times):
         assert error(a, b.astype(jnp.float32)) < 0.01, name
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("times", ["late"])
 def test_attention(times):
     check_attention(ATTENTION["causal"], **TIMES[times])
@@ -101,6 +102,7 @@ def check_map(head_dim, **times):
     assert error(got, mean_attention_map(q, k, implementation="reference")) < 0.01
 
 
+@pytest.mark.ci
 def test_mean_map():
     check_map(64, **TIMES["late"])
 
@@ -118,6 +120,7 @@ def check_block_products(block, dtype, masks, **times):
         check_block_matmul(case, call_block_matmul("mosaic_sm90"))
 
 
+@pytest.mark.ci
 def test_block_products():
     check_block_products((64, 64), "bfloat16", ("gradient of everything",), **TIMES["late"])
 

@@ -15,12 +15,13 @@ from pallas_kernels import nm_matmul, pack_nm, prune_mvue
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_on_gpu, prune_on_gpu
 from pallas_kernels.nm_matmul.packing import compress
-from tests.kernels import ptx_host
+from tests.kernels import float64, ptx_host
 from tests.kernels.oracles import error, make_normal
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.test_nm_packing import assert_same_bits, make_weight
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("axes", ["k", "n", "kn"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_packing(axes, dtype):
@@ -33,6 +34,7 @@ def test_packing(axes, dtype):
     assert_same_bits(actual, (along_k if "k" in axes else None, along_n if "n" in axes else None))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("dtype", "exact"), [("bfloat16", False), ("float16", True)])
 def test_pruning(dtype, exact):
     (dz,) = make_normal(((128, 192),), dtype)
@@ -57,18 +59,6 @@ def make_operands(problem):
     return w, jnp.asarray((order < 2).reshape(shape)), dense, bias if problem.has_bias else None
 
 
-def activate(z, name):
-    """Apply an activation in float64."""
-    gates = {
-        "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-        "silu": lambda x: x / (1 + np.exp(-x)),
-    }
-    if name in (None, "gelu"):
-        return z if name is None else gates["gelu"](z)
-    value, gate = np.split(z, 2, axis=1)
-    return value * gates["silu" if name == "swiglu" else "gelu"](gate)
-
-
 def check_product(product, tiles, *, num_programs=2, **options):
     problem = Problem(**{"dtype": "bfloat16", "dense_is_transposed": True, "columns": 64} | product)
     w, mask, dense, bias = make_operands(problem)
@@ -81,7 +71,7 @@ def check_product(product, tiles, *, num_programs=2, **options):
         outs = [np.asarray(x).astype(np.float64) for x in outs]
     w, dense = (np.asarray(x).astype(np.float64) for x in (jnp.where(mask, w, 0), dense))
     z = dense @ w.T + (0 if bias is None else np.asarray(bias).astype(np.float64))
-    expected = [activate(z, problem.activation), z][: len(outs)]
+    expected = [float64.activated(z, problem.activation)[0], z][: len(outs)]
     rounding = 2.0 ** (-8 if problem.dtype == "bfloat16" else -11)
     for actual, wanted in zip(outs, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, 1.1 * rounding, 0.2 * rounding)
@@ -111,6 +101,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS.keys())
 def test_products(case):
     check_product(*case, reads="late", copies="late")
@@ -142,6 +133,7 @@ def test_every_tile(tiles, dense_is_transposed):
     check_product(product | dict(dense_is_transposed=dense_is_transposed), tiles)
 
 
+@pytest.mark.ci
 def test_a_whole_layer():
     # Packing, y, dx and dw, the last of a pruned gradient, as a model calls them.
     x, w, dy = make_normal(((128, 64), (64, 128), (128, 128)), "bfloat16")
@@ -177,6 +169,7 @@ def _edit_ptx(monkeypatch, pattern, replacement):
     monkeypatch.setattr(ptx_host, "compile_kernel", edited)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("pattern", "replacement"),
     [

@@ -1,5 +1,7 @@
 """Lists as the Hopper kernels read and walk them, against masks written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +22,16 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import (
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import count_programs, find_item
 
 
-def _schedule(mask, block_q, block_kv, causal):
-    schedule = make_block_schedule(jnp.asarray(mask))
-    if causal:
+@functools.partial(
+    jax.jit, static_argnames=("block_q", "block_kv", "causal", "all_masked", "group")
+)
+def _make_lists(mask, block_q, block_kv, *, group=1, **options):
+    """Return the lists of queries and of keys."""
+    schedule, grain = make_block_schedule(mask), make_grain(block_q, block_kv)
+    if options["causal"]:
         schedule = drop_blocks_above_diagonal(schedule, block_q=block_q, block_kv=block_kv)
-    return schedule
+    by_query = make_query_lists(schedule, grain, **options)
+    return by_query, make_key_lists(schedule, grain, **options, group=group)
 
 
 def _read(lists, unit):
@@ -32,19 +39,18 @@ def _read(lists, unit):
     return [divmod(int(entry), BITS) for entry in entries], int(lists.num_leading[unit])
 
 
-@pytest.mark.parametrize(("block_q", "block_kv"), [(64, 64), (128, 64), (64, 128)])
+@pytest.mark.parametrize(
+    ("block_q", "block_kv"),
+    [(64, 64), *(pytest.param(*x, marks=pytest.mark.ci) for x in ((128, 64), (64, 128)))],
+)
 def test_lists_hold_the_kept_blocks_and_set_the_diagonal_apart(block_q, block_kv):
     grid = (384 // block_q, 384 // block_kv)
     mask = np.random.default_rng(0).random((1, 2, *grid)) < 0.6
-    grain = make_grain(block_q, block_kv)
-    schedule = _schedule(mask, block_q, block_kv, True)
-    options = {"causal": True, "all_masked": False}
     q_at, kv_at = np.arange(384).reshape(grid[0], -1), np.arange(384).reshape(grid[1], -1)
     seen = [[q[-1] >= kv[0] for kv in kv_at] for q in q_at]
     clear = np.array([[q[0] >= kv[-1] for kv in kv_at] for q in q_at])
     kept = mask & np.array(seen)
-    by_query = make_query_lists(schedule, grain, **options)
-    by_key = make_key_lists(schedule, grain, **options, group=1)
+    by_query, by_key = _make_lists(mask, block_q, block_kv, causal=True, all_masked=False)
     for head in range(2):
         for i in range(grid[0]):
             entries, num_clear = _read(by_query, head * grid[0] + i)
@@ -61,13 +67,9 @@ def test_lists_hold_the_kept_blocks_and_set_the_diagonal_apart(block_q, block_kv
 def test_blocks_of_32_meet_in_one_tile_with_their_bits():
     mask = np.zeros((1, 1, 4, 4), bool)
     mask[0, 0, 0, 1] = mask[0, 0, 1, 0] = mask[0, 0, 3, 3] = True
-    grain = make_grain(32, 32)
-    schedule = _schedule(mask, 32, 32, False)
-    options = {"causal": False, "all_masked": True}
-    by_query = make_query_lists(schedule, grain, **options)
+    by_query, by_key = _make_lists(mask, 32, 32, causal=False, all_masked=True)
     assert _read(by_query, 0) == ([(0, 0b0110)], 0)
     assert _read(by_query, 1) == ([(1, 0b1000)], 0)
-    by_key = make_key_lists(schedule, grain, **options, group=1)
     assert _read(by_key, 0) == ([(0, 0b0110)], 1)
     assert _read(by_key, 1) == ([(1, 0b1000)], 1)
 
@@ -75,8 +77,7 @@ def test_blocks_of_32_meet_in_one_tile_with_their_bits():
 def test_heads_of_a_group_are_joined_with_masked_tiles_first():
     mask = np.tril(np.ones((1, 2, 3, 3), bool))
     mask[0, 1, 2, 0] = False
-    schedule = _schedule(mask, 64, 64, True)
-    lists = make_key_lists(schedule, make_grain(64, 64), causal=True, all_masked=False, group=2)
+    _, lists = _make_lists(mask, 64, 64, causal=True, all_masked=False, group=2)
     # Index 3 g + i is block i of head g; the diagonal needs a mask.
     assert _read(lists, 0) == ([(0, 0), (3, 0), (1, 0), (2, 0), (4, 0)], 2)
 
@@ -97,6 +98,7 @@ def test_much_longer_lists_are_found():
     assert num_long.tolist() == [2]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("masks", [(1, 1), (1, 3), (3, 1), (3, 3)])
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_programs_find_every_list_once_and_start_with_the_long_ones(masks, block_q):
