@@ -67,6 +67,7 @@ def test_uniform_is_uniform():
     assert set(layer_densities(GPT2, density=0.3, method="uniform").values()) == {0.3}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["erdos_renyi", "uniform"])
 @pytest.mark.parametrize("shapes", [GPT2, UNEQUAL])
 def test_traced_densities_are_the_static_ones(shapes, method):
