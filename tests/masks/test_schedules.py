@@ -117,7 +117,6 @@ def test_updates_are_multiples_of_the_interval_before_the_end():
         (lambda: make_ramp(end_step=30.0), "end_step=30.0"),
         (lambda: make_ramp(end_step=10), "start_step=10, end_step=10"),
         (lambda: make_ramp(sparsity=1.0), r"\[0, 1\), as 1 would empty .* sparsity=1.0"),
-        (lambda: make_ramp(sparsity=-0.1), "sparsity=-0.1"),
         (lambda: make_ramp(shape="square"), "shape='square'"),
         (lambda: make_ramp(stairs=0), "stairs=0"),
         (lambda: make_ramp(stairs=21), "stairs=21 from step 10 to 30"),

@@ -95,6 +95,7 @@ def make_masked_config(pattern):
     )
 
 
+@pytest.mark.ci
 def test_a_language_model_has_one_mask_for_embedding_and_head():
     model = Transformer(make_masked_config(Unstructured()), rngs=nnx.Rngs(0))
     run = jax.jit(functools.partial(lambda graphdef, *state: nnx.merge(graphdef, *state)(TOKENS)))
