@@ -45,7 +45,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", ["mst", "rigl", *(pytest.param(n, marks=pytest.mark.ci) for n in ("set", "magnitude"))]
+)
 def test_counts_are_exact_after_every_update_and_pruned_weights_zero(name):
     make, sparsities, end_step = EXPECTED[name]
     method = "uniform" if name == "magnitude" else "erdos_renyi"
@@ -87,7 +89,9 @@ def test_counts_are_exact_after_every_update_and_pruned_weights_zero(name):
     assert update._cache_size() == 1, "schedules are traced"
 
 
-@pytest.mark.parametrize("rule", ["stale", "zero", "mean"])
+@pytest.mark.parametrize(
+    "rule", ["mean", *(pytest.param(r, marks=pytest.mark.ci) for r in ("stale", "zero"))]
+)
 def test_moments_of_grown_weights(rule):
     moment = {"model": draw(30), "recipe": {"x": jnp.float32(3)}}
     adam = optax.ScaleByAdamState(count=jnp.int32(4), mu=moment, nu=moment)

@@ -9,6 +9,7 @@ from sparsejax.masks import hybrid_mask
 from sparsejax.recipes import mst_schedules
 
 
+@pytest.mark.ci
 def test_schedules_are_functions_of_a_traced_step():
     mst = mst_schedules(1000, update_interval=10)
     traces = []
@@ -39,6 +40,7 @@ def test_mst_climbs_in_stairs_rests_and_is_dense_after_its_last_update():
     np.testing.assert_allclose(fraction, [0.3, 0.15, 0.3, 0.15, 0.3, 0.15], rtol=1e-5)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("stairs", "low", "high"), [(10, 0.235, 0.236), (None, 0.231, 0.232)])
 def test_mst_costs_a_quarter_of_dense_training_of_gpt2_small(stairs, low, high):
     num_steps, num_layers, width, length = 600_000, 12, 768, 1024

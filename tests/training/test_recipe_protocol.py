@@ -216,9 +216,9 @@ def test_the_update_may_change_masks_weights_and_moments():
 @pytest.mark.parametrize(
     ("settings", "rate"),
     [
-        ({"learning_rate": "schedule"}, 0.8),
-        ({"learning_rate": "restart"}, 0.3),
-        ({"learning_rate": "constant"}, 1.0),
+        pytest.param({"learning_rate": "schedule"}, 0.8, marks=pytest.mark.ci),
+        pytest.param({"learning_rate": "restart"}, 0.3, marks=pytest.mark.ci),
+        pytest.param({"learning_rate": "constant"}, 1.0, marks=pytest.mark.ci),
         ({"learning_rate": "restart", "learning_rate_scale": 0.5}, 0.15),
     ],
     ids=str,
