@@ -8,6 +8,9 @@ import os
 import pathlib
 import sys
 
+import hypothesis
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Half of the suite's time was LLVM's; the contracts ask for its optimisation themselves.
@@ -26,3 +29,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 _compile_extra = pathlib.Path(sys.prefix) / "compile"
 if _compile_extra.exists():
     sys.path.append(str(_compile_extra))
+
+hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=60, deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw few examples by default, many in `make test-ci` or with HYPOTHESIS_PROFILE=full."""
+    chosen = config.getoption("markexpr")
+    default = "fast" if not chosen or "not ci" in chosen else "full"
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default))

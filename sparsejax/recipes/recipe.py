@@ -213,7 +213,7 @@ class Recipe(NamedTuple):
         change its structure.
       account: (values) -> StepAccount; values are the metrics of a step as numbers and lists. A
         recipe whose masks change their density reports it here.
-      progress_metrics: name of a metric -> its label in progress lines, which show its last value.
+      progress_metrics: pairs (metric, label) for progress lines, which show the last value.
       draw_phase: (sparsity, phase, *, step, folder) -> None, write pictures when a phase begins.
       draw_run: (rows, *, folder) -> None, write pictures of a finished run; rows are the lines of
         `metrics.jsonl`.
@@ -234,6 +234,6 @@ class Recipe(NamedTuple):
     observe: Callable = _observe
     enter_phase: Callable = _enter_phase
     account: Callable[[Mapping[str, Any]], StepAccount] = _account
-    progress_metrics: Mapping[str, str] = {}
+    progress_metrics: tuple[tuple[str, str], ...] = ()
     draw_phase: Callable = _draw_phase
     draw_run: Callable = _draw_run

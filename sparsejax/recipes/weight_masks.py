@@ -22,7 +22,7 @@ _WEIGHTS = {"kernel_mask": "kernel", "embedding_mask": "embedding"}
 _GRADIENT_MASK = "gradient_mask"
 _STACK = "blocks"
 
-FLIP_PROGRESS = {"flip_rate": "flip rate"}
+FLIP_PROGRESS = (("flip_rate", "flip rate"),)
 """What progress lines show of `flip_metrics`, as `Recipe.progress_metrics`."""
 
 

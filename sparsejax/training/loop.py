@@ -304,7 +304,9 @@ class _Loop:
         if seconds is not None:
             self.step_seconds = row["step_seconds"] = seconds
         self.writer.write(step, row)
-        self.last_known |= {x: row[x] for x in recipe.progress_metrics if x in row}
+        self.last_known |= {
+            label: row[name] for name, label in recipe.progress_metrics if name in row
+        }
         self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
             say(
@@ -316,12 +318,11 @@ class _Loop:
                 f"row (max_consecutive_skips={self.run.config.max_consecutive_skips})"
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
-            labels = recipe.progress_metrics
             line = format_progress(
                 row | {"step": step, "tokens_per_step": self.run.tokens_per_step},
                 num_steps=self.run.config.num_steps,
                 step_seconds=self.step_seconds,
-                shown={labels[name]: value for name, value in self.last_known.items()},
+                shown=self.last_known,
             )
             say(line)
 

@@ -5,29 +5,19 @@ import numpy as np
 import pytest
 
 from sparsejax.accounting.density import Density, compute_density, count_phase_flops
-from sparsejax.models import TransformerConfig
 from sparsejax.patterns import BlockPattern, NMPattern, Unstructured, WeightBlocks
 from sparsejax.recipes import Phase
 from sparsejax.recipes.dynamic.mst import HybridAttention
+from tests.small_models import make_config
 
 _LAYERS, _LENGTH, _WIDTH, _HIDDEN = 2, 16, 8, 32
 _SPARSE = Phase("sparse", sparse_weights=True)
 
 
 def _model(**changes):
-    options = {
-        "vocab_size": 10,
-        "num_layers": _LAYERS,
-        "model_dim": _WIDTH,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "mlp_dim": _HIDDEN,
-        "max_length": _LENGTH,
-        "causal": True,
-        "block": BlockPattern(block_q=8, block_kv=8),
-        "sparse_weights": (("mlp/.*", NMPattern(transposable=True)),),
-    }
-    return TransformerConfig(**options | changes)
+    options = {"vocab_size": 10, "num_layers": _LAYERS, "model_dim": _WIDTH, "mlp_dim": _HIDDEN}
+    options |= {"sparse_weights": (("mlp/.*", NMPattern(transposable=True)),)}
+    return make_config(**options | {"max_length": _LENGTH} | changes)
 
 
 def _masks(kept=(0.5, 0.25)):

@@ -22,6 +22,7 @@ def commands(monkeypatch):
     return ran, codes
 
 
+@pytest.mark.ci
 def test_without_a_gpu_it_says_so_and_is_no_success(capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu.main([]) == 2

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks import l2_bandwidth
 from benchmarks.l2_bandwidth import read_tiles, read_tiles_reference
@@ -13,6 +14,7 @@ from tests.kernels.machine_checks import check_kernel
 from tests.kernels.oracles import error, make_normal
 
 
+@pytest.mark.ci
 def test_every_program_reads_its_tiles_in_turns():
     (x,) = make_normal(((l2_bandwidth.ROWS * 7, 64),), "bfloat16")
     options = dict(num_programs=2, tiles_of_program=20)
@@ -21,6 +23,7 @@ def test_every_program_reads_its_tiles_in_turns():
     assert error(got, read_tiles_reference(x, **options)) < 1e-5
 
 
+@pytest.mark.ci
 def test_it_compiles_for_a_gpu_to_copies_and_little_else():
     x = jax.ShapeDtypeStruct((l2_bandwidth.ROWS * 512, 64), jnp.bfloat16)
     report = aot.compile_for(

@@ -8,6 +8,7 @@ from benchmarks.steps import make_classification_batch
 from benchmarks.targets import evaluate
 
 
+@pytest.mark.ci
 def test_a_step_without_and_steps_with_probes_are_timed():
     case = probe_cost.make_case(probe_cost.Problem(320, 1))
     assert set(case.foreign) == {"no probe", "spion", "sat"}
@@ -18,6 +19,7 @@ def test_a_step_without_and_steps_with_probes_are_timed():
     assert len(losses) > 1, "a call goes on from where the one before has come"
 
 
+@pytest.mark.ci
 def test_a_hopper_gpu_measures_the_kernel_too():
     everywhere = probe_cost.list_problems("gpu", "8.0", headline=False)
     hopper = probe_cost.list_problems("gpu", "9.0", headline=False)

@@ -251,6 +251,7 @@ with Checkpointer(sys.argv[1], keep_last=2, keep_best=0, run_metadata={}) as che
 """
 
 
+@pytest.mark.ci
 def test_kill_in_mid_save_leaves_the_previous_checkpoint(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED_IN_MID_SAVE, tmp_path],
@@ -288,7 +289,10 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("noticed_by", ["save", "wait", "close", "block"])
+@pytest.mark.parametrize(
+    "noticed_by",
+    ["wait", *(pytest.param(n, marks=pytest.mark.ci) for n in ("save", "close", "block"))],
+)
 def test_a_failed_background_save_is_raised_and_cleaned_up(tmp_path, full_disk, noticed_by):
     small, large = {"x": jnp.ones(2)}, {"x": jax.random.normal(jax.random.key(0), (1 << 16,))}
     checkpointer = open_checkpointer(tmp_path)

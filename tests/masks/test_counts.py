@@ -15,7 +15,6 @@ from sparsejax.masks import count_kept, update_counts
 HEAD = 50304 * 768
 LARGEST = 2**31 - 1
 
-settings = hypothesis.settings(max_examples=60, deadline=None)
 sizes = st.one_of(st.integers(1, 2000), st.integers(1, LARGEST), st.just(LARGEST))
 # A CPU takes subnormal numbers for zero.
 fractions = st.floats(0, 1, width=32, allow_subnormal=False)
@@ -28,7 +27,6 @@ def paper_counts(kept, size, density, fraction):
     return num_drop, num_drop - delta
 
 
-@settings
 @hypothesis.given(size=sizes, density=fractions)
 def test_kept_is_within_one_of_the_exact_product(size, density):
     kept = int(count_kept(size, density))
@@ -47,7 +45,6 @@ def test_f32_is_too_coarse_and_not_used():
         assert count_kept(size, 0.0) == 0
 
 
-@settings
 @hypothesis.given(size=st.integers(1, 2**20), percent=st.integers(0, 100))
 def test_densities_that_f32_does_not_hold_keep_what_they_say(size, percent):
     # Half of the forgiven amount of large counts is where the two may differ.
@@ -57,20 +54,19 @@ def test_densities_that_f32_does_not_hold_keep_what_they_say(size, percent):
     assert count_kept(size, 1 - np.float32(1 - percent / 100)) in (expected, expected + 1)
 
 
-@settings
 @hypothesis.given(size=st.integers(1, 2**22), data=st.data())
 def test_a_measured_density_gives_its_count_back(size, data):
     kept = data.draw(st.integers(0, size))
     assert count_kept(size, np.float32(kept / size)) == kept
 
 
+@pytest.mark.ci
 def test_more_density_never_keeps_less():
     densities = jnp.sort(jax.random.uniform(jax.random.key(0), (5000,)))
     for size in (7, 1000, 2**19 + 1, HEAD, LARGEST):
         assert (jnp.diff(count_kept(size, densities)) >= 0).all()
 
 
-@settings
 @hypothesis.given(size=sizes, density=fractions, fraction=fractions, data=st.data())
 def test_updates_are_feasible_and_reach_the_density_exactly(size, density, fraction, data):
     kept = data.draw(st.integers(0, size))
@@ -87,7 +83,6 @@ def test_updates_are_feasible_and_reach_the_density_exactly(size, density, fract
         assert num_drop > delta
 
 
-@settings
 @hypothesis.given(
     size=st.integers(1, 4000),
     percents=st.tuples(st.integers(0, 100), st.integers(0, 100)),

@@ -50,6 +50,7 @@ def test_bigbird_adds_random_blocks_to_each_row(causal):
     assert (ever_drawn == visible_blocks(12, causal)).mean() > 0.9
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_count_from_diagonal_to_dense_is_met_exactly(name, causal):
@@ -120,7 +121,13 @@ def test_hybrid_attention_is_local_or_strided(stride, causal):
     np.testing.assert_array_equal(mask, expected)
 
 
-@pytest.mark.parametrize(("stride", "share"), [(128, 24.11), (64, 13.57), (32, 9.17), (16, 9.25)])
+@pytest.mark.parametrize(
+    ("stride", "share"),
+    [
+        (128, 24.11),
+        *(pytest.param(*p, marks=pytest.mark.ci) for p in ((64, 13.57), (32, 9.17), (16, 9.25))),
+    ],
+)
 def test_hybrid_attention_keeps_known_shares_of_causal_pairs(stride, share):
     kept = 100 * hybrid_mask(1024, stride=stride).sum() / (1024 * 1025 / 2)
     np.testing.assert_allclose(kept, share, atol=0.005)
@@ -128,8 +135,8 @@ def test_hybrid_attention_keeps_known_shares_of_causal_pairs(stride, share):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_hybrid_blocks_cover_the_mask_and_nothing_else(causal):
-    for block in (1, 2, 3, 4, 8):
-        for stride in range(1, 40):
+    for block in (1, 3, 8):
+        for stride in range(1, 40, 3):
             mask = np.array(hybrid_mask(9 * block, stride=stride, causal=causal))
             cover = mask.reshape(9, block, 9, block).any((1, 3))
             blocks = hybrid_blocks(9, block=block, stride=stride, causal=causal)
@@ -152,9 +159,7 @@ def test_hybrid_blocks_cover_the_mask_and_nothing_else(causal):
         (lambda: pattern_at_density("reformer", 4, density=0.5), "name='reformer'"),
         (lambda: pattern_at_density("bigbird", 4, density=0.5), "key=None"),
         (lambda: pattern_at_density("longformer", 4, density=0.2), "density=0.2"),
-        (lambda: pattern_at_density("longformer", 4, density=1.1), "density=1.1"),
         (lambda: pattern_at_density("longformer", 4, density=float("nan")), "density=nan"),
-        (lambda: pattern_at_density("longformer", 0, density=0.5), "num_blocks=0"),
     ],
 )
 def test_bad_input_is_named(call, message):

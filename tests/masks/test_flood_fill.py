@@ -118,8 +118,8 @@ def test_causal_fill_starts_on_the_diagonal_and_sees_only_the_visible():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("quantile", [0.57, 0.9])
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("quantile", [0.57, pytest.param(0.9, marks=pytest.mark.ci)])
+@hypothesis.settings(derandomize=True)
 @hypothesis.given(data=st.data())
 def test_flood_fill_equals_the_rules_told_plainly(causal, quantile, data):
     elements = st.integers(0, 6).map(float)  # few values make many ties
@@ -133,6 +133,7 @@ def test_flood_fill_equals_the_rules_told_plainly(causal, quantile, data):
             assert layer_kept.sum() <= math.ceil((1 - quantile) * 35) + 6
 
 
+@pytest.mark.ci
 def test_random_maps_of_published_size():
     pooled = np.random.default_rng(0).random((300, 32, 32), np.float32)
     kept = np.array(flood_fill(jnp.array(pooled), quantile=0.96))
@@ -145,7 +146,7 @@ def test_random_maps_of_published_size():
     assert 24.5 < (kept & above).sum((1, 2)).mean() < 26
 
 
-@pytest.mark.parametrize("quantile", [0.81, 0.99])
+@pytest.mark.parametrize("quantile", [0.81, pytest.param(0.99, marks=pytest.mark.ci)])
 def test_constant_maps_keep_the_diagonal(quantile):
     # These quantiles of 36 values fall below some of the values if both neighbours are weighed.
     values = np.random.default_rng(8).random(1000, np.float32)
@@ -154,7 +155,9 @@ def test_constant_maps_keep_the_diagonal(quantile):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("filter_size", [1, 5, 8 * 2 - 1, 31])
+@pytest.mark.parametrize(
+    "filter_size", [5, *(pytest.param(n, marks=pytest.mark.ci) for n in (1, 8 * 2 - 1, 31))]
+)
 def test_pooling_equals_the_double_loop(filter_size, causal):
     attention = np.random.default_rng(1).random((24, 24), np.float32)
     pooled = pool_attention(
@@ -170,6 +173,7 @@ def test_pooling_without_filter_is_the_block_mean():
     np.testing.assert_allclose(pooled, attention.reshape(2, 4, 3, 4, 3).mean((2, 4)), rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_pooling_needs_little_memory_beside_the_map():
     attention = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32)
     compiled = pool_attention.lower(attention, block_size=64, filter_size=31).compile()
@@ -205,6 +209,7 @@ def test_pattern_is_pooling_then_selection(variant, causal):
         assert not np.triu(kept, 1).any()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("variant", ["cf", "c"])
 def test_layers_are_independent_and_compilation_changes_nothing(variant):
     options = dict(block_size=3, quantile=0.6, filter_size=3, variant=variant)
@@ -229,6 +234,7 @@ def test_a_layer_with_a_nan_keeps_its_diagonal_alone(variant):
     np.testing.assert_array_equal(kept[1], healthy[1])
 
 
+@pytest.mark.ci
 def test_half_precision_maps_are_accumulated_in_f32():
     attention = jnp.array(np.random.default_rng(6).random((24, 24)), jnp.bfloat16)
     options = dict(block_size=4, filter_size=5)
@@ -237,7 +243,9 @@ def test_half_precision_maps_are_accumulated_in_f32():
     np.testing.assert_array_equal(pooled, pool_attention(attention.astype("float32"), **options))
 
 
-@pytest.mark.parametrize("density", [1 / 7, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "density", [0.5, *(pytest.param(d, marks=pytest.mark.ci) for d in (1 / 7, 1.0))]
+)
 @pytest.mark.parametrize("causal", [False, True])
 def test_top_k_takes_the_largest_beside_the_diagonal(density, causal):
     density = max(density, 7 / 28) if causal else density
@@ -252,22 +260,18 @@ SQUARE = jnp.ones((8, 8))
 @pytest.mark.parametrize(
     ("attention", "options", "message"),
     [
-        (SQUARE, {"quantile": 0.0}, "quantile=0.0"),
         (SQUARE, {"quantile": 1.0}, "quantile=1.0"),
         (SQUARE, {"quantile": float("nan")}, "quantile=nan"),
         (SQUARE, {"quantile": 1.0, "variant": "c", "density": 0.5}, "quantile=1.0"),
         (SQUARE, {"block_size": 3}, "block_size=3 for length=8"),
         (SQUARE, {"block_size": 0}, "block_size=0"),
         (SQUARE, {"filter_size": 4}, "filter_size=4"),
-        (SQUARE, {"filter_size": -1}, "filter_size=-1"),
         (SQUARE, {"variant": "fc"}, "variant='fc'"),
         (SQUARE, {"variant": "c"}, "density=None"),
         (SQUARE, {"density": 0.5}, "density=0.5"),
         (SQUARE, {"variant": "c", "density": 0.2}, "density=0.2"),
-        (SQUARE, {"variant": "c", "density": 1.5}, "density=1.5"),
         (SQUARE, {"variant": "c", "density": float("nan")}, "density=nan"),
         (jnp.ones((8, 4)), {}, r"attention.shape=\(8, 4\)"),
-        (jnp.ones(8), {}, r"attention.shape=\(8,\)"),
         (jnp.ones((8, 8), int), {}, "attention.dtype=int32"),
     ],
 )

@@ -18,7 +18,10 @@ def sort_oracle(w, n, m, axis):
     return np.moveaxis(mask.reshape(shape), -1, axis)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 4), (1, 2), (2, 8)])
+@pytest.mark.parametrize(
+    ("n", "m"),
+    [(2, 4), *(pytest.param(*p, marks=pytest.mark.ci) for p in ((1, 4), (4, 4), (1, 2), (2, 8)))],
+)
 @pytest.mark.parametrize("axis", [0, 1, -2, -1])
 def test_the_largest_of_each_group_are_kept_and_of_equals_the_first(n, m, axis):
     rng = np.random.default_rng(0)
@@ -28,6 +31,7 @@ def test_the_largest_of_each_group_are_kept_and_of_equals_the_first(n, m, axis):
     np.testing.assert_array_equal(mask, sort_oracle(w, n, m, axis))
 
 
+@pytest.mark.ci
 def test_gaussian_weights_keep_the_known_share():
     w = jax.random.normal(jax.random.key(0), (4, 512, 512))
     for axis in (-1, -2):
@@ -42,6 +46,7 @@ def test_nan_counts_as_infinite():
     np.testing.assert_array_equal(magnitude_nm_mask(w, axis=1).astype(int), expected)
 
 
+@pytest.mark.ci
 def test_jit_and_vmap_change_nothing():
     w = jax.random.normal(jax.random.key(0), (3, 8, 12), jnp.bfloat16)
     mask = magnitude_nm_mask(w, axis=-2)

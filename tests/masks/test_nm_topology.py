@@ -22,7 +22,9 @@ def drop_by_hand(mask, weight, num_drop):
     return kept.reshape(mask.shape)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 6)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.ci) for p in ((1, 4), (3, 6)))]
+)
 @pytest.mark.parametrize("num_drop", [0, 7, 1000])
 def test_every_group_grows_its_largest_gradients(n, m, num_drop):
     mask, weight, grad = make_case(n, m)
@@ -38,6 +40,7 @@ def test_every_group_grows_its_largest_gradients(n, m, num_drop):
         np.testing.assert_array_equal(got, mask)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("growth", "at_random"), [("random", 16), ("mixed", 4)])
 def test_the_random_share_ignores_gradients(growth, at_random):
     mask, weight, _ = make_case(2, 4)

@@ -78,7 +78,7 @@ def dense_attention(attention, x_BTD, visible_BTS):
     return y @ np.asarray(attention.out.kernel) + np.asarray(attention.out.bias)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_rotated_grouped_queries_at_a_length_between_blocks(sparse):
     # Blocks of two sizes: 20 positions fill neither, 48 are the least that fill both.
     block = BlockPattern(block_q=16, block_kv=24)
@@ -183,6 +183,7 @@ class MyAttention(nnx.Module):
         return self.out(y)
 
 
+@pytest.mark.ci
 def test_the_op_in_a_module_of_ones_own():
     attention, x = MyAttention(WIDTH, 4, rngs=nnx.Rngs(0)), draw(1, LENGTH, WIDTH)
     run = nnx.jit(MyAttention.__call__)
@@ -207,6 +208,7 @@ class LinenLayer(nn.Module):
         return x + y
 
 
+@pytest.mark.ci
 def test_the_module_in_a_linen_model():
     model, x = LinenLayer(), draw(1, LENGTH, WIDTH)
     variables = jit(model.init)(jax.random.key(0), x)

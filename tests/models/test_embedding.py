@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.models import DENSE_LINEAR, SparseEmbed, SparsityMask, Transformer, TransformerConfig
+from sparsejax.models import DENSE_LINEAR, SparseEmbed, SparsityMask, Transformer
 from sparsejax.patterns import BlockPattern, NMPattern, Unstructured, WeightBlocks
+from tests.small_models import make_config
 
 V, D = 12, 8
 PATTERNS = [Unstructured(), WeightBlocks(3, 4)]
@@ -28,6 +29,7 @@ def prune(embed, seed=0):
     return np.kron(np.asarray(mask[...]), np.ones((rows, columns), bool))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_an_embedding_is_that_of_nnx_until_something_is_pruned(pattern):
     plain = nnx.Embed(V, D, embedding_init=nnx.initializers.normal(0.02), rngs=nnx.Rngs(0))
@@ -81,23 +83,21 @@ def test_of_blocks_the_head_computes_the_gradients_that_are_asked_for():
     np.testing.assert_array_equal(grad, expected)
 
 
-def make_config(pattern):
-    return TransformerConfig(
+def make_masked_config(pattern):
+    return make_config(
         vocab_size=V,
         num_layers=1,
         model_dim=D,
-        num_heads=2,
-        num_kv_heads=2,
         mlp_dim=16,
         max_length=4,
-        causal=True,
         block=BlockPattern(block_q=4, block_kv=4),
         sparse_weights=((".*", pattern),),
     )
 
 
+@pytest.mark.ci
 def test_a_language_model_has_one_mask_for_embedding_and_head():
-    model = Transformer(make_config(Unstructured()), rngs=nnx.Rngs(0))
+    model = Transformer(make_masked_config(Unstructured()), rngs=nnx.Rngs(0))
     run = jax.jit(functools.partial(lambda graphdef, *state: nnx.merge(graphdef, *state)(TOKENS)))
     graphdef, params, masks = nnx.split(model, nnx.Param, SparsityMask)
     before = run(graphdef, params, masks).logits
@@ -115,4 +115,4 @@ def test_patterns_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"blocks of 5x4 must divide the weight, got .*\[12, 8\]"):
         make(WeightBlocks(5, 4))
     with pytest.raises(ValueError, match="blocks such as '64x64' for 'embedding', got '2:4'"):
-        make_config(NMPattern())
+        make_masked_config(NMPattern())

@@ -16,29 +16,26 @@ from sparsejax.models import (
     LinearMode,
     SparsityMask,
     Transformer,
-    TransformerConfig,
     decoder,
     linear,
     sparse_weight_patterns,
     transformer,
 )
-from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.patterns import NMPattern
 from tests.kernels.nm_contract import make_nm_masks
+from tests.small_models import make_config as make_small_config
 
 SQUARE = NMPattern(2, 4, transposable=True)
 SOURCE, TARGET = 16, 12
-PLAIN = TransformerConfig(
+PLAIN = make_small_config(
     vocab_size=11,
-    num_layers=2,
     num_decoder_layers=3,
-    model_dim=16,
     num_heads=4,
     num_kv_heads=4,
     mlp_dim=24,
     mlp_activation="relu",
     max_length=SOURCE,
     causal=False,
-    block=BlockPattern(block_q=8, block_kv=8),
 )
 GROUPED = dataclasses.replace(
     PLAIN,
@@ -188,7 +185,9 @@ def plain_model(config, params, source, target, real):
     return plain_norm(params["decoder"]["final_norm"], y) @ table.T
 
 
-@pytest.mark.parametrize("config", [PLAIN, GROUPED], ids=["plain", "grouped"])
+@pytest.mark.parametrize(
+    "config", [PLAIN, pytest.param(GROUPED, marks=pytest.mark.ci)], ids=["plain", "grouped"]
+)
 def test_the_model_is_that_of_the_textbook(config):
     params, masks = make_weights(config)
     real = np.arange(SOURCE) < np.array([[SOURCE], [9]])
@@ -217,6 +216,7 @@ def test_every_source_token_changes_every_logit():
         assert (moved > 1e-4).all(), position
 
 
+@pytest.mark.ci
 def test_what_padding_of_the_source_holds_changes_nothing():
     params, masks = make_weights(PLAIN)
     run = functools.partial(forward(PLAIN), params, masks)
@@ -232,6 +232,7 @@ def test_what_padding_of_the_source_holds_changes_nothing():
     np.testing.assert_allclose(shorter, logits[:1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ci
 def test_every_parameter_has_a_gradient():
     params, masks = make_weights(SPARSE)
     grads = gradient(SPARSE)(params, masks, jax.random.key(0))
@@ -241,6 +242,7 @@ def test_every_parameter_has_a_gradient():
             assert np.isfinite(part).all() and np.abs(part).max() > 0, path
 
 
+@pytest.mark.ci
 def test_unrolled_and_recomputed_layers_are_the_same():
     params, masks = make_weights(SPARSE, prunes=True)
     other = dataclasses.replace(SPARSE, scan_layers=False, remat=True)
@@ -258,6 +260,7 @@ def test_unrolled_and_recomputed_layers_are_the_same():
     )
 
 
+@pytest.mark.ci
 def test_every_draw_has_a_key_of_its_own(monkeypatch):
     seen = collections.defaultdict(set)
 
@@ -285,6 +288,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
     }
 
 
+@pytest.mark.ci
 def test_masks_of_both_stacks_prune_their_own_weights():
     params, masks = make_weights(SPARSE, prunes=True)
     flat = {
@@ -346,6 +350,7 @@ def test_names_of_the_decoder_are_its_own():
         make_config("decoder/mlp/.*", alone)
 
 
+@pytest.mark.ci
 def test_initialisation_scales_what_a_branch_adds():
     config = dataclasses.replace(PLAIN, init_std=0.03, model_dim=64, mlp_dim=128)
 

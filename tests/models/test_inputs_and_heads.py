@@ -25,7 +25,9 @@ CLASSIFIER = dataclasses.replace(ENCODER, positions="learned")
 PATCHES = dataclasses.replace(CLASSIFIER, vocab_size=0, patch_values=12)
 
 
-@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "mode", [DENSE, pytest.param(MASKED, marks=pytest.mark.ci)], ids=["dense", "sparse"]
+)
 def test_an_encoder_that_models_language_sees_both_sides(mode):
     params, masks = make_weights(MASKED_LM)
     assert "classifier" not in params
@@ -55,6 +57,7 @@ def test_a_patch_is_the_look_up_of_its_linear_image():
     assert_close(forward(PATCHES, MASKED)(params, masks, values[tokens], real), expected)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("config", [MASKED_LM, PATCHES], ids=["tokens", "patches"])
 def test_without_biases_a_model_is_one_whose_biases_are_zero(config):
     plain = dataclasses.replace(config, use_bias=False)

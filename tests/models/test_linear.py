@@ -39,8 +39,8 @@ def split(module):
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(masks)
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("use_bias", [True, pytest.param(False, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("dtype", [pytest.param(None, marks=pytest.mark.ci), jnp.bfloat16])
 def test_a_dense_layer_is_a_linear_layer_bit_for_bit(dtype, use_bias):
     layer = make_layer(dtype=dtype, use_bias=use_bias)
     layer.kernel_mask[...] = jnp.zeros((K, N), bool)  # which a dense mode ignores
@@ -55,7 +55,15 @@ def test_a_dense_layer_is_a_linear_layer_bit_for_bit(dtype, use_bias):
     np.testing.assert_array_equal(activated, nnx.gelu(expected))
 
 
-@pytest.mark.parametrize("pattern", [PLAIN, SQUARE, NMPattern(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        SQUARE,
+        pytest.param(PLAIN, marks=pytest.mark.ci),
+        pytest.param(NMPattern(1, 2), marks=pytest.mark.ci),
+    ],
+    ids=str,
+)
 def test_a_layer_that_nothing_has_pruned_is_dense(pattern):
     layer, x = make_layer(pattern=pattern), draw(3, 2, K)
     assert layer.kernel_mask[...].all() and layer.kernel_mask[...].dtype == bool
@@ -70,7 +78,14 @@ def test_a_product_is_computed_in_the_type_of_the_layer():
     assert make_layer()(x.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        None,
+        pytest.param("xla", marks=pytest.mark.ci),
+        pytest.param("reference", marks=pytest.mark.ci),
+    ],
+)
 def test_a_pruned_layer_multiplies_what_is_kept_and_trains_everything(implementation):
     layer, x, dy = make_layer(), draw(3, 2, K), draw(3, 2, N, seed=1)
     mask = make_mask((K, N))
@@ -101,8 +116,11 @@ def test_any_mask_is_honoured_where_the_hardware_does_not_decide():
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_sparse", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "relu", "geglu", "swiglu"])
+@pytest.mark.parametrize("is_sparse", [True, pytest.param(False, marks=pytest.mark.ci)])
+@pytest.mark.parametrize(
+    "activation",
+    ["gelu", "swiglu", *(pytest.param(a, marks=pytest.mark.ci) for a in ("relu", "geglu"))],
+)
 def test_activations(activation, is_sparse):
     layer, x, mask = make_layer(), draw(3, K), make_mask((K, N))
     layer.kernel_mask[...] = mask
@@ -137,6 +155,7 @@ class TheirModel(nnx.Module):
         return self.last(nnx.relu(self.first(x)))
 
 
+@pytest.mark.ci
 def test_a_layer_stands_in_for_another_in_any_model():
     theirs, ours = (TheirModel(linear, nnx.Rngs(1)) for linear in (nnx.Linear, SparseLinear))
     ours.first.kernel_mask[...] = mask = make_mask((K, N), name="whole")
@@ -167,6 +186,7 @@ def test_a_layer_stands_in_for_another_in_any_model():
     np.testing.assert_allclose(train(theirs, 1)[0], losses[:1], rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_pruned_gradients_follow_a_key_and_results_do_not():
     layer, x = make_layer(), draw(8, K)
     layer.kernel_mask[...] = make_mask((K, N))
@@ -209,6 +229,7 @@ def test_sizes_that_groups_do_not_fill_are_refused(sizes, pattern, message):
     assert make_layer(sizes=(8, 6)).kernel.shape == (8, 6)
 
 
+@pytest.mark.ci
 def test_the_hopper_kernel_runs_where_it_is_named():
     layer = make_layer(sizes=(64, 64), pattern=SQUARE, dtype=jnp.bfloat16)
     layer.kernel_mask[...] = make_mask((64, 64), SQUARE, "whole")
@@ -244,7 +265,10 @@ def make_mlp(activation, **patterns):
     return MLP(K, N, activation=activation, **patterns, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "geglu", "swiglu"])
+@pytest.mark.parametrize(
+    "activation",
+    ["geglu", *(pytest.param(a, marks=pytest.mark.ci) for a in ("gelu", "relu", "swiglu"))],
+)
 def test_a_feed_forward_layer_multiplies_values_with_activated_gates(activation):
     x, mlp = draw(2, 3, K), make_mlp(activation)
     sparse = make_mlp(activation, up_pattern=PLAIN, down_pattern=SQUARE)

@@ -15,26 +15,20 @@ from sparsejax.models import (
     LinearMode,
     SparsityMask,
     Transformer,
-    TransformerConfig,
     linear,
     sparse_weight_patterns,
 )
-from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.patterns import NMPattern
 from tests.kernels.nm_contract import make_nm_masks
+from tests.small_models import make_config
 
 SPARSE, SQUARE = LinearMode(), NMPattern(2, 4, transposable=True)
 MVUE = LinearMode(grad_pruning="mvue")
-CONFIG = TransformerConfig(
+CONFIG = make_config(
     vocab_size=11,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
     num_kv_heads=1,
     mlp_dim=24,
     mlp_activation="geglu",
-    max_length=16,
-    causal=True,
-    block=BlockPattern(block_q=8, block_kv=8),
     sparse_weights=(("mlp/.*", SQUARE), ("attention/out", NMPattern())),
 )
 TOKENS = np.arange(32).reshape(2, 16) % 11
@@ -116,6 +110,7 @@ def test_masks_stand_beside_the_weights_they_prune():
     assert jax.tree.map(jnp.shape, split_abstract(dense)[1]) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.ci
 def test_a_model_is_initialised_alike_with_and_without_masks():
     def init(config):
         model = Transformer(config, rngs=nnx.Rngs(0))
@@ -141,6 +136,7 @@ def test_a_pruned_model_is_the_model_of_pruned_weights():
         assert np.abs(other - logits).max() > 1e-2, f"the mask of {name} does nothing"
 
 
+@pytest.mark.ci
 def test_the_dense_mode_is_the_model_without_masks_bit_for_bit():
     params, masks = make_weights(CONFIG)
     dense = dataclasses.replace(CONFIG, sparse_weights=())
@@ -153,6 +149,7 @@ def test_the_dense_mode_is_the_model_without_masks_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": True}], ids=str)
 def test_unrolled_and_recomputed_layers_draw_the_same(change):
     params, masks = make_weights(CONFIG)
@@ -170,6 +167,7 @@ def test_unrolled_and_recomputed_layers_draw_the_same(change):
     assert (np.abs(one - two).max((1, 2)) > 0.1 * np.abs(one).max((1, 2))).all()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_layer_draws_with_a_key_of_its_own(scan_layers, monkeypatch):
     seen = collections.defaultdict(set)

@@ -14,20 +14,17 @@ import pytest
 from flax import nnx
 
 from sparsejax.accounting.flops import count_transformer_flops
-from sparsejax.models import AttentionMode, SparsityMask, Transformer, TransformerConfig
+from sparsejax.models import AttentionMode, SparsityMask, Transformer
 from sparsejax.models.residual import dropout
 from sparsejax.patterns import BlockPattern
+from tests.small_models import make_config
 
 LENGTH = 64
-DECODER = TransformerConfig(
+DECODER = make_config(
     vocab_size=32,
-    num_layers=2,
     model_dim=32,
-    num_heads=2,
-    num_kv_heads=2,
     mlp_dim=48,
     max_length=LENGTH,
-    causal=True,
     block=BlockPattern(block_q=16, block_kv=16),
 )
 ENCODER = dataclasses.replace(
@@ -107,6 +104,7 @@ def test_a_decoder_sees_no_later_token(mode):
     assert (np.abs(before - after).max(-1)[:, 38:] > 1e-3).mean() > 0.9
 
 
+@pytest.mark.ci
 def test_dense_logits_do_not_depend_on_later_embeddings():
     params, masks = make_weights(DECODER)
     later = np.arange(LENGTH)[:, None] > 37
@@ -149,7 +147,9 @@ def test_every_parameter_has_a_gradient_and_no_mask_has_one():
     assert [x.dtype for x in types] == [jax.dtypes.float0]
 
 
-@pytest.mark.parametrize("mode", [MASKED, ZERO], ids=["masked", "zero"])
+@pytest.mark.parametrize(
+    "mode", [MASKED, pytest.param(ZERO, marks=pytest.mark.ci)], ids=["masked", "zero"]
+)
 def test_sparse_attention_that_keeps_everything_is_dense(mode):
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
@@ -177,7 +177,9 @@ def test_pruning_a_block_changes_the_rows_that_read_it_and_no_others():
     assert changed_blocks(0, 0, 3) == [False, False, False, False]
 
 
-@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(DENSE, marks=pytest.mark.ci), MASKED], ids=["dense", "sparse"]
+)
 def test_a_length_between_blocks_is_the_start_of_a_longer_sequence(mode):
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
@@ -185,7 +187,9 @@ def test_a_length_between_blocks_is_the_start_of_a_longer_sequence(mode):
     assert_close(run(tokens[:, :40]), run(tokens)[:, :40])
 
 
-@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(DENSE, marks=pytest.mark.ci), MASKED], ids=["dense", "sparse"]
+)
 def test_an_encoder_ignores_what_padding_holds(mode):
     params, masks = make_weights(ENCODER)
     tokens, changed = make_tokens(2, LENGTH), make_tokens(2, LENGTH, seed=1)
@@ -198,6 +202,7 @@ def test_an_encoder_ignores_what_padding_holds(mode):
     assert_close(logits, forward(ENCODER, DENSE)(params, masks, tokens, real))
 
 
+@pytest.mark.ci
 def test_an_unrolled_model_equals_the_scanned_one():
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
@@ -206,6 +211,7 @@ def test_an_unrolled_model_equals_the_scanned_one():
     assert_close(forward(unrolled, DENSE)(params, masks, tokens), expected)
 
 
+@pytest.mark.ci
 def test_counted_flops_agree_with_xla():
     sizes = {"num_layers": 2, "model_dim": 128, "num_heads": 2, "num_kv_heads": 2}
     sizes |= {"mlp_dim": 512, "vocab_size": 512}
@@ -219,6 +225,7 @@ def test_counted_flops_agree_with_xla():
     assert counted <= xla <= 1.05 * counted
 
 
+@pytest.mark.ci
 def test_rematerialisation_leaves_gradients_alone():
     params, masks = make_weights(DECODER)
     masks, tokens = prune(masks, SPARSE), make_tokens(2, LENGTH)
@@ -233,6 +240,7 @@ def test_rematerialisation_leaves_gradients_alone():
     assert bytes_used < 0.8 * bytes_without
 
 
+@pytest.mark.ci
 def test_two_towers_compare_documents_through_four_features():
     config = dataclasses.replace(ENCODER, num_towers=2)
     params, masks = make_weights(config)
@@ -259,6 +267,7 @@ def test_dropout_zeroes_a_fraction_and_keeps_the_mean():
     assert dropout(x, 0.0, key) is x and dropout(x, 0.25, None) is x
 
 
+@pytest.mark.ci
 def test_dropout_follows_its_key_in_embeddings_and_blocks():
     config = dataclasses.replace(ENCODER, dropout_rate=0.2)
     params, masks = make_weights(config)
@@ -287,6 +296,7 @@ def test_dropout_follows_its_key_in_embeddings_and_blocks():
     assert "random_bits" not in program(ENCODER, first)
 
 
+@pytest.mark.ci
 def test_bfloat16_activations_keep_float32_parameters_and_logits():
     config = dataclasses.replace(DECODER, dtype="bfloat16")
     params, masks = make_weights(config)
@@ -299,6 +309,7 @@ def test_bfloat16_activations_keep_float32_parameters_and_logits():
     assert 1e-4 < relative < 0.03
 
 
+@pytest.mark.ci
 def test_attention_maps_are_stacked_by_layer_and_pass_no_gradient():
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
@@ -325,6 +336,7 @@ def test_attention_maps_are_stacked_by_layer_and_pass_no_gradient():
     assert all((grad == 0).all() for grad in jax.tree.leaves(grads))
 
 
+@pytest.mark.ci
 def test_the_model_is_the_same_in_tree_mode():
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
@@ -339,6 +351,7 @@ def test_the_model_is_the_same_in_tree_mode():
     split_abstract.cache_clear()
 
 
+@pytest.mark.ci
 def test_initialisation():
     config = dataclasses.replace(DECODER, init_std=0.02, model_dim=64, mlp_dim=128)
 

@@ -32,16 +32,11 @@ def test_a_good_config_passes():
     ("settings", "message"),
     [
         ({"vocab_size": 0}, "model.vocab_size must be at least 1, got 0"),
-        ({"num_layers": 0}, "model.num_layers must be at least 1, got 0"),
         ({"model_dim": -32}, "model.model_dim must be at least 1, got -32"),
-        ({"num_heads": 0}, "model.num_heads must be at least 1, got 0"),
         ({"num_kv_heads": 0}, "model.num_kv_heads must be at least 1, got 0"),
-        ({"mlp_dim": 0}, "model.mlp_dim must be at least 1, got 0"),
-        ({"max_length": 0}, "model.max_length must be at least 1, got 0"),
         ({"model_dim": 34}, "model.model_dim must be a multiple of num_heads=4, got 34"),
         ({"num_kv_heads": 3}, "model.num_kv_heads must be a divisor of num_heads=4, got 3"),
         ({"dropout_rate": 1.0}, "model.dropout_rate must be in [0, 1), got 1.0"),
-        ({"dropout_rate": float("nan")}, "model.dropout_rate must be in [0, 1), got nan"),
         ({"positions": "alibi"}, "model.positions must be 'learned' or 'rotary', got 'alibi'"),
         (
             {"positions": "rotary", "model_dim": 36},
@@ -53,10 +48,6 @@ def test_a_good_config_passes():
         ),
         ({"num_towers": 3}, "model.num_towers must be 1 or 2, got 3"),
         ({"num_towers": 2}, "model.num_towers must be 1 in a language model, got 2"),
-        (
-            {"causal": False, "num_towers": 2},
-            "model.num_towers must be 1 in a language model, got 2",
-        ),
         ({"num_classes": 10}, "model.num_classes must be 0 in a causal language model, got 10"),
         (
             {"causal": False, "num_classes": 1},
@@ -82,7 +73,6 @@ def test_a_good_config_passes():
             "missing ), unterminated subpattern at position 4",
         ),
         ({"max_length": 48}, "block_kv=32 must divide the sequence length, got length=48"),
-        ({"max_length": 40}, "block_q=16 must divide the sequence length, got length=40"),
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ from sparsejax.recipes import (
     make_sste,
     make_static_attention,
 )
-from tests.recipes.test_dynamic import (
+from tests.recipes.two_weights import (
     INTERVAL,
     begin,
     draw,
@@ -87,7 +87,7 @@ def make_sste_recipe():
 @pytest.mark.parametrize("make", [make_fst_recipe, make_sste_recipe])
 def test_flip_rates_are_shown_and_drawn(make, tmp_path):
     recipe = make()
-    assert recipe.progress_metrics == {"flip_rate": "flip rate"}
+    assert recipe.progress_metrics == (("flip_rate", "flip rate"),)
     rows = [{"kind": "train", "step": step, "loss": 1.0} for step in (1, 2)]
     recipe.draw_run(rows, folder=tmp_path)
     assert not list(tmp_path.iterdir()), "no masks were compared"

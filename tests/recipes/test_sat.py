@@ -88,7 +88,7 @@ def test_maps_may_be_averaged_over_probes():
     np.testing.assert_allclose(sparsity.statistics["pooled"], pooled, rtol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_the_pattern_is_fitted_to_the_pooled_map(causal):
     recipe = make(causal=causal)
     sparsity, maps = begin(recipe), peaked(2.0)

@@ -17,7 +17,7 @@ from sparsejax.recipes import (
     make_set,
 )
 from sparsejax.recipes.weight_masks import set_gradient_masks
-from tests.recipes.test_dynamic import make_update
+from tests.recipes.two_weights import make_update
 
 L, K, N, V = 2, 24, 16, 20
 BLOCKS, TABLE_BLOCKS = WeightBlocks(4, 8), WeightBlocks(5, 4)

@@ -41,6 +41,7 @@ def _read(text):
     return {row[0]: row[1:] for row in cells if row}
 
 
+@pytest.mark.ci
 def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
     assert [phase.name for phase in plan.phases] == ["dense", "sparse"]
     dense, sparse = plan.phases
@@ -55,6 +56,7 @@ def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
     assert set(dense.programs) - set(sparse.programs) == {"probing train step"}
 
 
+@pytest.mark.ci
 def test_more_fits_where_less_is_needed(plan):
     for phase in plan.phases:
         train = phase.programs["train step"]
@@ -71,6 +73,7 @@ def test_largest_batch_is_where_the_line_meets_the_memory():
     assert estimate_largest_batch((300, 300), **estimate) is None
 
 
+@pytest.mark.ci
 def test_table_shows_phases_side_by_side(plan):
     lines = _read(format_plan(plan))
     dense, sparse = plan.phases
@@ -83,6 +86,7 @@ def test_table_shows_phases_side_by_side(plan):
     assert "no Mosaic kernels" in lines
 
 
+@pytest.mark.ci
 def test_kernels_are_listed_with_what_ptxas_made_of_them(plan):
     kernel = aot.KernelReport(
         name="forward_0",

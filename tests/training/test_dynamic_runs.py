@@ -23,9 +23,9 @@ from sparsejax.accounting.ledger import FlopsLedger, summarise_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
-from sparsejax.models import LinearMode, TransformerConfig, sparse_weight_patterns
-from sparsejax.optimizer import OptimizerConfig, make_optimizer
-from sparsejax.patterns import BlockPattern, Unstructured
+from sparsejax.models import LinearMode, sparse_weight_patterns
+from sparsejax.optimizer import make_optimizer
+from sparsejax.patterns import Unstructured
 from sparsejax.recipes import (
     Phase,
     Recipe,
@@ -39,59 +39,21 @@ from sparsejax.recipes import (
 from sparsejax.recipes.weight_masks import map_sparse_weights
 from sparsejax.report.metrics import read_metrics
 from sparsejax.training.setup import prepare_run
-from sparsejax.training.state import create_train_state, make_abstract_state, make_graphdef
+from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_train_step
+from tests.small_models import (
+    assert_same,
+    make_batch,
+    make_config,
+    make_small_optimizer,
+    make_state,
+    make_step,
+)
 from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
-_MODEL = TransformerConfig(
-    vocab_size=17,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=2,
-    mlp_dim=32,
-    max_length=16,
-    causal=True,
-    block=BlockPattern(block_q=8, block_kv=8),
-    sparse_weights=(("attention/out|mlp/up", Unstructured()),),
-)
-_OPTIMIZER = OptimizerConfig(
-    name="adamw",
-    learning_rate=1e-2,
-    schedule="constant",
-    warmup_steps=0,
-    final_fraction=0.1,
-    weight_decay=0.1,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-8,
-    clip_norm=0.1,
-    clip_value=None,
-)
+_MODEL = make_config(sparse_weights=(("attention/out|mlp/up", Unstructured()),))
 _KNOWN = {"num_steps": 100, "patterns": sparse_weight_patterns(_MODEL)}
-
-
-def _optimizer(**changes):
-    return make_optimizer(dataclasses.replace(_OPTIMIZER, **changes), num_steps=100)
-
-
-def _batch(seed=0, size=4):
-    tokens = np.random.default_rng(seed).integers(0, 17, (size, 17), dtype=np.int32)
-    return {
-        "inputs": jnp.asarray(tokens[:, :-1]),
-        "targets": jnp.asarray(tokens[:, 1:]),
-        "loss_weights": jnp.ones(size, jnp.float32),
-    }
-
-
-def _state(recipe, optimizer):
-    create = functools.partial(create_train_state, _MODEL, recipe, optimizer)
-    return jax.jit(create)(jax.random.key(0))
-
-
-def _step(recipe, optimizer, **options):
-    step = make_train_step(make_graphdef(_MODEL), recipe, recipe.phases[0], optimizer, **options)
-    return jax.jit(step)
+_optimizer = functools.partial(make_small_optimizer, clip_norm=0.1)
 
 
 def _kernels(params, masks):
@@ -100,19 +62,12 @@ def _kernels(params, masks):
     return found
 
 
-def _assert_same(got, expected, **tolerance):
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        if tolerance:
-            np.testing.assert_allclose(x, y, **tolerance)
-        else:
-            np.testing.assert_array_equal(x, y)
-
-
+@pytest.mark.ci
 def test_static_masks_are_dense_training_of_masked_weights():
     # Adam would make much of the rounding of gradients that are zero.
     optimizer = _optimizer(name="sgd", learning_rate=1.0)
     recipe = make_static_weights(StaticWeightsConfig(**_KNOWN))
-    state = _state(recipe, optimizer)
+    state = make_state(_MODEL, recipe, optimizer)
     assert set(get_weight_masks(state.sparsity.masks)) == set(_KNOWN["patterns"])
 
     def mask_weights(params, sparsity, phase):
@@ -121,14 +76,14 @@ def test_static_masks_are_dense_training_of_masked_weights():
 
     plain = Recipe("plain", (Phase("dense"),), transform_params=mask_weights)
     expected = dataclasses.replace(state, params=mask_weights(state.params, state.sparsity, None))
-    step, plain_step = _step(recipe, optimizer), _step(plain, optimizer)
+    step, plain_step = (make_step(_MODEL, r, optimizer) for r in (recipe, plain))
     for seed in range(3):
-        state, metrics = step(state, _batch(seed))
-        expected, plain_metrics = plain_step(expected, _batch(seed))
+        state, metrics = step(state, make_batch(seed))
+        expected, plain_metrics = plain_step(expected, make_batch(seed))
         np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-5)
         np.testing.assert_allclose(metrics["grad_norm"], plain_metrics["grad_norm"], rtol=1e-4)
         assert metrics["grad_norm"] > 1.5 * 0.1, "clipping is on"
-    _assert_same(state.params, expected.params, atol=1e-6)
+    assert_same(state.params, expected.params, atol=1e-6)
     for name, mask in get_weight_masks(state.sparsity.masks).items():
         kernel = _kernels(state.params, state.sparsity.masks)[name]
         assert not kernel[~np.asarray(mask)].any() and kernel[np.asarray(mask)].all()
@@ -146,17 +101,21 @@ def _dense_gradient(state, batch):
     return _kernels(jax.jit(jax.grad(loss))(state.params), state.sparsity.masks)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("keep", [False, True], ids=["skipped", "kept"])
 def test_an_update_grows_where_the_gradient_of_the_whole_batch_is_largest(keep):
     # A clipped gradient would be all ties: it must not decide.
     optimizer = _optimizer(clip_value=1e-6)
     recipe = make_rigl(RigLConfig(**_KNOWN, update_interval=2, keep_optimizer_step=keep))
-    state, step = _state(recipe, optimizer), _step(recipe, optimizer, num_micro_batches=2)
+    state, step = (
+        make_state(_MODEL, recipe, optimizer),
+        make_step(_MODEL, recipe, optimizer, num_micro_batches=2),
+    )
     for seed in range(2):
-        state, metrics = step(state, _batch(seed))
+        state, metrics = step(state, make_batch(seed))
         assert np.isnan(metrics["mask_density"])
-    gradient = _dense_gradient(state, _batch(9))
-    after, metrics = step(state, _batch(9))
+    gradient = _dense_gradient(state, make_batch(9))
+    after, metrics = step(state, make_batch(9))
     assert metrics["dense_gradient"] == 1 and metrics["skipped"] == 0
     old, new = (get_weight_masks(s.sparsity.masks) for s in (state, after))
     before, weights = (_kernels(s.params, s.sparsity.masks) for s in (state, after))
@@ -177,23 +136,24 @@ def test_an_update_grows_where_the_gradient_of_the_whole_batch_is_largest(keep):
         np.testing.assert_array_equal(*biases)
     counts = [int(s.opt_state[0].count) for s in (state, after)]
     assert counts == ([2, 3] if keep else [2, 2])
-    state, _ = step(after, _batch(3))
+    state, _ = step(after, make_batch(3))
     assert step._cache_size() == 1, "an update compiled a new program"
     assert int(state.opt_state[0].count) == counts[1] + 1
 
 
+@pytest.mark.ci
 def test_moments_of_grown_weights_begin_at_zero_or_where_they_were():
     nonzero = {}
     for rule in ("zero", "stale"):
         # Whatever decays: moments of weights that were never kept are zero under both rules.
         recipe = make_rigl(RigLConfig(**_KNOWN, update_interval=2, moments=rule))
         optimizer = _optimizer()
-        state, step = _state(recipe, optimizer), _step(recipe, optimizer)
+        state, step = make_state(_MODEL, recipe, optimizer), make_step(_MODEL, recipe, optimizer)
         ones = jax.tree.map(jnp.ones_like, state.opt_state[0].nu)
         adam = state.opt_state[0]._replace(nu=ones)
         state = dataclasses.replace(state, opt_state=(adam, *state.opt_state[1:]))
         for seed in range(3):
-            last, (state, _) = state, step(state, _batch(seed))
+            last, (state, _) = state, step(state, make_batch(seed))
         old, new = (get_weight_masks(s.sparsity.masks) for s in (last, state))
         moments = _kernels(state.opt_state[0].nu["model"], state.sparsity.masks)
         grown = np.asarray(new["mlp/up"] & ~old["mlp/up"])
@@ -272,6 +232,7 @@ def _load(settings, workdir, step):
     return run, phase, dataclasses.replace(state, key=jax.random.key_data(state.key)), data_state
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "step",
     [4, pytest.param(6, marks=pytest.mark.slow)],
@@ -283,7 +244,7 @@ def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
     train(settings, resumed)
     (state, data), (expected, expected_data) = (load_end(settings, x) for x in (resumed, workdir))
     assert data == expected_data
-    _assert_same(state, expected)
+    assert_same(state, expected)
 
     def rows(folder):
         rows = read_metrics(folder / "metrics.jsonl")
@@ -301,6 +262,7 @@ def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
     assert books[0] == books[1]
 
 
+@pytest.mark.ci
 def test_a_run_shows_phases_densities_and_flops(trained):
     settings, workdir, summary = trained
     rows = read_metrics(workdir / "metrics.jsonl")
@@ -347,6 +309,7 @@ def test_a_run_shows_phases_densities_and_flops(trained):
     json.dumps(summary)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("config", [mst_small, mst_gpt2])
 def test_the_configs_that_ship_can_be_traced(config):
     settings = config.get_config().to_dict()

@@ -11,9 +11,8 @@ import pytest
 
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.masks import soft_threshold_mask, transposable_mask
-from sparsejax.models import TransformerConfig, sparse_weight_patterns
-from sparsejax.optimizer import OptimizerConfig, make_optimizer
-from sparsejax.patterns import BlockPattern, NMPattern
+from sparsejax.models import sparse_weight_patterns
+from sparsejax.patterns import NMPattern
 from sparsejax.recipes import (
     FSTConfig,
     Phase,
@@ -25,74 +24,36 @@ from sparsejax.recipes import (
 from sparsejax.recipes.weight_masks import map_sparse_weights
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.find_decay import DecaySearch, find_decay, format_search
-from sparsejax.training.state import create_train_state, make_graphdef
-from sparsejax.training.step import make_train_step
+from tests.small_models import (
+    assert_same,
+    make_batch,
+    make_config,
+    make_small_optimizer,
+    make_state,
+    make_step,
+)
 from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
-_MODEL = TransformerConfig(
-    vocab_size=17,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=2,
-    mlp_dim=32,
-    max_length=16,
-    causal=True,
-    block=BlockPattern(block_q=8, block_kv=8),
-    sparse_weights=(("mlp/.*", NMPattern(transposable=True)),),
-)
+_MODEL = make_config(sparse_weights=(("mlp/.*", NMPattern(transposable=True)),))
 # Plain descent at a rate that does not begin at zero: a step shows its gradient.
-_OPTIMIZER = make_optimizer(
-    OptimizerConfig(
-        name="sgd",
-        learning_rate=2.0,
-        schedule="constant",
-        warmup_steps=0,
-        final_fraction=0.1,
-        weight_decay=0.1,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-8,
-        clip_norm=1.0,
-        clip_value=None,
-    ),
-    num_steps=100,
-)
+_OPTIMIZER = make_small_optimizer(name="sgd", learning_rate=2.0)
 
 
+@functools.cache
 def _make(**changes):
     options = {"decay_rate": 0.0, "refresh_steps": 2, "num_steps": 12}
     return make_fst(FSTConfig(**options | changes, patterns=sparse_weight_patterns(_MODEL)))
 
 
-def _batch(seed=0, size=4):
-    tokens = np.random.default_rng(seed).integers(0, 17, (size, 17), dtype=np.int32)
-    return {
-        "inputs": jnp.asarray(tokens[:, :-1]),
-        "targets": jnp.asarray(tokens[:, 1:]),
-        "loss_weights": jnp.ones(size, jnp.float32),
-    }
-
-
 def _state(recipe, model=_MODEL):
-    create = functools.partial(create_train_state, model, recipe, _OPTIMIZER)
-    return jax.jit(create)(jax.random.key(0))
+    return make_state(model, recipe, _OPTIMIZER)
 
 
 def _step(recipe, phase=0, model=_MODEL, **options):
-    return jax.jit(
-        make_train_step(make_graphdef(model), recipe, recipe.phases[phase], _OPTIMIZER, **options)
-    )
+    return make_step(model, recipe, _OPTIMIZER, phase, **options)
 
 
-def _assert_same(got, expected, atol=None):
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        if atol is None:
-            np.testing.assert_array_equal(x, y)
-        else:
-            np.testing.assert_allclose(x, y, atol=atol)
-
-
+@pytest.mark.ci
 def test_a_sparse_step_is_one_of_masked_weights_trained_straight_through():
     recipe = _make()
     state = _state(recipe)
@@ -107,14 +68,15 @@ def test_a_sparse_step_is_one_of_masked_weights_trained_straight_through():
         return map_sparse_weights(mask_straight_through, sparsity.masks, params)
 
     plain = Recipe("plain", (Phase("dense"),), transform_params=mask_weights)
-    got, metrics = _step(recipe)(state, _batch())
-    expected, plain_metrics = _step(plain)(state, _batch())
+    got, metrics = _step(recipe)(state, make_batch())
+    expected, plain_metrics = _step(plain)(state, make_batch())
     np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-6)
-    _assert_same(got.params, expected.params, atol=1e-6)
+    assert_same(got.params, expected.params, atol=1e-6)
     kernels = (s.params["blocks"]["mlp"]["up"]["kernel"] for s in (got, state))
     assert np.abs(np.subtract(*kernels)).max() > 1e-3, "the step does something"
 
 
+@pytest.mark.ci
 def test_the_dense_finish_is_dense_training_to_the_bit():
     recipe, dense = _make(), make_dense()
     state = _state(recipe)
@@ -122,9 +84,9 @@ def test_the_dense_finish_is_dense_training_to_the_bit():
     plain = dataclasses.replace(_state(dense, plain_model), params=state.params)
     finish, step = _step(recipe, phase=1), _step(dense, model=plain_model)
     for seed in range(3):
-        state, metrics = finish(state, _batch(seed))
-        plain, expected = step(plain, _batch(seed))
-        _assert_same((state.params, state.opt_state), (plain.params, plain.opt_state))
+        state, metrics = finish(state, make_batch(seed))
+        plain, expected = step(plain, make_batch(seed))
+        assert_same((state.params, state.opt_state), (plain.params, plain.opt_state))
         assert metrics["loss"] == expected["loss"]
 
 
@@ -134,7 +96,7 @@ def test_decay_and_refresh_in_one_compiled_step():
     before = get_weight_masks(state.sparsity.masks)
     changed = []
     for seed in range(4):
-        state, metrics = step(state, _batch(seed))
+        state, metrics = step(state, make_batch(seed))
         after = get_weight_masks(state.sparsity.masks)
         changed.append(any((after[name] != before[name]).any() for name in after))
         before = after
@@ -152,17 +114,18 @@ def test_decay_and_refresh_in_one_compiled_step():
             statistics=state.sparsity.statistics | {"decay_rate": jnp.float32(0)},
         ),
     )
-    decayed, plain = step(state, _batch(9))[0], step(undecayed, _batch(9))[0]
+    decayed, plain = step(state, make_batch(9))[0], step(undecayed, make_batch(9))[0]
     kernel, other = (s.params["blocks"]["mlp"]["up"]["kernel"] for s in (decayed, plain))
     moved = np.asarray(kernel != other)
     assert not moved[np.asarray(before["mlp/up"])].any(), "kept weights feel no decay"
     assert moved[~np.asarray(before["mlp/up"])].mean() > 0.9
 
 
+@pytest.mark.ci
 def test_pruned_gradients_differ_by_step_and_micro_batch():
     recipe = _make(grad_pruning="mvue")
     state = _state(recipe)
-    batch = _batch()
+    batch = make_batch()
     doubled = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
     one, two = _step(recipe), _step(recipe, num_micro_batches=2)
     params, again, halves = (
@@ -192,6 +155,7 @@ def _trained(tmp_path_factory):
     return settings, workdir, summary
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "step", [pytest.param(3, marks=pytest.mark.slow), 7], ids=["sparse", "at_the_switch"]
 )
@@ -201,7 +165,7 @@ def test_resuming_is_bit_exact_across_refresh_and_switch(step, trained, tmp_path
     train(settings, resumed)
     (state, data), (expected, expected_data) = (load_end(settings, x) for x in (resumed, workdir))
     assert data == expected_data
-    _assert_same(state, expected)
+    assert_same(state, expected)
 
     def losses(folder):
         rows = read_metrics(folder / "metrics.jsonl")
@@ -210,6 +174,7 @@ def test_resuming_is_bit_exact_across_refresh_and_switch(step, trained, tmp_path
     assert losses(resumed) == losses(workdir)
 
 
+@pytest.mark.ci
 def test_a_run_shows_its_flip_rates(trained):
     _, workdir, summary = trained
     rows = read_metrics(workdir / "metrics.jsonl")
@@ -228,6 +193,7 @@ def test_a_run_shows_its_flip_rates(trained):
     assert spared < 1 and summary["training_flops_of_dense"] == pytest.approx(expected)
 
 
+@pytest.mark.ci
 def test_s_ste_masks_follow_the_weights(tmp_path):
     settings = make_settings(tmp_path, recipe__name="sste", recipe__sste__flip_interval_steps=2)
     train(settings, tmp_path / "run")
@@ -239,6 +205,7 @@ def test_s_ste_masks_follow_the_weights(tmp_path):
         np.testing.assert_array_equal(mask, soft_threshold_mask(w, axis=-2))
 
 
+@pytest.mark.ci
 def test_the_decay_rate_is_found(tmp_path):
     candidates = "1e-4 1e-1 10"
     settings = make_settings(

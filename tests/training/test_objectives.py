@@ -87,7 +87,7 @@ def _trace(config, spec):
     return model
 
 
-@pytest.mark.parametrize("kind", ["masked", "patches"])
+@pytest.mark.parametrize("kind", ["patches", pytest.param("masked", marks=pytest.mark.ci)])
 def test_what_is_planned_is_what_is_trained(kind, tmp_path):
     config = parse_config(_MAKERS[kind](tmp_path))
     data = make_data(config.data)
@@ -101,6 +101,7 @@ def test_what_is_planned_is_what_is_trained(kind, tmp_path):
     _trace(config, spec)
 
 
+@pytest.mark.ci
 def test_the_published_settings_make_steps_of_the_published_shapes():
     bert = parse_config(fst_bert.get_config().to_dict())
     model = _trace(bert, describe_data(bert.data))
@@ -121,6 +122,7 @@ def test_the_published_settings_make_steps_of_the_published_shapes():
     assert rate(300 * 625) == pytest.approx(1e-6, rel=1e-3)
 
 
+@pytest.mark.ci
 def test_loss_and_accuracy_are_those_of_chosen_tokens(tmp_path):
     config = parse_config(make_settings(tmp_path, **_MASKED | {"recipe__name": "dense"}))
     data = make_data(config.data)
@@ -168,6 +170,7 @@ _LONGER = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

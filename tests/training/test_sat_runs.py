@@ -9,6 +9,8 @@ from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
 from tests.training.runs import copy_until, load_end, make_settings, train
 
+pytestmark = pytest.mark.ci
+
 _SWITCH = 6
 _SAT = {
     "recipe__name": "sat",

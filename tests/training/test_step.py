@@ -2,78 +2,38 @@
 
 import dataclasses
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.models import TransformerConfig
-from sparsejax.optimizer import OptimizerConfig, compute_learning_rate, make_optimizer
-from sparsejax.patterns import BlockPattern
-from sparsejax.recipes import Observation, Phase, Recipe, make_dense, set_attention_masks
-from sparsejax.training.state import create_train_state, make_graphdef
+from sparsejax.optimizer import compute_learning_rate, make_optimizer
+from sparsejax.recipes import Observation, Phase, make_dense
+from sparsejax.training.state import make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
-
-_GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "train_step.json"
-_MODEL = TransformerConfig(
-    vocab_size=17,
-    num_layers=2,
-    model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    mlp_dim=32,
-    max_length=32,
-    causal=True,
-    dropout_rate=0.1,
-    block=BlockPattern(block_q=8, block_kv=8),
+from tests.small_models import (
+    SPARSE_ATTENTION,
+    initialise_state,
+    make_batch,
+    make_config,
+    make_optimizer_config,
+    make_small_optimizer,
+    make_step,
+    prune_attention,
 )
-_SPARSE = Recipe("sparse", (Phase("sparse", sparse_attention=True, pruned_logits="zero"),))
+
+_CHANGES = {"max_length": 32, "num_kv_heads": 1}
+# Two of its steps are golden ones, compiled in tests/golden as well.
+_MODEL = make_config(**_CHANGES, dropout_rate=0.1)
+_STILL = make_config(**_CHANGES)
+_OPTIMIZER = make_small_optimizer(schedule="cosine", warmup_steps=2)
+_batch = functools.partial(make_batch, length=32)
 
 
-def _optimizer_config(**changes):
-    return OptimizerConfig(
-        **{
-            "name": "adamw",
-            "learning_rate": 1e-2,
-            "schedule": "cosine",
-            "warmup_steps": 2,
-            "final_fraction": 0.1,
-            "weight_decay": 0.1,
-            "b1": 0.9,
-            "b2": 0.95,
-            "eps": 1e-8,
-            "clip_norm": 1.0,
-            "clip_value": None,
-        }
-        | changes
-    )
-
-
-_OPTIMIZER = make_optimizer(_optimizer_config(), num_steps=100)
-
-
-@functools.cache
 def _make(recipe=None, model=_MODEL, **options):
-    recipe = recipe or make_dense()
-    step = make_train_step(
-        make_graphdef(model), recipe, recipe.phases[0], _OPTIMIZER, implementation="xla", **options
-    )
-    state = jax.jit(functools.partial(create_train_state, model, recipe, _OPTIMIZER))(
-        jax.random.key(0)
-    )
-    return state, jax.jit(step)
-
-
-def _batch(seed=0, size=4):
-    tokens = np.random.default_rng(seed).integers(0, 17, (size, 33), dtype=np.int32)
-    return {
-        "inputs": jnp.asarray(tokens[:, :-1]),
-        "targets": jnp.asarray(tokens[:, 1:]),
-        "loss_weights": jnp.ones(size, jnp.float32),
-    }
+    arguments = model, recipe or make_dense(), _OPTIMIZER
+    return initialise_state(*arguments), make_step(*arguments, implementation="xla", **options)
 
 
 def _run(state, step, num_steps, batch=None):
@@ -84,40 +44,11 @@ def _run(state, step, num_steps, batch=None):
     return state, history
 
 
-def _prune(state):
-    pattern = jnp.tril(jnp.ones((4, 4), bool)) & ~jnp.tril(jnp.ones((4, 4), bool), -2)
-    patterns = jnp.broadcast_to(pattern, (2, 4, 4))
-    masks = set_attention_masks(state.sparsity.masks, patterns)
-    return dataclasses.replace(state, sparsity=dataclasses.replace(state.sparsity, masks=masks))
-
-
-def _golden_numbers():
-    numbers = {}
-    for name, recipe in {"dense": None, "sparse": _SPARSE}.items():
-        state, step = _make(recipe)
-        state, history = _run(_prune(state) if recipe else state, step, 3)
-        numbers[name] = {
-            "loss": [row["loss"] for row in history],
-            "grad_norm": [row["grad_norm"] for row in history],
-            "params_l1": float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(state.params))),
-        }
-    return numbers
-
-
-def test_golden_step():
-    # Rewrite with `python -m tests.training.test_step` after a change that is meant to change
-    # numbers, and say why in the commit. The tolerance is for other processors, not for refactors.
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=2e-5),
-        _golden_numbers(),
-        json.loads(_GOLDEN.read_text()),
-    )
-
-
-@pytest.mark.parametrize("recipe", [None, _SPARSE], ids=["dense", "sparse"])
+@pytest.mark.ci
+@pytest.mark.parametrize("recipe", [None, SPARSE_ATTENTION], ids=["dense", "sparse"])
 def test_overfits_one_batch(recipe):
-    state, step = _make(recipe, dataclasses.replace(_MODEL, dropout_rate=0.0))
-    _, history = _run(_prune(state) if recipe else state, step, 80, _batch())
+    state, step = _make(recipe, _STILL)
+    _, history = _run(prune_attention(state) if recipe else state, step, 80, _batch())
     assert history[0]["loss"] > 2.5
     assert history[-1]["loss"] < 0.5
     assert history[-1]["accuracy"] > 0.9
@@ -132,10 +63,10 @@ def test_same_state_and_batch_give_the_same_bits():
         assert np.array_equal(one, other)
 
 
+@pytest.mark.ci
 def test_micro_batches_average_to_the_whole_batch():
-    model = dataclasses.replace(_MODEL, dropout_rate=0.0)
-    state, whole = _make(model=model)
-    _, split = _make(model=model, num_micro_batches=2)
+    state, whole = _make(model=_STILL)
+    _, split = _make(model=_STILL, num_micro_batches=2)
     (one, metrics), (other, other_metrics) = whole(state, _batch()), split(state, _batch())
     for name, value in metrics.items():
         np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5)
@@ -144,10 +75,10 @@ def test_micro_batches_average_to_the_whole_batch():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.ci
 def test_evaluation_and_probe_by_parts_see_the_whole_batch():
-    model = dataclasses.replace(_MODEL, dropout_rate=0.0)
-    state, _ = _make(model=model)
-    graphdef, recipe = make_graphdef(model), make_dense()
+    state, _ = _make(model=_STILL)
+    graphdef, recipe = make_graphdef(_STILL), make_dense()
     seen = recipe._replace(
         observe=lambda sparsity, maps, phase: (
             sparsity,
@@ -180,13 +111,14 @@ def test_non_finite_step_changes_nothing_but_the_counter():
 
 
 def test_new_masks_do_not_recompile():
-    state, step = _make(_SPARSE)
+    state, step = _make(SPARSE_ATTENTION)
     dense_loss = step(state, _batch())[1]["loss"]
-    sparse_loss = step(_prune(state), _batch())[1]["loss"]
+    sparse_loss = step(prune_attention(state), _batch())[1]["loss"]
     assert dense_loss != sparse_loss
     assert step._cache_size() == 1
 
 
+@pytest.mark.ci
 def test_evaluation_ignores_examples_of_weight_zero():
     state, _ = _make()
     evaluate = jax.jit(make_eval_step(make_graphdef(_MODEL), make_dense(), make_dense().phases[0]))
@@ -198,9 +130,9 @@ def test_evaluation_ignores_examples_of_weight_zero():
     np.testing.assert_allclose(2 * sums["loss"], expected["loss"], rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_a_step_averages_over_the_tokens_that_count():
-    still = dataclasses.replace(_MODEL, dropout_rate=0.0)
-    (state, step), (_, whole) = _make(None, still, num_micro_batches=2), _make(None, still)
+    (state, step), (_, whole) = _make(None, _STILL, num_micro_batches=2), _make(None, _STILL)
     batch = _batch()
     # The two micro-batches hold 40 and 2 tokens of weight 1.
     weights = np.zeros((4, 32), np.float32)
@@ -230,7 +162,7 @@ def test_learning_rate_follows_the_phase():
 
 def test_one_cycle_rises_and_falls_linearly():
     schedule = make_optimizer(
-        _optimizer_config(schedule="one_cycle", warmup_steps=10), num_steps=110
+        make_optimizer_config(schedule="one_cycle", warmup_steps=10), num_steps=110
     ).schedule
     assert float(schedule(0)) == pytest.approx(1e-2 / 25, rel=1e-4)
     assert float(schedule(10)) == pytest.approx(1e-2)
@@ -240,7 +172,7 @@ def test_one_cycle_rises_and_falls_linearly():
 
 def test_inverse_sqrt_rises_linearly_and_falls_with_the_root_of_the_step():
     schedule = make_optimizer(
-        _optimizer_config(schedule="inverse_sqrt", warmup_steps=10), num_steps=110
+        make_optimizer_config(schedule="inverse_sqrt", warmup_steps=10), num_steps=110
     ).schedule
     expected = {0: 0, 5: 0.5e-2, 10: 1e-2, 40: 0.5e-2, 90: 1e-2 / 3}
     assert {step: float(schedule(jnp.int32(step))) for step in expected} == pytest.approx(expected)
@@ -249,14 +181,14 @@ def test_inverse_sqrt_rises_linearly_and_falls_with_the_root_of_the_step():
 def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
     settings = {"schedule": "triangle", "warmup_steps": 30}
     for first in (0.0, 0.25):
-        config = _optimizer_config(**settings, initial_fraction=first)
+        config = make_optimizer_config(**settings, initial_fraction=first)
         schedule = make_optimizer(config, num_steps=40).schedule
         rates = [float(schedule(step)) / 1e-2 for step in (0, 15, 30, 35, 40)]
         np.testing.assert_allclose(rates, [first, (1 + first) / 2, 1, 0.5, 0], atol=1e-6)
 
 
 def test_wsd_stays_at_the_peak_and_falls_linearly_at_the_end():
-    config = _optimizer_config(schedule="wsd", warmup_steps=10, decay_fraction=0.25)
+    config = make_optimizer_config(schedule="wsd", warmup_steps=10, decay_fraction=0.25)
     schedule = make_optimizer(config, num_steps=100).schedule
     rates = [float(schedule(step)) / 1e-2 for step in (0, 5, 10, 75, 85, 100)]
     np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 0.64, 0.1], rtol=1e-5)
@@ -267,7 +199,7 @@ def test_wsd_stays_at_the_peak_and_falls_linearly_at_the_end():
 def test_adamw_is_that_of_optax():
     import optax
 
-    ours = make_optimizer(_optimizer_config(schedule="constant", warmup_steps=0), num_steps=10)
+    ours = make_optimizer(make_optimizer_config(), num_steps=10)
     theirs = optax.adamw(1e-2, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     params = {"kernel": jnp.linspace(-1, 1, 6)}
     grads = {"kernel": jnp.cos(jnp.arange(6.0))}
@@ -277,7 +209,7 @@ def test_adamw_is_that_of_optax():
 
 
 def test_only_matrices_decay():
-    config = _optimizer_config(name="sgd", b1=0.0, weight_decay=0.5)
+    config = make_optimizer_config(name="sgd", b1=0.0, weight_decay=0.5)
     optimizer = make_optimizer(config, num_steps=10)
     # Stacked biases have two axes too.
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones((2, 3))}
@@ -285,7 +217,3 @@ def test_only_matrices_decay():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     assert (updates["kernel"] == -0.5).all()
     assert (updates["bias"] == 0).all()
-
-
-if __name__ == "__main__":
-    _GOLDEN.write_text(json.dumps(_golden_numbers(), indent=2) + "\n")

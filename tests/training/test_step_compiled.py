@@ -9,41 +9,25 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.fst_gpt2_memory import compile_step
 from pallas_kernels import aot
-from sparsejax.models import TransformerConfig
-from sparsejax.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.patterns import BlockPattern
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_train_step
+from tests.small_models import make_config, make_small_optimizer
 
-_MODEL = TransformerConfig(
+pytestmark = pytest.mark.ci
+
+_MODEL = make_config(
     vocab_size=256,
-    num_layers=2,
     model_dim=128,
     num_heads=4,
     num_kv_heads=4,
     mlp_dim=512,
     max_length=4096,
-    causal=True,
     dtype="bfloat16",
     block=BlockPattern(block_q=64, block_kv=64),
 )
-_OPTIMIZER = make_optimizer(
-    OptimizerConfig(
-        name="adamw",
-        learning_rate=1e-3,
-        schedule="cosine",
-        warmup_steps=1,
-        final_fraction=0.1,
-        weight_decay=0.1,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-8,
-        clip_norm=1.0,
-        clip_value=None,
-    ),
-    num_steps=10,
-)
+_OPTIMIZER = make_small_optimizer()
 
 
 @functools.cache

@@ -31,24 +31,29 @@ def test_help_does_not_wait_for_jax():
     assert result.stdout == "False\n"
 
 
+_ERRORS = {
+    "key": (["--config.modle.num_layers=3"], 'Did you mean "model" instead of "modle"?'),
+    "value": (
+        ["--config.model.block_size=100"],
+        "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
+    ),
+}
+_MORE_ERRORS = {
+    "type": (["--config.num_steps=many"], "--config.num_steps=many"),
+    "file": (["--config=configs/missing.py"], "configs/missing.py"),
+    "argument": (["num_steps=3"], "unknown argument 'num_steps=3'"),
+    "cleared": (
+        ["--config.optimizer.clip_norm=None", "--config.num_steps=None"],
+        "num_steps must be of type int, got None",
+    ),
+    "cleared_key": (["--config.optimizer.clip_nrm=None"], 'Did you mean "clip_norm"'),
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["--config.modle.num_layers=3"], 'Did you mean "model" instead of "modle"?'),
-        (["--config.num_steps=many"], "--config.num_steps=many"),
-        (["--config=configs/missing.py"], "configs/missing.py"),
-        (
-            ["--config.model.block_size=100"],
-            "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
-        ),
-        (["num_steps=3"], "unknown argument 'num_steps=3'"),
-        (
-            ["--config.optimizer.clip_norm=None", "--config.num_steps=None"],
-            "num_steps must be of type int, got None",
-        ),
-        (["--config.optimizer.clip_nrm=None"], 'Did you mean "clip_norm"'),
-    ],
-    ids=["key", "type", "file", "value", "argument", "cleared", "cleared_key"],
+    [pytest.param(*case, id=name) for name, case in _ERRORS.items()]
+    + [pytest.param(*case, id=name, marks=pytest.mark.ci) for name, case in _MORE_ERRORS.items()],
 )
 def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_path):
     result = _type("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments)
@@ -86,6 +91,7 @@ def test_full_disk_is_refused_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.ci
 def test_non_finite_loss_is_skipped_counted_and_then_stops_the_run(tmp_path, capsys):
     settings = make_settings(
         tmp_path,
@@ -100,6 +106,7 @@ def test_non_finite_loss_is_skipped_counted_and_then_stops_the_run(tmp_path, cap
     assert "skipped, loss" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
     import tensorflow_datasets as tfds
 

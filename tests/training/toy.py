@@ -40,13 +40,14 @@ DESCENT = Optimizer(
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-SEEN = []  # what each traced call was told about linear layers
-
-
 class Bigram(nnx.Module):
-    """Logits looked up by token, 0 where the mask prunes them."""
+    """Logits looked up by token, 0 where the mask prunes them.
 
-    def __init__(self):
+    `note` is told of linear layers what each traced call is: their mode, and whether they draw.
+    """
+
+    def __init__(self, note=lambda linear_mode, draws: None):
+        self.note = note
         self.table = nnx.Param(jnp.zeros((VOCAB, VOCAB)))
         self.kept = SparsityMask(jnp.ones((VOCAB, VOCAB), bool))
 
@@ -54,12 +55,16 @@ class Bigram(nnx.Module):
         self, tokens, *, decoder_tokens, mask, dropout_key, mode, linear_mode, pruning_key, probe
     ):
         assert decoder_tokens is None
-        SEEN.append((linear_mode, pruning_key is not None))
+        self.note(linear_mode, pruning_key is not None)
         logits = jnp.where(self.kept[...], self.table[...], 0.0)[tokens]
         return ModelOutput(logits, jnp.asarray(MAPS) if probe else None)
 
 
-GRAPHDEF = nnx.split(Bigram(), nnx.Param, SparsityMask)[0]
+def make_graphdef(*note):
+    return nnx.split(Bigram(*note), nnx.Param, SparsityMask)[0]
+
+
+GRAPHDEF = make_graphdef()
 
 
 def init(masks, params, key):
@@ -102,14 +107,17 @@ def run_step(recipe, state=None, optimizer=DESCENT, phase=None):
     return step(make_state(recipe) if state is None else state, BATCH)
 
 
-def loss_and_gradient(table):
-    """Mean cross-entropy of the batch and its gradient by the table, in NumPy."""
+def loss_and_gradient(table, weights=None):
+    """Mean cross-entropy of the batch's tokens and its gradient by the table, in NumPy."""
     probabilities = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
     inputs, targets = BATCH["inputs"].ravel(), BATCH["targets"].ravel()
+    share = np.full(inputs.size, 1 / inputs.size)
+    if weights is not None:
+        share = weights.ravel() / weights.sum()
     gradient = np.zeros_like(table)
-    np.add.at(gradient, inputs, probabilities[inputs])
-    np.add.at(gradient, (inputs, targets), -1)
-    return -np.log(probabilities[inputs, targets]).mean(), gradient / inputs.size
+    np.add.at(gradient, inputs, share[:, None] * probabilities[inputs])
+    np.add.at(gradient, (inputs, targets), -share)
+    return -(share * np.log(probabilities[inputs, targets])).sum(), gradient
 
 
 def assert_close(got, expected):

@@ -80,6 +80,7 @@ def test_operands_that_fit_the_cache_come_in_several_sets(size, sets):
     assert dataclasses.replace(GEMM, rows=size, inner=size, columns=size).count_sets() == sets
 
 
+@pytest.mark.ci
 def test_masks_are_transposable_and_take_every_form():
     mask = np.asarray(make_transposable_mask(jax.random.key(0), 256, 128))
     for axis in (0, 1):
@@ -89,6 +90,7 @@ def test_masks_are_transposable_and_take_every_form():
     assert len(np.unique(blocks, axis=0)) == 90
 
 
+@pytest.mark.ci
 def test_inputs_are_random_and_packed_only_for_what_takes_it():
     s = inputs_of(GEMM)
     assert bool((s.x != 0).mean() > 0.99) and s.d_out is None and s.key is None
@@ -102,6 +104,7 @@ def test_inputs_are_random_and_packed_only_for_what_takes_it():
     assert other.packed is None and not jnp.array_equal(other.x, s.x)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "problem",
     [
@@ -122,6 +125,7 @@ def test_every_measure_runs_and_agrees_on_a_cpu(problem):
     assert all("median_seconds" in value for value in values.values()), values
 
 
+@pytest.mark.ci
 def test_one_call_works_on_every_set_and_times_are_those_of_one(monkeypatch):
     monkeypatch.setattr(Problem, "count_sets", lambda self: 3)
     case = make_case(GEMM, kernel="xla", on_cpu=False)
@@ -144,6 +148,7 @@ def test_the_hopper_kernel_is_measured_on_hopper_only():
     assert choose_kernel(jax.devices("cpu")[0]) == ("xla", {})
 
 
+@pytest.mark.ci
 def test_packed_weights_must_have_equal_bits():
     problem = dataclasses.replace(GEMM, measure="pack")
     packed = make_sparse(problem, "xla")(inputs_of(problem))
@@ -178,6 +183,7 @@ def test_candidate_tiles_fit_and_divide():
             assert read_tiles(name_tiles(tiles)) == tiles
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dense_is_transposed", [True, False])
 def test_operands_of_a_tile_point_are_as_the_kernel_takes_them(dense_is_transposed):
     product = Product(
@@ -188,6 +194,7 @@ def test_operands_of_a_tile_point_are_as_the_kernel_takes_them(dense_is_transpos
     assert s.d_out.shape == ((192, 64) if dense_is_transposed else (64, 192))
 
 
+@pytest.mark.ci
 def test_what_is_timed_as_dx_is_one_kernel_a_set_and_no_forward_product():
     problem = dataclasses.replace(GEMM, measure="dx")
     s = jax.eval_shape(functools.partial(make_inputs, problem, 0, packs=True))

@@ -46,7 +46,7 @@ def test_points_are_all_different_and_headlines_come_first():
     assert all(side % p.block == 0 for p in sweep for side in (p.inner, p.columns))
 
 
-@pytest.mark.parametrize("measure", ["forward", "train"])
+@pytest.mark.parametrize("measure", [pytest.param("forward", marks=pytest.mark.ci), "train"])
 def test_both_functions_agree_with_their_references(measure):
     problem = dataclasses.replace(SMALL, measure=measure, dtype="bfloat16")
     case = make_case(problem, device=jax.devices("cpu")[0])
@@ -57,6 +57,7 @@ def test_both_functions_agree_with_their_references(measure):
     assert case.flops["dense"] == 4 * case.flops["xla"] and make_inputs(problem, 0).mask.sum() == 6
 
 
+@pytest.mark.ci
 def test_the_hopper_kernel_is_measured_on_hopper_only():
     class Device:
         platform, compute_capability = "gpu", "9.0"

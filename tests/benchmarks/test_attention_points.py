@@ -92,6 +92,7 @@ def test_small_operands_come_in_several_sets(size, sets):
     assert count_input_sets(size * 10**6) == sets
 
 
+@pytest.mark.ci
 def test_a_cpu_point_compares_what_it_always_did():
     case = make_case(Problem(length=256, heads=1, head_dim=32))
     assert list(case.functions) == ["xla", "hand-written", "jax.nn"]
@@ -103,6 +104,7 @@ def make_hopper_case(problem):
     return make_gpu_case(problem, compute_capability="9.0")
 
 
+@pytest.mark.ci
 def test_a_hopper_point_holds_the_kernel_and_its_peers():
     case = make_hopper_case(SMALL)
     assert set(case.functions) == {"xla", "jax.nn", "mosaic_sm90", "cudnn"}
@@ -118,6 +120,7 @@ def test_a_point_of_another_gpu_or_type_says_why_it_lacks_the_kernel():
     assert set(wide.functions) == {"xla", "jax.nn"}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("causal", [False, True])
 def test_cudnn_is_held_against_dense_attention_without_the_mask(causal):
     problem = dataclasses.replace(SMALL, causal=causal, backward=False)
@@ -131,6 +134,7 @@ def test_cudnn_is_held_against_dense_attention_without_the_mask(causal):
     assert case.flops["mosaic_sm90"] == case.flops[FLEX] == problem.flops()
 
 
+@pytest.mark.ci
 def test_a_schedule_point_times_the_schedule_beside_its_attention():
     case = make_hopper_case(dataclasses.replace(SMALL, measure="schedule"))
     assert list(case.functions) == ["mosaic_sm90", "schedule"]
@@ -142,6 +146,7 @@ def test_a_schedule_point_times_the_schedule_beside_its_attention():
     assert list(elsewhere.functions) == ["xla", "schedule"]
 
 
+@pytest.mark.ci
 def test_attention_too_long_for_dense_peers_is_checked_against_xla(monkeypatch):
     monkeypatch.setitem(attention.MAX_LOGITS_BYTES, "gpu", 4 * 256**2 - 1)
     case = make_hopper_case(SMALL)
