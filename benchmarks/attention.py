@@ -108,9 +108,6 @@ def make_gpu_case(problem: Problem, *, compute_capability: str) -> Case:
     Args:
       problem: the setting.
       compute_capability: str, such as "9.0"; the Hopper kernels run on 9.
-
-    Returns:
-      Case.
     """
     on_hopper = compute_capability.startswith("9.")
     blocks = problem.length // problem.block

@@ -28,9 +28,7 @@ class Problem:
       heads: int, N = K.
       head_dim: int, H.
       block: int, block_q = block_kv.
-      causal: bool.
       backward: bool, whether the gradients of q, k, v are computed too.
-      dtype: str.
       measure: "attention", or "schedule": the making of the block schedule, timed beside the
         attention that it serves.
     """

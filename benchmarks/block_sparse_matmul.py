@@ -45,7 +45,6 @@ class Problem:
       columns: int, N.
       block: int, side of a block.
       density: float, blocks kept of all, drawn at random.
-      dtype: str.
     """
 
     measure: Literal["forward", "train"]
@@ -120,11 +119,7 @@ def make_inputs(problem: Problem, seed: jax.typing.ArrayLike) -> Inputs:
     """Make random inputs; products are of order 1.
 
     Args:
-      problem: Problem.
       seed: int, may be traced.
-
-    Returns:
-      Inputs.
     """
     m, k, n = problem.rows, problem.inner, problem.columns
 
@@ -142,7 +137,6 @@ def make_function(problem: Problem, name: str) -> Callable[[Inputs], Any]:
     """Make what is timed, or what it must equal.
 
     Args:
-      problem: Problem.
       name: an implementation of `block_sparse_matmul`, "dense", or "dense_f32".
 
     Returns:
@@ -179,9 +173,6 @@ def make_case(problem: Problem, *, device: Any) -> Case:
     Args:
       problem: the setting.
       device: jax.Device; the Hopper kernels are measured on Hopper only.
-
-    Returns:
-      Case.
     """
     on_cpu = device.platform == "cpu"
     absent = {}

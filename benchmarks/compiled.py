@@ -16,9 +16,6 @@ from pallas_kernels import aot
 def summarise(report: aot.AotReport) -> dict[str, int]:
     """Return what a record keeps of a compiled program.
 
-    Args:
-      report: AotReport.
-
     Returns:
       dict of bytes and counts. `kernels` counts launches of Mosaic kernels, `sparse_instructions`
       HGMMA.SP in the programs of the different ones, `serialized_kernels` those of which ptxas

@@ -67,9 +67,6 @@ def static_attention(config: str, pattern: str, density: float) -> Setting:
       config: str, path from the root of the repository.
       pattern: str, of `recipe.static_attention`.
       density: float, fraction of the visible blocks.
-
-    Returns:
-      Setting.
     """
     overrides = {
         "recipe.name": "static_attention",
@@ -83,12 +80,7 @@ def shorten(setting: Setting, num_steps: int, **overrides: Any) -> Setting:
     """Return a setting that trains no longer than a timing run needs.
 
     Args:
-      setting: Setting.
-      num_steps: int.
       **overrides: others, with "__" for the dots of a key.
-
-    Returns:
-      Setting.
     """
     every = ("num_steps", "eval_every_steps", "checkpoint.every_steps")
     changed = dict.fromkeys(every, num_steps)

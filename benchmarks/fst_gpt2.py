@@ -62,19 +62,11 @@ class BlockProblem(NamedTuple):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def key(self) -> dict[str, str | int]:
-        """Return the settings as a key of the results.
-
-        Returns:
-          dict.
-        """
+        """Return the settings as a key of the results."""
         return {"measure": "block", "model": f"width {self.width}", **self._asdict()}
 
     def model(self) -> TransformerConfig:
-        """Return the model that the block is of.
-
-        Returns:
-          TransformerConfig.
-        """
+        """Return the model that the block is of."""
         return TransformerConfig(
             vocab_size=1,
             num_layers=1,
@@ -102,19 +94,11 @@ class StepProblem(NamedTuple):
     batch: int
 
     def key(self) -> dict[str, str | int]:
-        """Return the settings as a key of the results.
-
-        Returns:
-          dict.
-        """
+        """Return the settings as a key of the results."""
         return {"measure": "step", "model": self.size, "batch": self.batch}
 
     def config(self) -> TrainConfig:
-        """Return the settings of the run that the step is of.
-
-        Returns:
-          TrainConfig.
-        """
+        """Return the settings of the run that the step is of."""
         small = self.size == "small"
         config = fst_small.get_config() if small else fst_gpt2.get_config(self.size)
         settings = config.to_dict()
@@ -150,7 +134,6 @@ def make_block_case(problem: BlockProblem, kernel: Implementation) -> Case:
     """Make the passes of a block, dense and sparse, on the same inputs.
 
     Args:
-      problem: BlockProblem.
       kernel: implementation of sparse weights.
 
     Returns:
@@ -209,7 +192,6 @@ def make_step_case(problem: StepProblem, kernel: Implementation) -> Case:
     """Make the training steps, dense and sparse, each on a state of its own.
 
     Args:
-      problem: StepProblem.
       kernel: implementation of sparse weights.
 
     Returns:

@@ -35,9 +35,6 @@ def compile_step(
       mesh: from `aot.make_gpu_mesh`.
       sparse: bool, FST on the Hopper kernel; otherwise dense training.
       **model: settings of the model to change.
-
-    Returns:
-      AotReport.
     """
     settings = (fst_gpt2 if sparse else gpt2).get_config(size).to_dict()
     settings["model"] |= model

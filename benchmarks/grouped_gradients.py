@@ -54,9 +54,6 @@ def make_case(length: int, density: float) -> Case:
     Args:
       length: int, T = S.
       density: float, share of blocks kept; those of the diagonal are kept always.
-
-    Returns:
-      Case.
     """
     q = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), "bfloat16")
     k = jax.ShapeDtypeStruct((1, length, KV_HEADS, HEAD_DIM), "bfloat16")

@@ -37,7 +37,6 @@ class Program(NamedTuple):
     """Something to compile.
 
     Attributes:
-      name: str.
       function: of `args`.
       args: pytrees of `jax.ShapeDtypeStruct`.
       steps: int, steps of one turn of a loop.
@@ -88,11 +87,7 @@ def _attention(head_dim: int, block: int, *, causal: bool) -> Program:
 
 
 def list_programs() -> Iterator[Program]:
-    """List what is compiled.
-
-    Yields:
-      Program.
-    """
+    """List what is compiled."""
     yield _sparse_product("2:4 product", Tiles(1, 256, 64, 4))
     waiting = Tiles(1, 256, 64, 4, in_flight=0)
     yield _sparse_product("2:4 product, every group awaited", waiting)
@@ -122,7 +117,6 @@ def describe(kernel: aot.KernelReport, steps: int) -> dict[str, Any]:
     """Return what a record keeps of a kernel.
 
     Args:
-      kernel: KernelReport.
       steps: int, steps of one turn of a loop.
 
     Returns:

@@ -94,8 +94,6 @@ def read_tiles_reference(x: jax.Array, *, num_programs: int, tiles_of_program: i
 
     Args:
       x: bf16[256 tiles, 64].
-      num_programs: int.
-      tiles_of_program: int.
 
     Returns:
       f32[num_programs, 64].
@@ -110,9 +108,6 @@ def make_case(megabytes: int) -> Case:
 
     Args:
       megabytes: int, size of the array.
-
-    Returns:
-      Case.
     """
     options = dict(num_programs=count_processors(), tiles_of_program=TILES_OF_PROGRAM)
     x = make_random(

@@ -38,7 +38,6 @@ class Setting:
     """One model whose train step is compiled.
 
     Attributes:
-      name: str.
       make_config: function returning a ConfigDict.
       num_layers: int or None, None as configured.
       batch_size: int, examples of one step without micro-batches.
@@ -99,12 +98,8 @@ def compile_step(setting: Setting, implementation: str, mesh: jax.sharding.Mesh)
     """Compile the train step of the dense or the sparse phase.
 
     Args:
-      setting: Setting.
       implementation: "dense" for the dense phase, else that of the sparse one.
       mesh: from `aot.make_gpu_mesh`.
-
-    Returns:
-      AotReport.
     """
     config = parse_config(setting.config(implementation))
     spec = describe_data(config.data)
@@ -119,12 +114,8 @@ def compile_attention(
     """Compile one layer's attention of the step, forward and backward.
 
     Args:
-      setting: Setting.
       implementation: "dense" without a mask, else that of sparse attention.
       mesh: from `aot.make_gpu_mesh`.
-
-    Returns:
-      AotReport.
     """
     config = parse_config(setting.config(implementation))
     spec = describe_data(config.data)

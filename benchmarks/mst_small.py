@@ -105,8 +105,6 @@ class Costs(NamedTuple):
     """What the runs of one setting had spent when they were validated, and their mean loss.
 
     Attributes:
-      loss: list of float.
-      flops: list of float.
       seconds: list of float, in steps; None if the setting was not timed.
     """
 

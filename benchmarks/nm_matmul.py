@@ -47,9 +47,6 @@ from pallas_kernels import Implementation
 def choose_kernel(device: Any) -> tuple[Implementation, dict[str, str]]:
     """Choose the implementation that is measured on a device.
 
-    Args:
-      device: jax.Device.
-
     Returns:
       (name, why the Hopper kernel is absent if it is); no reason on a CPU.
     """
@@ -67,9 +64,6 @@ def make_case(problem: Problem, *, kernel: Implementation, on_cpu: bool) -> Case
       problem: the setting.
       kernel: "mosaic_sm90" or "xla".
       on_cpu: bool, where there is no cache to defeat and no cuSPARSELt.
-
-    Returns:
-      Case.
     """
     count = 1 if on_cpu else problem.count_sets()
     make = jax.jit(functools.partial(make_inputs, problem, packs=kernel == HOPPER))

@@ -26,7 +26,6 @@ def make_sparse(problem: Problem, implementation: str) -> Callable[[Inputs], Any
     """Make the function of a setting in one implementation of `nm_matmul`.
 
     Args:
-      problem: Problem.
       implementation: "mosaic_sm90", "xla" or "reference".
 
     Returns:
@@ -100,9 +99,6 @@ def make_dense(problem: Problem) -> Callable[[Inputs], Any]:
 def in_full_precision(function: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
     """Make a reference of a dense function: the same in f32.
 
-    Args:
-      function: of Inputs.
-
     Returns:
       function of Inputs.
     """
@@ -121,9 +117,6 @@ def in_full_precision(function: Callable[[Inputs], Any]) -> Callable[[Inputs], A
 def on_every_set(function: Callable[[Inputs], Any]) -> Callable[..., list[Any]]:
     """Make the function of several sets of inputs, traced once.
 
-    Args:
-      function: of Inputs.
-
     Returns:
       function of any number of Inputs to the list of results.
     """
@@ -137,9 +130,6 @@ def make_error(problem: Problem) -> tuple[Callable[[Any, Any], float], float]:
     Packed weights must have equal bits. Behind an activation, dz differs in its last bits between
     implementations, and a draw near a threshold then falls on another pair. That moves dw_up by 4 %
     of its norm in bf16, where other draws altogether move it by 50 to 60 %: it may be off by 10 %.
-
-    Args:
-      problem: Problem.
 
     Returns:
       (function of result and reference, tolerance).

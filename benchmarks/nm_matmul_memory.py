@@ -28,13 +28,8 @@ def compile_block(
     """Compile the forward and backward pass of a block.
 
     Args:
-      block: Block.
       variant: "dense"; "sparse", all but dw by sparse tensor cores; or "sparse, MVUE", dw as well.
       mesh: from `aot.make_gpu_mesh`.
-      tokens: int.
-
-    Returns:
-      AotReport.
     """
     problem = block.problem(
         tokens=tokens, grad_pruning="mvue" if variant == "sparse, MVUE" else "none"

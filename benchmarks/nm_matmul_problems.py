@@ -40,7 +40,6 @@ class Problem:
       columns: int, N; of "ffn" the width between its two products, without that of a gate.
       activation: of "ffn"; its first weight has 2 N columns if it is gated.
       grad_pruning: of "dw" and "ffn".
-      dtype: str.
     """
 
     measure: Measure
@@ -79,11 +78,7 @@ class Problem:
         return product
 
     def packing_bytes(self) -> int:
-        """Return what packing along both axes has to move: read w and mask, write values, metadata.
-
-        Returns:
-          int, bytes.
-        """
+        """Bytes that packing along both axes moves: w and mask read, values and metadata written."""
         itemsize = jnp.dtype(self.dtype).itemsize
         entries = self.inner * self.columns
         return entries * (itemsize + 1) + 2 * (entries // 2 * itemsize + entries // 8)
@@ -159,7 +154,6 @@ def make_inputs(problem: Problem, seed: jax.typing.ArrayLike, *, packs: bool) ->
     """Make random inputs; jit it, or `jax.eval_shape` it for their shapes.
 
     Args:
-      problem: Problem.
       seed: int, may be traced, so that one program makes all sets.
       packs: bool, whether what is measured takes a packed weight.
 
@@ -198,10 +192,8 @@ class Block(NamedTuple):
     """The feed-forward block of a model.
 
     Attributes:
-      name: str.
       width: int, of the model.
       hidden: int, between the two products.
-      activation: str.
     """
 
     name: str
@@ -212,15 +204,7 @@ class Block(NamedTuple):
     def problem(
         self, *, tokens: int = 16384, grad_pruning: Literal["none", "mvue"] = "mvue"
     ) -> Problem:
-        """Return the block as a setting.
-
-        Args:
-          tokens: int.
-          grad_pruning: str.
-
-        Returns:
-          Problem.
-        """
+        """Return the block as a setting."""
         return Problem(
             measure="ffn",
             rows=tokens,

@@ -17,9 +17,6 @@ def read_problem(record: Record) -> Problem:
 
     Args:
       record: of one point.
-
-    Returns:
-      Problem.
     """
     return Problem(**{name: value for name, value in record["key"].items() if name != "device"})
 

@@ -44,7 +44,6 @@ class Product:
       columns: int, P: tokens, tokens, and K.
       activation: str or None; of a gated one, half of R are gates.
       dense_is_transposed: bool, B is given as [P, C]; not so for dw alone.
-      dtype: str.
     """
 
     rows: int
@@ -108,9 +107,6 @@ def list_products() -> list[Product]:
 def list_candidates(product: Product) -> list[Tiles]:
     """List the ways of cutting a product that the kernel takes and that fit a GPU.
 
-    Args:
-      product: Product.
-
     Returns:
       list of Tiles, as many stages each as fit; the order of tiles is varied for wide ones only.
     """
@@ -143,9 +139,6 @@ def list_candidates(product: Product) -> list[Tiles]:
 def name_tiles(tiles: Tiles) -> str:
     """Write tiles as the name of a function.
 
-    Args:
-      tiles: Tiles.
-
     Returns:
       str, "blocks-columns-contraction-stages-group".
     """
@@ -153,14 +146,7 @@ def name_tiles(tiles: Tiles) -> str:
 
 
 def read_tiles(name: str) -> Tiles:
-    """Read what `name_tiles` wrote.
-
-    Args:
-      name: str.
-
-    Returns:
-      Tiles.
-    """
+    """Read what `name_tiles` wrote."""
     return Tiles(*(int(value) for value in name.split("-")))
 
 
@@ -168,8 +154,6 @@ def make_function(product: Product, tiles: Tiles, *, num_programs: int) -> Any:
     """Make the product with given tiles.
 
     Args:
-      product: Product.
-      tiles: Tiles.
       num_programs: int, processors of the GPU.
 
     Returns:
@@ -187,10 +171,6 @@ def make_function(product: Product, tiles: Tiles, *, num_programs: int) -> Any:
 def make_product_inputs(product: Product, seed: int) -> Inputs:
     """Make the operands of a product.
 
-    Args:
-      product: Product.
-      seed: int.
-
     Returns:
       Inputs with `packed`, w and mask of A^T, and the dense operand as `d_out`.
     """
@@ -204,7 +184,6 @@ def make_case(product: Product, *, num_programs: int) -> Case:
     """Make the functions that one point compares.
 
     Args:
-      product: Product.
       num_programs: int, processors of the GPU.
 
     Returns:

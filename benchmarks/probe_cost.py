@@ -50,11 +50,7 @@ class Problem(NamedTuple):
     implementation: Implementation | None = None
 
     def key(self) -> dict[str, str | int]:
-        """Return the settings as a key of the results.
-
-        Returns:
-          dict.
-        """
+        """Return the settings as a key of the results."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def config(self, method: str) -> TrainConfig:
@@ -62,9 +58,6 @@ class Problem(NamedTuple):
 
         Args:
           method: str, name of a recipe.
-
-        Returns:
-          TrainConfig.
         """
         settings = base.get_config().to_dict()
         settings["model"] |= {"model_dim": 64, "num_heads": 2, "mlp_dim": 128}
@@ -77,14 +70,7 @@ class Problem(NamedTuple):
 
 
 def make_case(problem: Problem) -> Case:
-    """Make the steps that one point compares, each on a state of its own.
-
-    Args:
-      problem: Problem.
-
-    Returns:
-      Case.
-    """
+    """Make the steps that one point compares, each on a state of its own."""
     batch = make_classification_batch(
         batch_size=problem.batch, shape=(problem.length,), vocab_size=16, num_classes=10
     )
@@ -159,9 +145,6 @@ def list_problems(platform: str, capability: str = "", *, headline: bool) -> lis
       platform: str, of the device.
       capability: str, compute capability of a GPU; the Hopper kernel runs on 9.
       headline: bool, only the first point.
-
-    Returns:
-      list of Problem.
     """
     if platform == "cpu":
         problems = [Problem(2048, 4), Problem(4096, 1)]

@@ -39,9 +39,6 @@ def make_case(batch_size: int, dtype: str) -> Case:
     Args:
       batch_size: int, pairs of documents.
       dtype: str, of activations.
-
-    Returns:
-      Case.
     """
     settings = sat.get_config("retrieval").to_dict()
     settings["data"]["batch_size"], settings["num_micro_batches"] = batch_size, 1

@@ -33,10 +33,7 @@ def make_step_call(
     Nothing is compiled or allocated before the first call.
 
     Args:
-      model: TransformerConfig.
-      recipe: Recipe.
       phase: one of its phases.
-      optimizer: Optimizer.
       batch: of every step.
       num_steps: int, steps of one call.
       **options: of `make_train_step`.
@@ -98,8 +95,6 @@ def make_classification_batch(
     Args:
       batch_size: int, examples.
       shape: of the tokens of an example.
-      vocab_size: int.
-      num_classes: int.
 
     Returns:
       dict of arrays.

@@ -20,15 +20,13 @@ Departures: the batch is 4,096 throughout, where the code raises it from 128 ove
 Expected:  not yet run
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = base.get_config()
     config.num_steps = 9_375
     config.num_micro_batches = 32

@@ -24,15 +24,13 @@ Departures: of DeiT's augmentations, random resized crops and flips are followed
 Expected:  not yet run; without the other augmentations, less than is published
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = base.get_config()
     config.num_steps = 187_500
     config.num_micro_batches = 8

@@ -17,19 +17,18 @@ Rivals:    SR-STE: --config.recipe.fst.variant=sr_ste --config.recipe.fst.decay_
            --config.recipe.fst.dense_fraction=0.0 --config.recipe.fst.refresh_steps=1
 """
 
+from ml_collections import ConfigDict
+
 from configs import gpt2
 
 _DECAY_RATES = {"124m": 6e-5, "350m": 2e-4, "774m": 2e-4, "1558m": 6e-5}
 
 
-def get_config(size="124m"):
+def get_config(size="124m") -> ConfigDict:
     """Return the settings.
 
     Args:
       size: str, one of `gpt2.SIZES`.
-
-    Returns:
-      ConfigDict.
 
     Raises:
       ValueError: if the size is unknown.

@@ -7,15 +7,13 @@ Source:    arXiv:2404.01847, scaled down; decay_rate is what --mode=find_decay c
            0.81), and what is published for GPT-2 124M
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = base.get_config()
     config.num_steps = 400
     config.eval_every_steps = 100

@@ -17,15 +17,13 @@ Departures from fairseq's transformer: pre-norm with a last norm in each stack i
            forms batches by length
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = base.get_config()
     config.num_steps = 100_000
     config.num_micro_batches = 4

@@ -7,6 +7,8 @@ Source:    schedule, batch and optimizer of arXiv:2404.01847, the same for all s
 Expected:  not yet run
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 SIZES = {
@@ -18,14 +20,11 @@ SIZES = {
 }
 
 
-def get_config(size="124m"):
+def get_config(size="124m") -> ConfigDict:
     """Return the settings.
 
     Args:
       size: str, one of `SIZES`; given on the command line after the file's name and a colon.
-
-    Returns:
-      ConfigDict.
 
     Raises:
       ValueError: if the size is unknown.

@@ -7,15 +7,13 @@ Source:    configs/gpt2.py; the sparsity settings are ours
 Expected:  not yet run
 """
 
+from ml_collections import ConfigDict
+
 from configs import gpt2
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = gpt2.get_config()
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.8

@@ -1,9 +1,11 @@
 """What the configs of SPION's and SAT's tasks share; not a run of its own."""
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Return the model and optimizer that SPION and SAT train on every task.
 
     Two heads of 32, width 64, feed-forward 128, pre-LN, learned positions, mean pooling,
@@ -11,9 +13,6 @@ def get_config():
     schedule, linear both ways. Source: the released code of arXiv:2309.12578 and
     doi:10.1109/ACCESS.2024.3425638, which runs attention in float32 and the rest in mixed
     precision.
-
-    Returns:
-      ConfigDict.
     """
     config = base.get_config()
     config.num_eval_batches = 0

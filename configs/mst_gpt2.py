@@ -12,15 +12,13 @@ Memory:    16.6 GB a step, compiled for an H200 (make plan); unstructured masks 
 Expected:  not yet run
 """
 
+from ml_collections import ConfigDict
+
 from configs import gpt2
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = gpt2.get_config("124m")
     config.num_steps = 600_000
     config.num_micro_batches = 12

@@ -13,15 +13,13 @@ Ours:      the schedule, for the paper's is not known; what docs/dynamic_sparse_
            updates too
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = base.get_config()
     config.num_steps = 1000
     config.eval_every_steps = 100

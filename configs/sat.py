@@ -14,17 +14,16 @@ bfloat16. The switch needs a skewness of 1.7 and a change below 1.3 % everywhere
 tokens are padded to a power of two; ours fill it.
 """
 
+from ml_collections import ConfigDict
+
 from configs import lra
 
 
-def get_config(task="image"):
+def get_config(task="image") -> ConfigDict:
     """Return the settings of one task.
 
     Args:
       task: str, "image", "nature", "news", "yelp", "listops" or "retrieval".
-
-    Returns:
-      ConfigDict.
 
     Raises:
       ValueError: if there is no such task.
@@ -36,14 +35,11 @@ def get_config(task="image"):
     return by_name[task]()
 
 
-def image():
+def image() -> ConfigDict:
     """Return CIFAR-10 as sequences of grey pixels, ten classes.
 
     45,000 images to train, 5,000 to validate; 2 layers, 1024 positions, blocks of 32, batches of
     512, rate 2e-3 after 175 steps, 10,000 steps, validated every 500.
-
-    Returns:
-      ConfigDict.
     """
     config = _get_config(
         density=0.05, num_layers=2, block_size=32, num_steps=10_000, eval_every_steps=500
@@ -61,16 +57,13 @@ def image():
     return config
 
 
-def nature():
+def nature() -> ConfigDict:
     """Return photographs of living things as sequences of grey pixels, fourteen classes.
 
     437,513 images to train, 24,426 to validate, fourteen labels: these numbers are iNaturalist
     2018's. How they became 1000 tokens is not published; ours are scaled to 32 x 32. 2 layers,
     blocks of 32, batches of 512, rate 3e-3 after 800 steps, 10,000 steps, validated every 500. To
     prepare the set, TFDS needs TensorFlow.
-
-    Returns:
-      ConfigDict.
     """
     config = _get_config(
         density=0.04, num_layers=2, block_size=32, num_steps=10_000, eval_every_steps=500
@@ -89,15 +82,12 @@ def nature():
     return config
 
 
-def news():
+def news() -> ConfigDict:
     """Return AG News, bytes of the descriptions, four classes.
 
     120,000 texts to train, 7,600 to validate, 1000 tokens of each; 4 layers, blocks of 32, batches
     of 512, rate 9e-4 after 80 steps, 30,000 steps, validated every 200. Whether titles were read
     too is not published.
-
-    Returns:
-      ConfigDict.
     """
     config = _get_config(
         density=0.08, num_layers=4, block_size=32, num_steps=30_000, eval_every_steps=200
@@ -114,14 +104,11 @@ def news():
     return config
 
 
-def yelp():
+def yelp() -> ConfigDict:
     """Return Yelp reviews, bytes, two classes.
 
     560,000 texts to train, 38,000 to validate, 1000 tokens of each; 4 layers, blocks of 32, batches
     of 512, rate 7e-4 after 80 steps, 30,000 steps, validated every 200.
-
-    Returns:
-      ConfigDict.
     """
     config = _get_config(
         density=0.05, num_layers=4, block_size=32, num_steps=30_000, eval_every_steps=200
@@ -138,15 +125,12 @@ def yelp():
     return config
 
 
-def listops():
+def listops() -> ConfigDict:
     """Return Long Range Arena ListOps, ten classes.
 
     96,000 expressions to train, 2,000 to validate, of up to 2000 tokens; 4 layers, blocks of 64,
     batches of 128, rate 8e-4 after 1000 steps (6e-4 in the released logs), 30,000 steps, validated
     every 500.
-
-    Returns:
-      ConfigDict.
     """
     config = _get_config(
         density=0.04, num_layers=4, block_size=64, num_steps=30_000, eval_every_steps=500
@@ -162,15 +146,12 @@ def listops():
     return config
 
 
-def retrieval():
+def retrieval() -> ConfigDict:
     """Return document matching (ACL Anthology Network), two documents per example, two classes.
 
     147,086 pairs to train, 18,090 to validate, 4000 tokens of each document; 2 layers, blocks of
     64, batches of 32, rate 5e-4 after 800 steps, 40,000 steps, validated every 200. Set
     `data.source` to aan:/path/to/lra_release/tsv_data.
-
-    Returns:
-      ConfigDict.
     """
     config = _get_config(
         density=0.021, num_layers=2, block_size=64, num_steps=40_000, eval_every_steps=200

@@ -6,15 +6,13 @@ Source:    ours, in the shape of the paper's models: width 64, 2 heads; sequence
            symbols in 256 positions
 """
 
+from ml_collections import ConfigDict
+
 from configs import lra
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = lra.get_config()
     config.num_steps = 600
     config.eval_every_steps = 100

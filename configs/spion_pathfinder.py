@@ -7,15 +7,13 @@ Source:    released code of SPION (arXiv:2309.12578), its settings for this task
 Expected:  not yet run
 """
 
+from ml_collections import ConfigDict
+
 from configs import lra
 
 
-def get_config():
-    """Return the settings.
-
-    Returns:
-      ConfigDict.
-    """
+def get_config() -> ConfigDict:
+    """Return the settings."""
     config = lra.get_config()
     config.num_micro_batches = 4
     config.num_steps = 50_000

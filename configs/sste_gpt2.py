@@ -8,17 +8,16 @@ Source:    arXiv:2409.09099 and its released code: settings of FST without decay
 Expected:  not yet run
 """
 
+from ml_collections import ConfigDict
+
 from configs import gpt2
 
 
-def get_config(size="124m"):
+def get_config(size="124m") -> ConfigDict:
     """Return the settings.
 
     Args:
       size: str, one of `gpt2.SIZES`.
-
-    Returns:
-      ConfigDict.
 
     Raises:
       ValueError: if the size is unknown.

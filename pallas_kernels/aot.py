@@ -41,7 +41,6 @@ class GpuTarget:
       memory_bytes_per_second: int, bandwidth of the device memory.
       l2_bytes: int, second-level cache.
       clock_ghz: float, boost clock.
-      shared_memory_per_core_bytes: int.
       shared_memory_per_block_bytes: int, the most that one block may ask for.
     """
 
@@ -156,8 +155,6 @@ class AotReport:
     """A program compiled for a GPU that need not be there. Bytes are those of one device.
 
     Attributes:
-      argument_bytes: int.
-      output_bytes: int.
       alias_bytes: int, outputs that live in the buffer of a donated argument.
       temp_bytes: int, what the program allocates besides.
       kernels: tuple of KernelReport, one per Mosaic kernel.
@@ -248,9 +245,6 @@ def compile_for(
         `mesh` keeps it; every other leaf is replicated.
       mesh: from `make_gpu_mesh`; one H200 if None.
       **jit_options: of `jax.jit`, such as `donate_argnums`.
-
-    Returns:
-      AotReport.
 
     Raises:
       RuntimeError: if the packages of the `compile` extra are missing, or if a Mosaic kernel of

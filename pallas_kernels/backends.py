@@ -24,9 +24,6 @@ def always(facts: Any) -> bool:
 
     Args:
       facts: static facts of a call.
-
-    Returns:
-      bool, True.
     """
     del facts
     return True
@@ -77,9 +74,6 @@ def choose_backend[Arrays, Facts](
         everywhere.
       implementation: name the caller passed, or None.
       facts: static facts of the call.
-
-    Returns:
-      Backend.
 
     Raises:
       ValueError: if the op has no backend of that name; those it has are listed.

@@ -12,10 +12,8 @@ class Instruction(NamedTuple):
     """One line of machine code.
 
     Attributes:
-      address: int.
       predicate: str, "" if it is always executed.
       opcode: str, with its modifiers, such as "LDS.64".
-      operands: tuple of str.
     """
 
     address: int
@@ -93,9 +91,6 @@ def parse(sass: str) -> Program:
     Args:
       sass: str, as `nvdisasm` writes it for one kernel.
 
-    Returns:
-      Program.
-
     Raises:
       ValueError: if there is an instruction whose effect on registers or control is not known.
     """
@@ -155,9 +150,6 @@ def _inline_call(code: list[Instruction], following: list[tuple[int, ...]], at: 
 def find_written(instruction: Instruction) -> range:
     """Return the registers that an instruction writes.
 
-    Args:
-      instruction: Instruction.
-
     Returns:
       range of register numbers.
 
@@ -193,9 +185,6 @@ def _width(instruction: Instruction) -> int:
 
 def find_named(instruction: Instruction) -> set[int]:
     """Return the registers that an instruction reads or writes, and perhaps neighbours.
-
-    Args:
-      instruction: Instruction.
 
     Returns:
       set of register numbers.

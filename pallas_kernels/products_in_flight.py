@@ -61,7 +61,6 @@ def find_hazards(program: Program, *, in_flight_at_release: int = 0) -> list[str
     """Find what comes between asynchronous products and the waits that cover them.
 
     Args:
-      program: Program.
       in_flight_at_release: int, how many groups may be in flight where a warpgroup arrives at a
         barrier in shared memory, which is how it gives back what they read: those that read
         something else.
@@ -90,9 +89,6 @@ def find_hazards(program: Program, *, in_flight_at_release: int = 0) -> list[str
 
 def count_groups(program: Program) -> set[int]:
     """Return the sizes that groups of products have, on any path.
-
-    Args:
-      program: Program.
 
     Returns:
       set of int, tensor-core instructions of a group.
@@ -135,9 +131,6 @@ def count_groups_asked_for(ptx: str) -> set[int]:
 
 def find_loops(program: Program) -> list[Loop]:
     """Find the innermost loops that multiply, and count what one turn of them does.
-
-    Args:
-      program: Program.
 
     Returns:
       list of Loop, in order of addresses.

@@ -37,7 +37,6 @@ class ArraySpec(NamedTuple):
     """One array of a batch.
 
     Attributes:
-      shape: tuple of int.
       dtype: np.dtype.
     """
 
@@ -51,7 +50,6 @@ def describe_batch(
     """Return the arrays of a batch, as the table of this module has them.
 
     Args:
-      task: Task.
       batch_size: int, examples, B.
       sequence_length: int, positions, T.
       patch_values: int, values of a patch, V; 0 for tokens.

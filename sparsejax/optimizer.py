@@ -100,11 +100,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
     """Build the pieces.
 
     Args:
-      config: OptimizerConfig.
       num_steps: int, length of the schedule.
-
-    Returns:
-      Optimizer.
 
     Raises:
       ValueError: if the warm-up is as long as the run, or reaches into the decay of "wsd".
@@ -204,7 +200,6 @@ def compute_learning_rate(
     """Return the rate of one step, as its phase wants it.
 
     Args:
-      optimizer: Optimizer.
       phase: Phase, static.
       step: i32[], steps done before this one.
       phase_start_step: i32[], steps done when the phase began.

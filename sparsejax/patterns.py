@@ -89,9 +89,6 @@ class NMPattern:
         Args:
           text: str, "n:m" or "n:m transposable"; space around it is ignored.
 
-        Returns:
-          NMPattern.
-
         Raises:
           ValueError: if the text is anything else, or not 1 <= n <= m.
         """
@@ -169,9 +166,6 @@ class WeightBlocks:
         Args:
           text: str, "ROWSxCOLUMNS"; space around it is ignored.
 
-        Returns:
-          WeightBlocks.
-
         Raises:
           ValueError: if the text is anything else, or a side is 0.
         """
@@ -191,9 +185,6 @@ def parse_weight_pattern(text: str) -> WeightPattern:
     Args:
       text: str, "n:m", "n:m transposable", "ROWSxCOLUMNS" or "unstructured"; space around it is
         ignored.
-
-    Returns:
-      NMPattern, WeightBlocks or Unstructured.
 
     Raises:
       ValueError: if the text is anything else, not 1 <= n <= m, or a side is 0.

@@ -45,9 +45,6 @@ _GROUP = 8
 def check(facts: MapFacts) -> None:
     """Refuse what the kernel does not do.
 
-    Args:
-      facts: MapFacts.
-
     Raises:
       NotImplementedError: with the reason.
     """
@@ -74,10 +71,6 @@ def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
 
     Without `lse` the forward kernel of block-sparse attention computes it first: one more product
     of queries and keys, one with keys in place of values, and an output like q that is dropped.
-
-    Args:
-      arrays: MapArrays.
-      facts: MapFacts.
 
     Returns:
       f32[T, S].

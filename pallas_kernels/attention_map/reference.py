@@ -14,10 +14,6 @@ def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
 
     A = 1/(B N) sum_bn exp(s_bn - lse_bn),  s = q k^T / sqrt(H),  lse_t = log sum_s exp(s_ts)
 
-    Args:
-      arrays: MapArrays.
-      facts: MapFacts.
-
     Returns:
       f32[T, S].
     """

@@ -19,10 +19,6 @@ def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
     Whatever B and N, only as many rows are held at once as fit in 8 MB (or one): the map of every
     head together would not fit a GPU, and rows that stay in a cache are computed faster.
 
-    Args:
-      arrays: MapArrays.
-      facts: MapFacts.
-
     Returns:
       f32[T, S].
 

@@ -76,9 +76,6 @@ def _list_kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 def unpack_block_schedule(schedule: BlockSchedule) -> jax.Array:
     """Return the mask that a schedule lists.
 
-    Args:
-      schedule: BlockSchedule.
-
     Returns:
       bool[..., I, J], True where a block is kept.
 
@@ -103,7 +100,6 @@ def drop_blocks_above_diagonal(
     column a suffix; no list is sorted again.
 
     Args:
-      schedule: BlockSchedule.
       block_q: int, queries per block.
       block_kv: int, keys per block.
 

@@ -54,8 +54,6 @@ class AttentionFacts:
       block_q: int, queries per block.
       block_kv: int, keys per block.
       causal: bool, query t sees keys 0..t.
-      has_kv_mask: bool.
-      has_segments: bool.
       scale: float, factor of the logits.
       pruned_logits: "masked" or "zero"; without effect where every block is kept.
       return_lse: bool, whether the second result is needed.
@@ -82,9 +80,6 @@ class AttentionFacts:
 def make_mask(arrays: AttentionArrays) -> jax.Array | None:
     """Return the kept blocks as a mask.
 
-    Args:
-      arrays: AttentionArrays.
-
     Returns:
       bool[1 or B, 1 or N, I, J], or None: every block.
     """
@@ -95,10 +90,6 @@ def make_mask(arrays: AttentionArrays) -> jax.Array | None:
 
 def make_schedule(arrays: AttentionArrays, facts: AttentionFacts) -> BlockSchedule:
     """Return the kept blocks as lists.
-
-    Args:
-      arrays: AttentionArrays.
-      facts: AttentionFacts.
 
     Returns:
       BlockSchedule with axes [1 or B, 1 or N]; if causal, without blocks above the diagonal.

@@ -14,23 +14,12 @@ from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits,
 
 
 def suits(facts: AttentionFacts) -> bool:
-    """Return whether there are no blocks to skip: every one is kept, or each is one position.
-
-    Args:
-      facts: AttentionFacts.
-
-    Returns:
-      bool.
-    """
+    """Return whether there are no blocks to skip: every one is kept, or each is one position."""
     return facts.mask_shape is None or facts.block_q == facts.block_kv == 1
 
 
 def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array | None]:
     """Compute attention over all blocks and mask the pruned ones.
-
-    Args:
-      arrays: AttentionArrays.
-      facts: AttentionFacts.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N] or None.

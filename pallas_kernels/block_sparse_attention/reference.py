@@ -18,10 +18,6 @@ def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.
     The bracket belongs to `pruned_logits="zero"`. Gradients are those of plain JAX. Removed keys
     may hold anything here.
 
-    Args:
-      arrays: AttentionArrays.
-      facts: AttentionFacts.
-
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N].
 

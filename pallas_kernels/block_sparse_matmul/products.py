@@ -35,7 +35,6 @@ def multiply_blocks(arrays: BlockArrays, products: BlockProducts) -> jax.Array:
     """Multiply with the first product of a backend and differentiate with its others.
 
     Args:
-      arrays: BlockArrays.
       products: BlockProducts, static.
 
     Returns:

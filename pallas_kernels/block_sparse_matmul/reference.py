@@ -16,10 +16,6 @@ def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
 
     Gradients are those of plain JAX, but for a zero whose cotangent is kept.
 
-    Args:
-      arrays: BlockArrays.
-      facts: BlockFacts.
-
     Returns:
       float[M, N], typed like x.
     """

@@ -22,10 +22,6 @@ _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
     """Multiply by the kept blocks, and differentiate likewise.
 
-    Args:
-      arrays: BlockArrays.
-      facts: BlockFacts.
-
     Returns:
       float[M, N], typed like x.
     """

@@ -87,9 +87,6 @@ def compress(w_RC: jax.Array, mask_RC: jax.Array) -> Compressed:
     Args:
       w_RC: bf16 or f16[R, C], R and C multiples of 64.
       mask_RC: bool[R, C], True = kept.
-
-    Returns:
-      Compressed.
     """
     rows, columns = w_RC.shape
     w = [w_RC[:, i::4] for i in range(4)]

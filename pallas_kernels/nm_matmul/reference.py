@@ -23,10 +23,6 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     Gradients are those of plain JAX, but for two identities whose cotangents are replaced. S
     prunes 2:4 along rows, or is the identity. The mask may keep anything, and `packed` is not read.
 
-    Args:
-      arrays: NMArrays.
-      facts: NMFacts.
-
     Returns:
       float[M, N], or [M, N / 2] if gated, typed like x.
 

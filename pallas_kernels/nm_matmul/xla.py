@@ -45,10 +45,6 @@ XLA_PRODUCTS = NMProducts(_forward, _input_gradient, _weight_gradient)
 def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     """Multiply by the masked weight; the mask may keep anything, and `packed` is not read.
 
-    Args:
-      arrays: NMArrays.
-      facts: NMFacts.
-
     Returns:
       float[M, N], or [M, N / 2] for a gated activation, typed like x.
     """
@@ -56,15 +52,7 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
 
 
 def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
-    """Pack a weight for Hopper's sparse tensor cores, with the bits that their kernel makes.
-
-    Args:
-      arrays: PackArrays.
-      facts: PackFacts.
-
-    Returns:
-      PackedNM.
-    """
+    """Pack a weight for Hopper's sparse tensor cores, with the bits that their kernel makes."""
     w, mask = arrays
     return PackedNM(
         compress(w.T, mask.T) if facts.along_k else None,

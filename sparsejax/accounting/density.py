@@ -59,12 +59,8 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
     """Return what a phase keeps.
 
     Args:
-      model: TransformerConfig.
       masks: nested dict of the stacked model's masks.
       phase: Phase, in which attention and weights may be dense whatever the masks hold.
-
-    Returns:
-      Density.
     """
     attention = np.ones(model.num_layers, np.float32)
     if phase.sparse_attention and phase.position_mask is not None:
@@ -91,8 +87,6 @@ def split_phase_flops(
     keeps where the phase masks gradients.
 
     Args:
-      model: TransformerConfig.
-      phase: Phase.
       density: Density of the phase.
       dense_gradient: bool, whether dW computes everything all the same.
 
@@ -127,8 +121,6 @@ def count_phase_flops(
     """Count the FLOPs of forward and backward pass on one example in a phase.
 
     Args:
-      model: TransformerConfig.
-      phase: Phase.
       density: Density of the phase.
       dense_gradient: bool, as `split_phase_flops`.
 
@@ -143,21 +135,12 @@ def make_dense(density: Density) -> Density:
 
     Args:
       density: Density, of as many layers.
-
-    Returns:
-      Density.
     """
     return Density(np.ones_like(density.attention), {})
 
 
 def describe_density(density: Density) -> str:
     """Write densities for a person, one number where all layers agree.
-
-    Args:
-      density: Density.
-
-    Returns:
-      str.
 
     Example:
       >>> describe_density(Density(np.ones(2), {"mlp/up": np.array([0.5, 0.25])}))

@@ -118,9 +118,6 @@ def find_leftovers(directory: Path) -> list[Path]:
 
     Args:
       directory: Path of the folder of checkpoints.
-
-    Returns:
-      list of Path.
     """
     return [
         path
@@ -142,9 +139,6 @@ def delete_checkpoint(path: Path) -> None:
 
 def seal_manifest(content: dict[str, Any]) -> str:
     """Write a manifest with its own checksum in front.
-
-    Args:
-      content: JSON dict.
 
     Returns:
       str, the text of the file.
@@ -196,9 +190,6 @@ def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, str]:
 def measure_files(folder: Path) -> dict[str, list[int]]:
     """Measure every file below a folder.
 
-    Args:
-      folder: Path.
-
     Returns:
       [size in bytes, CRC-32] by path relative to the folder.
     """
@@ -213,7 +204,6 @@ def check_files(folder: Path, files: dict[str, list[int]], *, verify_checksums: 
     """Compare the files below a folder with what `measure_files` returned earlier.
 
     Args:
-      folder: Path.
       files: [size in bytes, CRC-32] by relative path.
       verify_checksums: bool, False compares sizes only.
 

@@ -272,9 +272,6 @@ def count_bytes(state: PyTree) -> int:
     Args:
       state: tree of arrays or jax.ShapeDtypeStruct.
 
-    Returns:
-      int, bytes.
-
     Example:
       >>> count_bytes({"w": jax.ShapeDtypeStruct((2, 3), "float32"), "mask": None})
       24

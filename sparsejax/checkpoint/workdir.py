@@ -49,9 +49,6 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
     Args:
       workdir: path.
 
-    Yields:
-      Path.
-
     Raises:
       ConfigError: if it is no folder, cannot be written, or another process trains in it.
     """

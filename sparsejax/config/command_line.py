@@ -60,9 +60,6 @@ def describe_error(error: Exception) -> str:
     Args:
       error: for an unknown key, a mistyped value or a missing file.
 
-    Returns:
-      str.
-
     Example:
       >>> describe_error(KeyError("no such key"))
       'no such key'

@@ -105,11 +105,7 @@ class TrainConfig:
       log_every_steps: steps between two progress lines.
       max_consecutive_skips: non-finite steps in a row before the run stops.
       label_smoothing: share of a target that is spread over all classes, in training only.
-      model: ModelSettings.
       data: DataConfig; its seed is that of the run.
-      optimizer: OptimizerConfig.
-      recipe: RecipeSettings.
-      checkpoint: CheckpointConfig.
     """
 
     seed: int = 0

@@ -111,9 +111,6 @@ class TransformerConfig(TransformerOptions):
 def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern]:
     """Return which layers have sparse weights, and their patterns.
 
-    Args:
-      config: TransformerConfig.
-
     Returns:
       dict from names out of `LINEAR_LAYERS`, `DECODER_LINEAR_LAYERS` and `EMBEDDING`, in that
       order, to WeightPattern.

@@ -101,7 +101,6 @@ class DecoderBlock(nnx.Module):
       attention_norm, cross_attention_norm, mlp_norm: nnx.LayerNorm over D.
       attention: DenseAttention to the target's past.
       cross_attention: DenseAttention to the encoded source.
-      mlp: MLP.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):

@@ -54,7 +54,6 @@ class SparseEmbed(nnx.Module):
         Args:
           num_embeddings: int, V.
           features: int, D.
-          pattern: Unstructured or WeightBlocks.
           dtype: type of activations, None for that of input and parameter together.
           embedding_init: initializer.
           rngs: nnx.Rngs with a `params` stream.
@@ -154,7 +153,6 @@ def look_up(embed: nnx.Embed | SparseEmbed, tokens: jax.Array, *, mode: LinearMo
     """Look tokens up in an embedding of either kind.
 
     Args:
-      embed: nnx.Embed or SparseEmbed.
       tokens: i32[...], below V.
       mode: LinearMode, static.
 
@@ -168,7 +166,6 @@ def compute_logits(embed: nnx.Embed | SparseEmbed, x: jax.Array, *, mode: Linear
     """Apply the head that is tied to an embedding of either kind.
 
     Args:
-      embed: nnx.Embed or SparseEmbed.
       x: float[..., D].
       mode: LinearMode, static.
 

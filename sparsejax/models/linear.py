@@ -240,8 +240,6 @@ def make_linear(
     """Create the linear layer of a weight that may be sparse.
 
     Args:
-      in_features: int.
-      out_features: int.
       pattern: WeightPattern of a sparse weight, None for `nnx.Linear`.
       **options: what both take.
 
@@ -265,7 +263,6 @@ def apply_linear(
     """Apply a linear layer of a block, of either kind, and an activation.
 
     Args:
-      layer: nnx.Linear or SparseLinear.
       x: float[..., K].
       name: str, of the layer in its block; layers of other names draw other numbers.
       mode: LinearMode, static.

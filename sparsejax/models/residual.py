@@ -11,7 +11,6 @@ def make_layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Create the normalization of a branch's input.
 
     Args:
-      config: TransformerConfig.
       rngs: nnx.Rngs with a `params` stream.
 
     Returns:
@@ -26,7 +25,6 @@ def make_kernel_inits(
     """Return the initializers of weights in a stack of blocks.
 
     Args:
-      config: TransformerConfig.
       num_branches: int, branches that add to the stack's residual stream, of all layers.
 
     Returns:

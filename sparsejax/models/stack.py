@@ -19,7 +19,6 @@ def make_stack[Block: nnx.Module](
 
     Args:
       block_class: class of the blocks, called with `config` and `rngs`.
-      config: TransformerConfig.
       num_layers: int, L.
       rngs: nnx.Rngs with a `params` stream.
 
@@ -51,7 +50,6 @@ def scan_stack(
       apply: (block, x_BTD, keys of the layer, inputs of the layer) -> (x_BTD, output of the layer).
       blocks: what `make_stack` created.
       x_BTD: float[B, T, D].
-      config: TransformerConfig.
       num_layers: int, L.
       keys: typed keys, each split into one per layer, or None.
       inputs: pytree of arrays with a leading axis L, or None.

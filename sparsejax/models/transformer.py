@@ -41,15 +41,12 @@ class Block(nnx.Module):
 
     Attributes:
       attention_norm, mlp_norm: nnx.LayerNorm over D.
-      attention: BlockSparseAttention.
-      mlp: MLP.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         """Create the two branches.
 
         Args:
-          config: TransformerConfig.
           rngs: nnx.Rngs with a `params` stream.
         """
         kernel_init, out_kernel_init = make_kernel_inits(config, num_branches=2 * config.num_layers)
@@ -143,7 +140,6 @@ class Transformer(nnx.Module):
         """Create parameters and all-True masks.
 
         Args:
-          config: TransformerConfig.
           rngs: nnx.Rngs with a `params` stream.
         """
         self.config = config

@@ -9,11 +9,7 @@ from sparsejax.accounting.ledger import FlopsByPhase, format_flops, summarise_fl
 
 
 def say(text: str) -> None:
-    """Print one line at once.
-
-    Args:
-      text: str.
-    """
+    """Print one line at once."""
     print(text, flush=True)
 
 
@@ -59,9 +55,6 @@ def format_progress(
       step_seconds: recent seconds per step, if known.
       shown: further numbers by label.
 
-    Returns:
-      str.
-
     Example:
       >>> row = {"step": 20, "phase": "dense", "loss": 2.5, "density": 1.0}
       >>> format_progress(row, num_steps=100, step_seconds=None)
@@ -95,7 +88,6 @@ def summarise(
       rows: lines of `metrics.jsonl`.
       totals: FLOPs of the run.
       phases: names of the recipe's phases, in order.
-      tokens_per_step: int.
 
     Returns:
       dict of scalars: last and best validation loss; those of `summarise_flops`; and for each phase

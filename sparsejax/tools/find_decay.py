@@ -58,9 +58,6 @@ class DecaySearch:
 
         Args:
           rate: float, one that was tried.
-
-        Returns:
-          float.
         """
         return self.flip_rates[rate] / self.dense_flip_rate
 
@@ -71,9 +68,6 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
     Args:
       config: TrainConfig of the recipe "fst".
       workdir: folder for `find_decay.json` and `find_decay.png`.
-
-    Returns:
-      DecaySearch.
 
     Raises:
       ConfigError: if the recipe is another one, or the run is too short for the searches.
@@ -126,9 +120,6 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
 
 def format_search(search: DecaySearch) -> str:
     """Write the table for a person.
-
-    Args:
-      search: DecaySearch.
 
     Returns:
       str of several lines.

@@ -65,9 +65,7 @@ class Plan:
     """What a run needs on one GPU.
 
     Attributes:
-      config: TrainConfig.
       spec: DataSpec of the data set.
-      target: GpuTarget.
       phases: tuple of PhasePlan, in the order of training.
     """
 
@@ -90,11 +88,7 @@ def make_plan(config: TrainConfig, *, target: str = "h200") -> Plan:
     meets what JAX takes of the GPU's memory, rounded down to a multiple of the micro-batches.
 
     Args:
-      config: TrainConfig.
       target: str, one of `TARGETS`.
-
-    Returns:
-      Plan.
 
     Raises:
       ConfigError: if the target is unknown, the data cannot be described or does not fit the
@@ -132,7 +126,6 @@ def compile_programs(
     """Compile the programs of one phase for a GPU.
 
     Args:
-      config: TrainConfig.
       spec: DataSpec of the data set.
       phase: Phase of the configured recipe.
       mesh: from `aot.make_gpu_mesh`.
@@ -172,11 +165,7 @@ def make_abstract_batch(config: TrainConfig, spec: DataSpec) -> dict[str, jax.Sh
     """Return shapes and types of the batches that `make_data` gives.
 
     Args:
-      config: TrainConfig.
       spec: DataSpec of the data set.
-
-    Returns:
-      dict of `jax.ShapeDtypeStruct`.
     """
     arrays = describe_batch(
         spec.task,
@@ -215,9 +204,6 @@ def estimate_largest_batch(
 
 def format_plan(plan: Plan) -> str:
     """Lay a plan out as text, a column for each phase.
-
-    Args:
-      plan: Plan.
 
     Returns:
       str of several lines.

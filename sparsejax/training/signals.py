@@ -10,9 +10,6 @@ class StopRequest:
 
     The first signal only sets `signal_name`; handlers are restored at once, so that a second
     one ends the process in the ordinary way.
-
-    Attributes:
-      signal_name: str or None.
     """
 
     def __init__(self):

@@ -38,7 +38,6 @@ def trainable(params: PyTree, sparsity: Sparsity) -> PyTree:
 
     Args:
       params: nested dict of the model.
-      sparsity: Sparsity.
 
     Returns:
       dict with the keys "model" and "recipe".
@@ -48,9 +47,6 @@ def trainable(params: PyTree, sparsity: Sparsity) -> PyTree:
 
 def make_graphdef(config: TransformerConfig) -> nnx.GraphDef:
     """Return the static half of the model, without allocating its parameters.
-
-    Args:
-      config: TransformerConfig.
 
     Returns:
       nnx.GraphDef for `nnx.merge(graphdef, params, masks)`.
@@ -65,9 +61,6 @@ def create_train_state(
     """Initialise parameters, masks, recipe and optimizer.
 
     Args:
-      config: TransformerConfig.
-      recipe: Recipe.
-      optimizer: Optimizer.
       key: typed random key.
 
     Returns:
@@ -93,7 +86,6 @@ def enter_phase(
 
     Args:
       state: TrainState at the end of the phase before.
-      recipe: Recipe.
       phase: Phase that begins.
       optimizer: Optimizer, asked for fresh state if the phase resets it.
 
@@ -114,13 +106,7 @@ def make_abstract_state(
     """Return shapes and types of the state in a phase, for compiling and restoring.
 
     Args:
-      config: TransformerConfig.
-      recipe: Recipe.
-      optimizer: Optimizer.
       phase_name: str, a phase of the recipe.
-
-    Returns:
-      TrainState of `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: if the recipe has no such phase.

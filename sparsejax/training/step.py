@@ -56,9 +56,7 @@ def make_train_step(
 
     Args:
       graphdef: nnx.GraphDef of the model.
-      recipe: Recipe.
       phase: Phase, static.
-      optimizer: Optimizer.
       implementation: kernel of sparse attention, None for the best on the device.
       weight_implementation: kernel of sparse weights, None for the best on the device.
       num_micro_batches: int, the batch is split into so many parts whose gradients are averaged.
@@ -172,7 +170,6 @@ def make_eval_step(
 
     Args:
       graphdef: nnx.GraphDef of the model.
-      recipe: Recipe.
       phase: Phase, static.
       implementation: kernel of sparse attention, None for the best on the device.
       weight_implementation: kernel of sparse weights, None for the best on the device.

@@ -100,14 +100,14 @@ ARROWS = {
         "pallas_kernels.aot",
     ),
     "sparsejax": (),
-    "configs": (),
+    "configs": ("sparsejax.config",),
     "train": ("sparsejax.config", "sparsejax.training", "sparsejax.tools", "sparsejax.checkpoint"),
     "benchmarks": ("pallas_kernels", "sparsejax", "configs"),
 }
 
 # Where each package from outside may be imported.
 HOMES = {
-    "jax": ("pallas_kernels", "sparsejax", "benchmarks"),
+    "jax": ("pallas_kernels", "sparsejax", "train", "benchmarks"),
     # Instructions that Pallas does not have are written with the compiler that JAX brings along.
     "jaxlib": (
         "pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel",

@@ -37,15 +37,9 @@ PLAIN = make_small_config(
     max_length=SOURCE,
     causal=False,
 )
-GROUPED = dataclasses.replace(
-    PLAIN,
-    positions="rotary",
-    num_kv_heads=2,
-    mlp_activation="geglu",
-    num_decoder_layers=1,
-    use_bias=False,
-    embedding_norm=True,
-)
+_GROUPED = {"positions": "rotary", "num_kv_heads": 2, "mlp_activation": "geglu"}
+_GROUPED |= {"num_decoder_layers": 1, "use_bias": False, "embedding_norm": True}
+GROUPED = dataclasses.replace(PLAIN, **_GROUPED)
 SPARSE = dataclasses.replace(
     PLAIN, sparse_weights=(("(decoder/)?mlp/.*", SQUARE),), dropout_rate=0.1
 )

@@ -44,9 +44,6 @@ BLOCKS = (32, 64, 128)
 def check(facts: AttentionFacts) -> None:
     """Refuse what the kernels do not do.
 
-    Args:
-      facts: AttentionFacts.
-
     Raises:
       NotImplementedError: with the reason.
     """
@@ -56,12 +53,6 @@ def check(facts: AttentionFacts) -> None:
 
 def make_problem(facts: AttentionFacts) -> Problem:
     """Collect what the kernels need to know, and refuse what they do not do on any device.
-
-    Args:
-      facts: AttentionFacts.
-
-    Returns:
-      Problem.
 
     Raises:
       NotImplementedError: with the reason.
@@ -113,10 +104,6 @@ def make_problem(facts: AttentionFacts) -> Problem:
 
 def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array]:
     """Run block-sparse attention over the lists of a schedule.
-
-    Args:
-      arrays: AttentionArrays.
-      facts: AttentionFacts.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N]; both differentiable, if the

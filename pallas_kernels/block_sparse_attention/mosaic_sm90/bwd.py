@@ -75,12 +75,6 @@ class Operands(NamedTuple):
 def make_query_walk(problem: Problem) -> Walk:
     """Choose the tiles of the kernel for dQ.
 
-    Args:
-      problem: Problem.
-
-    Returns:
-      Walk.
-
     Raises:
       NotImplementedError: if the head dim is too large.
     """
@@ -99,11 +93,7 @@ def make_key_walk(problem: Problem, *, parts: int = 1) -> Walk:
     """Choose the tiles of the kernel for dK and dV.
 
     Args:
-      problem: Problem.
       parts: int, into which the query heads of a key head are split: see `choose_parts`.
-
-    Returns:
-      Walk.
 
     Raises:
       NotImplementedError: if the head dim is too large.
@@ -134,9 +124,7 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
     """Launch the kernel for dQ.
 
     Args:
-      operands: Operands.
       lists: TileLists of the query blocks.
-      problem: Problem.
 
     Returns:
       dq, shaped and typed like q.
@@ -211,9 +199,7 @@ def attention_backward_keys(
     """Launch the kernel for dK and dV.
 
     Args:
-      operands: Operands.
       lists: TileLists of the key blocks; if masks differ by head, of `walk.members` joined heads.
-      problem: Problem.
       walk: Walk, from `make_key_walk`.
 
     Returns:

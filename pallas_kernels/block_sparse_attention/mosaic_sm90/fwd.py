@@ -40,12 +40,6 @@ _LOWEST = -1e30
 def make_forward_walk(problem: Problem) -> Walk:
     """Choose the tiles of the forward kernel.
 
-    Args:
-      problem: Problem.
-
-    Returns:
-      Walk.
-
     Raises:
       NotImplementedError: if the head dim is too large.
     """
@@ -80,7 +74,6 @@ def attention_forward(
       kv_mask: int32[B, S] or None, 0 removes a key.
       segment_ids: int32[B, T] or None.
       num_visible: f32[B, T], keys that each query sees; given if `problem.zero_logits`.
-      problem: Problem.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, N, T], -inf where nothing counted.

@@ -130,7 +130,6 @@ def write(share: Share, outputs: Sequence[tuple[jax.Array, Any, Any]]) -> None:
     """Write the results of a computing warpgroup to global memory, and wait for it.
 
     Args:
-      share: Share.
       outputs: for each, the array [64, ...], shared memory to put it in, and the reference to
         global memory.
     """
@@ -155,7 +154,6 @@ def write_parts(share: Share, outputs: Sequence[tuple[jax.Array, Any]]) -> None:
     `write` puts its results in. Four threads store 32 bytes of a row, a whole sector, at a time.
 
     Args:
-      share: Share.
       outputs: for each, the array f32[64, H], and the reference to global memory, f32[B, S, X, H]
         with X = `walk.heads`.
     """
@@ -177,8 +175,6 @@ def copy_tiles(
     """Copy all tiles of a program's items into their rings, as fast as they are used.
 
     Args:
-      problem: Problem.
-      walk: Walk.
       lists: TileLists of references to global memory.
       items: one Item for each ring.
       groups: Groups in the order in which a step uses them.
@@ -243,8 +239,6 @@ def launch(
         warpgroup; outputs are references to global memory.
       operands: name -> array, None where there is none.
       lists: TileLists to walk.
-      problem: Problem.
-      walk: Walk.
       resident: names of operands that stay in shared memory.
       streamed: names of operands, by Group, in the order in which a step uses them.
       out_type: what the kernel returns.

@@ -38,7 +38,6 @@ def make_mask(
     """Make the mask of one tile of logits.
 
     Args:
-      problem: Problem.
       shape: of the tile.
       query_axis: int, the axis of the tile that queries lie on; keys lie on the other.
       query_start: int32, position of the tile's first query.
@@ -87,7 +86,6 @@ def zeros(shape: tuple[int, ...], layout: Any = LAYOUT, value: float = 0.0) -> j
     """Return an f32 array in registers.
 
     Args:
-      shape: tuple of int.
       layout: how it lies in registers.
       value: float, of all elements.
 
@@ -102,7 +100,6 @@ def load_vector(smem: dict[str, Any], name: str, layout: Any) -> Any:
 
     Args:
       smem: name -> reference.
-      name: str.
       layout: BY_ROW or BY_COLUMN.
 
     Returns:

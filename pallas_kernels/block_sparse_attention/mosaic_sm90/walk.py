@@ -181,15 +181,11 @@ def make_walk(
     """Choose tile and ring sizes that fit in shared memory.
 
     Args:
-      problem: Problem.
       over_queries: bool, queries are resident and keys streamed, or the reverse.
       resident_bytes: int, of one row of a computing warpgroup, without what is staged.
       streamed_bytes: int, of one streamed position.
       max_tile: int, the widest tile that leaves registers enough.
       parts: int, into which the query heads of a key head are split; 1 if queries are resident.
-
-    Returns:
-      Walk.
 
     Raises:
       NotImplementedError: if not even two narrow tiles fit.
@@ -250,15 +246,7 @@ class Item(NamedTuple):
 
 
 def count_programs(problem: Problem, walk: Walk) -> int:
-    """Return the size of the grid: one program for each `walk.rings` items.
-
-    Args:
-      problem: Problem.
-      walk: Walk.
-
-    Returns:
-      int.
-    """
+    """Return the size of the grid: one program for each `walk.rings` items."""
     return -(-problem.batch * walk.heads * walk.num_blocks // walk.rings)
 
 
@@ -266,13 +254,8 @@ def find_item(problem: Problem, walk: Walk, lists: TileLists, ring: Any) -> Item
     """Find the item of one ring of this program.
 
     Args:
-      problem: Problem.
-      walk: Walk.
       lists: TileLists of references to global memory.
       ring: int or int32, which ring.
-
-    Returns:
-      Item.
     """
     num_units = problem.mask_batch * walk.mask_heads * walk.num_blocks
     head_copies = walk.heads // walk.mask_heads
@@ -306,10 +289,7 @@ def locate(
     """Find the tile of one step.
 
     Args:
-      problem: Problem.
-      walk: Walk.
       lists: TileLists of references to global memory.
-      item: Item.
       step: int32, of those that `walk_list` takes.
 
     Returns:
@@ -347,9 +327,6 @@ def walk_list(
     """Take all steps of a list, in one loop with a mask and one without, as far as needed.
 
     Args:
-      problem: Problem.
-      walk: Walk.
-      item: Item.
       step: function (int32, state, masked=bool) -> state.
       state: what the steps carry.
 

@@ -230,10 +230,6 @@ def _backward(residuals, d_out, d_lse, facts):
 def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.Array]:
     """Run block-sparse attention over the lists of a schedule.
 
-    Args:
-      arrays: AttentionArrays.
-      facts: AttentionFacts.
-
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N]; both differentiable.
 

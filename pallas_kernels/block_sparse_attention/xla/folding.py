@@ -37,9 +37,6 @@ def make_fold(q: jax.Array, k: jax.Array, schedule: BlockSchedule) -> Fold:
       q: float[B, T, N, H], queries.
       k: float[B, S, K, H], keys.
       schedule: BlockSchedule with leading axes [1 or B, 1 or N].
-
-    Returns:
-      Fold.
     """
     batch, num_heads, num_kv_heads = q.shape[0], q.shape[2], k.shape[2]
     mask_batch, mask_heads = schedule.kv_counts.shape[:2]

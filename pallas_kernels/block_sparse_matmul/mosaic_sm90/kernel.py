@@ -82,7 +82,6 @@ class Plan(NamedTuple):
       shape: (rows, columns) of the result that a computing warpgroup sums.
       is_split: bool, both warpgroups sum the same tile, over different steps.
       find: function (row_tile, owner, part) -> Start of a warpgroup's tile of the result.
-      steps_per_entry: int.
       num_row_tiles: int, tiles that share a list.
       group: int, of these, how many are taken before the next list, for the cache.
     """
@@ -100,9 +99,6 @@ class Plan(NamedTuple):
 
 def count_stages(plan: Plan) -> int:
     """Return how many steps the ring of a program holds.
-
-    Args:
-      plan: Plan.
 
     Returns:
       int, at most 6.
@@ -130,10 +126,8 @@ def multiply_lists(
     Args:
       lhs: bf16 or f16 matrix, left operand.
       rhs: dtype of lhs, matrix.
-      lists: Lists.
       bias: [columns of the result] or None.
       out_shape: (rows, columns) of the result, whole tiles.
-      plan: Plan.
       num_programs: int, as many as the GPU has processors.
 
     Returns:

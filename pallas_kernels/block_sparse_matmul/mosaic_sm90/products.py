@@ -35,9 +35,6 @@ _GROUP = 8
 def check(facts: BlockFacts) -> None:
     """Refuse what the kernels do not do.
 
-    Args:
-      facts: BlockFacts.
-
     Raises:
       NotImplementedError: with the reason.
     """
@@ -56,10 +53,6 @@ def check(facts: BlockFacts) -> None:
 
 def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
     """Multiply by the kept blocks, and differentiate likewise.
-
-    Args:
-      arrays: BlockArrays.
-      facts: BlockFacts.
 
     Returns:
       float[M, N], typed like x.

@@ -52,9 +52,6 @@ def beats_dense(
       dtype: dtype of x and w.
       measured: measurements to go by, or None for `MEASURED`.
 
-    Returns:
-      bool.
-
     Example:
       >>> table = [Measurement(1024, 1024, 1024, "bfloat16", 1.3)]
       >>> table += [Measurement(4096, 4096, 4096, "bfloat16", 0.6)]

@@ -117,15 +117,7 @@ class Problem:
 
 
 def count_shared_bytes(problem: Problem, tiles: Tiles) -> int:
-    """Return the shared memory that a program takes.
-
-    Args:
-      problem: Problem.
-      tiles: Tiles.
-
-    Returns:
-      int, bytes.
-    """
+    """Return the shared memory that a program takes."""
     values = tiles.rows * tiles.contraction
     metadata = tiles.rows * tiles.contraction // 8
     dense = 2 * tiles.columns * tiles.contraction
@@ -149,7 +141,6 @@ def multiply_sparse(
       sparse: Compressed [R, C].
       dense: bf16 or f16[P, C] if `problem.dense_is_transposed`, else [C, P].
       bias: [R] or None.
-      problem: Problem.
       tiles: Tiles; `columns` divides P and `contraction` divides C.
       num_programs: int, as many as the GPU has processors.
 

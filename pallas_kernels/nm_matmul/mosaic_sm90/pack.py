@@ -40,9 +40,6 @@ _BLOCKS = _ACROSS * _ACROSS // NUM_THREADS  # blocks of a thread, one below the 
 def check_packing(facts: PackFacts) -> None:
     """Refuse to pack where the kernel cannot run.
 
-    Args:
-      facts: PackFacts.
-
     Raises:
       NotImplementedError: with the reason.
     """
@@ -51,15 +48,7 @@ def check_packing(facts: PackFacts) -> None:
 
 
 def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
-    """Pack a weight with one kernel that reads it and its mask once.
-
-    Args:
-      arrays: PackArrays.
-      facts: PackFacts.
-
-    Returns:
-      PackedNM.
-    """
+    """Pack a weight with one kernel that reads it and its mask once."""
     options = {"along_k": facts.along_k, "along_n": facts.along_n}
     return PackedNM(*pack_on_gpu(*arrays, **options, interpreted=is_interpreted()))
 
@@ -74,7 +63,6 @@ def pack_on_gpu(
       mask: bool[K, N].
       along_k: bool, pack w^T [N, K].
       along_n: bool, pack w [K, N].
-      interpreted: bool.
 
     Returns:
       tuple of both Compressed, None where not asked for.
@@ -102,7 +90,6 @@ def prune_on_gpu(dz: jax.Array, bits: jax.Array, *, exact: bool, interpreted: bo
       dz: bf16 or f16[M, N], M and N multiples of 64.
       bits: uint32[M/4, N], random, as `mvue.prune_mvue` draws them.
       exact: bool, whether the variance is the least possible.
-      interpreted: bool.
 
     Returns:
       Compressed [N, M], of the values that `mvue.prune_mvue` keeps.
@@ -152,9 +139,6 @@ def _launch(
         returns for each of four columns a stack of what belongs to the rows of a thread.
       choose: function of the four members of a thread's groups, 16 bits in uint32, and of what was
         read for them; returns the members, and which are kept, uint32 of 1 or 0.
-      along_k: bool.
-      along_n: bool.
-      interpreted: bool.
 
     Returns:
       list of Compressed, along K before along N.

@@ -28,22 +28,12 @@ from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
 
 
 def suits(facts: NMFacts) -> bool:
-    """Return whether the kernels were measured to be faster than the dense product.
-
-    Args:
-      facts: NMFacts.
-
-    Returns:
-      bool.
-    """
+    """Return whether the kernels were measured to be faster than the dense product."""
     return beats_dense(facts.rows, facts.inner, facts.columns, facts.dtype)
 
 
 def check(facts: NMFacts) -> None:
     """Refuse what the kernels do not do.
-
-    Args:
-      facts: NMFacts.
 
     Raises:
       NotImplementedError: with the reason.
@@ -69,10 +59,6 @@ def check(facts: NMFacts) -> None:
 
 def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     """Multiply on sparse tensor cores, after packing the weight if that is not done.
-
-    Args:
-      arrays: NMArrays.
-      facts: NMFacts.
 
     Returns:
       float[M, N], or [M, N / 2] for a gated activation, typed like x.

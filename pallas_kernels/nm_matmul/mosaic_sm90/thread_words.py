@@ -81,10 +81,8 @@ def load_words(
     """Read consecutive words of a row at each of some places.
 
     Args:
-      window: Window.
       places: of each thread, aligned to what is read.
       count: int, 1, 2 or 4 words.
-      interpreted: bool.
 
     Returns:
       tuple of stacks uint32[128 * places], the first words of all places, the second, and so on;
@@ -121,7 +119,6 @@ def store_words(
       window: Window, not of bool.
       places: of each thread, aligned to what is written.
       words: 1, 2 or 4 stacks uint32[128 * places], laid out as `load_words` returns them.
-      interpreted: bool.
     """
     if interpreted:
         matrix = _as_words(window.at()[...])
@@ -158,7 +155,6 @@ def rearrange(
     Args:
       stacks: uint32[128 n], all of one size.
       picks: for each element of a thread, which stack and which of its elements.
-      interpreted: bool.
 
     Returns:
       uint32[128 * picks].

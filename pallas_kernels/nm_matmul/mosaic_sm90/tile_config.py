@@ -49,9 +49,6 @@ def default_config(
       is_gated: bool, half of the rows gate the other half.
       pads_columns: bool, P may be filled up to a multiple of a tile; else tiles divide it.
 
-    Returns:
-      Tiles.
-
     Raises:
       NotImplementedError: if no tile divides P.
 

@@ -80,7 +80,6 @@ def start_multiply_add(
       dense_smem: reference [P, C] if transposed, else [C, P].
       values_transforms: tiling and swizzle of the references to values.
       dense_transforms: tiling and swizzle of the dense reference.
-      dense_is_transposed: bool.
 
     Returns:
       tuple of new D.
