@@ -120,7 +120,7 @@ _X = np.ones((2, 32, 4, 8), np.float32)
         ),
         (
             {"implementation": "dense"},
-            "None or one of .'mosaic_sm90', 'xla', 'reference'.* 'dense'",
+            "None or one of .'mosaic_sm90', 'reference', 'xla'.* 'dense'",
         ),
         ({"implementation": "cuda"}, "None or one of .* got 'cuda'"),
     ],
