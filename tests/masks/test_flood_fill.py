@@ -146,6 +146,7 @@ def test_random_maps_of_published_size():
     assert 24.5 < (kept & above).sum((1, 2)).mean() < 26
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("quantile", [0.81, pytest.param(0.99, marks=pytest.mark.ci)])
 def test_constant_maps_keep_the_diagonal(quantile):
     # These quantiles of 36 values fall below some of the values if both neighbours are weighed.

@@ -177,9 +177,8 @@ def test_pruning_a_block_changes_the_rows_that_read_it_and_no_others():
     assert changed_blocks(0, 0, 3) == [False, False, False, False]
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(DENSE, marks=pytest.mark.ci), MASKED], ids=["dense", "sparse"]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
 def test_a_length_between_blocks_is_the_start_of_a_longer_sequence(mode):
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
