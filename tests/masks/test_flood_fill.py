@@ -181,7 +181,7 @@ def test_pooling_needs_little_memory_beside_the_map():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 2 * 1024**2 * 4
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 @pytest.mark.parametrize("variant", ["cf", "c", "f"])
 def test_pattern_is_pooling_then_selection(variant, causal):
     logits = np.random.default_rng(3).normal(size=(3, 48, 48)).astype(np.float32)

@@ -119,6 +119,7 @@ def test_dense_logits_do_not_depend_on_later_embeddings():
     assert (np.abs(slope[38:]).max(-1) > 1e-3).all()
 
 
+@pytest.mark.ci
 def test_sparse_logits_depend_on_earlier_embeddings_of_kept_blocks_alone():
     params, masks = make_weights(DECODER)
     only_37 = np.zeros((2, LENGTH, DECODER.vocab_size), np.float32)
@@ -129,6 +130,7 @@ def test_sparse_logits_depend_on_earlier_embeddings_of_kept_blocks_alone():
     np.testing.assert_array_equal(np.flatnonzero(seen), [*range(16), *range(32, 38)])
 
 
+@pytest.mark.ci
 def test_every_parameter_has_a_gradient_and_no_mask_has_one():
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
