@@ -46,7 +46,8 @@ def test_points_are_all_different_and_headlines_come_first():
     assert all(side % p.block == 0 for p in sweep for side in (p.inner, p.columns))
 
 
-@pytest.mark.parametrize("measure", [pytest.param("forward", marks=pytest.mark.ci), "train"])
+@pytest.mark.ci
+@pytest.mark.parametrize("measure", ["forward", "train"])
 def test_both_functions_agree_with_their_references(measure):
     problem = dataclasses.replace(SMALL, measure=measure, dtype="bfloat16")
     case = make_case(problem, device=jax.devices("cpu")[0])

@@ -78,6 +78,7 @@ def build_for_ever(folder):
     time.sleep(60)
 
 
+@pytest.mark.ci
 def test_a_killed_build_is_neither_used_nor_kept(tmp_path):
     folder = tmp_path / "cache"
     process = multiprocessing.get_context("spawn").Process(

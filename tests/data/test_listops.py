@@ -90,6 +90,7 @@ def test_values_agree_with_an_independent_evaluator(data_dir):
     assert {label for _, label in examples} == set(range(10))
 
 
+@pytest.mark.ci
 def test_lengths_lie_strictly_between_the_bounds(data_dir, tmp_path):
     lengths = [len(ids) for ids, _ in collect(make_listops(data_dir), "train")]
     assert min(lengths) > 20 and max(lengths) < 200 and max(lengths) > 150
@@ -98,6 +99,7 @@ def test_lengths_lie_strictly_between_the_bounds(data_dir, tmp_path):
     assert min(lengths) > 500 and max(lengths) < 2000 and max(lengths) > 1000
 
 
+@pytest.mark.ci
 def test_grammar_has_the_published_probabilities():
     rng = random.Random(1)
     samples = [sample_expression(rng, 10**6) for _ in range(3000)]
@@ -178,6 +180,7 @@ def test_generation_is_reproducible_and_readable_by_tfds_alone(data_dir, tmp_pat
     assert evaluate(to_tree(records[7]["tokens"])) == records[7]["label"]
 
 
+@pytest.mark.ci
 def test_damaged_tfds_files_are_generated_again(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "tokens")

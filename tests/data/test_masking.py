@@ -104,8 +104,8 @@ def test_every_position_is_asked_for_in_time(folder):
     assert counts.min() > 10 and counts.max() < 80  # 240 examples, 36 expected
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-@pytest.mark.parametrize("num_batches", [1, 17])
+@pytest.mark.parametrize("threads", [pytest.param(0, marks=pytest.mark.ci), 1])
+@pytest.mark.parametrize("num_batches", [pytest.param(1, marks=pytest.mark.ci), 17])
 def test_a_restored_state_continues_with_the_same_masks(folder, threads, num_batches):
     train = make_masked(folder, num_reading_threads=threads).train
     take(train, num_batches)
@@ -118,7 +118,7 @@ def test_a_restored_state_continues_with_the_same_masks(folder, threads, num_bat
     assert take(restored, 8) == expected
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("process_count", [2, pytest.param(4, marks=pytest.mark.ci)])
 def test_processes_together_have_the_masks_of_one(folder, process_count):
     shares = [
         take(make_masked(folder, index, process_count).train, 15) for index in range(process_count)

@@ -40,6 +40,7 @@ def trace_paths(pixels):
     return paths
 
 
+@pytest.mark.ci
 def test_following_dashes_from_one_circle_tells_the_label(examples):
     for pixels, label in examples[:500]:
         first, second = find_circles(pixels)
@@ -47,6 +48,7 @@ def test_following_dashes_from_one_circle_tells_the_label(examples):
         assert (second in path) == label
 
 
+@pytest.mark.ci
 def test_a_picture_has_two_long_paths_three_short_ones_and_circles_at_ends(examples):
     for pixels, label in examples[:500]:
         assert set(np.unique(pixels)) == {0, 255}
@@ -55,6 +57,7 @@ def test_a_picture_has_two_long_paths_three_short_ones_and_circles_at_ends(examp
         assert sizes == [8, 8, 8, *([28, 42] if label else [35, 35])]
 
 
+@pytest.mark.ci
 def test_a_long_path_comes_nowhere_near_itself(examples):
     # Erasing nine pixels cuts a path in two, unless they lie at an end: a loop would hold together.
     pictures = [pixels for pixels, label in examples[:60] if not label]
@@ -101,6 +104,7 @@ def fit_and_score(features, labels):
     return np.mean((features[test] @ weights > 0) == labels[test])
 
 
+@pytest.mark.ci
 def test_no_simple_statistic_tells_the_label(examples):
     labels = np.array([label for _, label in examples])
     assert labels.mean() == pytest.approx(0.5, abs=0.05)
@@ -114,6 +118,7 @@ def test_no_simple_statistic_tells_the_label(examples):
     assert fit_and_score(np.hstack([features, squares]), labels) < 0.6
 
 
+@pytest.mark.ci
 def test_circles_are_as_far_apart_under_either_label(examples):
     distances = [[], []]
     for pixels, label in examples:

@@ -50,8 +50,8 @@ def test_the_seed_fixes_the_order():
     assert take_numbers(make_iterator(seed=1), 9) != take_numbers(make_iterator(seed=2), 9)
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-@pytest.mark.parametrize("num_batches", [0, 4, 30])
+@pytest.mark.parametrize("threads", [pytest.param(0, marks=pytest.mark.ci), 1])
+@pytest.mark.parametrize("num_batches", [pytest.param(0, marks=pytest.mark.ci), 4, 30])
 def test_a_restored_state_continues_bit_for_bit(threads, num_batches):
     iterator = make_iterator(threads=threads)
     take_numbers(iterator, num_batches)
@@ -69,7 +69,7 @@ def test_a_reading_thread_changes_nothing():
     assert take_numbers(make_iterator(threads=1), 20) == take_numbers(make_iterator(), 20)
 
 
-@pytest.mark.parametrize("process_count", [2, 3])
+@pytest.mark.parametrize("process_count", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_processes_share_each_global_batch(process_count):
     shares = [
         take_numbers(make_iterator(batch_size=2, process_index=i, process_count=process_count), 20)

@@ -47,6 +47,7 @@ _ADAMW = make_small_optimizer(schedule="cosine", warmup_steps=2)
 # Adam would hide the scale of a gradient.
 _DESCENT = make_small_optimizer(name="sgd", learning_rate=2.0)
 _LENGTH = 16
+_FEW_PARAMETERS = {"use_bias": False}  # which is what compiling takes its time for
 _KNOWN_ATTENTION = {"block_size": 8, "length": _LENGTH, "causal": True}
 
 
@@ -81,7 +82,7 @@ def _run_plain(recipe, prepare=lambda state: state):
 
 
 def _run_sparse_weights(make, pattern, num_steps, **options):
-    model = make_config(sparse_weights=(("mlp/.*", pattern),))
+    model = make_config(**_FEW_PARAMETERS, sparse_weights=(("mlp/.*", pattern),))
     recipe = make(sparse_weight_patterns(model), **options)
     state = make_state(model, recipe, _DESCENT)
     return _measure(*_run(state, make_step(model, recipe, _DESCENT), num_steps))
@@ -123,7 +124,7 @@ def _run_mst():
 
 def _run_sat():
     """Three dense steps that probe, and the switch."""
-    model = make_config()
+    model = make_config(**_FEW_PARAMETERS)
     recipe = make_sat(
         SatConfig(density=0.6, num_layers=2, head_dim=8, latest_switch_step=3, **_KNOWN_ATTENTION)
     )

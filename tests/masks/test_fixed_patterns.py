@@ -66,6 +66,7 @@ def test_every_count_from_diagonal_to_dense_is_met_exactly(name, causal):
         assert not (mask & ~visible).any()
 
 
+@pytest.mark.ci
 def test_a_pattern_matches_a_measured_density():
     measured = longformer(12, width=2, num_global=1, causal=True)
     density = float(block_density(measured, causal=True))

@@ -146,6 +146,7 @@ def test_random_maps_of_published_size():
     assert 24.5 < (kept & above).sum((1, 2)).mean() < 26
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("quantile", [0.81, pytest.param(0.99, marks=pytest.mark.ci)])
 def test_constant_maps_keep_the_diagonal(quantile):
     # These quantiles of 36 values fall below some of the values if both neighbours are weighed.
@@ -180,7 +181,7 @@ def test_pooling_needs_little_memory_beside_the_map():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 2 * 1024**2 * 4
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 @pytest.mark.parametrize("variant", ["cf", "c", "f"])
 def test_pattern_is_pooling_then_selection(variant, causal):
     logits = np.random.default_rng(3).normal(size=(3, 48, 48)).astype(np.float32)

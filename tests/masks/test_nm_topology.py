@@ -73,6 +73,7 @@ def test_the_random_share_ignores_gradients(growth, at_random):
     assert (np.asarray(again[0]) != np.asarray(again[2])).any()
 
 
+@pytest.mark.ci
 def test_mixed_growth_takes_one_of_four_at_random():
     mask, weight, _ = make_case(2, 4)
     kept = drop_by_hand(mask, weight, 1000)
@@ -93,6 +94,7 @@ def test_mixed_growth_takes_one_of_four_at_random():
     assert 90 <= favoured < 115, "90 by gradient, and those that the draw gives by chance"
 
 
+@pytest.mark.ci
 def test_a_traced_number_does_not_recompile():
     mask, weight, grad = make_case(2, 4)
     traces = []

@@ -58,6 +58,7 @@ def test_half_precision_and_more_axes():
     np.testing.assert_array_equal(magnitude_mask(jnp.array(w), 17), sort_oracle(w, 17))
 
 
+@pytest.mark.ci
 def test_layers_are_mapped_with_their_own_counts():
     rng = np.random.default_rng(0)
     w = rng.integers(-9, 10, (4, *SHAPE)).astype(np.float32)

@@ -55,6 +55,7 @@ def test_small_changes_stay_small_across_ties(w, change):
         np.testing.assert_array_equal(soft_threshold(x, axis=1) != 0, mask)
 
 
+@pytest.mark.ci
 def test_a_swap_at_a_tie_jumps_under_a_mask_only():
     before, after = jnp.array([5.0, 3, 2.99, 1]), jnp.array([5.0, 2.99, 3, 1])
     hard = [jnp.where(magnitude_nm_mask(w, axis=0), w, 0) for w in (before, after)]
@@ -69,6 +70,7 @@ def test_ties_keep_at_most_two():
     np.testing.assert_array_equal(soft_threshold_mask(w, axis=1).astype(int), expected)
 
 
+@pytest.mark.ci
 def test_a_nan_spoils_its_group_alone():
     w = jnp.array([[1.0, jnp.nan, 2, 3], [1, 2, 3, 4]])
     np.testing.assert_array_equal(soft_threshold(w, axis=1), [[np.nan] * 4, [0, 0, 1, 2]])

@@ -142,6 +142,7 @@ def test_leading_axes_jit_and_vmap_change_nothing():
         np.testing.assert_array_equal(other, mask)
 
 
+@pytest.mark.ci
 def test_pieces_join_where_they_do_not_divide(monkeypatch):
     w = jax.random.normal(jax.random.key(2), (20, 32))
     whole = transposable_mask(w)

@@ -78,7 +78,8 @@ def dense_attention(attention, x_BTD, visible_BTS):
     return y @ np.asarray(attention.out.kernel) + np.asarray(attention.out.bias)
 
 
-@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.ci), True])
+@pytest.mark.ci
+@pytest.mark.parametrize("sparse", [False, True])
 def test_rotated_grouped_queries_at_a_length_between_blocks(sparse):
     # Blocks of two sizes: 20 positions fill neither, 48 are the least that fill both.
     block = BlockPattern(block_q=16, block_kv=24)

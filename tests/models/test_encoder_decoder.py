@@ -23,10 +23,11 @@ from sparsejax.models import (
 )
 from sparsejax.patterns import NMPattern
 from tests.kernels.nm_contract import make_nm_masks
+from tests.small_models import LENGTH
 from tests.small_models import make_config as make_small_config
 
 SQUARE = NMPattern(2, 4, transposable=True)
-SOURCE, TARGET = 16, 12
+SOURCE, TARGET = LENGTH, 12
 PLAIN = make_small_config(
     vocab_size=11,
     num_decoder_layers=3,
@@ -34,7 +35,6 @@ PLAIN = make_small_config(
     num_kv_heads=4,
     mlp_dim=24,
     mlp_activation="relu",
-    max_length=SOURCE,
     causal=False,
 )
 _GROUPED = {"positions": "rotary", "num_kv_heads": 2, "mlp_activation": "geglu"}
@@ -43,6 +43,7 @@ GROUPED = dataclasses.replace(PLAIN, **_GROUPED)
 SPARSE = dataclasses.replace(
     PLAIN, sparse_weights=(("(decoder/)?mlp/.*", SQUARE),), dropout_rate=0.1
 )
+ALONE = dataclasses.replace(PLAIN, num_decoder_layers=0, num_classes=2)
 MVUE = LinearMode(grad_pruning="mvue")
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -339,9 +340,8 @@ def test_names_of_the_decoder_are_its_own():
     assert find(".*mlp/up") == ["mlp/up", "decoder/mlp/up"]
     with pytest.raises(ValueError, match=r"'embedding'\), but 'decoder/attention/qkv' m"):
         find("decoder/attention/qkv")
-    alone = dataclasses.replace(PLAIN, num_decoder_layers=0, num_classes=2)
     with pytest.raises(ValueError, match=r"'mlp/down'\), but 'decoder/mlp/.*' matches none"):
-        make_config("decoder/mlp/.*", alone)
+        make_config("decoder/mlp/.*", ALONE)
 
 
 @pytest.mark.ci
@@ -367,11 +367,7 @@ def test_initialisation_scales_what_a_branch_adds():
     ("config", "targets", "message"),
     [
         (PLAIN, None, "to a model with decoder layers and to no other, got None for num_d.*=3"),
-        (
-            dataclasses.replace(PLAIN, num_decoder_layers=0, num_classes=2),
-            TARGETS,
-            r"to no other, got shape \(2, 12\) for num_decoder_layers=0",
-        ),
+        (ALONE, TARGETS, r"to no other, got shape \(2, 12\) for num_decoder_layers=0"),
         (
             PLAIN,
             TARGETS[0],

@@ -80,6 +80,7 @@ def test_without_biases_a_model_is_one_whose_biases_are_zero(config):
     assert np.abs(got - forward(config, DENSE)(params, masks, inputs)).max() > 1e-2
 
 
+@pytest.mark.ci
 def test_a_normalised_sum_of_embedding_and_position_has_no_scale():
     normalised = dataclasses.replace(CLASSIFIER, embedding_norm=True)
     tokens = make_tokens(2, LENGTH)

@@ -265,6 +265,7 @@ def make_mlp(activation, **patterns):
     return MLP(K, N, activation=activation, **patterns, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "activation",
     ["geglu", *(pytest.param(a, marks=pytest.mark.ci) for a in ("gelu", "relu", "swiglu"))],

@@ -119,6 +119,7 @@ def test_dense_logits_do_not_depend_on_later_embeddings():
     assert (np.abs(slope[38:]).max(-1) > 1e-3).all()
 
 
+@pytest.mark.ci
 def test_sparse_logits_depend_on_earlier_embeddings_of_kept_blocks_alone():
     params, masks = make_weights(DECODER)
     only_37 = np.zeros((2, LENGTH, DECODER.vocab_size), np.float32)
@@ -129,6 +130,7 @@ def test_sparse_logits_depend_on_earlier_embeddings_of_kept_blocks_alone():
     np.testing.assert_array_equal(np.flatnonzero(seen), [*range(16), *range(32, 38)])
 
 
+@pytest.mark.ci
 def test_every_parameter_has_a_gradient_and_no_mask_has_one():
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
@@ -177,9 +179,8 @@ def test_pruning_a_block_changes_the_rows_that_read_it_and_no_others():
     assert changed_blocks(0, 0, 3) == [False, False, False, False]
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(DENSE, marks=pytest.mark.ci), MASKED], ids=["dense", "sparse"]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
 def test_a_length_between_blocks_is_the_start_of_a_longer_sequence(mode):
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)

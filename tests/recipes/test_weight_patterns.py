@@ -74,7 +74,7 @@ def expect(mask, w, g, replaced):
     return mask
 
 
-@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("blocks", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_layers_and_the_head_drop_and_grow_by_their_pattern(blocks):
     recipe, params = make_recipe(blocks), draw(0)
     sparsity = recipe.init(full_masks(blocks), params, jax.random.key(0))
@@ -148,7 +148,7 @@ def test_gradient_masks_follow_the_mask_beside_them():
     assert jax.tree.structure(set_gradient_masks(plain, True)) == jax.tree.structure(plain)
 
 
-@pytest.mark.parametrize("growth", ["gradient", "random"])
+@pytest.mark.parametrize("growth", ["gradient", pytest.param("random", marks=pytest.mark.ci)])
 def test_groups_of_n_in_m_keep_n_whatever_is_replaced(growth):
     config = {"sparsity": 0.5, "update_interval": INTERVAL, "num_steps": 100}
     config |= {"patterns": {"mlp/up": NMPattern()}}

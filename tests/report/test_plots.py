@@ -110,7 +110,12 @@ def test_a_run_without_losses_cannot_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "with_attention"), [(1, False), (2, True), (5, False), (7, True)]
+    ("layers", "with_attention"),
+    [
+        (1, False),
+        (2, True),
+        *(pytest.param(*case, marks=pytest.mark.ci) for case in ((5, False), (7, True))),
+    ],
 )
 def test_every_layer_is_drawn_with_its_density(tmp_path, figures, layers, with_attention):
     masks_LIJ = np.zeros((layers, 4, 4), bool)

@@ -39,6 +39,7 @@ def make_settings(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
     config.model.num_heads = 2
     config.model.mlp_dim = 64
     config.model.dropout_rate = 0.1
+    config.model.use_bias = False
     config.model.block_size = 16
     config.data.source = f"text:{write_corpus(folder)}"
     config.data.data_dir = str(folder / "data")

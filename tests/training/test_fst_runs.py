@@ -34,7 +34,7 @@ from tests.small_models import (
 )
 from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
-_MODEL = make_config(sparse_weights=(("mlp/.*", NMPattern(transposable=True)),))
+_MODEL = make_config(use_bias=False, sparse_weights=(("mlp/.*", NMPattern(transposable=True)),))
 # Plain descent at a rate that does not begin at zero: a step shows its gradient.
 _OPTIMIZER = make_small_optimizer(name="sgd", learning_rate=2.0)
 
