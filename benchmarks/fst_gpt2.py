@@ -31,9 +31,9 @@ from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_c
 from sparsejax.masks import transposable_mask
 from sparsejax.models import (
     DENSE_LINEAR,
-    AttentionMode,
+    AttentionOptions,
     Implementation,
-    LinearMode,
+    LinearOptions,
     SparsityMask,
     TransformerConfig,
 )
@@ -42,7 +42,7 @@ from sparsejax.optimizer import make_optimizer
 from sparsejax.patterns import BlockPattern, NMPattern
 
 DENSE = "dense"
-_DENSE_ATTENTION = AttentionMode(sparse=False)
+_DENSE_ATTENTION = AttentionOptions(sparse=False)
 _TOLERANCE = 3e-2  # of bfloat16, through a block
 
 
@@ -153,7 +153,7 @@ def make_block_case(problem: BlockProblem, kernel: Implementation) -> Case:
         x, dy = (jax.random.normal(key, shape, problem.dtype) for key in keys[:2])
         return params, masks, x, dy, keys[2]
 
-    def run(mode):
+    def run(options):
         def forward_backward(params, masks, x, dy, key):
             def apply(params, x):
                 return nnx.merge(graphdef, params, masks)(
@@ -161,8 +161,8 @@ def make_block_case(problem: BlockProblem, kernel: Implementation) -> Case:
                     schedule=None,
                     kv_mask_BT=None,
                     dropout_key=None,
-                    mode=_DENSE_ATTENTION,
-                    linear_mode=mode,
+                    attention_options=_DENSE_ATTENTION,
+                    linear_options=options,
                     pruning_key=key,
                     probe=False,
                 )[0]
@@ -178,9 +178,9 @@ def make_block_case(problem: BlockProblem, kernel: Implementation) -> Case:
     dense = run(DENSE_LINEAR)
     layer = count_transformer_flops(model).layers[0]
     return Case(
-        functions={kernel: run(LinearMode(True, "mvue", kernel)), DENSE: dense},
+        functions={kernel: run(LinearOptions(True, "mvue", kernel)), DENSE: dense},
         args=make_args(),
-        reference=run(LinearMode(True, "mvue", "xla")),
+        reference=run(LinearOptions(True, "mvue", "xla")),
         references={DENSE: dense},
         tolerance=_TOLERANCE,
         error=error,

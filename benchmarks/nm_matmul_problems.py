@@ -78,7 +78,7 @@ class Problem:
         return product
 
     def packing_bytes(self) -> int:
-        """Bytes that packing along both axes moves: w and mask read, values and metadata written."""
+        """Bytes that packing along both axes reads (w, mask) and writes (values, metadata)."""
         itemsize = jnp.dtype(self.dtype).itemsize
         entries = self.inner * self.columns
         return entries * (itemsize + 1) + 2 * (entries // 2 * itemsize + entries // 8)

@@ -9,9 +9,16 @@ rm -rf "$newest"
 "$base" -m venv "$newest"
 install() { "$newest/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 echo "Installing the newest packages into $newest"
-install --upgrade ".[data,dev]"
-# Tests import the working tree, not a copy of it.
-"$newest/bin/python" -m pip uninstall --quiet --yes sparsejax
+# What the project asks for and not the project: tests import the working tree.
+"$newest/bin/python" - > "$newest/requirements.txt" <<'PYTHON'
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *extras["data"], *extras["dev"], sep="\n")
+PYTHON
+install --upgrade -r "$newest/requirements.txt"
 jaxlib=$("$newest/bin/python" -c 'import jaxlib; print(jaxlib.__version__)')
 sed -E "s/^(jax-cuda13-(plugin|pjrt))==.*/\1==$jaxlib/" requirements/compile.txt > "$newest/compile.txt"
 # As requirements/install.sh does: beside the environment's packages.

@@ -7,7 +7,7 @@ heads, H head dim, I query blocks, J key blocks.
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,14 @@ from pallas_kernels import (
     list_backends,
     mean_attention_map,
 )
-from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
+from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
+from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions, apply_linear, make_linear
+from sparsejax.models.residual import make_kernel_inits
 from sparsejax.models.variables import SparsityMask
-from sparsejax.patterns import BlockPattern, WeightPattern
+from sparsejax.patterns import BlockPattern
 
 
-class AttentionMode(NamedTuple):
+class AttentionOptions(NamedTuple):
     """Static choices of one training phase about attention.
 
     Attributes:
@@ -43,8 +45,7 @@ class AttentionMode(NamedTuple):
     position_mask: Callable[[int], jax.Array] | None = None
 
 
-SPARSE = AttentionMode()
-_KERNEL_INIT = nnx.initializers.lecun_normal()
+SPARSE = AttentionOptions()
 
 
 class BlockSparseAttention(nnx.Module):
@@ -59,75 +60,42 @@ class BlockSparseAttention(nnx.Module):
         trace) to prune.
     """
 
-    def __init__(
-        self,
-        model_dim: int,
-        num_heads: int,
-        *,
-        max_length: int,
-        block: BlockPattern,
-        num_kv_heads: int | None = None,
-        causal: bool = False,
-        rotary: bool = False,
-        use_bias: bool = True,
-        qkv_pattern: WeightPattern | None = None,
-        out_pattern: WeightPattern | None = None,
-        dtype=jnp.float32,
-        kernel_init=_KERNEL_INIT,
-        out_kernel_init=_KERNEL_INIT,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         """Create the projections and an all-True block mask.
 
         Args:
-          model_dim: int, width D; a multiple of `num_heads`.
-          num_heads: int, query heads N.
-          max_length: int, longest sequence; a multiple of both block sizes.
-          block: BlockPattern, the rectangle that is kept or dropped as one.
-          num_kv_heads: int, key/value heads K, default N.
-          causal: bool, attend to the past only.
-          rotary: bool, rotate queries and keys by position.
-          use_bias: bool, add biases in the projections.
-          qkv_pattern: pattern of the weights of `qkv`, None if they are dense.
-          out_pattern: pattern of the weights of `out`, None if they are dense.
-          dtype: type of activations; parameters are float32.
-          kernel_init: initializer of the query, key and value weights.
-          out_kernel_init: initializer of the output weights.
+          config: read are its sizes, block, causal, positions, weight patterns, initial scale,
+            biases and type.
           rngs: nnx.Rngs with a `params` stream.
-
-        Raises:
-          ValueError: if heads do not divide the width or blocks the length.
         """
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if model_dim % num_heads or num_heads % num_kv_heads:
-            raise ValueError(
-                "num_heads must divide model_dim and num_kv_heads must divide num_heads, got "
-                f"{model_dim=}, {num_heads=}, {num_kv_heads=}"
-            )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.max_length = max_length
-        self.head_dim = model_dim // num_heads
-        self.block, self.causal, self.rotary = block, causal, rotary
-        width = (num_heads + 2 * num_kv_heads) * self.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.max_length, self.head_dim = config.max_length, config.head_dim
+        self.block, self.causal = config.block, config.causal
+        self.rotary = config.positions == "rotary"
+        kernel_init, out_kernel_init = make_kernel_inits(config, num_branches=2 * config.num_layers)
+        patterns = sparse_weight_patterns(config)
+        shared: dict[str, Any] = {
+            "use_bias": config.use_bias,
+            "dtype": jnp.dtype(config.dtype),
+            "rngs": rngs,
+        }
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = make_linear(
-            model_dim,
+            config.model_dim,
             width,
-            use_bias=use_bias,
-            pattern=qkv_pattern,
-            dtype=dtype,
+            pattern=patterns.get("attention/qkv"),
             kernel_init=kernel_init,
-            rngs=rngs,
+            **shared,
         )
         self.out = make_linear(
-            model_dim,
-            model_dim,
-            use_bias=use_bias,
-            pattern=out_pattern,
-            dtype=dtype,
+            config.model_dim,
+            config.model_dim,
+            pattern=patterns.get("attention/out"),
             kernel_init=out_kernel_init,
-            rngs=rngs,
+            **shared,
         )
-        self.block_mask = SparsityMask(jnp.ones((1, 1, *block.grid(max_length)), bool))
+        grid = config.block.grid(config.max_length)
+        self.block_mask = SparsityMask(jnp.ones((1, 1, *grid), bool))
 
     def __call__(
         self,
@@ -135,8 +103,8 @@ class BlockSparseAttention(nnx.Module):
         *,
         kv_mask_BT: jax.Array | None = None,
         schedule: BlockSchedule | None = None,
-        mode: AttentionMode = SPARSE,
-        linear_mode: LinearMode = SPARSE_LINEAR,
+        options: AttentionOptions = SPARSE,
+        linear_options: LinearOptions = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
         probe: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -147,9 +115,9 @@ class BlockSparseAttention(nnx.Module):
           kv_mask_BT: bool[B, T], True = a real token that may be attended; None = all real.
           schedule: what `make_block_schedule` made of the block mask, to share its cost; None
             builds it here. Only for T equal to `max_length`.
-          mode: AttentionMode, static.
-          linear_mode: LinearMode of sparse projections, static.
-          pruning_key: typed key; needed where `linear_mode` prunes gradients of sparse weights.
+          options: AttentionOptions, static.
+          linear_options: LinearOptions of sparse projections, static.
+          pruning_key: typed key; needed where `linear_options` prunes gradients of sparse weights.
           probe: bool, static; also return the attention map.
 
         Returns:
@@ -164,7 +132,7 @@ class BlockSparseAttention(nnx.Module):
                 f"x_BTD must have at most max_length={self.max_length} positions, "
                 f"got {x_BTD.shape=}"
             )
-        project = functools.partial(apply_linear, mode=linear_mode, pruning_key=pruning_key)
+        project = functools.partial(apply_linear, options=linear_options, pruning_key=pruning_key)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BTNH, k_BSKH, v_BSKH = (
             part.reshape(B, T, -1, self.head_dim)
@@ -183,9 +151,9 @@ class BlockSparseAttention(nnx.Module):
                 k_BSKH,
                 causal=self.causal,
                 kv_mask_BS=kv_mask_BT,
-                implementation=_name_of_probe(mode.implementation),
+                implementation=_name_of_probe(options.implementation),
             )
-        blocks, pattern, implementation = self._choose_blocks(T, schedule, mode)
+        blocks, pattern, implementation = self._choose_blocks(T, schedule, options)
         missing = _pad_length(T, pattern) - T
         if missing:
             q_BTNH, k_BSKH, v_BSKH = (
@@ -206,27 +174,27 @@ class BlockSparseAttention(nnx.Module):
             causal=self.causal,
             kv_mask=kv_mask_BT,
             removed_keys_finite=True,
-            pruned_logits=mode.pruned_logits,
+            pruned_logits=options.pruned_logits,
             implementation=implementation,
         )[:, :T]
         y_BTD = project(self.out, y_BTNH.reshape(B, T, -1), name="attention/out")
         return y_BTD, attention_map_TS
 
     def _choose_blocks(
-        self, length: int, schedule: BlockSchedule | None, mode: AttentionMode
+        self, length: int, schedule: BlockSchedule | None, options: AttentionOptions
     ) -> tuple[jax.Array | BlockSchedule | None, BlockPattern, Implementation | None]:
         """Return what is attended to, in blocks of which size, and the backend that is named."""
-        if not mode.sparse:
+        if not options.sparse:
             # Without a mask one block may cover everything, whatever the length.
             return None, BlockPattern(block_q=length, block_kv=length), None
-        if mode.position_mask is not None:
-            kept = mode.position_mask(length)[None, None]
+        if options.position_mask is not None:
+            kept = options.position_mask(length)[None, None]
             return kept, BlockPattern(block_q=1, block_kv=1), None
         if schedule is not None:
-            return schedule, self.block, mode.implementation
+            return schedule, self.block, options.implementation
         num_q, num_kv = self.block.grid(_pad_length(length, self.block))
         kept = self.block_mask[...][:, :, :num_q, :num_kv]
-        return kept, self.block, mode.implementation
+        return kept, self.block, options.implementation
 
 
 def _name_of_probe(implementation: Implementation | None) -> Implementation | None:

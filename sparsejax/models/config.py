@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 from sparsejax.checks import check_setting, make_check
-from sparsejax.models.mlp import MLPActivation
 from sparsejax.patterns import BlockPattern, NMPattern, WeightPattern
+
+type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
+
+GATED_ACTIVATIONS = ("geglu", "swiglu")
+"""Activations that compute twice as many values, half of them gates."""
 
 LINEAR_LAYERS = ("attention/qkv", "attention/out", "mlp/up", "mlp/down")
 """The linear layers of a block, whose weights may be sparse."""

@@ -13,8 +13,8 @@ from flax import nnx
 
 from pallas_kernels import block_sparse_attention
 from sparsejax.models.attention import apply_rotary
-from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
-from sparsejax.models.linear import LinearMode
+from sparsejax.models.config import TransformerConfig
+from sparsejax.models.linear import LinearOptions
 from sparsejax.models.mlp import MLP
 from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
 from sparsejax.models.stack import make_stack, scan_stack
@@ -111,8 +111,6 @@ class DecoderBlock(nnx.Module):
           rngs: nnx.Rngs with a `params` stream.
         """
         self.dropout_rate = config.dropout_rate
-        kernel_init, out_kernel_init = _make_kernel_inits(config)
-        patterns = sparse_weight_patterns(config)
         self.attention_norm = make_layer_norm(config, rngs)
         self.attention = DenseAttention(
             config, causal=True, rotary=config.positions == "rotary", rngs=rngs
@@ -121,21 +119,10 @@ class DecoderBlock(nnx.Module):
         # Distances between a target's and a source's positions mean nothing.
         self.cross_attention = DenseAttention(config, causal=False, rotary=False, rngs=rngs)
         self.mlp_norm = make_layer_norm(config, rngs)
-        self.mlp = MLP(
-            config.model_dim,
-            config.mlp_dim,
-            use_bias=config.use_bias,
-            activation=config.mlp_activation,
-            up_pattern=patterns.get("decoder/mlp/up"),
-            down_pattern=patterns.get("decoder/mlp/down"),
-            dtype=jnp.dtype(config.dtype),
-            kernel_init=kernel_init,
-            out_kernel_init=out_kernel_init,
-            rngs=rngs,
-        )
+        self.mlp = MLP(config, in_decoder=True, rngs=rngs)
 
     def __call__(
-        self, x_BTD, encoded_BSD, *, kv_mask_BS, dropout_key, linear_mode, pruning_key
+        self, x_BTD, encoded_BSD, *, kv_mask_BS, dropout_key, linear_options, pruning_key
     ) -> jax.Array:
         """Apply both attentions and feed-forward, each around a residual connection.
 
@@ -144,7 +131,7 @@ class DecoderBlock(nnx.Module):
           encoded_BSD: float[B, S, D].
           kv_mask_BS: bool[B, S], True = real token of the source, or None.
           dropout_key: typed key, or None for no dropout.
-          linear_mode: LinearMode, static.
+          linear_options: LinearOptions, static.
           pruning_key: typed key, or None where no gradient is pruned.
 
         Returns:
@@ -156,7 +143,7 @@ class DecoderBlock(nnx.Module):
         h_BTD = self.cross_attention_norm(x_BTD)
         branch = self.cross_attention(h_BTD, encoded_BSD, kv_mask_BS=kv_mask_BS)
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[1])
-        branch = self.mlp(self.mlp_norm(x_BTD), mode=linear_mode, pruning_key=pruning_key)
+        branch = self.mlp(self.mlp_norm(x_BTD), options=linear_options, pruning_key=pruning_key)
         return x_BTD + dropout(branch, self.dropout_rate, keys[2])
 
 
@@ -198,7 +185,7 @@ class Decoder(nnx.Module):
         *,
         kv_mask_BS: jax.Array | None,
         dropout_key: jax.Array | None,
-        linear_mode: LinearMode,
+        linear_options: LinearOptions,
         pruning_key: jax.Array | None,
     ) -> jax.Array:
         """Apply all blocks.
@@ -208,7 +195,7 @@ class Decoder(nnx.Module):
           encoded_BSD: float[B, S, D], normalized output of the encoder.
           kv_mask_BS: bool[B, S], True = real token of the source; None = all real.
           dropout_key: typed key, or None for no dropout.
-          linear_mode: LinearMode of sparse weights, static.
+          linear_options: LinearOptions of sparse weights, static.
           pruning_key: typed key, or None where no gradient is pruned.
 
         Returns:
@@ -235,7 +222,7 @@ class Decoder(nnx.Module):
                 encoded_BSD,
                 kv_mask_BS=kv_mask_BS,
                 dropout_key=dropout_key,
-                linear_mode=linear_mode,
+                linear_options=linear_options,
                 pruning_key=pruning_key,
             )
             return x_BTD, None

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from pallas_kernels import block_sparse_matmul
-from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
+from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
 
@@ -74,31 +74,31 @@ class SparseEmbed(nnx.Module):
             self.gradient_mask = SparsityMask(jnp.ones(shape, bool))
         self.embedding_mask = SparsityMask(jnp.ones(shape, bool))
 
-    def __call__(self, tokens: jax.Array, *, mode: LinearMode = SPARSE_LINEAR) -> jax.Array:
+    def __call__(self, tokens: jax.Array, *, options: LinearOptions = SPARSE_LINEAR) -> jax.Array:
         """Look tokens up.
 
         Args:
           tokens: i32[...], below V.
-          mode: LinearMode, static.
+          options: LinearOptions, static.
 
         Returns:
           float[..., D].
         """
         (embedding,) = promote_dtype((self.embedding[...],), dtype=self.dtype)
         x = jnp.take(embedding, tokens, axis=0)
-        if not mode.sparse:
+        if not options.sparse:
             return x
         kept, columns = self.embedding_mask[...], 1
         if isinstance(self.pattern, WeightBlocks):
             tokens, columns = tokens // self.pattern.rows, self.pattern.columns
         return _keep(x, jnp.take(kept, tokens, axis=0).repeat(columns, axis=-1))
 
-    def attend(self, x: jax.Array, *, mode: LinearMode = SPARSE_LINEAR) -> jax.Array:
+    def attend(self, x: jax.Array, *, options: LinearOptions = SPARSE_LINEAR) -> jax.Array:
         """Compute logits: the product of the head that is tied to this embedding.
 
         Args:
           x: float[..., D].
-          mode: LinearMode, static; `grad_pruning` has no effect here.
+          options: LinearOptions, static; `grad_pruning` has no effect here.
 
         Returns:
           float[..., V].
@@ -107,15 +107,15 @@ class SparseEmbed(nnx.Module):
           As `nnx.Embed.attend`; of blocks, those of `pallas_kernels.block_sparse_matmul`.
         """
         x, embedding = promote_dtype((x, self.embedding[...]), dtype=self.dtype)
-        if mode.sparse and isinstance(self.pattern, WeightBlocks):
+        if options.sparse and isinstance(self.pattern, WeightBlocks):
             return block_sparse_matmul(
                 x,
                 embedding.T,
                 self.embedding_mask[...].T,
                 grad_mask=self.gradient_mask[...].T,
-                implementation=mode.implementation,
+                implementation=options.implementation,
             )
-        if mode.sparse:
+        if options.sparse:
             embedding = _keep(embedding, self.embedding_mask[...])
         return jnp.dot(x, embedding.T)
 
@@ -149,28 +149,32 @@ def make_embed(
     return SparseEmbed(num_embeddings, features, pattern=pattern, **options)
 
 
-def look_up(embed: nnx.Embed | SparseEmbed, tokens: jax.Array, *, mode: LinearMode) -> jax.Array:
+def look_up(
+    embed: nnx.Embed | SparseEmbed, tokens: jax.Array, *, options: LinearOptions
+) -> jax.Array:
     """Look tokens up in an embedding of either kind.
 
     Args:
       tokens: i32[...], below V.
-      mode: LinearMode, static.
+      options: LinearOptions, static.
 
     Returns:
       float[..., D].
     """
-    return embed(tokens, mode=mode) if isinstance(embed, SparseEmbed) else embed(tokens)
+    return embed(tokens, options=options) if isinstance(embed, SparseEmbed) else embed(tokens)
 
 
-def compute_logits(embed: nnx.Embed | SparseEmbed, x: jax.Array, *, mode: LinearMode) -> jax.Array:
+def compute_logits(
+    embed: nnx.Embed | SparseEmbed, x: jax.Array, *, options: LinearOptions
+) -> jax.Array:
     """Apply the head that is tied to an embedding of either kind.
 
     Args:
       x: float[..., D].
-      mode: LinearMode, static.
+      options: LinearOptions, static.
 
     Returns:
       f32[..., V].
     """
-    logits = embed.attend(x, mode=mode) if isinstance(embed, SparseEmbed) else embed.attend(x)
+    logits = embed.attend(x, options=options) if isinstance(embed, SparseEmbed) else embed.attend(x)
     return logits.astype(jnp.float32)

@@ -20,7 +20,7 @@ type LayerActivation = Activation | Literal["relu"]
 """What may follow a layer; the kernels fuse all of it but "relu"."""
 
 
-class LinearMode(NamedTuple):
+class LinearOptions(NamedTuple):
     """Static choices of one training phase about layers with sparse weights.
 
     Attributes:
@@ -35,8 +35,8 @@ class LinearMode(NamedTuple):
     implementation: Implementation | None = None
 
 
-SPARSE_LINEAR = LinearMode()
-DENSE_LINEAR = LinearMode(sparse=False)
+SPARSE_LINEAR = LinearOptions()
+DENSE_LINEAR = LinearOptions(sparse=False)
 _TWO_OF_FOUR = NMPattern(2, 4)
 _GATES = {"geglu": nnx.gelu, "swiglu": nnx.silu}
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -122,7 +122,7 @@ class SparseLinear(nnx.Module):
         self,
         x: jax.Array,
         *,
-        mode: LinearMode = SPARSE_LINEAR,
+        options: LinearOptions = SPARSE_LINEAR,
         key: jax.Array | None = None,
         activation: LayerActivation | None = None,
     ) -> jax.Array:
@@ -130,8 +130,8 @@ class SparseLinear(nnx.Module):
 
         Args:
           x: float[..., K].
-          mode: LinearMode, static.
-          key: typed key; needed where the mode prunes gradients, without effect elsewhere.
+          options: LinearOptions, static.
+          key: typed key; needed where the options prune gradients, without effect elsewhere.
           activation: None; "gelu" (tanh form); "relu", which no kernel fuses; or "geglu", "swiglu":
             the first half of the columns is multiplied with the activated second half.
 
@@ -140,27 +140,27 @@ class SparseLinear(nnx.Module):
 
         Raises:
           ValueError: if a shape or option is not as described, or a key is missing.
-          NotImplementedError: if the mode names a kernel that does not run here.
+          NotImplementedError: if the options name a kernel that does not run here.
 
         Numerics:
-          With a dense mode, those of `nnx.Linear` and then `activate`, bit for bit; otherwise
+          With dense options, those of `nnx.Linear` and then `activate`, bit for bit; otherwise
           those of `pallas_kernels.nm_matmul`, or of `block_sparse_matmul`.
         """
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
         x, kernel, bias = promote_dtype((x, kernel, bias), dtype=self.dtype)
-        if not mode.sparse:
+        if not options.sparse:
             y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
             if bias is not None:
                 y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
             return activate(y, activation)
-        return self._multiply(self, x, kernel, bias, mode, key, activation)
+        return self._multiply(self, x, kernel, bias, options, key, activation)
 
 
-def _multiply_blocks(layer, x, kernel, bias, mode, key, activation):
+def _multiply_blocks(layer, x, kernel, bias, options, key, activation):
     del key
-    if mode.grad_pruning != "none":
+    if options.grad_pruning != "none":
         raise ValueError(
-            f"grad_pruning must be 'none' for weights in blocks, got {mode.grad_pruning!r}"
+            f"grad_pruning must be 'none' for weights in blocks, got {options.grad_pruning!r}"
         )
     y = block_sparse_matmul(
         x,
@@ -168,26 +168,26 @@ def _multiply_blocks(layer, x, kernel, bias, mode, key, activation):
         layer.kernel_mask[...],
         grad_mask=layer.gradient_mask[...],
         bias=bias,
-        implementation=mode.implementation,
+        implementation=options.implementation,
     )
     return activate(y, activation)
 
 
-def _multiply_groups(layer, x, kernel, bias, mode, key, activation):
+def _multiply_groups(layer, x, kernel, bias, options, key, activation):
     n, m, transposable = _get_groups(layer.pattern)
     y = nm_matmul(
         x,
         kernel,
         layer.kernel_mask[...],
         transposable=transposable,
-        grad_pruning=mode.grad_pruning,
-        key=None if mode.grad_pruning == "none" else key,
+        grad_pruning=options.grad_pruning,
+        key=None if options.grad_pruning == "none" else key,
         bias=bias,
         activation=None if activation == "relu" else activation,
         pattern=(n, m),
         # The mask of a layer that is not pruned yet keeps everything.
         check_mask=False,
-        implementation=mode.implementation,
+        implementation=options.implementation,
     )
     return activate(y, activation) if activation == "relu" else y
 
@@ -256,7 +256,7 @@ def apply_linear(
     x: jax.Array,
     *,
     name: str,
-    mode: LinearMode,
+    options: LinearOptions,
     pruning_key: jax.Array | None,
     activation: LayerActivation | None = None,
 ) -> jax.Array:
@@ -265,7 +265,7 @@ def apply_linear(
     Args:
       x: float[..., K].
       name: str, of the layer in its block; layers of other names draw other numbers.
-      mode: LinearMode, static.
+      options: LinearOptions, static.
       pruning_key: typed key of the block, or None where no gradient is pruned.
       activation: as of `SparseLinear`.
 
@@ -277,4 +277,4 @@ def apply_linear(
     key = None
     if pruning_key is not None:
         key = jax.random.fold_in(pruning_key, zlib.crc32(name.encode()))
-    return layer(x, mode=mode, key=key, activation=activation)
+    return layer(x, options=options, key=key, activation=activation)

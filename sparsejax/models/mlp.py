@@ -3,20 +3,20 @@
 Legend: B batch, T position, D model width, F feed-forward width.
 """
 
-from typing import Literal
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.models.linear import SPARSE_LINEAR, LinearMode, apply_linear, make_linear
-from sparsejax.patterns import WeightPattern
-
-type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
-
-GATED_ACTIVATIONS = ("geglu", "swiglu")
-"""Activations that compute twice as many values, half of them gates."""
-
-_KERNEL_INIT = nnx.initializers.lecun_normal()
+from sparsejax.models.config import (
+    GATED_ACTIVATIONS,
+    MLPActivation,
+    TransformerConfig,
+    sparse_weight_patterns,
+)
+from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions, apply_linear, make_linear
+from sparsejax.models.residual import make_kernel_inits
 
 
 class MLP(nnx.Module):
@@ -30,67 +30,52 @@ class MLP(nnx.Module):
       down: nnx.Linear or SparseLinear, f32[F, D].
     """
 
-    def __init__(
-        self,
-        model_dim: int,
-        mlp_dim: int,
-        *,
-        activation: MLPActivation = "gelu",
-        use_bias: bool = True,
-        up_pattern: WeightPattern | None = None,
-        down_pattern: WeightPattern | None = None,
-        dtype=None,
-        kernel_init=_KERNEL_INIT,
-        out_kernel_init=_KERNEL_INIT,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: TransformerConfig, *, in_decoder: bool = False, rngs: nnx.Rngs):
         """Create both projections.
 
         Args:
-          model_dim: int, D.
-          mlp_dim: int, F.
-          activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
-          use_bias: bool, add biases.
-          up_pattern: pattern of the first weight, None if it is dense.
-          down_pattern: pattern of the second weight, None if it is dense.
-          dtype: type of activations, None for that of input and parameters together.
-          kernel_init: initializer of `up`.
-          out_kernel_init: initializer of `down`.
+          config: read are its sizes, activation, weight patterns, initial scale, biases and type.
+          in_decoder: the layer belongs to the decoder of an encoder-decoder.
           rngs: nnx.Rngs with a `params` stream.
         """
-        self.activation: MLPActivation = activation
+        self.activation: MLPActivation = config.mlp_activation
+        num_branches = 3 * config.num_decoder_layers if in_decoder else 2 * config.num_layers
+        kernel_init, out_kernel_init = make_kernel_inits(config, num_branches=num_branches)
+        patterns, prefix = sparse_weight_patterns(config), "decoder/" if in_decoder else ""
+        shared: dict[str, Any] = {
+            "use_bias": config.use_bias,
+            "dtype": jnp.dtype(config.dtype),
+            "rngs": rngs,
+        }
+        gated = config.mlp_activation in GATED_ACTIVATIONS
         self.up = make_linear(
-            model_dim,
-            2 * mlp_dim if activation in GATED_ACTIVATIONS else mlp_dim,
-            use_bias=use_bias,
-            pattern=up_pattern,
-            dtype=dtype,
+            config.model_dim,
+            (2 if gated else 1) * config.mlp_dim,
+            pattern=patterns.get(f"{prefix}mlp/up"),
             kernel_init=kernel_init,
-            rngs=rngs,
+            **shared,
         )
         self.down = make_linear(
-            mlp_dim,
-            model_dim,
-            use_bias=use_bias,
-            pattern=down_pattern,
-            dtype=dtype,
+            config.mlp_dim,
+            config.model_dim,
+            pattern=patterns.get(f"{prefix}mlp/down"),
             kernel_init=out_kernel_init,
-            rngs=rngs,
+            **shared,
         )
 
     def __call__(
         self,
         x_BTD: jax.Array,
         *,
-        mode: LinearMode = SPARSE_LINEAR,
+        options: LinearOptions = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
     ) -> jax.Array:
         """Apply the layer.
 
         Args:
           x_BTD: float[B, T, D].
-          mode: LinearMode of sparse weights, static.
-          pruning_key: typed key; needed where the mode prunes gradients of sparse weights.
+          options: LinearOptions of sparse weights, static.
+          pruning_key: typed key; needed where the options prunes gradients of sparse weights.
 
         Returns:
           float[B, T, D].
@@ -99,10 +84,10 @@ class MLP(nnx.Module):
             self.up,
             x_BTD,
             name="mlp/up",
-            mode=mode,
+            options=options,
             pruning_key=pruning_key,
             activation=self.activation,
         )
         return apply_linear(
-            self.down, hidden_BTF, name="mlp/down", mode=mode, pruning_key=pruning_key
+            self.down, hidden_BTF, name="mlp/down", options=options, pruning_key=pruning_key
         )

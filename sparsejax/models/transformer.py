@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import make_block_schedule
-from sparsejax.models.attention import SPARSE, AttentionMode, BlockSparseAttention
+from sparsejax.models.attention import SPARSE, AttentionOptions, BlockSparseAttention
 from sparsejax.models.block_lists import BlockLists
 from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.decoder import Decoder
 from sparsejax.models.embedding import compute_logits, look_up, make_embed
-from sparsejax.models.linear import SPARSE_LINEAR, LinearMode
+from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.mlp import MLP
 from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
 from sparsejax.models.stack import make_stack, scan_stack
@@ -49,41 +49,23 @@ class Block(nnx.Module):
         Args:
           rngs: nnx.Rngs with a `params` stream.
         """
-        kernel_init, out_kernel_init = make_kernel_inits(config, num_branches=2 * config.num_layers)
         self.dropout_rate = config.dropout_rate
-        shared: dict[str, Any] = {
-            "dtype": jnp.dtype(config.dtype),
-            "use_bias": config.use_bias,
-            "kernel_init": kernel_init,
-            "out_kernel_init": out_kernel_init,
-            "rngs": rngs,
-        }
-        patterns = sparse_weight_patterns(config)
         self.attention_norm = make_layer_norm(config, rngs)
-        self.attention = BlockSparseAttention(
-            config.model_dim,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            max_length=config.max_length,
-            block=config.block,
-            causal=config.causal,
-            rotary=config.positions == "rotary",
-            qkv_pattern=patterns.get("attention/qkv"),
-            out_pattern=patterns.get("attention/out"),
-            **shared,
-        )
+        self.attention = BlockSparseAttention(config, rngs=rngs)
         self.mlp_norm = make_layer_norm(config, rngs)
-        self.mlp = MLP(
-            config.model_dim,
-            config.mlp_dim,
-            activation=config.mlp_activation,
-            up_pattern=patterns.get("mlp/up"),
-            down_pattern=patterns.get("mlp/down"),
-            **shared,
-        )
+        self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x_BTD, *, schedule, kv_mask_BT, dropout_key, mode, linear_mode, pruning_key, probe
+        self,
+        x_BTD,
+        *,
+        schedule,
+        kv_mask_BT,
+        dropout_key,
+        attention_options,
+        linear_options,
+        pruning_key,
+        probe,
     ):
         """Apply attention and feed-forward, each around a residual connection.
 
@@ -92,8 +74,8 @@ class Block(nnx.Module):
           schedule: BlockSchedule of this layer's mask, or None.
           kv_mask_BT: bool[B, T], True = real token, or None.
           dropout_key: typed key, or None for no dropout.
-          mode: AttentionMode, static.
-          linear_mode: LinearMode, static.
+          attention_options: AttentionOptions, static.
+          linear_options: LinearOptions, static.
           pruning_key: typed key, or None where no gradient is pruned.
           probe: bool, static; also return the attention map.
 
@@ -105,13 +87,13 @@ class Block(nnx.Module):
             self.attention_norm(x_BTD),
             kv_mask_BT=kv_mask_BT,
             schedule=schedule,
-            mode=mode,
-            linear_mode=linear_mode,
+            options=attention_options,
+            linear_options=linear_options,
             pruning_key=pruning_key,
             probe=probe,
         )
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
-        branch = self.mlp(self.mlp_norm(x_BTD), mode=linear_mode, pruning_key=pruning_key)
+        branch = self.mlp(self.mlp_norm(x_BTD), options=linear_options, pruning_key=pruning_key)
         return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
 
 
@@ -187,8 +169,8 @@ class Transformer(nnx.Module):
         decoder_tokens: jax.Array | None = None,
         mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        mode: AttentionMode = SPARSE,
-        linear_mode: LinearMode = SPARSE_LINEAR,
+        attention_options: AttentionOptions = SPARSE,
+        linear_options: LinearOptions = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
         block_lists: BlockLists = None,
         probe: bool = False,
@@ -201,10 +183,10 @@ class Transformer(nnx.Module):
             for any other model.
           mask: bool, shape of `tokens` without P, True = real token; None = all real.
           dropout_key: typed key; None switches dropout off.
-          mode: AttentionMode, static.
-          linear_mode: LinearMode of sparse weights, static.
-          pruning_key: typed key; needed where `linear_mode` prunes gradients and there are sparse
-            weights, without effect elsewhere.
+          attention_options: AttentionOptions, static.
+          linear_options: LinearOptions of sparse weights, static.
+          pruning_key: typed key; needed where `linear_options` prune gradients of sparse weights,
+            without effect elsewhere.
           block_lists: what `make_block_lists` returns for the model's masks, to build it once and
             not in every call; None builds it here. Not used for T below `max_length`.
           probe: bool, static; also return each layer's mean attention map.
@@ -216,14 +198,14 @@ class Transformer(nnx.Module):
         config = self.config
         _check_shape(config, tokens.shape)
         _check_decoder_tokens(config, tokens, decoder_tokens)
-        draws = linear_mode.sparse and linear_mode.grad_pruning != "none"
+        draws = linear_options.sparse and linear_options.grad_pruning != "none"
         if not (draws and config.sparse_weights):
             pruning_key = None
         elif pruning_key is None:
             raise ValueError(
-                f"pruning_key must be given where grad_pruning={linear_mode.grad_pruning!r}"
+                f"pruning_key must be given where grad_pruning={linear_options.grad_pruning!r}"
             )
-        x_BTD = self._embed(tokens, linear_mode)
+        x_BTD = self._embed(tokens, linear_options)
         mask_BT = None if mask is None else mask.reshape(x_BTD.shape[:2])
         embedding_key = block_key = dropout_key
         if dropout_key is not None:
@@ -233,23 +215,23 @@ class Transformer(nnx.Module):
             x_BTD,
             mask_BT,
             (block_key, pruning_key),
-            mode=mode,
-            linear_mode=linear_mode,
+            attention_options=attention_options,
+            linear_options=linear_options,
             block_lists=block_lists,
             probe=probe,
         )
         x_BTD = self.final_norm(x_BTD)
         if decoder_tokens is not None:
             x_BTD = self.decoder(
-                look_up(self.embedding, decoder_tokens, mode=linear_mode),
+                look_up(self.embedding, decoder_tokens, options=linear_options),
                 x_BTD,
                 kv_mask_BS=mask_BT,
                 dropout_key=dropout_key,
-                linear_mode=linear_mode,
+                linear_options=linear_options,
                 pruning_key=pruning_key,
             )
         if not config.num_classes:
-            logits = compute_logits(self.embedding, x_BTD, mode=linear_mode)
+            logits = compute_logits(self.embedding, x_BTD, options=linear_options)
             return ModelOutput(logits, attention_maps)
         if mask_BT is not None:
             x_BTD = x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
@@ -261,21 +243,23 @@ class Transformer(nnx.Module):
         logits_BC = self.classifier(nnx.relu(self.hidden(pooled_BD)))
         return ModelOutput(logits_BC.astype(jnp.float32), attention_maps)
 
-    def _embed(self, tokens, linear_mode):
+    def _embed(self, tokens, linear_options):
         config = self.config
         if config.patch_values:
             x_BTD = self.patches(tokens / 127.5 - 1)
         else:
             tokens = tokens.reshape(-1, tokens.shape[-1])
-            x_BTD = look_up(self.embedding, tokens, mode=linear_mode)
+            x_BTD = look_up(self.embedding, tokens, options=linear_options)
         if config.positions == "learned":
             x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
 
-    def _apply_blocks(self, x_BTD, mask_BT, keys, *, mode, linear_mode, block_lists, probe):
+    def _apply_blocks(
+        self, x_BTD, mask_BT, keys, *, attention_options, linear_options, block_lists, probe
+    ):
         config = self.config
         schedules = None
-        by_blocks = mode.sparse and mode.position_mask is None
+        by_blocks = attention_options.sparse and attention_options.position_mask is None
         if by_blocks and x_BTD.shape[1] == config.max_length:
             schedules = block_lists
             if schedules is None:
@@ -288,8 +272,8 @@ class Transformer(nnx.Module):
                 schedule=schedule,
                 kv_mask_BT=mask_BT,
                 dropout_key=dropout_key,
-                mode=mode,
-                linear_mode=linear_mode,
+                attention_options=attention_options,
+                linear_options=linear_options,
                 pruning_key=pruning_key,
                 probe=probe,
             )

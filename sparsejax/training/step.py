@@ -14,9 +14,9 @@ from flax import nnx
 
 from sparsejax.batch import get_targets
 from sparsejax.models import (
-    AttentionMode,
+    AttentionOptions,
     Implementation,
-    LinearMode,
+    LinearOptions,
     ModelOutput,
 )
 from sparsejax.optimizer import Optimizer, compute_learning_rate
@@ -70,7 +70,7 @@ def make_train_step(
       loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
       for the next phase.
     """
-    modes = _make_modes(phase, implementation, weight_implementation)
+    options = _make_options(phase, implementation, weight_implementation)
 
     def transform(weights, state):
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
@@ -79,7 +79,7 @@ def make_train_step(
     def compute_loss(seen, masks, state, batch, key, count, block_lists):
         sparsity = dataclasses.replace(state.sparsity, params=seen["recipe"])
         output = _apply(
-            graphdef, seen["model"], masks, batch, modes, block_lists, key=key, probe=probes
+            graphdef, seen["model"], masks, batch, options, block_lists, key=key, probe=probes
         )
         totals = compute_totals(output, batch, label_smoothing=label_smoothing)
         loss = totals["loss"] / count
@@ -179,13 +179,13 @@ def make_eval_step(
       Function (state, batch, block_lists=None) -> {"loss", "correct", "count"}, f32[] sums; the
       loss is the plain cross-entropy, whatever is trained.
     """
-    modes = _make_modes(phase, implementation, weight_implementation)
+    options = _make_options(phase, implementation, weight_implementation)
 
     def eval_step(state: TrainState, batch: Batch, block_lists: BlockLists = None) -> Metrics:
         params = recipe.transform_params(state.params, state.sparsity, phase)
 
         def evaluate(part, _):
-            output = _apply(graphdef, params, state.sparsity.masks, part, modes, block_lists)
+            output = _apply(graphdef, params, state.sparsity.masks, part, options, block_lists)
             return compute_totals(output, part)
 
         return _sum_over_parts(evaluate, batch, state.key, num_micro_batches)
@@ -234,16 +234,16 @@ def _spread_weights(batch: Batch) -> jax.Array:
     )
 
 
-def _make_modes(phase, implementation, weight_implementation):
+def _make_options(phase, implementation, weight_implementation):
     """Return what the phase means for attention and for linear layers."""
     return (
-        AttentionMode(
+        AttentionOptions(
             sparse=phase.sparse_attention,
             position_mask=phase.position_mask,
             pruned_logits=phase.pruned_logits,
             implementation=implementation,
         ),
-        LinearMode(
+        LinearOptions(
             sparse=phase.sparse_weights,
             grad_pruning=phase.grad_pruning,
             implementation=weight_implementation,
@@ -251,22 +251,22 @@ def _make_modes(phase, implementation, weight_implementation):
     )
 
 
-def _apply(graphdef, params, masks, batch, modes, block_lists, *, key=None, probe=False):
+def _apply(graphdef, params, masks, batch, options, block_lists, *, key=None, probe=False):
     """Run the model; without a key, without dropout and without gradients to be pruned."""
     model = nnx.merge(graphdef, params, masks)
-    mode, linear_mode = modes
+    attention_options, linear_options = options
     pruning_key = None
     if key is None:
-        linear_mode = linear_mode._replace(grad_pruning="none")
-    elif linear_mode.grad_pruning != "none":
+        linear_options = linear_options._replace(grad_pruning="none")
+    elif linear_options.grad_pruning != "none":
         pruning_key = jax.random.fold_in(key, _PRUNING)
     return model(
         batch["inputs"],
         decoder_tokens=batch.get("decoder_inputs"),
         mask=batch.get("mask"),
         dropout_key=key,
-        mode=mode,
-        linear_mode=linear_mode,
+        attention_options=attention_options,
+        linear_options=linear_options,
         pruning_key=pruning_key,
         block_lists=block_lists,
         probe=probe,

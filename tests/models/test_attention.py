@@ -11,13 +11,14 @@ from flax import nnx
 
 import pallas_kernels
 from sparsejax.models import (
-    AttentionMode,
+    AttentionOptions,
     BlockSparseAttention,
     SparsityMask,
     apply_rotary,
 )
 from sparsejax.patterns import BlockPattern
 from tests.kernels.oracles import softmax_maps
+from tests.small_models import make_config
 
 WIDTH, LENGTH = 32, 48
 BLOCK = BlockPattern(block_q=16, block_kv=16)
@@ -51,16 +52,21 @@ def test_rotary_needs_pairs():
 
 
 @functools.cache
-def make_attention(**options):
-    settings = {"max_length": LENGTH, "block": BLOCK} | options
-    return BlockSparseAttention(WIDTH, 4, **settings, rngs=nnx.Rngs(0))
+def make_attention(**changes):
+    return BlockSparseAttention(make_attention_config(**changes), rngs=nnx.Rngs(0))
 
 
-def attend(attention, x, kv_mask=None, *, mode):
+def make_attention_config(**changes):
+    settings = {"model_dim": WIDTH, "num_heads": 4, "num_kv_heads": 4, "causal": False}
+    settings |= {"max_length": LENGTH, "block": BLOCK}
+    return make_config(**settings | changes)
+
+
+def attend(attention, x, kv_mask=None, *, options):
     graphdef, state = nnx.split(attention)
 
     def run(state, x, kv_mask):
-        return nnx.merge(graphdef, state)(x, kv_mask_BT=kv_mask, mode=mode)[0]
+        return nnx.merge(graphdef, state)(x, kv_mask_BT=kv_mask, options=options)[0]
 
     return jit(run)(state, x, kv_mask)
 
@@ -83,28 +89,28 @@ def dense_attention(attention, x_BTD, visible_BTS):
 def test_rotated_grouped_queries_at_a_length_between_blocks(sparse):
     # Blocks of two sizes: 20 positions fill neither, 48 are the least that fill both.
     block = BlockPattern(block_q=16, block_kv=24)
-    attention = make_attention(num_kv_heads=1, rotary=True, block=block)
+    attention = make_attention(num_kv_heads=1, positions="rotary", block=block)
     x = draw(2, 20, WIDTH)
-    mode = AttentionMode(sparse=sparse)
+    options = AttentionOptions(sparse=sparse)
     expected = dense_attention(attention, x, np.ones((2, 20, 20), bool))
-    np.testing.assert_allclose(attend(attention, x, mode=mode), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(attention, x, options=options), expected, atol=1e-5)
     if sparse:
         real = np.arange(20) < np.array([[20], [13]])
         expected = dense_attention(attention, x, np.repeat(real[:, None], 20, axis=1))
-        np.testing.assert_allclose(attend(attention, x, real, mode=mode), expected, atol=1e-5)
+        np.testing.assert_allclose(attend(attention, x, real, options=options), expected, atol=1e-5)
 
 
 def test_attention_goes_to_the_positions_of_a_mask():
     attention, x = make_attention(causal=True), draw(2, 20, WIDTH)
     i, j = np.indices((20, 20))
     kept = (i - j < 3) | ((i - j) % 5 == 0)
-    mode = AttentionMode(position_mask=lambda length: jnp.asarray(kept[:length, :length]))
+    options = AttentionOptions(position_mask=lambda length: jnp.asarray(kept[:length, :length]))
     visible = np.broadcast_to(kept & (i >= j), (2, 20, 20))
     expected = dense_attention(attention, x, visible)
-    np.testing.assert_allclose(attend(attention, x, mode=mode), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(attention, x, options=options), expected, atol=1e-5)
     real = np.arange(20) >= np.array([[0], [4]])
     expected = dense_attention(attention, x, visible & real[:, None])
-    got = attend(attention, x, real, mode=mode)
+    got = attend(attention, x, real, options=options)
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
     np.testing.assert_allclose(got[1, 4:], expected[1, 4:], atol=1e-5)
 
@@ -114,21 +120,12 @@ def test_a_sequence_beyond_the_mask_is_refused():
         make_attention()(jnp.ones((1, 64, WIDTH)))
 
 
-@pytest.mark.parametrize("heads", [{"num_heads": 5}, {"num_heads": 4, "num_kv_heads": 3}])
-def test_heads_that_do_not_divide_are_named(heads):
-    named = ", ".join(f"{name}={value}" for name, value in heads.items())
-    with pytest.raises(ValueError, match=f"got model_dim=32, {named}"):
-        BlockSparseAttention(WIDTH, **heads, max_length=32, block=BLOCK, rngs=nnx.Rngs(0))
-
-
 class MyLayer(nnx.Module):
     """A layer of somebody's own model."""
 
     def __init__(self, rngs):
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = BlockSparseAttention(
-            WIDTH, 4, max_length=LENGTH, block=BLOCK, causal=True, rngs=rngs
-        )
+        self.attention = BlockSparseAttention(make_attention_config(causal=True), rngs=rngs)
 
     def __call__(self, x):
         y, _ = self.attention(self.norm(x))
@@ -153,15 +150,14 @@ def test_assigning_the_mask_of_a_module_prunes():
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_probe_runs_on_the_kernel_that_is_named_for_attention(sparse):
-    attention = BlockSparseAttention(
-        64, 2, max_length=128, block=BlockPattern(block_q=64, block_kv=64), causal=True,
-        dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    sizes = {"model_dim": 64, "num_heads": 2, "num_kv_heads": 2, "max_length": 128}
+    block = BlockPattern(block_q=64, block_kv=64)
+    attention = make_attention(**sizes, block=block, causal=True, dtype="bfloat16")
     x = jnp.ones((1, 128, 64), jnp.bfloat16)
 
     def find_shape(implementation):
-        mode = AttentionMode(sparse=sparse, implementation=implementation)
-        return jax.eval_shape(lambda x: attention(x, mode=mode, probe=True)[1], x).shape
+        options = AttentionOptions(sparse=sparse, implementation=implementation)
+        return jax.eval_shape(lambda x: attention(x, options=options, probe=True)[1], x).shape
 
     assert [find_shape(name) for name in (None, "xla", "dense", "reference")] == [(128, 128)] * 4
     # There is no Hopper GPU here; dense attention does not need one.

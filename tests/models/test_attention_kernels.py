@@ -10,12 +10,13 @@ from flax import nnx
 
 from pallas_kernels import aot, mean_attention_map
 from sparsejax.masks import flood_fill, map_distance, map_skewness, pool_attention
-from sparsejax.models import AttentionMode, BlockSparseAttention, SparsityMask
+from sparsejax.models import AttentionOptions, BlockSparseAttention, SparsityMask
 from sparsejax.patterns import BlockPattern
 from tests.kernels.contract import Case, call_implementation, compile_case
 from tests.kernels.interpreter import hopper
 from tests.kernels.machine_checks import check_kernel
 from tests.kernels.oracles import error, make_normal, softmax_maps
+from tests.small_models import make_config
 
 
 @pytest.mark.ci
@@ -33,26 +34,26 @@ def test_flood_filled_pattern():
     assert max(error(x, y) for x, y in zip(got, expected, strict=True)) < 0.03
 
 
+def _make_attention(width, heads, length, *, block, dtype):
+    sizes = {"model_dim": width, "num_heads": heads, "num_kv_heads": heads, "max_length": length}
+    pattern = BlockPattern(block_q=block, block_kv=block)
+    config = make_config(**sizes, block=pattern, causal=False, dtype=dtype)
+    return BlockSparseAttention(config, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.ci
 def test_the_model_pads_a_length_between_blocks():
     real = jnp.arange(100) < jnp.array([[100], [70]])
 
-    @functools.partial(jax.jit, static_argnames=("mode", "dtype"))
-    def run(kept, mode, dtype):
-        attention = BlockSparseAttention(
-            64,
-            2,
-            max_length=128,
-            block=BlockPattern(block_q=64, block_kv=64),
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-        )
+    @functools.partial(jax.jit, static_argnames=("options", "dtype"))
+    def run(kept, options, dtype):
+        attention = _make_attention(64, 2, 128, block=64, dtype=dtype)
         graphdef, masks, params = nnx.split(attention, SparsityMask, nnx.Param)
         masks = jax.tree.map(lambda _: kept, masks)
         x, cotangent = make_normal(((2, 100, 64),) * 2, "bfloat16")
 
         def attend(params, x):
-            return nnx.merge(graphdef, masks, params)(x, kv_mask_BT=real, mode=mode)[0]
+            return nnx.merge(graphdef, masks, params)(x, kv_mask_BT=real, options=options)[0]
 
         out, vjp = jax.vjp(attend, params, x.astype(dtype))
         return [y / jnp.abs(y).max() for y in jax.tree.leaves((out, vjp(cotangent.astype(dtype))))]
@@ -60,10 +61,10 @@ def test_the_model_pads_a_length_between_blocks():
     everything = jnp.ones((1, 1, 2, 2), bool)
     pruned = everything.at[:, :, 0, 1].set(False)
     with hopper():
-        mode = AttentionMode(implementation="mosaic_sm90")
-        got = [run(kept, mode, "bfloat16") for kept in (everything, pruned)]
+        options = AttentionOptions(implementation="mosaic_sm90")
+        got = [run(kept, options, "bfloat16") for kept in (everything, pruned)]
     # Dense attention is not padded.
-    dense, xla = AttentionMode(sparse=False), AttentionMode(implementation="xla")
+    dense, xla = AttentionOptions(sparse=False), AttentionOptions(implementation="xla")
     expected = run(everything, dense, "float32"), run(pruned, xla, "float32")
     for arrays in zip(got, expected, strict=True):
         assert max(error(x, y) for x, y in zip(*arrays, strict=True)) < 0.05
@@ -93,18 +94,15 @@ def test_what_recipes_read_of_the_map_is_what_the_maps_of_heads_have(causal):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads(sparse):
     B, T, N = 4, 2048, 8
-    attention = BlockSparseAttention(
-        64 * N, N, max_length=T, block=BlockPattern(block_q=128, block_kv=128),
-        dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    attention = _make_attention(64 * N, N, T, block=128, dtype="bfloat16")
     graphdef, state = nnx.split(attention)
     x = jax.ShapeDtypeStruct((B, T, 64 * N), jnp.bfloat16)
-    mode = AttentionMode(sparse=sparse, implementation="mosaic_sm90")
+    options = AttentionOptions(sparse=sparse, implementation="mosaic_sm90")
 
     @functools.partial(jax.grad, has_aux=True, allow_int=True)
     def step(state, x):
         y, mean_map = jax.checkpoint(
-            lambda state, x: nnx.merge(graphdef, state)(x, mode=mode, probe=True)
+            lambda state, x: nnx.merge(graphdef, state)(x, options=options, probe=True)
         )(state, x)
         return y.astype(jnp.float32).sum(), mean_map
 

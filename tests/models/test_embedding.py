@@ -40,8 +40,8 @@ def test_an_embedding_is_that_of_nnx_until_something_is_pruned(pattern):
     # Logits are sums of terms of 1e-3 that may cancel.
     np.testing.assert_allclose(sparse.attend(x), plain.attend(x), rtol=1e-6, atol=1e-9)
     prune(sparse)
-    np.testing.assert_array_equal(sparse(TOKENS, mode=DENSE_LINEAR), x)
-    np.testing.assert_array_equal(sparse.attend(x, mode=DENSE_LINEAR), plain.attend(x))
+    np.testing.assert_array_equal(sparse(TOKENS, options=DENSE_LINEAR), x)
+    np.testing.assert_array_equal(sparse.attend(x, options=DENSE_LINEAR), plain.attend(x))
 
 
 @pytest.mark.parametrize(

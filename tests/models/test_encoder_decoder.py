@@ -13,7 +13,7 @@ from flax import nnx
 
 from sparsejax.models import (
     DENSE_LINEAR,
-    LinearMode,
+    LinearOptions,
     SparsityMask,
     Transformer,
     decoder,
@@ -44,7 +44,7 @@ SPARSE = dataclasses.replace(
     PLAIN, sparse_weights=(("(decoder/)?mlp/.*", SQUARE),), dropout_rate=0.1
 )
 ALONE = dataclasses.replace(PLAIN, num_decoder_layers=0, num_classes=2)
-MVUE = LinearMode(grad_pruning="mvue")
+MVUE = LinearOptions(grad_pruning="mvue")
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -84,9 +84,9 @@ def apply(config, params, masks, sources=SOURCES, targets=TARGETS, real=None, **
 
 
 @functools.cache
-def forward(config, linear_mode=DENSE_LINEAR):
+def forward(config, linear_options=DENSE_LINEAR):
     """The compiled map (params, masks, sources, targets[, real]) -> logits."""
-    return jit(functools.partial(apply, config, linear_mode=linear_mode))
+    return jit(functools.partial(apply, config, linear_options=linear_options))
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def gradient(config):
     """The compiled gradient of a sum of squares, with dropout and pruned gradients."""
 
     def compute(params, masks, key):
-        logits = apply(config, params, masks, linear_mode=MVUE, pruning_key=key, dropout_key=key)
+        logits = apply(config, params, masks, linear_options=MVUE, pruning_key=key, dropout_key=key)
         return (logits**2).sum()
 
     return jit(jax.grad(compute))
@@ -273,7 +273,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
     for module in (transformer, decoder):
         watch(module, "dropout", lambda arguments, options: arguments[2])
     key, weights = jax.random.key(0), make_weights(SPARSE)
-    logits = apply(SPARSE, *weights, linear_mode=MVUE, pruning_key=key, dropout_key=key)
+    logits = apply(SPARSE, *weights, linear_options=MVUE, pruning_key=key, dropout_key=key)
     jax.block_until_ready(logits)
     jax.effects_barrier()
     # Two weights in each of 2 + 3 layers; both embeddings, 2 branches of 2 layers, 3 of 3.
@@ -297,7 +297,7 @@ def test_masks_of_both_stacks_prune_their_own_weights():
         "decoder/blocks/mlp/up/kernel_mask": (3, 16, 24),
         "decoder/blocks/mlp/down/kernel_mask": (3, 24, 16),
     }
-    run = forward(SPARSE, LinearMode())
+    run = forward(SPARSE, LinearOptions())
     logits, pruned = run(params, masks, SOURCES, TARGETS), params
     for path, mask in jax.tree.leaves_with_path(masks):
         if path[-1].key == "kernel_mask":

@@ -26,15 +26,15 @@ PATCHES = dataclasses.replace(CLASSIFIER, vocab_size=0, patch_values=12)
 
 
 @pytest.mark.parametrize(
-    "mode", [DENSE, pytest.param(MASKED, marks=pytest.mark.ci)], ids=["dense", "sparse"]
+    "options", [DENSE, pytest.param(MASKED, marks=pytest.mark.ci)], ids=["dense", "sparse"]
 )
-def test_an_encoder_that_models_language_sees_both_sides(mode):
+def test_an_encoder_that_models_language_sees_both_sides(options):
     params, masks = make_weights(MASKED_LM)
     assert "classifier" not in params
     tokens = make_tokens(2, LENGTH)
     changed = tokens.copy()
     changed[:, 38] = (changed[:, 38] + 1) % MASKED_LM.vocab_size
-    run = forward(MASKED_LM, mode)
+    run = forward(MASKED_LM, options)
     before, after = run(params, masks, tokens), run(params, masks, changed)
     assert before.shape == (2, LENGTH, MASKED_LM.vocab_size)
     moved = np.abs(before - after).max((0, 2)) > 1e-3

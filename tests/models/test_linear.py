@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.models import DENSE_LINEAR, MLP, LinearMode, SparseLinear, SparsityMask
+from sparsejax.models import DENSE_LINEAR, MLP, LinearOptions, SparseLinear, SparsityMask
 from sparsejax.patterns import NMPattern
 from tests.kernels.interpreter import hopper
 from tests.kernels.nm_contract import make_nm_masks
 from tests.kernels.oracles import make_normal
+from tests.small_models import make_config
 
 K, N = 16, 12
 PLAIN, SQUARE = NMPattern(2, 4), NMPattern(2, 4, transposable=True)
-MVUE = LinearMode(grad_pruning="mvue")
+MVUE = LinearOptions(grad_pruning="mvue")
 
 
 def draw(*shape, seed=0):
@@ -43,15 +44,15 @@ def split(module):
 @pytest.mark.parametrize("dtype", [pytest.param(None, marks=pytest.mark.ci), jnp.bfloat16])
 def test_a_dense_layer_is_a_linear_layer_bit_for_bit(dtype, use_bias):
     layer = make_layer(dtype=dtype, use_bias=use_bias)
-    layer.kernel_mask[...] = jnp.zeros((K, N), bool)  # which a dense mode ignores
+    layer.kernel_mask[...] = jnp.zeros((K, N), bool)  # which dense options ignore
     options = {"dtype": dtype, "use_bias": use_bias, "bias_init": nnx.initializers.normal(1.0)}
     plain = nnx.Linear(K, N, **options, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, split(layer)[1], split(plain)[1])
     x = draw(3, 2, K)
-    got, expected = layer(x, mode=DENSE_LINEAR), plain(x)
+    got, expected = layer(x, options=DENSE_LINEAR), plain(x)
     assert got.dtype == expected.dtype == (dtype or jnp.float32)
     np.testing.assert_array_equal(got, expected)
-    activated = layer(x, mode=DENSE_LINEAR, activation="gelu")
+    activated = layer(x, options=DENSE_LINEAR, activation="gelu")
     np.testing.assert_array_equal(activated, nnx.gelu(expected))
 
 
@@ -67,7 +68,7 @@ def test_a_dense_layer_is_a_linear_layer_bit_for_bit(dtype, use_bias):
 def test_a_layer_that_nothing_has_pruned_is_dense(pattern):
     layer, x = make_layer(pattern=pattern), draw(3, 2, K)
     assert layer.kernel_mask[...].all() and layer.kernel_mask[...].dtype == bool
-    np.testing.assert_allclose(layer(x), layer(x, mode=DENSE_LINEAR), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer(x), layer(x, options=DENSE_LINEAR), rtol=1e-5, atol=1e-6)
 
 
 def test_a_product_is_computed_in_the_type_of_the_layer():
@@ -94,8 +95,8 @@ def test_a_pruned_layer_multiplies_what_is_kept_and_trains_everything(implementa
     assert set(params) == {"kernel", "bias"} and set(masks) == {"kernel_mask"}
 
     def apply(params, x):
-        mode = LinearMode(implementation=implementation)
-        return nnx.merge(graphdef, params, masks)(x, mode=mode)
+        options = LinearOptions(implementation=implementation)
+        return nnx.merge(graphdef, params, masks)(x, options=options)
 
     kept = np.where(mask, params["kernel"], 0)
     y, pull_back = jax.vjp(apply, params, x)
@@ -132,16 +133,16 @@ def test_activations(activation, is_sparse):
         "geglu": value * jax.nn.gelu(gate),
         "swiglu": value * jax.nn.silu(gate),
     }
-    got = layer(x, mode=LinearMode(sparse=is_sparse), activation=activation)
+    got = layer(x, options=LinearOptions(sparse=is_sparse), activation=activation)
     np.testing.assert_allclose(got, expected[activation], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", [LinearMode(), DENSE_LINEAR], ids=["sparse", "dense"])
-def test_activations_that_are_none_are_refused(mode):
+@pytest.mark.parametrize("options", [LinearOptions(), DENSE_LINEAR], ids=["sparse", "dense"])
+def test_activations_that_are_none_are_refused(options):
     with pytest.raises(ValueError, match="activation must be .* got 'tanh'"):
-        make_layer()(draw(3, K), mode=mode, activation="tanh")
+        make_layer()(draw(3, K), options=options, activation="tanh")
     with pytest.raises(ValueError, match="needs an even"):
-        make_layer(sizes=(K, 3))(draw(3, K), mode=mode, activation="geglu")
+        make_layer(sizes=(K, 3))(draw(3, K), options=options, activation="geglu")
 
 
 class TheirModel(nnx.Module):
@@ -193,15 +194,15 @@ def test_pruned_gradients_follow_a_key_and_results_do_not():
     graphdef, params, masks = split(layer)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def look(mode, key):
+    def look(options, key):
         def loss(params, x):
-            y = nnx.merge(graphdef, params, masks)(x, mode=mode, key=key)
+            y = nnx.merge(graphdef, params, masks)(x, options=options, key=key)
             return (y**2).sum(), y
 
         (d_params, dx), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
         return d_params["kernel"], (dx, d_params["bias"], y)
 
-    dense, others = look(LinearMode(), None)
+    dense, others = look(LinearOptions(), None)
     same, one, two = (look(MVUE, jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(one[0], same[0])
     assert np.abs(one[0] - two[0]).max() > 0.1 < np.abs(one[0] - dense).max()
@@ -211,9 +212,9 @@ def test_pruned_gradients_follow_a_key_and_results_do_not():
 def test_a_key_is_asked_for_where_something_is_drawn():
     layer, x, key = make_layer(), draw(3, K), jax.random.key(0)
     with pytest.raises(ValueError, match="key must be given where grad_pruning='mvue'"):
-        layer(x, mode=MVUE)
+        layer(x, options=MVUE)
     np.testing.assert_array_equal(layer(x, key=key), layer(x))
-    layer(x, mode=MVUE._replace(sparse=False))
+    layer(x, options=MVUE._replace(sparse=False))
 
 
 @pytest.mark.parametrize(
@@ -239,8 +240,8 @@ def test_the_hopper_kernel_runs_where_it_is_named():
     @functools.partial(jax.jit, static_argnums=0)
     def look(implementation, params, x):
         def apply(params, x):
-            mode = LinearMode(implementation=implementation)
-            return nnx.merge(graphdef, params, masks)(x, mode=mode, activation="gelu")
+            options = LinearOptions(implementation=implementation)
+            return nnx.merge(graphdef, params, masks)(x, options=options, activation="gelu")
 
         y, pull_back = jax.vjp(apply, params, x)
         return y, pull_back(dy)
@@ -252,17 +253,20 @@ def test_the_hopper_kernel_runs_where_it_is_named():
         got = look("mosaic_sm90", params, x)
         with pytest.raises(ValueError, match="^mask must keep at most 2 of every 4"):
             unpruned = make_layer(sizes=(64, 64), dtype=jnp.bfloat16)
-            unpruned(x, mode=LinearMode(implementation="mosaic_sm90"))
+            unpruned(x, options=LinearOptions(implementation="mosaic_sm90"))
         with pytest.raises(ValueError, match="transposable=True, but mask must keep at most 2"):
             layer.kernel_mask[...] = make_mask((64, 64), PLAIN, "whole")
-            layer(x, mode=LinearMode(implementation="mosaic_sm90"))
+            layer(x, options=LinearOptions(implementation="mosaic_sm90"))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
         np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
 
 
-def make_mlp(activation, **patterns):
-    return MLP(K, N, activation=activation, **patterns, rngs=nnx.Rngs(0))
+def make_mlp(activation, *sparse_weights):
+    config = make_config(
+        model_dim=K, mlp_dim=N, mlp_activation=activation, sparse_weights=sparse_weights
+    )
+    return MLP(config, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.ci
@@ -272,11 +276,11 @@ def make_mlp(activation, **patterns):
 )
 def test_a_feed_forward_layer_multiplies_values_with_activated_gates(activation):
     x, mlp = draw(2, 3, K), make_mlp(activation)
-    sparse = make_mlp(activation, up_pattern=PLAIN, down_pattern=SQUARE)
+    sparse = make_mlp(activation, ("mlp/up", PLAIN), ("mlp/down", SQUARE))
     up, down = (layer.kernel[...] for layer in (mlp.up, mlp.down))
     assert up.shape == (K, 2 * N if "glu" in activation else N) and down.shape == (N, K)
     jax.tree.map(np.testing.assert_array_equal, split(sparse)[1], split(mlp)[1])
-    np.testing.assert_array_equal(sparse(x, mode=DENSE_LINEAR), mlp(x))
+    np.testing.assert_array_equal(sparse(x, options=DENSE_LINEAR), mlp(x))
     for layer in (sparse.up, sparse.down):
         layer.kernel_mask[...] = make_mask(layer.kernel.shape)
 

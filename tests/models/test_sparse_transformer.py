@@ -12,7 +12,7 @@ from flax import nnx
 
 from sparsejax.models import (
     DENSE_LINEAR,
-    LinearMode,
+    LinearOptions,
     SparsityMask,
     Transformer,
     linear,
@@ -22,8 +22,8 @@ from sparsejax.patterns import NMPattern
 from tests.kernels.nm_contract import make_nm_masks
 from tests.small_models import make_config
 
-SPARSE, SQUARE = LinearMode(), NMPattern(2, 4, transposable=True)
-MVUE = LinearMode(grad_pruning="mvue")
+SPARSE, SQUARE = LinearOptions(), NMPattern(2, 4, transposable=True)
+MVUE = LinearOptions(grad_pruning="mvue")
 CONFIG = make_config(
     vocab_size=11,
     num_kv_heads=1,
@@ -58,20 +58,20 @@ def make_weights(config, *, prunes=True):
     return params, jax.tree.map_with_path(make_mask, masks)
 
 
-def apply(config, mode, params, masks, key=None):
+def apply(config, options, params, masks, key=None):
     model = nnx.merge(split_abstract(config)[0], params, masks)
-    return model(TOKENS, linear_mode=mode, pruning_key=key).logits
+    return model(TOKENS, linear_options=options, pruning_key=key).logits
 
 
 @functools.cache
-def forward(config, mode):
-    return jit(lambda params, masks: apply(config, mode, params, masks))
+def forward(config, options):
+    return jit(lambda params, masks: apply(config, options, params, masks))
 
 
 @functools.cache
-def gradient(config, mode):
+def gradient(config, options):
     def compute(params, masks, key):
-        return (apply(config, mode, params, masks, key) ** 2).sum()
+        return (apply(config, options, params, masks, key) ** 2).sum()
 
     return jit(jax.grad(compute))
 
@@ -204,12 +204,12 @@ def test_a_pruning_key_is_asked_for_where_something_is_drawn():
     with pytest.raises(ValueError, match="pruning_key must be given where grad_pruning='mvue'"):
         jax.eval_shape(functools.partial(apply, CONFIG, MVUE), params, masks)
     dense = dataclasses.replace(CONFIG, sparse_weights=())
-    for config, mode, key in (
+    for config, options, key in (
         (dense, MVUE, None),
         (CONFIG, MVUE._replace(sparse=False), None),
         (CONFIG, SPARSE, jax.random.key(0)),
     ):
-        jax.eval_shape(functools.partial(apply, config, mode), *make_weights(config), key)
+        jax.eval_shape(functools.partial(apply, config, options), *make_weights(config), key)
 
 
 def test_the_first_pattern_that_matches_all_of_a_name_decides():

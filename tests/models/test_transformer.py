@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.accounting.flops import count_transformer_flops
-from sparsejax.models import AttentionMode, SparsityMask, Transformer
+from sparsejax.models import AttentionOptions, SparsityMask, Transformer
 from sparsejax.models.residual import dropout
 from sparsejax.patterns import BlockPattern
 from tests.small_models import make_config
@@ -30,8 +30,8 @@ DECODER = make_config(
 ENCODER = dataclasses.replace(
     DECODER, causal=False, num_classes=3, positions="rotary", num_kv_heads=1
 )
-DENSE, MASKED = AttentionMode(sparse=False), AttentionMode()
-ZERO = AttentionMode(pruned_logits="zero")
+DENSE, MASKED = AttentionOptions(sparse=False), AttentionOptions()
+ZERO = AttentionOptions(pruned_logits="zero")
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -60,23 +60,23 @@ def prune(masks, pattern_LIJ):
     return jax.tree.map(lambda _: np.array(pattern_LIJ, bool)[:, None, None], masks)
 
 
-def apply(config, mode, params, masks, tokens, mask=None, key=None, probe=False):
+def apply(config, options, params, masks, tokens, mask=None, key=None, probe=False):
     model = nnx.merge(split_abstract(config)[0], params, masks)
-    return model(tokens, mask=mask, dropout_key=key, mode=mode, probe=probe)
+    return model(tokens, mask=mask, dropout_key=key, attention_options=options, probe=probe)
 
 
 @functools.cache
-def forward(config, mode):
+def forward(config, options):
     """The compiled map (params, masks, tokens[, mask, key]) -> logits."""
-    return jit(lambda *args: apply(config, mode, *args).logits)
+    return jit(lambda *args: apply(config, options, *args).logits)
 
 
 @functools.cache
-def gradient(config, mode):
+def gradient(config, options):
     """The compiled gradient of sum(logits * weights) by the parameters, for a batch of 2."""
 
     def compute(params, masks, tokens, weights):
-        return (apply(config, mode, params, masks, tokens).logits * weights).sum()
+        return (apply(config, options, params, masks, tokens).logits * weights).sum()
 
     weights = np.zeros((2, LENGTH, config.vocab_size), np.float32)
     lowered = jit(jax.grad(compute)).lower(*make_weights(config), make_tokens(2, LENGTH), weights)
@@ -93,12 +93,12 @@ SPARSE[:, :, 0] = True
 SPARSE[:, 0, 3] = True
 
 
-@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
-def test_a_decoder_sees_no_later_token(mode):
+@pytest.mark.parametrize("options", [DENSE, MASKED], ids=["dense", "sparse"])
+def test_a_decoder_sees_no_later_token(options):
     params, masks = make_weights(DECODER)
     tokens, changed = make_tokens(2, LENGTH), make_tokens(2, LENGTH, seed=1)
     changed[:, :38] = tokens[:, :38]
-    run = functools.partial(forward(DECODER, mode), params, prune(masks, SPARSE))
+    run = functools.partial(forward(DECODER, options), params, prune(masks, SPARSE))
     before, after = run(tokens), run(changed)
     assert_close(before[:, :38], after[:, :38], atol=1e-6)
     assert (np.abs(before - after).max(-1)[:, 38:] > 1e-3).mean() > 0.9
@@ -150,14 +150,14 @@ def test_every_parameter_has_a_gradient_and_no_mask_has_one():
 
 
 @pytest.mark.parametrize(
-    "mode", [MASKED, pytest.param(ZERO, marks=pytest.mark.ci)], ids=["masked", "zero"]
+    "options", [MASKED, pytest.param(ZERO, marks=pytest.mark.ci)], ids=["masked", "zero"]
 )
-def test_sparse_attention_that_keeps_everything_is_dense(mode):
+def test_sparse_attention_that_keeps_everything_is_dense(options):
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
     dense = forward(DECODER, DENSE)(params, masks, tokens)
-    assert_close(forward(DECODER, mode)(params, masks, tokens), dense)
-    everywhere = forward(DECODER, mode)(params, prune(masks, SPARSE), tokens)
+    assert_close(forward(DECODER, options)(params, masks, tokens), dense)
+    everywhere = forward(DECODER, options)(params, prune(masks, SPARSE), tokens)
     assert np.abs(everywhere - dense).max() > 0.01
 
 
@@ -180,22 +180,22 @@ def test_pruning_a_block_changes_the_rows_that_read_it_and_no_others():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("mode", [DENSE, MASKED], ids=["dense", "sparse"])
-def test_a_length_between_blocks_is_the_start_of_a_longer_sequence(mode):
+@pytest.mark.parametrize("options", [DENSE, MASKED], ids=["dense", "sparse"])
+def test_a_length_between_blocks_is_the_start_of_a_longer_sequence(options):
     params, masks = make_weights(DECODER)
     tokens = make_tokens(2, LENGTH)
-    run = functools.partial(forward(DECODER, mode), params, prune(masks, SPARSE))
+    run = functools.partial(forward(DECODER, options), params, prune(masks, SPARSE))
     assert_close(run(tokens[:, :40]), run(tokens)[:, :40])
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(DENSE, marks=pytest.mark.ci), MASKED], ids=["dense", "sparse"]
+    "options", [pytest.param(DENSE, marks=pytest.mark.ci), MASKED], ids=["dense", "sparse"]
 )
-def test_an_encoder_ignores_what_padding_holds(mode):
+def test_an_encoder_ignores_what_padding_holds(options):
     params, masks = make_weights(ENCODER)
     tokens, changed = make_tokens(2, LENGTH), make_tokens(2, LENGTH, seed=1)
     real = np.arange(LENGTH) < np.array([[45], [64]])
-    run = functools.partial(forward(ENCODER, mode), params, masks)
+    run = functools.partial(forward(ENCODER, options), params, masks)
     logits = run(tokens, real)
     assert_close(run(np.where(real, tokens, changed), real), logits, atol=1e-6)
     assert np.abs(run(np.where(real, changed, tokens), real) - logits).max() > 1e-3

@@ -23,7 +23,7 @@ from sparsejax.accounting.ledger import FlopsLedger, summarise_flops
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
-from sparsejax.models import LinearMode, sparse_weight_patterns
+from sparsejax.models import LinearOptions, sparse_weight_patterns
 from sparsejax.optimizer import make_optimizer
 from sparsejax.patterns import Unstructured
 from sparsejax.recipes import (
@@ -94,7 +94,7 @@ def _dense_gradient(state, batch):
 
     def loss(params):
         model = nnx.merge(make_graphdef(_MODEL), params, state.sparsity.masks)
-        logits = model(batch["inputs"], linear_mode=LinearMode()).logits
+        logits = model(batch["inputs"], linear_options=LinearOptions()).logits
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return losses.mean()
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.models import LinearMode
+from sparsejax.models import LinearOptions
 from sparsejax.patterns import BlockPattern
 from sparsejax.recipes import (
     Observation,
@@ -351,6 +351,6 @@ def test_linear_layers_learn_the_phase(grad_pruning):
     for function in (step, evaluate):
         jax.eval_shape(function, make_state(recipe), BATCH)
     training, evaluation = seen[0], seen[-1]
-    assert training == (LinearMode(grad_pruning=grad_pruning), grad_pruning != "none")
+    assert training == (LinearOptions(grad_pruning=grad_pruning), grad_pruning != "none")
     # Nothing is drawn where nothing is differentiated.
-    assert evaluation == (LinearMode(implementation="xla"), False)
+    assert evaluation == (LinearOptions(implementation="xla"), False)

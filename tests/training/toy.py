@@ -43,19 +43,28 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 class Bigram(nnx.Module):
     """Logits looked up by token, 0 where the mask prunes them.
 
-    `note` is told of linear layers what each traced call is: their mode, and whether they draw.
+    `note` is told of linear layers what each traced call is told: their options, and whether they draw.
     """
 
-    def __init__(self, note=lambda linear_mode, draws: None):
+    def __init__(self, note=lambda linear_options, draws: None):
         self.note = note
         self.table = nnx.Param(jnp.zeros((VOCAB, VOCAB)))
         self.kept = SparsityMask(jnp.ones((VOCAB, VOCAB), bool))
 
     def __call__(
-        self, tokens, *, decoder_tokens, mask, dropout_key, mode, linear_mode, pruning_key, probe
+        self,
+        tokens,
+        *,
+        decoder_tokens,
+        mask,
+        dropout_key,
+        attention_options,
+        linear_options,
+        pruning_key,
+        probe,
     ):
         assert decoder_tokens is None
-        self.note(linear_mode, pruning_key is not None)
+        self.note(linear_options, pruning_key is not None)
         logits = jnp.where(self.kept[...], self.table[...], 0.0)[tokens]
         return ModelOutput(logits, jnp.asarray(MAPS) if probe else None)
 
