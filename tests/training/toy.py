@@ -43,7 +43,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 class Bigram(nnx.Module):
     """Logits looked up by token, 0 where the mask prunes them.
 
-    `note` is told of linear layers what each traced call is told: their options, and whether they draw.
+    `note` is told what each traced call says of linear layers: options, and whether they draw.
     """
 
     def __init__(self, note=lambda linear_options, draws: None):
