@@ -1,4 +1,4 @@
-"""Settings every test shares: the CPU by default, and compiled programs kept between runs.
+"""Settings every test shares: the CPU, compiled programs kept between runs, how much is drawn.
 
 JAX reads these when it is imported, so they stand at import time of this file and not in a
 fixture. A run that wants a GPU sets `JAX_PLATFORMS` itself.

@@ -19,11 +19,12 @@ from sparsejax.training.setup import prepare_run
 from tests.training.runs import NUM_STEPS, copy_until, make_settings, train
 
 _ROOT = pathlib.Path(__file__).parents[2]
+_KEEP = {"checkpoint__keep_last": NUM_STEPS}
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return make_settings(tmp_path_factory.mktemp("corpus"))
+    return make_settings(tmp_path_factory.mktemp("corpus"), **_KEEP)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys
 
 
 def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):
-    changed = make_settings(tmp_path, optimizer__learning_rate=5e-4)
+    changed = make_settings(tmp_path, **_KEEP, optimizer__learning_rate=5e-4)
     changed["data"]["source"] = settings["data"]["source"]
     changed["data"]["data_dir"] = settings["data"]["data_dir"]
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.001 -> 0.0005"):
