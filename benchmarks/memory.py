@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from benchmarks.environment import describe_environment
 from benchmarks.harness import RESULTS
 from benchmarks.records import Column, Results, make_table
-from configs import gpt2_124m_spion, spion_listops, spion_retrieval
+from configs import gpt2_124m_spion, spion
 from pallas_kernels import aot, block_sparse_attention
 from sparsejax.config.parse import parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
@@ -78,10 +78,16 @@ class Setting:
 # The two tasks of SAT with blocks of 64, at its layers and batch (seeds of its released code).
 SAT = (
     Setting(
-        name="SAT retrieval", make_config=spion_retrieval.get_config, batch_size=32, length=4096
+        name="SAT retrieval",
+        make_config=functools.partial(spion.get_config, "retrieval"),
+        batch_size=32,
+        length=4096,
     ),
     Setting(
-        name="SAT ListOps", make_config=spion_listops.get_config, num_layers=4, batch_size=128,
+        name="SAT ListOps",
+        make_config=functools.partial(spion.get_config, "listops"),
+        num_layers=4,
+        batch_size=128,
         length=2048,
     ),
 )  # fmt: skip

@@ -9,8 +9,8 @@ Source:    arXiv:2404.01847 and its released code: masks found anew every 40 ste
 Decay:     6e-5 for 124m and 2e-4 for 350m everywhere. For 774m the paper and the older scripts say
            2e-4 and the newer README 6e-5; for 1558m it is the other way round. The paper's are
            taken here. --mode=find_decay, which no release has, decides by flip rates.
-Expected:  validation loss of FST / dense as the paper is remembered to report it, for which we
-           vouch for nothing: 2.952 / 2.907, 2.688 / 2.618, 2.564 / 2.493, 2.489 / 2.399
+Expected:  validation loss of FST / dense, recalled from the paper, unverified: 2.952 / 2.907,
+           2.688 / 2.618, 2.564 / 2.493, 2.489 / 2.399
 Rivals:    SR-STE: --config.recipe.fst.variant=sr_ste --config.recipe.fst.decay_rate=2e-4
            STE: --config.recipe.fst.variant=ste --config.recipe.fst.decay_rate=0.0
            both with --config.recipe.fst.sparse_weights='mlp/.*=2:4'

@@ -2,6 +2,7 @@
 
 from sparsejax.masks.attention.density import block_density
 from sparsejax.masks.attention.fixed import (
+    FIXED_PATTERNS,
     bigbird,
     hybrid_blocks,
     hybrid_mask,
@@ -53,6 +54,7 @@ from sparsejax.masks.weights.topology import (
 from sparsejax.masks.weights.transposable import transposable_mask
 
 __all__ = [
+    "FIXED_PATTERNS",
     "AnnealingPhase",
     "CosineAnnealing",
     "Ramp",

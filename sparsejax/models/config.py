@@ -140,7 +140,7 @@ def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
     names = LINEAR_LAYERS
     if config.num_decoder_layers:
         names += DECODER_LINEAR_LAYERS
-    # Without a head that is tied to it, an embedding is looked up only.
+    # An untied embedding is never multiplied, so never sparse.
     if not (config.num_classes or config.patch_values):
         names += (EMBEDDING,)
     return names

@@ -142,7 +142,7 @@ def make_train_step(
         sparsity, params, opt_state = _select(finite, new, old)
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        # A skipped step did none of what the recipe would tell of it.
+        # A skipped step did nothing that could be reported.
         for name, value in recipe.metrics(sparsity, step=state.step, phase=phase).items():
             metrics[name] = jnp.where(finite, value, jnp.nan)
         new_state = TrainState(

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import base, gpt2, mst_small, spion_image
+from configs import base, gpt2, mst_small, spion
 from sparsejax.config.parse import ConfigError, find_differences, list_settings, parse_config
 from sparsejax.config.schema import make_transformer_config
 
@@ -90,6 +90,7 @@ def test_value_out_of_range_is_named(changes, message):
 
 _CONFIGS = {path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py")}
 _SIZES = {f"{name}:{size}" for name in ("gpt2", "fst_gpt2", "sste_gpt2") for size in gpt2.SIZES}
+_SIZES |= {f"spion:{task}" for task in spion.TASKS}
 
 
 @pytest.mark.parametrize("name", sorted(_CONFIGS - {"__init__", "lra"} | _SIZES))
@@ -113,7 +114,7 @@ def test_clipping_may_be_off():
 
 
 def test_published_densities_of_encoders_are_accepted():
-    config = spion_image.get_config()
+    config = spion.get_config("image")
     config.recipe.spion.variant = "c"
     config.recipe.spion.density = 0.04
     parse_config(config.to_dict())

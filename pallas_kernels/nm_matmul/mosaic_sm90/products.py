@@ -95,7 +95,7 @@ def _input_gradient(dz, w, mask, packed: PackedNM):
 
 
 def _weight_gradient(x, dz, key, grad_pruning):
-    # Equal keys draw equal bits for equal tokens, however many are filled up.
+    # Padding does not change the random bits that a token gets.
     dz, x = (_pad_rows(array, TILE) for array in (dz, x))
     bits = jax.random.bits(key, (dz.shape[0] // GROUP, dz.shape[1]), jnp.uint32)
     exact = grad_pruning == "mvue_exact"

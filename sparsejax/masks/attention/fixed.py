@@ -5,14 +5,16 @@ pattern itself without the blocks above the diagonal.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-type PatternName = Literal["sliding_window", "longformer", "bigbird"]
-"""The families that `pattern_at_density` knows."""
+type Family = Callable[[jax.Array, int, int, np.ndarray, jax.Array | None], tuple[jax.Array, int]]
+"""(kept bool[NB, NB], blocks to add, blocks per side, visible bool[NB, NB], key) -> (kept, rest).
+
+It adds the parts of a family beside its window, and returns the blocks that are left for that."""
 
 
 def sliding_window(num_blocks: int, *, width: int, causal: bool = False) -> jax.Array:
@@ -197,7 +199,7 @@ def hybrid_blocks(num_blocks: int, *, block: int, stride: int, causal: bool = Tr
 
 
 def pattern_at_density(
-    name: PatternName,
+    name: str,
     num_blocks: int,
     *,
     density: float,
@@ -219,7 +221,7 @@ def pattern_at_density(
     blocks farthest from the diagonal first, then the next; ties go in row order.
 
     Args:
-      name: "sliding_window", "longformer" or "bigbird".
+      name: one of `FIXED_PATTERNS`.
       num_blocks: NB, blocks per side.
       density: fraction of the visible blocks to keep; at least the diagonal's share.
       causal: whether only the lower triangle of blocks is visible.
@@ -249,27 +251,44 @@ def pattern_at_density(
             f"share of the diagonal blocks, got density={density}"
         )
 
-    rest = count - num_blocks
-    distance = _distance(num_blocks)
-    farthest_border_first = (_nearest_border(num_blocks) + 1) * num_blocks - distance
-    kept = jnp.eye(num_blocks, dtype=bool)
-    match name:
-        case "sliding_window":
-            pass
-        case "longformer":
-            kept = _keep_lowest(farthest_border_first, rest // 2, kept, visible)
-            rest -= rest // 2
-        case "bigbird":
-            if key is None:
-                raise ValueError("key must be given for name='bigbird', got key=None")
-            third = rest // 3
-            kept = _keep_lowest(farthest_border_first, third, kept, visible)
-            kept = _keep_lowest(jax.random.uniform(key, kept.shape), third, kept, visible)
-            rest -= 2 * third
-        case _:
-            known = "'sliding_window', 'longformer' or 'bigbird'"
-            raise ValueError(f"name must be {known}, got name={name!r}")
-    return _keep_lowest(distance, rest, kept, visible)
+    if name not in FIXED_PATTERNS:
+        raise ValueError(f"name must be one of {tuple(FIXED_PATTERNS)}, got name={name!r}")
+    kept, rest = FIXED_PATTERNS[name](
+        jnp.eye(num_blocks, dtype=bool), count - num_blocks, num_blocks, visible, key
+    )
+    return _keep_lowest(_distance(num_blocks), rest, kept, visible)
+
+
+def _add_nothing(kept, rest, num_blocks, visible, key):
+    del num_blocks, visible, key
+    return kept, rest
+
+
+def _add_globals(kept, rest, num_blocks, visible, key):
+    del key
+    return _keep_globals(kept, rest // 2, num_blocks, visible), rest - rest // 2
+
+
+def _add_globals_and_random_blocks(kept, rest, num_blocks, visible, key):
+    if key is None:
+        raise ValueError("key must be given for name='bigbird', got key=None")
+    third = rest // 3
+    kept = _keep_globals(kept, third, num_blocks, visible)
+    kept = _keep_lowest(jax.random.uniform(key, kept.shape), third, kept, visible)
+    return kept, rest - 2 * third
+
+
+FIXED_PATTERNS: dict[str, Family] = {
+    "sliding_window": _add_nothing,
+    "longformer": _add_globals,
+    "bigbird": _add_globals_and_random_blocks,
+}
+"""The families that `pattern_at_density` knows, by name."""
+
+
+def _keep_globals(kept, count, num_blocks, visible):
+    farthest_border_first = (_nearest_border(num_blocks) + 1) * num_blocks - _distance(num_blocks)
+    return _keep_lowest(farthest_border_first, count, kept, visible)
 
 
 def _keep_lowest(

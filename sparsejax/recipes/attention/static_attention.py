@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.checks import make_check
-from sparsejax.masks import pattern_at_density
+from sparsejax.masks import FIXED_PATTERNS, pattern_at_density
 from sparsejax.recipes.attention.layer_masks import draw_attention_patterns, set_attention_masks
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 
@@ -34,7 +34,7 @@ class StaticAttentionConfig:
       ValueError: if a setting is out of range.
     """
 
-    pattern: Literal["sliding_window", "longformer", "bigbird"] = "sliding_window"
+    pattern: str = "sliding_window"
     density: float = 0.1
     dense_steps: int = 0
     pruned_logits: Literal["masked", "zero"] = "masked"
@@ -44,7 +44,7 @@ class StaticAttentionConfig:
 
     def __post_init__(self):
         check = make_check("recipe.static_attention", self)
-        patterns = ("sliding_window", "longformer", "bigbird")
+        patterns = tuple(FIXED_PATTERNS)
         check(self.pattern in patterns, "pattern", f"one of {patterns}")
         for name in ("num_layers", "num_blocks"):
             check(getattr(self, name) > 0, name, "positive")
