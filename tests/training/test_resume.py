@@ -10,7 +10,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import app
 
+import train as train_py
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
@@ -105,12 +107,15 @@ def _assert_same_end(settings, workdir, reference):
     assert repr(_numbers(workdir)) == repr(_numbers(reference))
 
 
-def test_the_command_resumes_bit_for_bit(settings, uninterrupted, tmp_path):
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_resumes_bit_for_bit(settings, uninterrupted, tmp_path, capsys):
+    # In this process: importing everything anew would take longer than the steps.
     workdir = copy_until(uninterrupted[0], 6, tmp_path / "run")
-    command = _write_command(settings, workdir)
-    result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"resuming {workdir} at step 6" in result.stdout
+    _, *argv = _write_command(settings, workdir)
+    with pytest.raises(SystemExit) as end:
+        app.run(train_py.main, argv=argv, flags_parser=train_py._parse_flags)
+    assert end.value.code == 0
+    assert f"resuming {workdir} at step 6" in capsys.readouterr().out
     _assert_same_end(settings, workdir, uninterrupted[0])
 
 

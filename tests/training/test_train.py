@@ -33,12 +33,12 @@ def test_help_does_not_wait_for_jax():
 
 _ERRORS = {
     "key": (["--config.modle.num_layers=3"], 'Did you mean "model" instead of "modle"?'),
+}
+_MORE_ERRORS = {
     "value": (
         ["--config.model.block_size=100"],
         "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
     ),
-}
-_MORE_ERRORS = {
     "type": (["--config.num_steps=many"], "--config.num_steps=many"),
     "file": (["--config=configs/missing.py"], "configs/missing.py"),
     "argument": (["num_steps=3"], "unknown argument 'num_steps=3'"),
