@@ -1,6 +1,6 @@
 """Data sets that are generated on the spot, as TFDS sets for any reader of such sets.
 
-What is drawn stands in `sources/listops.py` and `sources/pathfinder.py`; here it becomes files.
+What is drawn stands in `listops_grammar.py` and `pathfinder_pictures.py`; here it becomes files.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ import tensorflow_datasets as tfds
 
 from sparsejax.data.cache import cached_folder
 from sparsejax.data.config import DataConfig
+from sparsejax.data.listops_grammar import generate_expressions
+from sparsejax.data.pathfinder_pictures import SIZE, draw_pathfinder
 from sparsejax.data.progress import show_progress
 from sparsejax.data.source import Contents, Example, Source, Split
-from sparsejax.data.sources.listops import generate_expressions
-from sparsejax.data.sources.pathfinder import SIZE, draw_pathfinder
 from sparsejax.data.sources.tfds import read_examples
 
 _SPLITS = ("train", "validation", "test")

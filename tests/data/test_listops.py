@@ -9,7 +9,7 @@ import pytest
 
 from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.generated import ListOps, ListOpsConfig
-from sparsejax.data.sources.listops import SYMBOLS, sample_expression
+from sparsejax.data.listops_grammar import SYMBOLS, sample_expression
 
 
 def parse(words):

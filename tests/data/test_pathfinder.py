@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsejax.data import DataConfig, describe_data, make_data
-from sparsejax.data.sources.pathfinder import draw_pathfinder
+from sparsejax.data.pathfinder_pictures import draw_pathfinder
 
 NUM_PICTURES = 1_600
 

@@ -12,11 +12,7 @@ described where none is installed.
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from sparsejax.data.config import DataConfig
-    from sparsejax.data.source import Contents, Options, Source
+from typing import Any, NamedTuple
 
 
 class SourceRow(NamedTuple):
@@ -35,14 +31,14 @@ class SourceModule(NamedTuple):
     """What the file of a source offers.
 
     Attributes:
-      options: The options of `DataConfig` that apply beyond the common ones.
-      describe: Tells what the examples are.
-      open: Opens the data.
+      options: `Options` of `DataConfig` that apply beyond the common ones.
+      describe: DataConfig -> Contents, what the examples are.
+      open: DataConfig -> Source.
     """
 
-    options: "Options"
-    describe: Callable[["DataConfig"], "Contents"]
-    open: Callable[["DataConfig"], "Source"]
+    options: Any
+    describe: Callable[[Any], Any]
+    open: Callable[[Any], Any]
 
 
 SOURCES = {
