@@ -33,7 +33,6 @@ class SourceModule(NamedTuple):
     Attributes:
       options: `Options` of `DataConfig` that apply beyond the common ones.
       describe: DataConfig -> Contents, what the examples are.
-      open: DataConfig -> Source.
     """
 
     options: Any
