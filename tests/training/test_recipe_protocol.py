@@ -81,7 +81,7 @@ def test_parameters_are_transformed_once_whatever_the_number_of_parts():
 def test_tokens_are_averaged_over_by_their_weights_whatever_their_part():
     # Examples alternate between the parts: one holds four tokens that count, the other one.
     weights = np.array([[1, 1, 1, 1], [0, 0.5, 0, 0]], np.float32)
-    batch, recipe = BATCH | {"weights": weights}, make_recipe()
+    batch, recipe = BATCH | {"loss_weights": weights}, make_recipe()
     loss, gradient = loss_and_gradient(TABLE, weights)
     step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT, num_micro_batches=2))
     state, metrics = step(make_state(recipe), batch)

@@ -61,6 +61,7 @@ class Bigram(nnx.Module):
         attention_options,
         linear_options,
         pruning_key,
+        block_lists,
         probe,
     ):
         assert decoder_tokens is None
