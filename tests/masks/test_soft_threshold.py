@@ -38,6 +38,7 @@ def test_soft_threshold_equals_its_equation(axis):
         assert not np.signbit(shrunk[~mask]).any()
 
 
+@pytest.mark.ci
 @hypothesis.settings(derandomize=True)
 @hypothesis.given(
     w=hypothesis_numpy.arrays(np.int64, (4, 16), elements=st.integers(-6, 6)),
@@ -90,6 +91,7 @@ def test_the_scale_of_a_gaussian_does_not_depend_on_its_size():
         np.testing.assert_allclose(beta, 1.4837, atol=5e-3)
 
 
+@pytest.mark.ci
 def test_the_scale_is_least_squares_per_layer():
     w = jax.random.normal(jax.random.key(0), (2, 8, 16)) + jnp.arange(2)[:, None, None]
     beta, shrunk = soft_threshold_scale(w, axis=-2), soft_threshold(w, axis=-2)

@@ -74,7 +74,7 @@ def expect(mask, w, g, replaced):
     return mask
 
 
-@pytest.mark.parametrize("blocks", [pytest.param(False, marks=pytest.mark.ci), True])
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.ci)])
 def test_layers_and_the_head_drop_and_grow_by_their_pattern(blocks):
     recipe, params = make_recipe(blocks), draw(0)
     sparsity = recipe.init(full_masks(blocks), params, jax.random.key(0))

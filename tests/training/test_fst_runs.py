@@ -90,6 +90,7 @@ def test_the_dense_finish_is_dense_training_to_the_bit():
         assert metrics["loss"] == expected["loss"]
 
 
+@pytest.mark.ci
 def test_decay_and_refresh_in_one_compiled_step():
     recipe = _make(decay_rate=0.5)
     state, step = _state(recipe), _step(recipe)

@@ -54,6 +54,7 @@ def test_overfits_one_batch(recipe):
     assert history[-1]["accuracy"] > 0.9
 
 
+@pytest.mark.ci
 def test_same_state_and_batch_give_the_same_bits():
     state, step = _make()
     first, second = (_run(state, step, 2)[0] for _ in range(2))
