@@ -122,6 +122,7 @@ def transformer(params, x_TD):
     return x_TD @ params["head"]
 
 
+@pytest.mark.ci
 def test_counts_agree_with_xla():
     width, heads, length = _GROUPED.model_dim, 2, _GROUPED.max_length
     layer = {

@@ -81,9 +81,9 @@ def _run_plain(recipe, prepare=lambda state: state):
     return _measure(state, history)
 
 
-def _run_sparse_weights(make, pattern, num_steps, **options):
-    model = make_config(**_FEW_PARAMETERS, sparse_weights=(("mlp/.*", pattern),))
-    recipe = make(sparse_weight_patterns(model), **options)
+def _run_sparse_weights(make, pattern, num_steps, weights="mlp/.*"):
+    model = make_config(**_FEW_PARAMETERS, sparse_weights=((weights, pattern),))
+    recipe = make(sparse_weight_patterns(model))
     state = make_state(model, recipe, _DESCENT)
     return _measure(*_run(state, make_step(model, recipe, _DESCENT), num_steps))
 
@@ -119,6 +119,7 @@ def _run_mst():
         ),
         Unstructured(),
         6,
+        weights="mlp/up",
     )
 
 

@@ -26,7 +26,7 @@ def shrink_oracle(w, axis):
     return np.moveaxis(shrunk.reshape(shape), -1, axis)
 
 
-@pytest.mark.parametrize("axis", [0, -1, *(pytest.param(a, marks=pytest.mark.ci) for a in (1, -2))])
+@pytest.mark.parametrize("axis", [-2, *(pytest.param(a, marks=pytest.mark.ci) for a in (0, 1, -1))])
 def test_soft_threshold_equals_its_equation(axis):
     rng = np.random.default_rng(0)
     for w in (rng.standard_normal((8, 16, 12)), rng.integers(-2, 3, (8, 16, 12))):

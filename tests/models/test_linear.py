@@ -296,6 +296,7 @@ def test_a_feed_forward_layer_multiplies_values_with_activated_gates(activation)
     np.testing.assert_allclose(sparse(x), feed_forward(up, down), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_plain_feed_forward_layer_is_gelu_between_two_linear_layers():
     mlp, x = make_mlp("gelu"), draw(2, 3, K)
     assert type(mlp.up) is type(mlp.down) is nnx.Linear

@@ -123,6 +123,7 @@ def test_a_model_is_initialised_alike_with_and_without_masks():
     assert all(mask.all() for mask in jax.tree.leaves(masks))
 
 
+@pytest.mark.ci
 def test_a_pruned_model_is_the_model_of_pruned_weights():
     params, masks = make_weights(CONFIG)
     logits = forward(CONFIG, SPARSE)(params, masks)

@@ -102,7 +102,9 @@ def draw_maps(seed, causal=False):
     return jnp.asarray(np.tril(maps) if causal else maps)
 
 
-@pytest.mark.parametrize("variant", ["cf", "c", "f"])
+@pytest.mark.parametrize(
+    "variant", ["cf", *(pytest.param(v, marks=pytest.mark.ci) for v in ("c", "f"))]
+)
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
     settings = {"quantile": None, "density": 0.8} if variant == "c" else {}

@@ -87,7 +87,8 @@ def _trace(config, spec):
     return model
 
 
-@pytest.mark.parametrize("kind", ["patches", pytest.param("masked", marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", ["masked", "patches"])
 def test_what_is_planned_is_what_is_trained(kind, tmp_path):
     config = parse_config(_MAKERS[kind](tmp_path))
     data = make_data(config.data)

@@ -56,6 +56,7 @@ def test_the_forward_pass_sees_the_transformed_parameters():
     assert_close(totals["loss"] / totals["count"], loss)
 
 
+@pytest.mark.ci
 def test_parameters_are_transformed_once_whatever_the_number_of_parts():
     marked = []
 
@@ -266,6 +267,7 @@ def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
     assert after.sparsity.statistics["updates"] == state.sparsity.statistics["updates"]
 
 
+@pytest.mark.ci
 def test_new_masks_and_statistics_do_not_compile_again():
     traces = []
 
@@ -286,6 +288,7 @@ def test_new_masks_and_statistics_do_not_compile_again():
     assert state.sparsity.statistics["updates"] == 4
 
 
+@pytest.mark.ci
 def test_a_step_keeps_the_structure_of_its_phase():
     config = make_config(max_length=32, block=BlockPattern(block_q=16, block_kv=16))
     spion = SpionConfig(
