@@ -14,6 +14,7 @@ from benchmarks.targets import Target, evaluate
 from sparsejax.models import TransformerConfig
 from sparsejax.optimizer import Optimizer
 from sparsejax.recipes import Phase, Recipe
+from sparsejax.training.block_lists import make_block_lists
 from sparsejax.training.state import create_train_state, enter_phase, make_graphdef
 from sparsejax.training.step import Batch, make_train_step
 
@@ -26,6 +27,7 @@ def make_step_call(
     batch: Batch,
     *,
     num_steps: int = 1,
+    carries_lists: bool = True,
     **options: Any,
 ) -> ForeignCall:
     """Make the callable that trains some steps, from wherever the call before has come.
@@ -36,6 +38,8 @@ def make_step_call(
       phase: one of its phases.
       batch: of every step.
       num_steps: int, steps of one call.
+      carries_lists: lists of attention blocks are built once, as the trainer does; False builds
+        them in every step.
       **options: of `make_train_step`.
 
     Returns:
@@ -51,14 +55,17 @@ def make_step_call(
             return state
 
         state = jax.jit(create)(jax.random.key(0))
+        lists = None
+        if carries_lists:
+            lists = jax.jit(functools.partial(make_block_lists, phase=phase))(state.sparsity.masks)
         step = make_train_step(make_graphdef(model), recipe, phase, optimizer, **options)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch, lists).compile()
 
         def train():
             nonlocal state
             metrics = {}
             for _ in range(num_steps):
-                state, metrics, *_ = compiled(state, batch)
+                state, metrics, *_ = compiled(state, batch, lists)
             return metrics["loss"]
 
         return train
