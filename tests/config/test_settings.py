@@ -1,5 +1,6 @@
 """Bad settings are refused before anything starts, by name, value and expectation."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -8,6 +9,8 @@ import pytest
 from configs import base, gpt2, mst_small, spion
 from sparsejax.config.parse import ConfigError, find_differences, list_settings, parse_config
 from sparsejax.config.schema import make_transformer_config
+from sparsejax.recipes import Phase, Recipe
+from sparsejax.recipes.registry import RECIPES, RecipeEntry
 
 
 def _settings(**changes):
@@ -154,3 +157,34 @@ def test_vocabulary_smaller_than_the_data_is_refused():
 def test_differences_name_both_values():
     old, new = _settings(), _settings(optimizer__b1=0.8, num_steps=7)
     assert find_differences(old, new) == ["num_steps: 1000 -> 7", "optimizer.b1: 0.9 -> 0.8"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OwnConfig:
+    """Settings of a method of one's own.
+
+    Attributes:
+      strength: how much.
+    """
+
+    strength: float = 0.5
+    num_steps: int
+
+
+def test_a_recipe_is_a_class_a_function_and_a_row(monkeypatch):
+    made = []
+
+    def make(config):
+        made.append(config)
+        return Recipe("own", (Phase("own"),))
+
+    monkeypatch.setitem(RECIPES, "own", RecipeEntry("own", _OwnConfig, make, ("num_steps",)))
+    settings = base.get_config()
+    settings.num_steps = 700
+    settings.recipe.name = "own"
+    settings.recipe.own.strength = 2  # an int, where a float is expected
+    assert "how much" in base.describe_settings(["recipe.own"])
+    config = parse_config(settings.to_dict())
+    assert made == [_OwnConfig(strength=2.0, num_steps=700)]
+    assert config.to_dict()["recipe"] == {"name": "own", "own": {"strength": 2.0}}
+    assert parse_config(config.to_dict()) == config
