@@ -287,11 +287,12 @@ def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
     state = make_abstract_state(model, make_recipe(config, model), optimizer, phase.name)
     sparsity = state.sparsity
     counters = (state.step, state.key, sparsity.phase_start_step)
+    lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), sparsity.masks)
     return {
         "parameters": _count_bytes((state.params, sparsity.params)),
         "optimizer state": _count_bytes(state.opt_state),
-        "masks, statistics, counters": _count_bytes(
-            (sparsity.masks, sparsity.statistics, counters)
+        "masks, their block lists, statistics, counters": _count_bytes(
+            (sparsity.masks, lists, sparsity.statistics, counters)
         ),
         "batch": _count_bytes(make_abstract_batch(config, spec)),
         "temporaries (activations, gradients)": train.temp_bytes,

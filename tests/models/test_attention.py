@@ -198,9 +198,8 @@ class LinenLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        attention = nnx.bridge.to_linen(
-            BlockSparseAttention, WIDTH, 4, max_length=LENGTH, block=BLOCK, name="attention"
-        )
+        config = make_attention_config()
+        attention = nnx.bridge.to_linen(BlockSparseAttention, config, name="attention")
         y, _ = attention(nn.LayerNorm()(x))
         return x + y
 

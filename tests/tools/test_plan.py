@@ -51,7 +51,7 @@ def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
         # Two moments of every parameter, and the counter of Adam.
         assert phase.parts["optimizer state"] == 2 * phase.parts["parameters"] + 4
     # The probe remembers one map of 64 x 64 probabilities; the sparse phase has none.
-    name = "masks, statistics, counters"
+    name = "masks, their block lists, statistics, counters"
     assert dense.parts[name] - sparse.parts[name] >= 64 * 64 * 4
     assert set(dense.programs) - set(sparse.programs) == {"probing train step"}
 

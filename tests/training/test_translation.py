@@ -130,7 +130,7 @@ def test_training_is_smoothed_and_validation_is_not(tmp_path):
     host_batch, state = next(run.data.train), run.create_state()
     batch = run.put_batch(host_batch)
     programs = compile_phase(run, run.recipe.phases[0], batch)
-    sums = jax.device_get(programs.eval_step(state, batch))
+    sums = jax.device_get(programs.eval_step(state, batch, None))
     model = nnx.merge(run.graphdef, state.params, state.sparsity.masks)
     logits = jax.jit(
         lambda batch: (
@@ -144,7 +144,7 @@ def test_training_is_smoothed_and_validation_is_not(tmp_path):
     plain = np.take_along_axis(losses, host_batch["targets"][..., None], -1)[..., 0][real]
     assert sums["count"] == real.sum()
     np.testing.assert_allclose(sums["loss"], plain.sum(), rtol=1e-5)
-    _, metrics = programs.train_step(state, batch)
+    _, metrics = programs.train_step(state, batch, None)
     smoothed = 0.75 * plain.mean() + 0.25 * losses.mean(-1)[real].mean()
     assert abs(smoothed - plain.mean()) > 1e-3
     np.testing.assert_allclose(metrics["loss"], smoothed, rtol=1e-5)
