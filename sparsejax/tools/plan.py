@@ -291,9 +291,10 @@ def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
     return {
         "parameters": _count_bytes((state.params, sparsity.params)),
         "optimizer state": _count_bytes(state.opt_state),
-        "masks, their block lists, statistics, counters": _count_bytes(
-            (sparsity.masks, lists, sparsity.statistics, counters)
+        "masks, statistics, counters": _count_bytes(
+            (sparsity.masks, sparsity.statistics, counters)
         ),
+        "lists of attention blocks": _count_bytes(lists),
         "batch": _count_bytes(make_abstract_batch(config, spec)),
         "temporaries (activations, gradients)": train.temp_bytes,
         "metrics": train.output_bytes - train.alias_bytes,

@@ -22,6 +22,8 @@ from tests.training.runs import make_settings
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
+_LISTS = "lists of attention blocks"
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
@@ -47,12 +49,14 @@ def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
     dense, sparse = plan.phases
     for phase in plan.phases:
         assert sum(phase.parts.values()) == phase.programs["train step"].peak_bytes
-        assert min(phase.parts.values()) > 0
+        assert all(size > 0 for part, size in phase.parts.items() if part != _LISTS)
         # Two moments of every parameter, and the counter of Adam.
         assert phase.parts["optimizer state"] == 2 * phase.parts["parameters"] + 4
     # The probe remembers one map of 64 x 64 probabilities; the sparse phase has none.
-    name = "masks, their block lists, statistics, counters"
+    name = "masks, statistics, counters"
     assert dense.parts[name] - sparse.parts[name] >= 64 * 64 * 4
+    # Counts and indices of four blocks a side, both ways, in one layer.
+    assert (dense.parts[_LISTS], sparse.parts[_LISTS]) == (0, 2 * (4 + 4 * 4) * 4)
     assert set(dense.programs) - set(sparse.programs) == {"probing train step"}
 
 
