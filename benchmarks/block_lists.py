@@ -69,7 +69,7 @@ def measure(num_layers: int, length: int, block: int) -> dict[str, float]:
         ).call
         for name, carries in (("carried", True), ("built", False))
     }
-    seconds = time_interleaved(calls, repeats=30, limit_seconds=90.0)
+    seconds = time_interleaved(calls, repeats=30, limit_seconds=25.0)
     ratios = [a / b for a, b in zip(seconds["carried"], seconds["built"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     medians = {f"{name}_step_seconds": statistics.median(x) for name, x in seconds.items()}
