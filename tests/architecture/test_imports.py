@@ -7,6 +7,23 @@ import pytest
 
 from tests.architecture.project_files import ROOT, list_modules
 
+# What training a run, and tools beside it, are made of.
+RUN = (
+    "sparsejax.batch",
+    "sparsejax.recipes",
+    "sparsejax.models",
+    "sparsejax.optimizer",
+    "sparsejax.data",
+    "sparsejax.config",
+    "sparsejax.checkpoint",
+    "sparsejax.accounting",
+    "sparsejax.checks",
+    "sparsejax.report",
+    "sparsejax.report.plots",
+    "sparsejax.strict_json",
+    "sparsejax.types",
+)
+
 # What each part of the project may import of the project. A part may always import itself.
 ARROWS = {
     "pallas_kernels": (),
@@ -54,38 +71,8 @@ ARROWS = {
     ),
     # Of no other room, so that recipes may draw.
     "sparsejax.report.plots": (),
-    "sparsejax.training": (
-        "sparsejax.batch",
-        "sparsejax.recipes",
-        "sparsejax.models",
-        "sparsejax.optimizer",
-        "sparsejax.data",
-        "sparsejax.config",
-        "sparsejax.checkpoint",
-        "sparsejax.accounting",
-        "sparsejax.checks",
-        "sparsejax.report",
-        "sparsejax.report.plots",
-        "sparsejax.strict_json",
-        "sparsejax.types",
-    ),
-    "sparsejax.tools": (
-        "sparsejax.tools.plan",
-        "sparsejax.batch",
-        "sparsejax.training",
-        "sparsejax.recipes",
-        "sparsejax.models",
-        "sparsejax.optimizer",
-        "sparsejax.data",
-        "sparsejax.config",
-        "sparsejax.checkpoint",
-        "sparsejax.accounting",
-        "sparsejax.checks",
-        "sparsejax.report",
-        "sparsejax.report.plots",
-        "sparsejax.strict_json",
-        "sparsejax.types",
-    ),
+    "sparsejax.training": RUN,
+    "sparsejax.tools": ("sparsejax.tools.plan", "sparsejax.training", *RUN),
     # The one place where a run meets the compiler for absent GPUs, which models have no use for.
     "sparsejax.tools.plan": (
         "sparsejax.tools",
