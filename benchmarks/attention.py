@@ -28,8 +28,8 @@ from benchmarks.attention_torch import FLEX, SDPA, make_torch_calls
 from benchmarks.environment import device_name
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.records import Results
-from benchmarks.timing import make_random
 from pallas_kernels import BlockSchedule, block_sparse_attention, make_block_schedule
+from pallas_kernels.doctor.timing import make_random
 
 # Dense attention keeps several arrays of all logits; beyond this many bytes for one of them a
 # machine with 16 GB, or a GPU with 80 GB, no longer holds a forward and backward pass.

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.environment import describe_environment
 from benchmarks.harness import RESULTS
 from benchmarks.steps import make_step_call
-from benchmarks.timing import time_interleaved
+from pallas_kernels.doctor.timing import time_interleaved
 from sparsejax.models import TransformerConfig
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.patterns import BlockPattern

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.records import Column, Results
 from benchmarks.targets import Record, Target, evaluate, times_faster
-from benchmarks.timing import make_random
 from pallas_kernels import block_sparse_matmul
+from pallas_kernels.doctor.timing import make_random
 
 HOPPER, XLA, DENSE = "mosaic_sm90", "xla", "dense"
 

@@ -23,8 +23,8 @@ from benchmarks.nm_matmul import choose_kernel
 from benchmarks.records import Column, Results
 from benchmarks.steps import make_step_call, make_steps_case
 from benchmarks.targets import Target, evaluate, times_faster
-from benchmarks.timing import relative_error
 from configs import fst_gpt2, fst_small
+from pallas_kernels.doctor.timing import relative_error
 from sparsejax.accounting.flops import count_transformer_flops
 from sparsejax.config.parse import parse_config
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from benchmarks.harness import Case, Point, parse_arguments, run_points
 from benchmarks.records import Column
-from benchmarks.timing import make_random
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.block_sparse_attention.mosaic_sm90 import attention
+from pallas_kernels.doctor.timing import make_random
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 16, 4, 128, 128
 SETTINGS = [(length, density) for length in (2048, 4096, 8192) for density in (0.1, 0.5, 1.0)]

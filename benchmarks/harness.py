@@ -18,7 +18,7 @@ import jax
 
 from benchmarks.environment import describe_environment, device_name
 from benchmarks.records import Column, Key, Results, make_table
-from benchmarks.timing import relative_error, time_interleaved
+from pallas_kernels.doctor.timing import relative_error, time_interleaved
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 

@@ -20,8 +20,8 @@ from jax import lax
 
 from benchmarks.harness import Case, Point, parse_arguments, run_points
 from benchmarks.records import Column
-from benchmarks.timing import make_random
 from pallas_kernels.dispatch import count_processors
+from pallas_kernels.doctor.timing import make_random
 
 ROWS, COLUMNS = 256, 64
 TILE_BYTES = 2 * ROWS * COLUMNS

@@ -36,7 +36,6 @@ from benchmarks.nm_matmul_report import (
     DENSE,
     HOPPER,
     XLA,
-    describe_break_even,
     evaluate_targets,
 )
 from benchmarks.nm_matmul_torch import CUSPARSELT, make_torch_calls
@@ -98,7 +97,7 @@ def make_case(problem: Problem, *, kernel: Implementation, on_cpu: bool) -> Case
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the points that are missing; write and print table, break-even sizes and targets.
+    """Measure the points that are missing; write and print table and targets.
 
     Args:
       arguments: list of str, `sys.argv[1:]` if None.
@@ -121,10 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     failures = run_points("nm_matmul", points, COLUMNS, **parsed)
     records = Results(RESULTS / "nm_matmul.json").records
-    break_even = describe_break_even(records)
-    with (RESULTS / "nm_matmul.md").open("a") as table:
-        table.write(break_even)
-    print(break_even)
     print(evaluate_targets(records))
     return 1 if failures else 0
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.nm_matmul_problems import Inputs, Problem
-from benchmarks.timing import relative_error
 from pallas_kernels import nm_matmul, pack_nm
+from pallas_kernels.doctor.timing import relative_error
 
 # Its overloads and literals tell apart what a name in a variable cannot.
 _NM_MATMUL: Any = nm_matmul

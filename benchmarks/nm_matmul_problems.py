@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import make_random
 from pallas_kernels import pack_nm
+from pallas_kernels.doctor.timing import make_random
 
 type Measure = Literal["gemm", "gemm_with_packing", "dx", "dw", "pack", "ffn"]
 

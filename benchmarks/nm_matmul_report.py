@@ -1,4 +1,4 @@
-"""What the records of the benchmark of N:M products say: a table, break-even sizes and targets."""
+"""What the records of the benchmark of N:M products say: a table and targets."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,6 @@ from benchmarks.nm_matmul_torch import CUSPARSELT
 from benchmarks.records import Column
 from benchmarks.targets import Record, Target, evaluate, times_faster
 from pallas_kernels import aot
-from pallas_kernels.nm_matmul.mosaic_sm90.break_even import Measurement
 
 HOPPER, XLA, DENSE = "mosaic_sm90", "xla", "dense"
 
@@ -37,54 +36,6 @@ def packing_floor_seconds(record: Record) -> float | None:
         if record["key"]["device"].startswith(gpu.name.split(" 80GB")[0]):
             return problem.packing_bytes() / gpu.memory_bytes_per_second
     return None
-
-
-def list_break_even(records: Sequence[Record], device: str) -> list[Measurement]:
-    """List the products that were measured beside dense ones, as `break_even.MEASURED` has them.
-
-    Args:
-      records: of all devices.
-      device: str, the one to list.
-
-    Returns:
-      list of Measurement, smallest product first.
-    """
-    rows = []
-    for record in records:
-        problem = read_problem(record)
-        ratio = times_faster(record, DENSE, HOPPER)
-        if record["key"]["device"] == device and problem.measure == "gemm" and ratio is not None:
-            shape = (problem.rows, problem.inner, problem.columns)
-            rows.append(Measurement(*shape, problem.dtype, round(ratio, 3)))
-    return sorted(rows, key=lambda m: (m.rows * m.inner * m.columns, m))
-
-
-def describe_break_even(records: Sequence[Record]) -> str:
-    """Write the rows of `break_even.MEASURED`, and which of them the sparse product wins.
-
-    Args:
-      records: of all devices.
-
-    Returns:
-      str in Markdown, empty if nothing was measured on a Hopper GPU.
-    """
-    text = ""
-    for device in dict.fromkeys(record["key"]["device"] for record in records):
-        rows = list_break_even(records, device)
-        if not rows:
-            continue
-        wins = sum(row.time_ratio < 1 for row in rows)
-        text += (
-            f"\nBreak-even on {device}: the sparse product, packed beforehand, is faster than the "
-            f"dense one at {wins} of {len(rows)} shapes. Rows for `MEASURED` in "
-            "`pallas_kernels/nm_matmul/mosaic_sm90/break_even.py`:\n\n```python\n"
-        )
-        text += "".join(
-            f'Measurement({r.rows}, {r.inner}, {r.columns}, "{r.dtype}", {r.time_ratio}),\n'
-            for r in rows
-        )
-        text += "```\n"
-    return text
 
 
 def _microseconds(name):

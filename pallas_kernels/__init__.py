@@ -3,6 +3,7 @@
 from pallas_kernels.attention_map import mean_attention_map as mean_attention_map
 from pallas_kernels.backends import Implementation as Implementation
 from pallas_kernels.backends import choose_backend as choose_backend
+from pallas_kernels.backends import record_choices as record_choices
 from pallas_kernels.block_sparse_attention import BlockSchedule as BlockSchedule
 from pallas_kernels.block_sparse_attention import block_sparse_attention as block_sparse_attention
 from pallas_kernels.block_sparse_attention import make_block_schedule as make_block_schedule
@@ -13,4 +14,5 @@ from pallas_kernels.nm_matmul import nm_matmul as nm_matmul
 from pallas_kernels.nm_matmul import pack_nm as pack_nm
 from pallas_kernels.nm_matmul import prune_mvue as prune_mvue
 from pallas_kernels.nm_matmul import unpack_nm as unpack_nm
+from pallas_kernels.tables import choose_implementation as choose_implementation
 from pallas_kernels.tables import list_backends as list_backends

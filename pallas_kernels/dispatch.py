@@ -63,6 +63,20 @@ def check_hopper() -> None:
     )
 
 
+def make_abstract_gpu(kind: str, processors: int) -> jax.sharding.AbstractMesh:
+    """Make a mesh of one GPU to trace for, without asking JAX for a device.
+
+    Args:
+      kind: as the driver names it.
+      processors: streaming multiprocessors.
+
+    Returns:
+      AbstractMesh, for `jax.sharding.use_abstract_mesh`.
+    """
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=processors, platform="cuda")
+    return jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+
+
 def count_processors() -> int:
     """Return how many streaming multiprocessors traced code will run on.
 

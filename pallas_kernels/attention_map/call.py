@@ -4,7 +4,7 @@ Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 
@@ -35,6 +35,7 @@ class MapFacts:
       head_dim: int, H.
       dtype: str, of q and k.
       causal: bool, query t sees keys 0..t.
+      has_lse: bool, the log-sum-exp is given.
     """
 
     num_queries: int
@@ -42,3 +43,23 @@ class MapFacts:
     head_dim: int
     dtype: str
     causal: bool
+    has_kv_mask: bool = False
+    has_lse: bool = False
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @property
+    def kernel_options(self) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for, sizes aside."""
+        return {
+            "dtype": self.dtype,
+            "head_dim": self.head_dim,
+            "causal": self.causal,
+            "kv_mask": self.has_kv_mask,
+            "lse": self.has_lse,
+        }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(T, S)."""
+        return self.num_queries, self.num_keys

@@ -73,6 +73,8 @@ def mean_attention_map(
         head_dim=q_BTNH.shape[3],
         dtype=q_BTNH.dtype.name,
         causal=causal,
+        has_kv_mask=kv_mask_BS is not None,
+        has_lse=lse is not None,
     )
     backend = choose_backend("mean_attention_map", BACKENDS, implementation, facts)
     q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))

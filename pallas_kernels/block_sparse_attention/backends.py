@@ -5,8 +5,13 @@ from pallas_kernels.block_sparse_attention import dense, mosaic_sm90, reference,
 from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
 
 BACKENDS: tuple[Backend[AttentionArrays, AttentionFacts], ...] = (
-    # Has to be named until it was run on a GPU.
-    Backend(name="mosaic_sm90", run=mosaic_sm90.run, check=mosaic_sm90.check),
+    Backend(
+        name="mosaic_sm90",
+        run=mosaic_sm90.run,
+        check=mosaic_sm90.check,
+        needs_verdict=True,
+        tile=mosaic_sm90.tile,
+    ),
     Backend(name="dense", run=dense.run, suits=dense.suits),
     Backend(name="reference", run=reference.run),
     Backend(name="xla", run=xla.run, suits=always),

@@ -4,7 +4,7 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,31 @@ class AttentionFacts:
     scale: float
     pruned_logits: str
     return_lse: bool
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("forward", "gradient")
+
+    @property
+    def kernel_options(self) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for, sizes aside."""
+        mask_batch, mask_heads = self.mask_shape or (0, 0)
+        lists = ("shared", "per head", "per example", "per example and head")
+        return {
+            "dtype": self.dtype,
+            "head_dim": self.head_dim,
+            "block_q": self.block_q,
+            "block_kv": self.block_kv,
+            "pruned_logits": self.pruned_logits,
+            "mask": lists[2 * (mask_batch > 1) + (mask_heads > 1)] if mask_heads else "none",
+            "causal": self.causal,
+            "kv_mask": self.has_kv_mask,
+            "segments": self.has_segments,
+            "grouped_queries": self.num_heads > self.num_kv_heads,
+        }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(B * N, T, S)."""
+        return self.batch * self.num_heads, self.num_queries, self.num_keys
 
 
 def make_mask(arrays: AttentionArrays) -> jax.Array | None:

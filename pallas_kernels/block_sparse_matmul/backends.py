@@ -5,8 +5,13 @@ from pallas_kernels.block_sparse_matmul import mosaic_sm90, reference, xla
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
 
 BACKENDS: tuple[Backend[BlockArrays, BlockFacts], ...] = (
-    # Has to be named until it was run on a GPU.
-    Backend(name="mosaic_sm90", run=mosaic_sm90.run, check=mosaic_sm90.check),
+    Backend(
+        name="mosaic_sm90",
+        run=mosaic_sm90.run,
+        check=mosaic_sm90.check,
+        needs_verdict=True,
+        tile=mosaic_sm90.tile,
+    ),
     Backend(name="reference", run=reference.run),
     Backend(name="xla", run=xla.run, suits=always),
 )

@@ -4,7 +4,7 @@ Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the w
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 
@@ -36,9 +36,24 @@ class BlockFacts:
       shape: (K, N).
       grid: (I, J).
       dtype: str, of x and w.
+      has_bias: bool, a bias is added.
     """
 
     rows: int
     shape: tuple[int, ...]
     grid: tuple[int, ...]
     dtype: str
+    has_bias: bool = False
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("forward", "gradient")
+
+    @property
+    def kernel_options(self) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for, sizes aside."""
+        rows, columns = (size // count for size, count in zip(self.shape, self.grid, strict=True))
+        return {"dtype": self.dtype, "block": f"{rows}x{columns}", "bias": self.has_bias}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(M, K, N)."""
+        return self.rows, *self.shape

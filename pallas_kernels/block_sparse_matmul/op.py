@@ -83,6 +83,7 @@ def block_sparse_matmul(
         shape=w.shape,
         grid=mask.shape,
         dtype=x.dtype.name,
+        has_bias=bias is not None,
     )
     backend = choose_backend("block_sparse_matmul", BACKENDS, implementation, facts)
     y = backend.run(BlockArrays(x_MK, w, mask, grad_mask, bias), facts)

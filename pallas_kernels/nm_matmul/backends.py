@@ -9,14 +9,19 @@ BACKENDS: tuple[Backend[NMArrays, NMFacts], ...] = (
         name="mosaic_sm90",
         run=mosaic_sm90.run,
         check=mosaic_sm90.check,
-        suits=mosaic_sm90.suits,
+        needs_verdict=True,
+        tile=mosaic_sm90.tile,
     ),
     Backend(name="reference", run=reference.run),
     Backend(name="xla", run=xla.run, suits=always),
 )
 
 PACK_BACKENDS: tuple[Backend[PackArrays, PackFacts], ...] = (
-    # Has to be named until it was run on a GPU.
-    Backend(name="mosaic_sm90", run=mosaic_sm90.pack_weight, check=mosaic_sm90.check_packing),
+    Backend(
+        name="mosaic_sm90",
+        run=mosaic_sm90.pack_weight,
+        check=mosaic_sm90.check_packing,
+        needs_verdict=True,
+    ),
     Backend(name="xla", run=xla.pack_weight, suits=always),
 )

@@ -4,7 +4,7 @@ Letters: M rows (tokens)   K contracted axis   N columns of the weight.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 
@@ -45,6 +45,7 @@ class NMFacts:
       transposable: bool, the mask keeps at most n of m along N as well.
       grad_pruning: "none", "mvue" or "mvue_exact".
       activation: None, "gelu", "geglu" or "swiglu".
+      has_bias: bool, a bias is added.
     """
 
     rows: int
@@ -55,6 +56,27 @@ class NMFacts:
     transposable: bool = False
     grad_pruning: str = "none"
     activation: str | None = None
+    has_bias: bool = False
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("forward", "gradient")
+
+    @property
+    def kernel_options(self) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for, sizes aside."""
+        most, group = self.pattern
+        return {
+            "dtype": self.dtype,
+            "pattern": f"{most}:{group}",
+            "grad_pruning": self.grad_pruning,
+            "activation": self.activation or "none",
+            "transposable": self.transposable,
+            "bias": self.has_bias,
+        }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(M, K, N)."""
+        return self.rows, self.inner, self.columns
 
 
 class PackArrays(NamedTuple):
@@ -76,7 +98,23 @@ class PackFacts:
     Attributes:
       along_k: bool, pack w^T [N, K].
       along_n: bool, pack w [K, N].
+      shape: (K, N).
+      dtype: str, of w.
     """
 
     along_k: bool
     along_n: bool
+    shape: tuple[int, ...]
+    dtype: str
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @property
+    def kernel_options(self) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for, sizes aside."""
+        return {"dtype": self.dtype, "along_k": self.along_k, "along_n": self.along_n}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(K, N)."""
+        return self.shape

@@ -119,6 +119,7 @@ def nm_matmul(
         transposable=transposable,
         grad_pruning=grad_pruning,
         activation=activation,
+        has_bias=bias is not None,
     )
     backend = choose_backend("nm_matmul", BACKENDS, implementation, facts)
     out = backend.run(NMArrays(x_MK, w, mask, packed, bias, key), facts)

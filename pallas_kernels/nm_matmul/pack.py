@@ -58,7 +58,12 @@ def pack_nm(
       (128, 32)
     """
     _check(w, mask, axis)
-    facts = PackFacts(along_k=axis in (0, "both"), along_n=axis in (1, "both"))
+    facts = PackFacts(
+        along_k=axis in (0, "both"),
+        along_n=axis in (1, "both"),
+        shape=w.shape[-2:],
+        dtype=w.dtype.name,
+    )
     backend = choose_backend("pack_nm", PACK_BACKENDS, implementation, facts)
     if not isinstance(mask, Tracer):
         for packed_axis in [0] * facts.along_k + [1] * facts.along_n:

@@ -18,8 +18,8 @@ from benchmarks.attention_problems import (
 )
 from benchmarks.attention_torch import FLEX, SDPA, list_flex_blocks
 from benchmarks.harness import RESULTS, measure_case
-from benchmarks.timing import relative_error
 from pallas_kernels import make_block_schedule
+from pallas_kernels.doctor.timing import relative_error
 
 SMALL = Problem(length=256, heads=1, head_dim=32, dtype="bfloat16", density=0.4)
 QUICK = {"repeats": 3, "sample_seconds": 0.0}

@@ -15,7 +15,7 @@ from benchmarks.harness import (
     run_points,
 )
 from benchmarks.records import Column, Results, make_table
-from benchmarks.timing import make_random, relative_error, time_interleaved
+from pallas_kernels.doctor.timing import make_random, relative_error, time_interleaved
 
 QUICK = {"repeats": 3, "sample_seconds": 0.0}
 COLUMNS = [

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import l2_bandwidth
 from benchmarks.l2_bandwidth import read_tiles, read_tiles_reference
 from pallas_kernels import aot
+from pallas_kernels.doctor.oracles import error, make_normal
 from tests.kernels.interpreter import hopper
 from tests.kernels.machine_checks import check_kernel
-from tests.kernels.oracles import error, make_normal
 
 
 @pytest.mark.ci

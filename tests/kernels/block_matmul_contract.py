@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import block_sparse_matmul
-from tests.kernels.oracles import error, make_masks, make_normal
+from pallas_kernels.doctor.oracles import error, make_masks, make_normal, plain_block_matmul
 
 NAMES = ("y", "dx", "dw", "dbias")
 
@@ -50,19 +50,6 @@ def call_block_matmul(implementation):
         )
 
     return matmul
-
-
-def plain_block_matmul(x, w, mask, grad_mask, bias, dy):
-    """Values and gradients by dense products in the type of the inputs."""
-    rows, columns = w.shape[0] // mask.shape[0], w.shape[1] // mask.shape[1]
-
-    def expand(mask):
-        return mask.repeat(rows, 0).repeat(columns, 1)
-
-    kept = jnp.where(expand(mask), w, 0)
-    flat_x, flat_dy = x.reshape(-1, w.shape[0]), dy.reshape(-1, w.shape[1])
-    dw = jnp.where(expand(grad_mask), flat_x.T @ flat_dy, 0)
-    return x @ kept + bias, dy @ kept.T, dw, flat_dy.sum(0)
 
 
 def check_block_matmul(case, matmul):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
-from tests.kernels.oracles import (
+from pallas_kernels.doctor.oracles import (
     error,
     make_masks,
     make_normal,

@@ -10,10 +10,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import nm_matmul, prune_mvue
-from tests.kernels.oracles import error, make_normal
+from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal, plain_nm_matmul
 
 NAMES = ("y", "dx", "dw", "dbias")
 
@@ -118,62 +117,11 @@ NM_KERNEL_CASES = {
 }
 
 
-def make_nm_masks(shape, pattern, *, transposable=False, seed=0):
-    """Return name -> bool mask that keeps at most n of m, one for each way it can be difficult.
-
-    "whole" keeps exactly n in every group, "underfull" any smaller number in some, "empty" drops
-    whole columns and whole rows of groups.
-    """
-    rng = np.random.default_rng(seed)
-    most, group = pattern
-    if transposable:
-        # n of m in rows and columns: a circulant with n diagonals, rows and columns shuffled.
-        base = (np.arange(group)[:, None] - np.arange(group)) % group < most
-        whole = np.zeros(shape, bool)
-        for i in range(0, shape[0], group):
-            for j in range(0, shape[1], group):
-                tile = base[rng.permutation(group)][:, rng.permutation(group)]
-                whole[i : i + group, j : j + group] = tile
-    else:
-        rank = rng.random((shape[0] // group, group, shape[1])).argsort(axis=1).argsort(axis=1)
-        whole = (rank < most).reshape(shape)
-    underfull = whole & (rng.random(shape) < 0.6)
-    empty = whole.copy()
-    empty[:, : shape[1] // 3] = False
-    empty[-group:] = False
-    return {"whole": whole, "underfull": underfull, "empty": empty}
-
-
 def call_nm(implementation):
     """Return nm_matmul of a named implementation, or the function that was given."""
     if callable(implementation):
         return implementation
     return functools.partial(nm_matmul, implementation=implementation)
-
-
-def plain_nm_matmul(x, w, mask, bias, dy, key, *, activation, grad_pruning):
-    """Compute y, dx, dw, dbias in the dtype of x, as a user would without care for rounding."""
-    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    kept = w * mask
-    z = x2 @ kept
-    if bias is not None:
-        z = z + bias
-
-    def act(z):
-        if activation in (None, "gelu"):
-            return z if activation is None else jax.nn.gelu(z)
-        value, gate = jnp.split(z, 2, axis=-1)
-        return value * (jax.nn.gelu if activation == "geglu" else jax.nn.silu)(gate)
-
-    y, back = jax.vjp(act, z)
-    (dz,) = back(dy2)
-    pruned = dz
-    if grad_pruning != "none":
-        padded = jnp.pad(dz, ((0, -len(dz) % 4), (0, 0)))
-        pruned, _ = prune_mvue(padded, key, axis=0, exact=grad_pruning == "mvue_exact")
-        pruned = pruned[: len(dz)]
-    d_bias = None if bias is None else dz.sum(axis=0)
-    return y.reshape(dy.shape), (dz @ kept.T).reshape(x.shape), x2.T @ pruned, d_bias
 
 
 def compile_nm_case(case, matmul, *, optimise=True):

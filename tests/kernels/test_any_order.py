@@ -13,9 +13,8 @@ from pallas_kernels import (
     mean_attention_map,
     nm_matmul,
 )
+from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
 from tests.kernels.interpreter import hopper
-from tests.kernels.nm_contract import make_nm_masks
-from tests.kernels.oracles import make_normal
 from tests.kernels.ptx_tensor_cores import spread
 from tests.kernels.sparse_products import expand
 from tests.kernels.test_nm_packing import emulate_instruction

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, mean_attention_map
-from tests.kernels.oracles import make_normal, softmax_maps
+from pallas_kernels.doctor.oracles import make_normal
+from tests.kernels.oracles import softmax_maps
 from tests.kernels.tiers import tier
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

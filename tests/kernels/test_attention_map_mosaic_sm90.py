@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, mean_attention_map
+from pallas_kernels.doctor.oracles import error, make_normal
 from tests.kernels.contract import has_select
 from tests.kernels.interpreter import hopper, miss_barrier
-from tests.kernels.oracles import error, make_normal
 from tests.kernels.tiers import tier
 
 

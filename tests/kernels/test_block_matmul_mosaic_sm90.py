@@ -19,13 +19,13 @@ from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import (
     make_gradient_plan,
     make_row_plan,
 )
+from pallas_kernels.doctor.oracles import error, make_normal
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
     call_block_matmul,
     check_block_matmul,
 )
 from tests.kernels.interpreter import hopper, miss_barrier
-from tests.kernels.oracles import error, make_normal
 from tests.kernels.tiers import tier
 
 SMALL = BlockMatmulCase(

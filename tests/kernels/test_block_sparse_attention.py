@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
 from pallas_kernels.block_sparse_attention.xla.tiles import Tiles
+from pallas_kernels.doctor.oracles import error, make_masks, make_normal
 from tests.kernels.contract import (
     CASES,
     Case,
@@ -22,7 +23,6 @@ from tests.kernels.contract import (
     with_a_block_dropped,
     with_untransposed_lists,
 )
-from tests.kernels.oracles import error, make_masks, make_normal
 
 IMPLEMENTATIONS = ("xla", "dense")
 _XLA = call_implementation("xla")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_matmul
+from pallas_kernels.doctor.oracles import make_masks, make_normal
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
     call_block_matmul,
     check_block_matmul,
 )
-from tests.kernels.oracles import make_masks, make_normal
 from tests.kernels.tiers import tier
 
 PLAIN = BlockMatmulCase()

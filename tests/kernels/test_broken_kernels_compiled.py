@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import aot
+from pallas_kernels.doctor.oracles import error
 from pallas_kernels.nm_matmul.mosaic_sm90 import kernel as kernel_module
 from pallas_kernels.nm_matmul.mosaic_sm90 import wgmma_sp
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
@@ -26,7 +27,6 @@ from tests.kernels import asynchronous
 from tests.kernels.contract import Case, call_implementation
 from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
 from tests.kernels.machine_checks import find_faults
-from tests.kernels.oracles import error
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.ptx_program import PtxError
 from tests.kernels.test_nm_mosaic_sm90 import make_operands, run

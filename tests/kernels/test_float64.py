@@ -17,9 +17,8 @@ from pallas_kernels import (
     mean_attention_map,
     nm_matmul,
 )
+from pallas_kernels.doctor.oracles import make_nm_masks, make_normal, value_and_gradients
 from tests.kernels import float64
-from tests.kernels.nm_contract import make_nm_masks
-from tests.kernels.oracles import make_normal, value_and_gradients
 from tests.kernels.tiers import tier
 
 BLOCK, LENGTH, HEADS, KV_HEADS, DIM = 8, 32, 4, 2, 4

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention
+from pallas_kernels.doctor.oracles import error, make_normal
 from tests.kernels import interpreter
 from tests.kernels.contract import (
     Case,
@@ -22,7 +23,6 @@ from tests.kernels.contract import (
     with_untransposed_lists,
 )
 from tests.kernels.interpreter import give_back_early, hopper, miss_barrier
-from tests.kernels.oracles import error, make_normal
 from tests.kernels.tiers import tier
 
 _SMALL = Case(

@@ -1,19 +1,13 @@
 """What `nm_matmul` and its companions refuse, in which words, and which backend runs."""
 
-import dataclasses
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PackedNM, backends, check_nm_mask, choose_backend, nm_matmul, pack_nm
-from pallas_kernels.nm_matmul.backends import BACKENDS
-from pallas_kernels.nm_matmul.call import NMFacts
-from pallas_kernels.nm_matmul.mosaic_sm90 import break_even, products
-from pallas_kernels.nm_matmul.mosaic_sm90.break_even import MEASURED, Measurement, beats_dense
+from pallas_kernels import PackedNM, check_nm_mask, nm_matmul, pack_nm
 from tests.kernels.interpreter import hopper
 
 _X = jnp.ones((2, 8))
@@ -209,44 +203,3 @@ def test_a_kernel_that_packs_the_weight_looks_at_its_mask_all_the_same():
     rows = jnp.arange(64)[:, None] % 2 == jnp.zeros(128)
     with hopper(), pytest.raises(ValueError, match="transposable=True, but .* row 0 keeps 4"):
         nm_matmul(x, _W64, rows, transposable=True, **options)
-
-
-_FACTS = NMFacts(rows=8192, inner=4096, columns=4096, dtype="bfloat16")
-
-
-def _choose(name=None, **changes):
-    return choose_backend("nm_matmul", BACKENDS, name, dataclasses.replace(_FACTS, **changes)).name
-
-
-def test_choice_goes_by_what_was_measured(monkeypatch, caplog):
-    with caplog.at_level(logging.DEBUG, logger=backends.__name__):
-        assert MEASURED or _choose() == "xla"
-    assert "nm_matmul: chose 'xla' on cpu, NMFacts(rows=8192, inner=4096" in caplog.text
-    assert _choose("reference") == "reference"
-
-    fast = Measurement(4096, 4096, 4096, "bfloat16", 0.6)
-    monkeypatch.setattr(break_even, "MEASURED", (fast,))
-    assert _choose() == "xla"  # the kernels do not run here
-    monkeypatch.setattr(products, "check_hopper", lambda: None)
-    assert _choose() == "mosaic_sm90"
-    for change in (
-        {"rows": 2048},
-        {"dtype": "float16"},
-        {"pattern": (1, 4)},
-        {"inner": 4100},
-        {"columns": 4096 + 64, "activation": "geglu"},
-    ):
-        assert _choose(**change) == "xla", change
-
-
-def test_break_even_takes_the_largest_measured_shape_that_fits():
-    table = [
-        Measurement(1024, 1024, 1024, "bfloat16", 1.3),
-        Measurement(4096, 4096, 4096, "bfloat16", 0.6),
-        Measurement(8192, 8192, 8192, "float16", 0.5),
-    ]
-    shapes = [(1000, 1024, 1024), (4096, 4096, 4000), (4096, 4096, 4096), (16384, 16384, 16384)]
-    answers = [beats_dense(*shape, jnp.bfloat16, measured=table) for shape in shapes]
-    assert answers == [False, False, True, True]
-    assert not beats_dense(4096, 4096, 4096, "float16", measured=table)
-    assert not beats_dense(4096, 4096, 4096, "bfloat16", measured=())

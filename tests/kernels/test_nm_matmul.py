@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, prune_mvue
+from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal
 from pallas_kernels.nm_matmul import straight_through
 from pallas_kernels.nm_matmul.activations import (
     ACTIVATIONS,
@@ -28,9 +29,7 @@ from tests.kernels.nm_contract import (
     check_pruned_gradient,
     compile_nm_case,
     expected_nm_results,
-    make_nm_masks,
 )
-from tests.kernels.oracles import error, make_normal
 from tests.kernels.tiers import tier
 
 _FAST = ["transposable", "geglu", "one_of_four", "two_of_eight", "mvue_exact", "bf16"]

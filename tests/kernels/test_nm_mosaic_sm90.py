@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm
+from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal
 from pallas_kernels.nm_matmul.activations import apply_activation
 from pallas_kernels.nm_matmul.mosaic_sm90 import tile_config
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import (
@@ -26,13 +27,7 @@ from pallas_kernels.nm_matmul.mosaic_sm90.kernel import (
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
 from tests.kernels.interpreter import hopper, miss_barrier
-from tests.kernels.nm_contract import (
-    NM_KERNEL_CASES,
-    check_nm_case,
-    check_pruned_gradient,
-    make_nm_masks,
-)
-from tests.kernels.oracles import error, make_normal
+from tests.kernels.nm_contract import NM_KERNEL_CASES, check_nm_case, check_pruned_gradient
 
 _CASES = {
     name: dataclasses.replace(

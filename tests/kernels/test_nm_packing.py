@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from pallas_kernels import PackedNM, pack_nm, prune_mvue, unpack_nm
 from pallas_kernels.dispatch import is_interpreted
+from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import prune_on_gpu
 from pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp import operand_offsets
 from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels.interpreter import hopper
-from tests.kernels.nm_contract import make_nm_masks
-from tests.kernels.oracles import make_normal
 
 # Two positions, the first in the low bits, the second greater: all others are undefined.
 jit_pack, jit_unpack = jax.jit(pack_nm, static_argnames=("axis",)), jax.jit(unpack_nm)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, mean_attention_map
+from pallas_kernels.doctor.oracles import error, make_normal
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
     call_block_matmul,
     check_block_matmul,
 )
-from tests.kernels.oracles import error, make_normal
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
 
 # The ends of what asynchronous units may do, and something in between.

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm, prune_mvue
+from pallas_kernels.doctor.oracles import error, make_normal
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_on_gpu, prune_on_gpu
 from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels import float64, ptx_host
-from tests.kernels.oracles import error, make_normal
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.test_nm_packing import assert_same_bits, make_weight
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention
-from tests.kernels.oracles import error, make_normal
+from pallas_kernels.doctor.oracles import error, make_normal
 
 _attend = functools.partial(
     block_sparse_attention, return_lse=True, implementation="reference", scale=1.0

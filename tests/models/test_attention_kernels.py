@@ -9,13 +9,14 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import aot, mean_attention_map
+from pallas_kernels.doctor.oracles import error, make_normal
 from sparsejax.masks import flood_fill, map_distance, map_skewness, pool_attention
 from sparsejax.models import AttentionOptions, BlockSparseAttention, SparsityMask
 from sparsejax.patterns import BlockPattern
 from tests.kernels.contract import Case, call_implementation, compile_case
 from tests.kernels.interpreter import hopper
 from tests.kernels.machine_checks import check_kernel
-from tests.kernels.oracles import error, make_normal, softmax_maps
+from tests.kernels.oracles import softmax_maps
 from tests.small_models import make_config
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.doctor.oracles import make_nm_masks
 from sparsejax.models import (
     DENSE_LINEAR,
     LinearOptions,
@@ -22,7 +23,6 @@ from sparsejax.models import (
     transformer,
 )
 from sparsejax.patterns import NMPattern
-from tests.kernels.nm_contract import make_nm_masks
 from tests.small_models import LENGTH
 from tests.small_models import make_config as make_small_config
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
 from sparsejax.models import DENSE_LINEAR, MLP, LinearOptions, SparseLinear, SparsityMask
 from sparsejax.patterns import NMPattern
 from tests.kernels.interpreter import hopper
-from tests.kernels.nm_contract import make_nm_masks
-from tests.kernels.oracles import make_normal
 from tests.small_models import make_config
 
 K, N = 16, 12

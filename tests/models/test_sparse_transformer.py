@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.doctor.oracles import make_nm_masks
 from sparsejax.models import (
     DENSE_LINEAR,
     LinearOptions,
@@ -19,7 +20,6 @@ from sparsejax.models import (
     sparse_weight_patterns,
 )
 from sparsejax.patterns import NMPattern
-from tests.kernels.nm_contract import make_nm_masks
 from tests.small_models import make_config
 
 SPARSE, SQUARE = LinearOptions(), NMPattern(2, 4, transposable=True)

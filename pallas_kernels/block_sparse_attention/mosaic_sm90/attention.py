@@ -51,6 +51,16 @@ def check(facts: AttentionFacts) -> None:
     make_problem(facts)
 
 
+def tile(facts: AttentionFacts) -> str:
+    """Say into how many parts dK and dV split a group of query heads; "" where there is none."""
+    if facts.num_heads == facts.num_kv_heads:
+        return ""
+    try:
+        return f"{_choose_key_walk(make_problem(facts)).parts} parts"
+    except NotImplementedError:
+        return "without gradients"
+
+
 def make_problem(facts: AttentionFacts) -> Problem:
     """Collect what the kernels need to know, and refuse what they do not do on any device.
 

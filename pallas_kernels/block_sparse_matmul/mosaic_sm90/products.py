@@ -51,6 +51,21 @@ def check(facts: BlockFacts) -> None:
     check_hopper()
 
 
+def tile(facts: BlockFacts) -> str:
+    """Say how many rows a warpgroup takes of y and of dx: "128 rows, 64 rows"."""
+    rows = (
+        make_row_plan(
+            facts.rows,
+            facts.shape,
+            facts.grid,
+            transposed=transposed,
+            num_programs=count_processors(),
+        ).shape[0]
+        for transposed in (False, True)
+    )
+    return ", ".join(f"{count} rows" for count in rows)
+
+
 def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
     """Multiply by the kept blocks, and differentiate likewise.
 

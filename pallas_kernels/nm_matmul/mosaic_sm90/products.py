@@ -17,7 +17,6 @@ from pallas_kernels.dispatch import check_hopper, count_processors, is_interpret
 from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
 from pallas_kernels.nm_matmul.mask_check import check_known_mask
-from pallas_kernels.nm_matmul.mosaic_sm90.break_even import beats_dense
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_weight, prune_on_gpu
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
@@ -25,11 +24,6 @@ from pallas_kernels.nm_matmul.mvue import GROUP
 from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
 from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
-
-
-def suits(facts: NMFacts) -> bool:
-    """Return whether the kernels were measured to be faster than the dense product."""
-    return beats_dense(facts.rows, facts.inner, facts.columns, facts.dtype)
 
 
 def check(facts: NMFacts) -> None:
@@ -57,6 +51,22 @@ def check(facts: NMFacts) -> None:
         )
 
 
+def tile(facts: NMFacts) -> str:
+    """Say how the products of a call are cut: y, then dx and dw where they are sparse.
+
+    Example: "2x128x64 in 5 stages; 2x128x64 in 5 stages" of a transposable mask.
+    """
+    rows, inner, columns = facts.rows, facts.inner, facts.columns
+    is_gated = facts.activation in GATED
+    cuts = [_choose_tiles(columns, inner, rows, facts.dtype, is_gated=is_gated)]
+    if facts.transposable:
+        cuts.append(_choose_tiles(inner, columns, rows, facts.dtype))
+    if facts.grad_pruning != "none":
+        tokens = rows + -rows % TILE
+        cuts.append(_choose_tiles(columns, tokens, inner, facts.dtype, pads_columns=False))
+    return "; ".join(f"{c.blocks}x{c.columns}x{c.contraction} in {c.stages} stages" for c in cuts)
+
+
 def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     """Multiply on sparse tensor cores, after packing the weight if that is not done.
 
@@ -71,7 +81,12 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
         check_known_mask(arrays.mask, pattern=facts.pattern, transposable=facts.transposable)
         packed = pack_weight(
             PackArrays(jax.lax.stop_gradient(arrays.w), arrays.mask),
-            PackFacts(along_k=True, along_n=facts.transposable),
+            PackFacts(
+                along_k=True,
+                along_n=facts.transposable,
+                shape=arrays.w.shape,
+                dtype=facts.dtype,
+            ),
         )
         arrays = arrays._replace(packed=packed)
     is_dense = facts.grad_pruning == "none"
@@ -115,13 +130,11 @@ def _multiply(
     """Return (A B)^T, with bias and activation, and what the activation was applied to."""
     rows, contraction = sparse.shape
     num_columns = dense.shape[0 if dense_is_transposed else 1]
-    num_programs = count_processors()
-    tiles = default_config(
+    tiles = _choose_tiles(
         rows,
         contraction,
         num_columns,
         dense.dtype.name,
-        num_programs=num_programs,
         is_gated=activation in GATED,
         pads_columns=dense_is_transposed,
     )
@@ -137,8 +150,20 @@ def _multiply(
         activation=activation,
         keeps_inputs=keeps_inputs,
     )
-    results = multiply_sparse(sparse, dense, bias, problem, tiles, num_programs=num_programs)
+    results = multiply_sparse(sparse, dense, bias, problem, tiles, num_programs=count_processors())
     return [result[:num_columns] for result in results]
+
+
+def _choose_tiles(rows, contraction, columns, dtype, *, is_gated=False, pads_columns=True):
+    return default_config(
+        rows,
+        contraction,
+        columns,
+        dtype,
+        num_programs=count_processors(),
+        is_gated=is_gated,
+        pads_columns=pads_columns,
+    )
 
 
 def _pad_rows(array: jax.Array, multiple: int) -> jax.Array:

@@ -1,0 +1,274 @@
+"""Try kernels in processes of their own, and turn what came back into verdicts.
+
+A child reports numbers; whether they are right is decided here. Where one hangs or dies, the trial
+that it had begun is wrong, and another child goes on with the rest.
+"""
+
+import concurrent.futures
+import json
+import math
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pallas_kernels.backends import find_backend
+from pallas_kernels.doctor.isolation import run_isolated
+from pallas_kernels.doctor.trials import Trial
+from pallas_kernels.source_hash import hash_source
+from pallas_kernels.tables import TABLES
+from pallas_kernels.verdicts import KernelKey, Timing, Verdict
+
+CHILD = (sys.executable, "-m", "pallas_kernels.doctor.child")
+# The CPU stays available for what is drawn on the host.
+ENVIRONMENT = {"JAX_PLATFORMS": "cuda,cpu"}
+# JAX starts, the kernel, the reference and the baseline compile: 10 to 20 s on a GPU machine.
+TRIAL_SECONDS = 60
+_SECONDS_TO_START = 60
+# Children that prove at a time; timing is done by one alone.
+_CHILDREN = 4
+# Trials of one child: a later one costs only its own compilation.
+_PER_CHILD = 8
+
+
+class Outcome(NamedTuple):
+    """What became of one trial.
+
+    Attributes:
+      trial: what was tried.
+      verdicts: of each direction that was tried and whose kernel is known.
+      refusal: why the backend does not take such calls, or their gradients; "" if it does.
+      fault: what went wrong before the kernel was known, so that there is no verdict.
+      processors: streaming multiprocessors of the device, None if it was not reached.
+    """
+
+    trial: Trial
+    verdicts: tuple[Verdict, ...]
+    refusal: str = ""
+    fault: str = ""
+    processors: int | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every direction of the op is right."""
+        directions = self.trial.facts.DIRECTIONS
+        return len(self.verdicts) == len(directions) and not any(v.wrong for v in self.verdicts)
+
+
+def examine(
+    trials: Sequence[Trial],
+    *,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+    limit_seconds: float = math.inf,
+    trial_seconds: int = TRIAL_SECONDS,
+    child: Sequence[str] = CHILD,
+    environment: Mapping[str, str] = ENVIRONMENT,
+) -> list[Outcome]:
+    """Prove and time trials on the device of this machine.
+
+    Args:
+      trials: what to try; an op and backend share children with no other.
+      done: called with each outcome as soon as it is known.
+      limit_seconds: after which no child is started; trials that are left have no outcome.
+      trial_seconds: after which a trial hangs.
+      child: command of a child, to which task and files are added.
+      environment: variables of a child.
+
+    Returns:
+      list of Outcome, in order of trials.
+    """
+    deadline = time.monotonic() + limit_seconds
+
+    def run(task: str, part: list[tuple[int, Trial]]) -> dict[int, dict[str, Any]]:
+        return run_children(
+            task,
+            part,
+            deadline=deadline,
+            trial_seconds=trial_seconds,
+            child=child,
+            environment=environment,
+        )
+
+    outcomes: dict[int, Outcome] = {}
+    numbered = list(enumerate(trials))
+    with concurrent.futures.ThreadPoolExecutor(_CHILDREN) as executor:
+        proofs = [executor.submit(run, "prove", part) for part in _share_out(numbered)]
+        for proof in concurrent.futures.as_completed(proofs):
+            for index, answer in proof.result().items():
+                outcome = judge(trials[index], answer)
+                outcomes[index] = outcome
+                if not (outcome.is_right and _competes(trials[index])):
+                    done(outcome)
+    # One after the other: two at a time would slow each other down.
+    to_time = [(i, t) for i, t in numbered if i in outcomes and outcomes[i].is_right]
+    for part in _share_out([(i, t) for i, t in to_time if _competes(t)]):
+        for index, answer in run("time", part).items():
+            outcomes[index] = add_timings(outcomes[index], answer)
+            done(outcomes[index])
+    return [outcomes[index] for index, _ in numbered if index in outcomes]
+
+
+def _competes(trial: Trial) -> bool:
+    return find_backend(trial.op, TABLES[trial.op], trial.backend).needs_verdict
+
+
+def _share_out(numbered: Iterable[tuple[int, Trial]]) -> list[list[tuple[int, Trial]]]:
+    """Give each op and backend children of its own, each a few trials."""
+    groups: dict[tuple[str, str], list[tuple[int, Trial]]] = {}
+    for index, trial in numbered:
+        groups.setdefault((trial.op, trial.backend), []).append((index, trial))
+    return [
+        group[start : start + _PER_CHILD]
+        for group in groups.values()
+        for start in range(0, len(group), _PER_CHILD)
+    ]
+
+
+def run_children(
+    task: str,
+    part: list[tuple[int, Trial]],
+    *,
+    deadline: float,
+    trial_seconds: int,
+    child: Sequence[str],
+    environment: Mapping[str, str],
+) -> dict[int, dict[str, Any]]:
+    """Run a task on trials, in as many children as it takes.
+
+    Args:
+      task: "prove" or "time".
+      part: trials by number.
+      deadline: of the monotonic clock; no child is started after it.
+      trial_seconds: that a child has for each trial.
+      child: command, to which task and files are added.
+      environment: variables of a child.
+
+    Returns:
+      number -> what the child wrote of the trial, or {"fault": how the child ended}.
+    """
+    answers: dict[int, dict[str, Any]] = {}
+    while part and time.monotonic() < deadline:
+        with tempfile.TemporaryDirectory() as folder:
+            trials, results = (pathlib.Path(folder, name) for name in ("trials", "results"))
+            trials.write_text(json.dumps([trial.to_json() for _, trial in part]))
+            results.touch()
+            ended = run_isolated(
+                [*child, task, str(trial_seconds), str(trials), str(results)],
+                # A trial ends itself before, unless the driver holds it.
+                limit_seconds=trial_seconds * len(part) + _SECONDS_TO_START,
+                environment=environment,
+            )
+            begun, answered = read_results(results.read_text(errors="replace"), len(part))
+        found = {place: begun.get(place, {}) | answer for place, answer in answered.items()}
+        broken = [place for place in begun if place not in found]
+        if ended.fault and broken:
+            found[broken[-1]] = begun[broken[-1]] | {"fault": ended.fault}
+        elif not found:
+            # It ended before its first trial, and would again.
+            found = dict.fromkeys(range(len(part)), {"fault": ended.fault or "no result"})
+        answers |= {part[place][0]: answer for place, answer in found.items()}
+        part = [item for place, item in enumerate(part) if place not in found]
+    return answers
+
+
+def read_results(
+    text: str, count: int
+) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Read what a child wrote, as far as it can be read.
+
+    Args:
+      text: lines of JSON.
+      count: trials that the child was given.
+
+    Returns:
+      place -> "tile" and "processors" of trials whose kernel was about to be compiled, in that
+      order; and place -> answer of those that are done.
+    """
+    begun: dict[int, dict[str, Any]] = {}
+    answered: dict[int, dict[str, Any]] = {}
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            place = values.get("began", values.get("index"))
+        except (json.JSONDecodeError, AttributeError):
+            continue
+        if not isinstance(place, int) or not 0 <= place < count:
+            continue
+        if "began" in values:
+            begun[place] = {name: values.get(name) for name in ("tile", "processors")}
+        else:
+            answered[place] = values
+    return begun, answered
+
+
+def judge(trial: Trial, answer: Mapping[str, Any]) -> Outcome:
+    """Turn what a child wrote about a trial into verdicts.
+
+    Args:
+      trial: what was tried.
+      answer: see `pallas_kernels.doctor.child.prove`, with "tile" if the kernel was known; or with
+        "fault", how the child ended.
+    """
+    refusal = str(answer.get("refused") or answer.get("refused_gradient") or "")
+    if "refused" in answer:
+        return Outcome(trial, (), refusal)
+    wrong, tile = str(answer.get("fault") or answer.get("failed") or ""), answer.get("tile")
+    if not isinstance(tile, str):
+        return Outcome(trial, (), fault=wrong or "no result")
+    # Named here: a child may speak of its own kernels only.
+    source = hash_source(find_backend(trial.op, TABLES[trial.op], trial.backend).run)
+    options = tuple(sorted(trial.facts.kernel_options.items()))
+    directions = trial.facts.DIRECTIONS[:1] if refusal else trial.facts.DIRECTIONS
+    verdicts = (
+        Verdict(
+            key=KernelKey(trial.op, trial.backend, source, direction, tile, options),
+            wrong=wrong or _find_fault(direction, answer),
+        )
+        for direction in directions
+    )
+    processors = answer.get("processors")
+    count = processors if isinstance(processors, int) else None
+    return Outcome(trial, tuple(verdicts), refusal, processors=count)
+
+
+def _find_fault(direction: str, answer: Mapping[str, Any]) -> str:
+    """Return what is wrong with the numbers of a direction; "" if nothing is."""
+    try:
+        finding = answer["findings"][direction]
+        error, allowed = float(finding["error"]), float(finding["allowed"])
+        off, mask, repeats = finding["off"], finding["mask"], finding["repeats"]
+    except (KeyError, TypeError, ValueError):
+        return "no result"
+    if not error <= allowed:
+        return f"{off} off by {error:.3g}, allowed {allowed:.3g}, mask {mask}"
+    return "" if repeats is True else f"{off} differs when repeated"
+
+
+def add_timings(outcome: Outcome, answer: Mapping[str, Any]) -> Outcome:
+    """Add times to right verdicts; a kernel that fails at full size is wrong.
+
+    Args:
+      outcome: of a trial that was found right.
+      answer: see `pallas_kernels.doctor.child.measure`, or {"fault": ...}.
+    """
+    wrong = str(answer.get("fault") or answer.get("failed") or "")
+    timings = ()
+    if not wrong:
+        try:
+            timings = tuple(map(_read_timing, answer["timings"]))
+        except (KeyError, TypeError, ValueError):
+            wrong = "no result"
+    verdicts = (
+        Verdict(key=v.key, wrong=wrong and f"{wrong}, at full size", timings=timings)
+        for v in outcome.verdicts
+    )
+    return outcome._replace(verdicts=tuple(verdicts))
+
+
+def _read_timing(values: Mapping[str, Any]) -> Timing:
+    seconds = {str(name): float(value) for name, value in values["seconds"].items()}
+    if not all(0 < value < math.inf for value in seconds.values()):
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    return Timing(tuple(values["sizes"]), float(values["density"]), seconds)

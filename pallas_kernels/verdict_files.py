@@ -1,0 +1,195 @@
+"""Files of verdicts, and those in force.
+
+One JSON file holds the verdicts of one device kind, driver and JAX. The user's own lie in the cache
+folder, where `pallas_kernels.doctor` writes them; those of a few measured devices are shipped in
+`pallas_kernels/measured/`. They are read once in a process, when the first call without a named
+backend is traced.
+"""
+
+import contextlib
+import contextvars
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from pallas_kernels.dispatch import target_platform
+from pallas_kernels.machine import find_gpu
+from pallas_kernels.verdicts import KernelKey, Timing, Verdict, Verdicts
+
+SHIPPED = pathlib.Path(__file__).parent / "measured"
+
+_in_force: contextvars.ContextVar[Verdicts | None] = contextvars.ContextVar(
+    "verdicts", default=None
+)
+_NONE = Verdicts()
+
+
+@contextlib.contextmanager
+def use_verdicts(verdicts: Verdicts) -> Iterator[None]:
+    """Choose by these verdicts instead of those on disk.
+
+    What `jax.jit` has traced before does not change.
+
+    Args:
+      verdicts: of the device that code is traced for.
+    """
+    token = _in_force.set(verdicts)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
+def verdicts_in_force() -> Verdicts:
+    """Return the verdicts to choose by: those in use, or those on disk for this GPU.
+
+    Raises:
+      ValueError: if a file of verdicts cannot be read; the message names it.
+    """
+    verdicts = _in_force.get()
+    if verdicts is not None:
+        return verdicts
+    is_abstract = jax.sharding.get_abstract_mesh().abstract_device is not None
+    if is_abstract or target_platform() not in ("gpu", "cuda"):
+        return _NONE
+    return _read_own(jax.devices("gpu")[0].device_kind)
+
+
+@functools.cache
+def _read_own(kind: str) -> Verdicts:
+    gpu = find_gpu()
+    name = file_name(kind, gpu.driver if gpu else "unknown")
+    return Verdicts(
+        verdict for folder in (SHIPPED, cache_folder()) for verdict in read_verdicts(folder / name)
+    )
+
+
+def cache_folder() -> pathlib.Path:
+    """Return the folder of the user's verdicts: `$XDG_CACHE_HOME/sparsejax/verdicts`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "sparsejax" / "verdicts"
+
+
+def file_name(kind: str, driver: str) -> str:
+    """Name the file of a device kind and driver, with the JAX of this process.
+
+    Args:
+      kind: as the driver reports it.
+      driver: version.
+
+    Example:
+      >>> file_name("NVIDIA H200", "580.65.06").startswith("nvidia-h200_driver-580.65.06_jax-")
+      True
+    """
+    parts = (kind, f"driver-{driver}", f"jax-{jax.__version__}")
+    return "_".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()) for part in parts) + ".json"
+
+
+def read_verdicts(path: pathlib.Path) -> list[Verdict]:
+    """Read the verdicts of a file.
+
+    Args:
+      path: of the file, which need not exist.
+
+    Raises:
+      ValueError: if it is there and is no file of verdicts.
+    """
+    return _read(path)[1]
+
+
+def read_processors(path: pathlib.Path) -> int | None:
+    """Read how many streaming multiprocessors the device of a file has.
+
+    Args:
+      path: of the file, which need not exist.
+
+    Returns:
+      int, or None: not known yet.
+
+    Raises:
+      ValueError: if it is there and is no file of verdicts.
+    """
+    return _read(path)[0]
+
+
+def _read(path: pathlib.Path) -> tuple[int | None, list[Verdict]]:
+    try:
+        content = json.loads(path.read_text())
+        processors = content["processors"]
+        if processors is not None and not isinstance(processors, int):
+            raise TypeError(f"processors must be a number, got {processors!r}")
+        return processors, [_parse_verdict(entry) for entry in content["verdicts"]]
+    except FileNotFoundError:
+        return None, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must be a readable file of verdicts, got {type(error).__name__}: {error}; "
+            "delete it and run the doctor again"
+        ) from error
+
+
+def write_verdicts(
+    path: pathlib.Path, verdicts: Iterable[Verdict], *, processors: int | None = None
+) -> None:
+    """Add verdicts to a file; those it has of the same keys are replaced.
+
+    Several processes may write at a time: each holds the lock beside the file meanwhile, and a
+    reader finds the file before or after.
+
+    Args:
+      path: of the file; its folder is made.
+      verdicts: to add.
+      processors: streaming multiprocessors of the device, None if not known.
+
+    Raises:
+      OSError: if it cannot be written.
+      ValueError: if it is there and is no file of verdicts.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before, kept = _read(path)
+        known = {verdict.key: verdict for verdict in (*kept, *verdicts)}
+        unfinished = path.with_suffix(".tmp")
+        entries = [_describe_verdict(verdict) for verdict in known.values()]
+        content = {"processors": processors or before, "verdicts": entries}
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(unfinished, path)
+
+
+def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
+    entry = {
+        **verdict.key._asdict(),
+        "options": dict(verdict.key.options),
+        "verdict": f"wrong ({verdict.wrong})" if verdict.wrong else "right",
+    }
+    timings = [timing._asdict() for timing in verdict.timings]
+    return entry | ({"timings": timings} if timings else {})
+
+
+def _parse_verdict(entry: Any) -> Verdict:
+    text = entry["verdict"]
+    wrong = re.fullmatch(r"wrong \((.+)\)", text, re.DOTALL)
+    if text != "right" and wrong is None:
+        raise ValueError(f"a verdict is 'right' or 'wrong (reason)', got {text!r}")
+    names = ("op", "backend", "source", "direction", "tile")
+    values = {name: entry[name] for name in names}
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ValueError(f"{names} must be texts, got {list(values.values())}")
+    timings = tuple(
+        Timing(
+            tuple(int(size) for size in timing["sizes"]),
+            float(timing["density"]),
+            {str(name): float(seconds) for name, seconds in timing["seconds"].items()},
+        )
+        for timing in entry.get("timings", ())
+    )
+    key = KernelKey(**values, options=tuple(sorted(entry["options"].items())))
+    return Verdict(key=key, wrong=wrong[1] if wrong else "", timings=timings)
