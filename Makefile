@@ -13,7 +13,14 @@ FAST := not slow and not gpu and not ci
 ROOM_PATHS := $(if $(ROOM),$(wildcard tests/$(ROOM) sparsejax/$(ROOM) $(if $(filter kernels,$(ROOM)),pallas_kernels)))
 export PYTHON VENV
 
-.PHONY: help train test test-ci test-all test-newest bench plan gpu gpu-sweep lint lock clean
+.PHONY: help train test test-ci test-all test-newest bench plan doctor gpu gpu-sweep lint lock clean
+
+# The lock that runs use: CUDA's where it is installed or a GPU is found, or LOCK=train. nvidia-smi
+# can take seconds: only recipes look, so that other targets do not, and only once.
+LOCK = $(eval LOCK := $(if $(or $(wildcard $(VENV)/cuda.stamp),$(shell requirements/find-gpu.sh)),cuda,train))$(LOCK)
+# What plans compile with, beside the environment. CUDA's lock puts it inside, and two copies of
+# JAX's plugin must not meet.
+COMPILER = $(if $(or $(wildcard $(VENV)/cuda.stamp),$(filter cuda,$(LOCK))),,$(VENV)/compile)
 
 help:
 	@echo "make train      train the quickstart model, or resume it"
@@ -25,9 +32,11 @@ help:
 	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
 	@echo "                block_sparse_matmul, fst_gpt2, grouped_gradients, l2_bandwidth"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
+	@echo "make doctor     which kernels work on this machine, and what is missing for the others"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 
-train: $(VENV)/train.stamp
+train:
+	@$(MAKE) -s $(VENV)/$(LOCK).stamp
 	$(PY) train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/dev.stamp $(VENV)/compile.stamp
@@ -58,24 +67,28 @@ bench: $(VENV)/train.stamp
 	$(PY) -m benchmarks.nm_matmul
 	$(PY) -m benchmarks.block_sparse_matmul
 
-plan: $(VENV)/train.stamp $(VENV)/compile.stamp
-	PYTHONPATH=$(VENV)/compile $(PY) train.py --mode=plan --config=$(CONFIG) --target=$(TARGET) $(FLAGS)
+plan:
+	@$(MAKE) -s $(VENV)/$(LOCK).stamp $(addsuffix .stamp,$(COMPILER))
+	$(addprefix PYTHONPATH=,$(COMPILER)) $(PY) train.py --mode=plan --config=$(CONFIG) --target=$(TARGET) $(FLAGS)
+
+doctor:
+	@$(MAKE) -s $(VENV)/$(LOCK).stamp
+	$(PY) -m pallas_kernels.doctor $(FLAGS)
 
 # A machine with a GPU often has its own JAX with CUDA and no way to install another.
 gpu gpu-sweep:
 	@python=$$(requirements/find-python.sh jax jax_cuda13_plugin flax pytest hypothesis) \
-	  || { $(MAKE) --no-print-directory $(if $(shell command -v nvidia-smi),$(VENV)/cuda.stamp,$(VENV)/dev.stamp) \
-	       && python=$(PY); } \
+	  || { $(MAKE) -s $(VENV)/$(LOCK:train=dev).stamp && python=$(PY); } \
 	  && "$$python" -m benchmarks.gpu $(if $(filter gpu-sweep,$@),--sweep "$(PART)")
 
 $(VENV)/train.stamp $(VENV)/compile.stamp: $(VENV)/%.stamp: requirements/%.txt
 	@requirements/install.sh $*
 	@touch $@
 
-# These locks contain requirements/train.txt.
+# requirements/dev.txt contains train.txt, and cuda.txt both.
 $(VENV)/dev.stamp $(VENV)/cuda.stamp: $(VENV)/%.stamp: requirements/%.txt
 	@requirements/install.sh $*
-	@touch $@ $(VENV)/train.stamp
+	@touch $@ $(VENV)/train.stamp $(if $(filter cuda,$*),$(VENV)/dev.stamp)
 
 # Without addresses: the lock serves whatever index pip is configured with.
 COMPILE_LOCK := uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.12 pyproject.toml

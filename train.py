@@ -16,12 +16,12 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsejax.config.command_line import clear_settings, describe_error, take_cleared
+from sparsejax.config.command_line import clear_settings, describe_error, list_targets, take_cleared
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
-_TARGET = flags.DEFINE_enum("target", "h200", ["h200", "h100"], "GPU of --mode=plan.")
+_TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU of --mode=plan.")
 
 
 def main(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,16 +38,21 @@ class GpuTarget:
       name: str, as the driver reports it.
       compute_capability: (major, minor).
       cores: int, streaming multiprocessors.
-      memory_bytes: int, device memory.
+      threads_per_core: int, the most that one multiprocessor holds at a time.
+      fpus_per_core: int, float32 operations that one multiprocessor starts per clock.
+      memory_bytes: int, device memory that the driver leaves to programs.
       memory_bytes_per_second: int, bandwidth of the device memory.
       l2_bytes: int, second-level cache.
       clock_ghz: float, boost clock.
+      shared_memory_per_core_bytes: int, of one multiprocessor.
       shared_memory_per_block_bytes: int, the most that one block may ask for.
     """
 
     name: str
     compute_capability: tuple[int, int]
     cores: int
+    threads_per_core: int
+    fpus_per_core: int
     memory_bytes: int
     memory_bytes_per_second: int
     l2_bytes: int
@@ -65,13 +71,13 @@ class GpuTarget:
             gpu_device_info {{
               threads_per_block_limit: 1024
               threads_per_warp: 32
-              threads_per_core_limit: 2048
+              threads_per_core_limit: {self.threads_per_core}
               registers_per_core_limit: 65536
               registers_per_block_limit: 65536
               block_dim_limit_x: 2147483647
               block_dim_limit_y: 65535
               block_dim_limit_z: 65535
-              fpus_per_core: 128
+              fpus_per_core: {self.fpus_per_core}
               shared_memory_per_block: 49152
               shared_memory_per_core: {self.shared_memory_per_core_bytes}
               shared_memory_per_block_optin: {self.shared_memory_per_block_bytes}
@@ -89,25 +95,16 @@ class GpuTarget:
         """
 
 
-H200 = GpuTarget(
-    name="NVIDIA H200",
-    compute_capability=(9, 0),
-    cores=132,
-    memory_bytes=150_754_820_096,
-    memory_bytes_per_second=4_800_000_000_000,
-    l2_bytes=62_914_560,
-    clock_ghz=1.98,
-    shared_memory_per_core_bytes=233_472,
-    shared_memory_per_block_bytes=232_448,
-)
-H100 = dataclasses.replace(
-    H200,
-    name="NVIDIA H100 80GB HBM3",
-    memory_bytes=84_942_979_072,
-    memory_bytes_per_second=3_352_320_000_000,
-    l2_bytes=52_428_800,
-)
+def _read_targets() -> dict[str, GpuTarget]:
+    tables = tomllib.loads(pathlib.Path(__file__).with_name("gpu_targets.toml").read_text())
+    for figures in tables.values():
+        figures["compute_capability"] = tuple(figures["compute_capability"])
+    return {key: GpuTarget(**figures) for key, figures in tables.items()}
 
+
+# By the names of `train.py --target=`.
+TARGETS = _read_targets()
+H200, H100 = TARGETS["h200"], TARGETS["h100"]
 
 # There is nothing to time candidates on. XLA's Triton products have no default configuration, so
 # that a program with one would not compile; cuBLAS ones have. The GPU's program is optimised,

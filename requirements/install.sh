@@ -35,7 +35,11 @@ find_uv() {
     && echo "$venv/bin/uv"
 }
 
-echo "Installing $lock"
+if [ "$1" = cuda ] && gpu=$(requirements/find-gpu.sh); then
+  echo "Found $gpu: installing $lock, 4.5 GB (make LOCK=train installs JAX for the CPU instead)"
+else
+  echo "Installing $lock"
+fi
 { uv=$(find_uv) && "$uv" pip install --python "$python" "${options[@]}"; } || {
   echo "uv could not do it, trying pip"
   "$python" -m pip install --disable-pip-version-check "${options[@]}"

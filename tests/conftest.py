@@ -4,6 +4,7 @@ JAX reads these when it is imported, so they stand at import time of this file a
 fixture. A run that wants a GPU sets `JAX_PLATFORMS` itself.
 """
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -25,9 +26,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # `make` puts the `compile` extra beside the environment's packages and not among them: without a
-# GPU, JAX's CUDA plugin prints a traceback in every program that does not set JAX_PLATFORMS.
+# GPU, JAX's CUDA plugin prints a traceback in every program that does not set JAX_PLATFORMS. Where
+# requirements/cuda.txt is installed the environment has it, and two copies must not meet.
 _compile_extra = pathlib.Path(sys.prefix) / "compile"
-if _compile_extra.exists():
+if _compile_extra.exists() and importlib.util.find_spec("jax_cuda13_plugin") is None:
     sys.path.append(str(_compile_extra))
 
 hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)

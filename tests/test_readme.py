@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import aot
+
 _README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 _EXAMPLES = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
 
@@ -34,3 +36,8 @@ def test_readme_names_files_and_targets_that_exist():
     targets = set(re.findall(r"^([a-z-]+)(?: [a-z-]+)*:", (root / "Makefile").read_text(), re.M))
     for target in re.findall(r"make ([a-z-]+)", _README):
         assert target in targets or f" {target}:" in (root / "Makefile").read_text(), target
+
+
+def test_readme_names_every_gpu_that_can_be_planned_for():
+    (listed,) = re.findall(r"Targets are ([^.]+)\.", _README)
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(aot.TARGETS)

@@ -1,14 +1,29 @@
-"""What ml_collections' flags leave open: settings that are cleared, and errors in one line."""
+"""What flags leave open: names of GPUs, settings that are cleared, and errors in one line."""
 
 import ast
 import contextlib
 import functools
+import pathlib
 import re
+import tomllib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
+
+# Read as a file: importing anything of pallas_kernels imports JAX, and --help would wait for it.
+_TARGETS = pathlib.Path(__file__).parents[2] / "pallas_kernels" / "gpu_targets.toml"
+
+
+def list_targets() -> list[str]:
+    """Return the names of the GPUs that programs can be compiled for.
+
+    Example:
+      >>> list_targets()[:2]
+      ['h200', 'h100']
+    """
+    return list(tomllib.loads(_TARGETS.read_text()))
 
 
 def take_cleared(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -24,8 +24,6 @@ from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
 from sparsejax.types import PyTree
 
-TARGETS = {"h200": aot.H200, "h100": aot.H100}
-
 # What JAX takes of a GPU's memory when it starts, if XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
 _MEMORY_FRACTION = 0.75
 
@@ -88,16 +86,16 @@ def make_plan(config: TrainConfig, *, target: str = "h200") -> Plan:
     meets what JAX takes of the GPU's memory, rounded down to a multiple of the micro-batches.
 
     Args:
-      target: str, one of `TARGETS`.
+      target: str, one of `aot.TARGETS`.
 
     Raises:
       ConfigError: if the target is unknown, the data cannot be described or does not fit the
         settings, the named kernel does not run on the target, or the packages of the `compile`
         extra are missing.
     """
-    if target not in TARGETS:
-        raise ConfigError(f"--target must be one of {list(TARGETS)}, got {target!r}")
-    gpu = TARGETS[target]
+    if target not in aot.TARGETS:
+        raise ConfigError(f"--target must be one of {list(aot.TARGETS)}, got {target!r}")
+    gpu = aot.TARGETS[target]
     try:
         spec = describe_data(config.data)
     except ValueError as error:

@@ -52,6 +52,8 @@ def test_locks_agree_and_the_compiler_fits_jax():
     for name, version in pins["train"].items():
         assert pins["dev"][name] == pins["cuda"][name] == version
     assert pins["compile"]["jax-cuda13-plugin"] == pins["train"]["jaxlib"]
+    # Where CUDA's lock is installed, `make plan` compiles with what it brought.
+    assert pins["compile"].items() <= pins["cuda"].items()
 
 
 def test_faults_of_a_lock_are_found():

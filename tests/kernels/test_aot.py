@@ -9,8 +9,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas.ops.gpu import hopper_matmul_mgpu
 
-from pallas_kernels import aot
+from pallas_kernels import aot, block_sparse_attention
 
+TARGETS = aot.TARGETS
 N = 1024
 X_NN = jax.ShapeDtypeStruct((N, N), jnp.bfloat16)
 MATRIX_BYTES = 2 * N * N
@@ -104,6 +105,45 @@ def test_the_function_finds_the_gpu_while_it_is_traced():
     for target in (aot.H100, aot.H200):
         aot.compile_for(look, X_NN, mesh=aot.make_gpu_mesh(target))
     assert seen == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "rtx4090" else pytest.param(name, marks=pytest.mark.ci) for name in TARGETS],
+)
+def test_programs_of_xla_compile_for_every_target(name):
+    """A dense layer, and attention forward and backward."""
+
+    def attend(q, k, v, mask):
+        blocks = dict(block_q=64, block_kv=64, causal=True, implementation="xla")
+        return block_sparse_attention(q, k, v, mask, **blocks).astype(jnp.float32).sum()
+
+    mesh = aot.make_gpu_mesh(TARGETS[name])
+    layer = aot.compile_for(lambda x, w: jax.nn.gelu(x @ w), X_NN, X_NN, mesh=mesh)
+    assert layer.output_bytes == MATRIX_BYTES and "cublas" in layer.hlo
+    q, mask = jax.ShapeDtypeStruct((1, 128, 2, 32), jnp.bfloat16), jnp.ones((1, 1, 2, 2), bool)
+    attention = aot.compile_for(jax.grad(attend, (0, 1, 2)), q, q, q, mask, mesh=mesh)
+    assert attention.temp_bytes > 0 and attention.kernels == ()
+
+
+def test_targets_have_the_limits_of_their_compute_capability():
+    # CUDA's table of compute capabilities: threads, float32 lanes and KiB of shared memory of one
+    # multiprocessor, of which a block leaves one KiB.
+    limits = {
+        (8, 0): (2048, 64, 164),
+        (8, 6): (1536, 128, 100),
+        (8, 9): (1536, 128, 100),
+        (9, 0): (2048, 128, 228),
+        (10, 0): (2048, 128, 228),
+        (12, 0): (1536, 128, 100),
+    }
+    for gpu in TARGETS.values():
+        threads, fpus, shared = limits[gpu.compute_capability]
+        assert (gpu.threads_per_core, gpu.fpus_per_core) == (threads, fpus), gpu.name
+        assert gpu.shared_memory_per_core_bytes == shared << 10, gpu.name
+        assert gpu.shared_memory_per_block_bytes == (shared - 1) << 10, gpu.name
+        assert f"threads_per_core_limit: {threads}\n" in gpu.config()
+        assert f"fpus_per_core: {fpus}\n" in gpu.config()
 
 
 def test_uneven_hosts_are_refused():

@@ -12,7 +12,6 @@ from pallas_kernels import aot
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.data import describe_data, make_data
 from sparsejax.tools.plan import (
-    TARGETS,
     estimate_largest_batch,
     format_plan,
     make_abstract_batch,
@@ -91,6 +90,17 @@ def test_table_shows_phases_side_by_side(plan):
 
 
 @pytest.mark.ci
+def test_a_small_gpu_is_planned_for(tmp_path):
+    settings = make_settings(tmp_path, model__num_layers=1, recipe__name="dense")
+    small = make_plan(parse_config(settings), target="rtx4090")
+    text = format_plan(small)
+    assert "on one NVIDIA GeForce RTX 4090" in text
+    assert _read(text)["GPU memory that JAX takes, MB"] == ["18,938.0"]
+    (phase,) = small.phases
+    assert phase.peak_bytes < small.usable_bytes < aot.TARGETS["rtx4090"].memory_bytes
+
+
+@pytest.mark.ci
 def test_kernels_are_listed_with_what_ptxas_made_of_them(plan):
     kernel = aot.KernelReport(
         name="forward_0",
@@ -125,7 +135,7 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({}, {"target": "b200"}, r"--target must be one of \['h200', 'h100'\], got 'b200'"),
+        ({}, {"target": "v100"}, r"--target must be one of \['h200', 'h100', .*\], got 'v100'"),
         (
             {"data__source": "tfds:x"},
             {},
@@ -141,8 +151,17 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
             {},
             "model.attention_implementation='mosaic_sm90' must run on one NVIDIA H200: .*float32",
         ),
+        (
+            {
+                "recipe__name": "static_attention",
+                "recipe__static_attention__density": 0.5,
+                "model__attention_implementation": "mosaic_sm90",
+            },
+            {"target": "a100"},
+            "model.attention_implementation='mosaic_sm90' must run on one NVIDIA A100-SXM4-80GB: ",
+        ),
     ],
-    ids=["target", "tfds", "idx", "kernel"],
+    ids=["target", "tfds", "idx", "kernel", "gpu"],
 )
 def test_what_cannot_be_planned_is_refused(changes, options, message, tmp_path):
     config = parse_config(make_settings(tmp_path, **changes))
@@ -161,8 +180,8 @@ def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, m
     ("arguments", "message"),
     [
         pytest.param(
-            ["--mode=plan", "--target=b200"],
-            "--target=b200: value should be one of <h200|h100>",
+            ["--mode=plan", "--target=v100"],
+            "--target=v100: value should be one of <h200|h100|",
             marks=pytest.mark.ci,
         ),
         (["--mode=eval"], "--workdir must be a folder for --mode=eval, got none"),
@@ -181,5 +200,15 @@ def test_command_refuses_with_one_line_and_code_2(arguments, message):
     assert message in result.stderr
 
 
-def test_command_knows_the_targets_of_the_plan():
-    assert list(TARGETS) == train.flags.FLAGS["target"].parser.enum_values
+def test_command_knows_the_targets_and_lists_them_without_jax():
+    assert list(aot.TARGETS) == train.flags.FLAGS["target"].parser.enum_values
+    help_and_modules = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "finally: print('jax' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", help_and_modules], cwd=_ROOT, capture_output=True, text=True
+    )
+    assert f"<{'|'.join(aot.TARGETS)}>" in result.stdout
+    assert result.stdout.splitlines()[-1] == "False"
