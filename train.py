@@ -16,11 +16,12 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sparsejax.config.command_line import clear_settings, describe_error, list_targets, take_cleared
+from sparsejax.config.command_line import list_targets, read_settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
+_DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
 _TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU of --mode=plan.")
 
 
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
     from sparsejax.tools.evaluate import evaluate
     from sparsejax.tools.find_decay import find_decay
     from sparsejax.tools.plan import format_plan, make_plan
+    from sparsejax.tools.prove import prove_kernels
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
 
     if not flags.FLAGS["verbosity"].present:
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> int:
             for name, value in evaluate(config, workdir).items():
                 print(f"{name}: {value}")
         else:
+            if _DOCTOR.value == "auto":
+                prove_kernels(config)
             command = shlex.join([sys.executable, *sys.argv])
             train_and_evaluate(config, workdir, resume_command=command)
     except ConfigError as error:
@@ -78,14 +82,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    argv, cleared = take_cleared(argv)
     try:
-        rest = flags.FLAGS(argv)
-        _CONFIG.value.to_dict()  # a missing file shows only when the settings are read
-        clear_settings(_CONFIG.value, cleared)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_fail(describe_error(error)))
-    return rest
+        return read_settings(argv, flags.FLAGS, _CONFIG)
+    except ValueError as error:
+        sys.exit(_fail(str(error)))
 
 
 def _fail(message: str) -> int:

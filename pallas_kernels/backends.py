@@ -84,6 +84,7 @@ class Choice(NamedTuple):
       backend: name of the backend.
       reason: why it is this one.
       others: name -> why it is none of these; of backends that a call without a name may get.
+      is_named: whether the caller named it.
     """
 
     op: str
@@ -91,6 +92,7 @@ class Choice(NamedTuple):
     backend: str
     reason: str
     others: Mapping[str, str]
+    is_named: bool = False
 
     @property
     def call(self) -> str:
@@ -194,7 +196,7 @@ def explain_choice[Arrays, F: Facts](
     """
     if implementation is not None:
         find_backend(op, backends, implementation).check(facts)
-        return Choice(op, facts, implementation, "named by the caller", {})
+        return Choice(op, facts, implementation, "named by the caller", {}, is_named=True)
     before = (_recorded.get() or {}).get(describe_call(op, facts))
     if before is not None:
         _check_recorded(find_backend(op, backends, before), op, facts)

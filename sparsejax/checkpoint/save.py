@@ -147,6 +147,18 @@ class Checkpointer:
         if block:
             self.wait()
 
+    def describe_run(self, run_metadata: dict[str, Any]) -> None:
+        """Replace what is kept for the whole run.
+
+        Args:
+          run_metadata: JSON dict.
+
+        Raises:
+          ValueError: if it is not JSON.
+          OSError: if it cannot be written.
+        """
+        write_durably(self._directory / _RUN, dump_json(run_metadata, "run_metadata"))
+
     def wait(self) -> None:
         """Wait until the save under way, if any, is whole on disk.
 

@@ -98,6 +98,18 @@ def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
     return find_differences(before["versions"], description["versions"])
 
 
+def read_choices(checkpoints: Path) -> dict[str, str]:
+    """Read on which backend each sparse op of a run ran.
+
+    Args:
+      checkpoints: folder of the run's checkpoints.
+
+    Returns:
+      `Choice.call` -> name of the backend; empty of a run that did not record them.
+    """
+    return dict((read_run_metadata(checkpoints) or {}).get("implementations", {}))
+
+
 def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, list[str]]:
     """Return the newest checkpoint that is whole, and what is wrong with newer ones.
 

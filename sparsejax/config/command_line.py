@@ -7,6 +7,7 @@ import pathlib
 import re
 import tomllib
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -69,6 +70,31 @@ def clear_settings(config: ConfigDict, keys: Sequence[str]) -> None:
             setattr(section, name, None)
 
 
+def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
+    """Parse a command line, and change the settings of a config file as it says.
+
+    Args:
+      argv: program and arguments.
+      flags: `absl.flags.FLAGS`.
+      config: the flag that `config_flags.DEFINE_config_file` returned; its settings are changed.
+
+    Returns:
+      list of str: the program, and arguments that are no flags.
+
+    Raises:
+      ValueError: if a flag, file, key or value is wrong, in one line.
+    """
+    argv, cleared = take_cleared(argv)
+    try:
+        rest = flags(argv)
+        config.value.to_dict()  # a missing file shows only when the settings are read
+        clear_settings(config.value, cleared)
+    # absl's own error is none of these, and absl is not imported here.
+    except Exception as error:
+        raise ValueError(describe_error(error)) from error
+    return rest
+
+
 def describe_error(error: Exception) -> str:
     """Return what ml_collections raised, as one line.
 
@@ -80,6 +106,8 @@ def describe_error(error: Exception) -> str:
       'no such key'
     """
     text = str(error)
+    if isinstance(error, KeyError) and re.fullmatch(r"'\w+'", text):
+        return f"there is no setting named {text}; `python -m configs.base` lists them all"
     if "Traceback" in text:  # of a config that refuses its argument
         text = text.strip().splitlines()[-1]
     # An unknown key arrives as the text of a KeyError, which is a quoted string.

@@ -1,7 +1,11 @@
 """flax.nnx modules that call the sparse ops."""
 
+from pallas_kernels import Choice as Choice
 from pallas_kernels import Implementation as Implementation
+from pallas_kernels import assume_proven as assume_proven
 from pallas_kernels import list_backends as list_backends
+from pallas_kernels import record_choices as record_choices
+from pallas_kernels import use_recorded as use_recorded
 from sparsejax.models.attention import AttentionOptions as AttentionOptions
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.attention import apply_rotary as apply_rotary

@@ -12,22 +12,20 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from pallas_kernels import aot
-from sparsejax.batch import describe_batch
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import DataSpec, describe_data
+from sparsejax.models import Choice, assume_proven, record_choices
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
+from sparsejax.tools.programs import EVALUATION, PROBE, TRAIN, make_abstract_batch, make_steps
 from sparsejax.training.block_lists import make_block_lists
-from sparsejax.training.state import make_abstract_state, make_graphdef
-from sparsejax.training.step import make_eval_step, make_train_step
+from sparsejax.training.state import make_abstract_state
 from sparsejax.types import PyTree
 
 # What JAX takes of a GPU's memory when it starts, if XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
 _MEMORY_FRACTION = 0.75
-
-_TRAIN, _EVALUATION, _PROBE = "train step", "evaluation step", "probing train step"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +38,7 @@ class PhasePlan:
       programs: dict "train step", "evaluation step" and, in a phase that probes, "probing train
         step" ->
         AotReport.
+      choices: what each sparse op runs on.
       largest_batch_size: int, examples with which a train step still fits, estimated; None if
         memory was not seen to grow with the batch.
     """
@@ -47,13 +46,14 @@ class PhasePlan:
     name: str
     parts: Mapping[str, int]
     programs: Mapping[str, aot.AotReport]
+    choices: tuple[Choice, ...]
     largest_batch_size: int | None
 
     @property
     def peak_bytes(self) -> int:
         """The most that any program of the phase needs beside the whole state and a batch."""
         reports = self.programs.values()
-        train = self.programs[_TRAIN]
+        train = self.programs[TRAIN]
         extra = max(r.temp_bytes + r.output_bytes - r.alias_bytes for r in reports)
         return train.argument_bytes + extra
 
@@ -119,7 +119,7 @@ def compile_programs(
     phase: Phase,
     *,
     mesh: jax.sharding.Mesh,
-    names: Sequence[str] = (_TRAIN, _EVALUATION, _PROBE),
+    names: Sequence[str] = (TRAIN, EVALUATION, PROBE),
 ) -> dict[str, aot.AotReport]:
     """Compile the programs of one phase for a GPU.
 
@@ -136,42 +136,14 @@ def compile_programs(
     Raises:
       NotImplementedError: if the configured kernel does not run on the GPU.
     """
-    model = _make_model(config, spec)
-    recipe, graphdef = make_recipe(config, model), make_graphdef(model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    options = config.step_options
-    training = {**options, "label_smoothing": config.label_smoothing}
-    steps = {
-        _TRAIN: make_train_step(graphdef, recipe, phase, optimizer, **training),
-        _EVALUATION: make_eval_step(graphdef, recipe, phase, **options),
-    }
-    if phase.probe_every_steps:
-        steps[_PROBE] = make_train_step(graphdef, recipe, phase, optimizer, probes=True, **training)
-    state = make_abstract_state(model, recipe, optimizer, phase.name)
-    batch = make_abstract_batch(config, spec)
-    lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), state.sparsity.masks)
+    steps = make_steps(config, spec, phase)
     return {
         name: aot.compile_for(
-            step, state, batch, lists, mesh=mesh, donate_argnums=() if name == _EVALUATION else 0
+            step, *steps.arguments, mesh=mesh, donate_argnums=() if name == EVALUATION else 0
         )
-        for name, step in steps.items()
+        for name, step in steps.functions.items()
         if name in names
     }
-
-
-def make_abstract_batch(config: TrainConfig, spec: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes and types of the batches that `make_data` gives.
-
-    Args:
-      spec: DataSpec of the data set.
-    """
-    arrays = describe_batch(
-        spec.task,
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
-        patch_values=spec.patch_values,
-    )
-    return {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
 
 
 def estimate_largest_batch(
@@ -220,7 +192,7 @@ def format_plan(plan: Plan) -> str:
     ]
     totals = [_megabytes(sum(phase.parts.values())) for phase in phases]
     rows.append(("  train step, together", totals))
-    rows += [(f"  temporaries of the {n}", temporaries(n)) for n in names if n != _TRAIN]
+    rows += [(f"  temporaries of the {n}", temporaries(n)) for n in names if n != TRAIN]
     rows.append(("  the most that any step needs", [_megabytes(p.peak_bytes) for p in phases]))
     rows += [("", []), ("what fits", [])]
     rows.append(("  GPU memory that JAX takes, MB", [_megabytes(plan.usable_bytes)] * len(phases)))
@@ -244,6 +216,8 @@ def format_plan(plan: Plan) -> str:
             f"batch is an estimate: train steps compiled with {size} and {2 * size} examples, and "
             "a straight line.",
             "",
+            _format_choices(plan),
+            "",
             _format_kernels(phases),
         ]
     )
@@ -260,9 +234,12 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
         config, data=dataclasses.replace(config.data, batch_size=2 * size)
     )
     try:
-        programs = compile_programs(config, spec, phase, mesh=mesh)
-        train = programs[_TRAIN]
-        twice = compile_programs(doubled, spec, phase, mesh=mesh, names=[_TRAIN])[_TRAIN]
+        # Nothing has run there: what a right verdict would choose.
+        with assume_proven(), record_choices() as choices:
+            programs = compile_programs(config, spec, phase, mesh=mesh)
+        train = programs[TRAIN]
+        with assume_proven():
+            twice = compile_programs(doubled, spec, phase, mesh=mesh, names=[TRAIN])[TRAIN]
     except NotImplementedError as error:
         named = config.named_implementations
         raise ConfigError(f"{named} must run on one {plan.target.name}: {error}") from error
@@ -270,6 +247,7 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
         name=phase.name,
         parts=_measure_parts(config, spec, phase, train),
         programs=programs,
+        choices=tuple(choices),
         largest_batch_size=estimate_largest_batch(
             (train.peak_bytes, twice.peak_bytes),
             batch_size=size,
@@ -301,6 +279,19 @@ def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
 
 def _count_bytes(tree: PyTree) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _format_choices(plan: Plan) -> str:
+    choices = {c.call: c for phase in plan.phases for c in phase.choices}
+    if not choices:
+        return "no sparse ops"
+    lines = [f"  {choice.backend} for {call}" for call, choice in choices.items()]
+    if any(not choice.is_named for choice in choices.values()):
+        lines.append(
+            f"Backends that no setting names are those that run on one {plan.target.name} if the "
+            "doctor finds them right and faster there."
+        )
+    return "\n".join(["backends of the sparse ops", *lines])
 
 
 def _format_kernels(phases: Sequence[PhasePlan]) -> str:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,17 @@ def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any
             workdir / "checkpoints",
             keep_last=kept.keep_last,
             keep_best=kept.keep_best,
-            run_metadata=description,
+            run_metadata=description | {"implementations": run.choices},
         )
         writer = MetricsWriter(workdir, resume_step=resume_step)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with checkpointer, writer, StopRequest() as stop:
-        loop = _Loop(run, start, writer, workdir)
+
+        def record_choices() -> None:
+            checkpointer.describe_run(description | {"implementations": run.choices})
+
+        loop = _Loop(run, start, writer, workdir, record_choices)
         while loop.stopped_by is None and loop.step < run.config.num_steps:
             loop.advance()
             # Asked once: a signal that comes later must not end the loop before a save.
@@ -142,10 +147,17 @@ def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any
 class _Loop:
     """The moving parts of a run: state, phase, compiled programs and what was measured."""
 
-    def __init__(self, run: Run, start: Start, writer: MetricsWriter, workdir: Path):
+    def __init__(
+        self,
+        run: Run,
+        start: Start,
+        writer: MetricsWriter,
+        workdir: Path,
+        record_choices: Callable[[], None],
+    ):
         assert start.state is not None, "a finished run has nothing to do"
         self.run, self.state, self.phase, self.step = run, start.state, start.phase, start.step
-        self.writer, self.workdir = writer, workdir
+        self.writer, self.workdir, self.record_choices = writer, workdir, record_choices
         self.ledger = FlopsLedger(
             run.model_config, batch_size=run.config.data.batch_size, totals=start.totals
         )
@@ -248,6 +260,7 @@ class _Loop:
     def _begin_phase(self, batch: Batch, *, record: bool) -> Programs:
         self.last_known = {}
         programs = compile_phase(self.run, self.phase, batch)
+        self.record_choices()
         density = compute_density(self.run.model_config, self.state.sparsity.masks, self.phase)
         self.ledger.begin_phase(self.phase, density)
         flops, dense_flops = self.ledger.step_flops, self.ledger.dense_step_flops

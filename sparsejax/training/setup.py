@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Data, describe_data, make_data
-from sparsejax.models import TransformerConfig
+from sparsejax.models import TransformerConfig, record_choices, use_recorded
 from sparsejax.optimizer import Optimizer, make_optimizer
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.block_lists import BlockLists, make_block_lists
@@ -42,6 +42,8 @@ class Run:
       optimizer: its optimizer.
       state_sharding: a copy of the state on every device.
       batch_sharding: the examples of a batch, dealt out over the devices.
+      choices: what sparse ops run on, `Choice.call` -> backend: as recorded when the run was
+        started, and as chosen since; compiling a phase adds to it.
     """
 
     config: TrainConfig
@@ -52,6 +54,7 @@ class Run:
     optimizer: Optimizer
     state_sharding: NamedSharding
     batch_sharding: NamedSharding
+    choices: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> int:
@@ -256,8 +259,30 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
       run: the run.
       phase: the phase.
       batch: one of the shapes to come.
+
+    Raises:
+      ConfigError: if a sparse op cannot go on on the backend it had when the run was started.
     """
     start = time.perf_counter()
+    with _keeping_choices(run):
+        return _compile_phase(run, phase, batch, start)
+
+
+@contextlib.contextmanager
+def _keeping_choices(run: Run) -> Iterator[None]:
+    """Choose backends as the run did before, and record those that are new."""
+    try:
+        with use_recorded(run.choices), record_choices() as made:
+            yield
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{error}; resume on the device the run was started on, or start it anew in another "
+            "--workdir"
+        ) from error
+    run.choices.update({choice.call: choice.backend for choice in made})
+
+
+def _compile_phase(run: Run, phase: Phase, batch: Batch, start: float) -> Programs:
     arguments = _make_abstract_arguments(run, phase, batch)
     build = {**run.config.step_options, "label_smoothing": run.config.label_smoothing}
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from sparsejax.accounting.ledger import FlopsByPhase
 from sparsejax.checkpoint.files import CheckpointInfo
 from sparsejax.checkpoint.save import check_free_space, count_bytes, restore
-from sparsejax.checkpoint.workdir import check_same_run, find_newest_checkpoint
+from sparsejax.checkpoint.workdir import check_same_run, find_newest_checkpoint, read_choices
 from sparsejax.config.parse import ConfigError
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
@@ -61,6 +61,7 @@ def open_or_resume(run: Run, workdir: Path, description: dict[str, Any]) -> Star
     except ValueError as error:
         raise ConfigError(str(error)) from error
     run.data.train.set_state(data_state)
+    run.choices.update(read_choices(checkpoints))
     return Start(info.step, state, phase, totals, info)
 
 

@@ -72,7 +72,12 @@ ARROWS = {
     # Of no other room, so that recipes may draw.
     "sparsejax.report.plots": (),
     "sparsejax.training": RUN,
-    "sparsejax.tools": ("sparsejax.tools.plan", "sparsejax.training", *RUN),
+    "sparsejax.tools": (
+        "sparsejax.tools.plan",
+        "sparsejax.tools.prove",
+        "sparsejax.training",
+        *RUN,
+    ),
     # The one place where a run meets the compiler for absent GPUs, which models have no use for.
     "sparsejax.tools.plan": (
         "sparsejax.tools",
@@ -83,8 +88,16 @@ ARROWS = {
         "sparsejax.data",
         "sparsejax.config",
         "sparsejax.report",
+        "sparsejax.models",
         "sparsejax.types",
         "pallas_kernels.aot",
+    ),
+    # The one place where a run meets the doctor.
+    "sparsejax.tools.prove": (
+        "sparsejax.tools",
+        "sparsejax.config",
+        "sparsejax.report",
+        "pallas_kernels",
     ),
     "sparsejax": (),
     "configs": ("sparsejax.config",),
@@ -105,8 +118,13 @@ HOMES = {
     "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),
     "optax": ("sparsejax.optimizer", "sparsejax.training"),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
-    "ml_collections": ("configs", "train", "sparsejax.config.command_line"),
-    "absl": ("train",),
+    "ml_collections": (
+        "configs",
+        "train",
+        "sparsejax.config.command_line",
+        "sparsejax.tools.kernel_calls",
+    ),
+    "absl": ("train", "sparsejax.tools.kernel_calls"),
     "tensorboardX": ("sparsejax.report.metrics",),
     "matplotlib": ("sparsejax.report.plots", "benchmarks"),
     "torch": ("benchmarks.attention_torch", "benchmarks.nm_matmul_torch"),

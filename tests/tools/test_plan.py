@@ -14,9 +14,9 @@ from sparsejax.data import describe_data, make_data
 from sparsejax.tools.plan import (
     estimate_largest_batch,
     format_plan,
-    make_abstract_batch,
     make_plan,
 )
+from sparsejax.tools.programs import make_abstract_batch
 from tests.training.runs import make_settings
 
 _ROOT = pathlib.Path(__file__).parents[2]

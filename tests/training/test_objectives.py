@@ -15,7 +15,7 @@ from sparsejax.data import describe_data, make_data
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import get_weight_masks
 from sparsejax.report.metrics import read_metrics
-from sparsejax.tools.plan import make_abstract_batch
+from sparsejax.tools.programs import make_abstract_batch
 from sparsejax.training.setup import prepare_run
 from sparsejax.training.state import create_train_state, make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step

@@ -14,7 +14,7 @@ from sparsejax.masks import transposable_mask
 from sparsejax.recipes import get_weight_masks
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
-from sparsejax.tools.plan import make_abstract_batch
+from sparsejax.tools.programs import make_abstract_batch
 from sparsejax.training.setup import compile_phase, prepare_run
 from tests.training.runs import copy_until, load_end, make_settings, train
 
