@@ -21,7 +21,7 @@ import jax
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.machine import find_gpu
-from pallas_kernels.verdicts import KernelKey, Timing, Verdict, Verdicts
+from pallas_kernels.verdicts import KernelKey, Timing, Verdict, Verdicts, merge_all
 
 SHIPPED = pathlib.Path(__file__).parent / "measured"
 
@@ -148,7 +148,7 @@ def _read(path: pathlib.Path) -> tuple[int | None, list[Verdict]]:
 def write_verdicts(
     path: pathlib.Path, verdicts: Iterable[Verdict], *, processors: int | None = None
 ) -> None:
-    """Add verdicts to a file; those it has of the same keys are replaced.
+    """Add verdicts to a file; those about the same key are merged.
 
     Several processes may write at a time: each holds the lock beside the file meanwhile, and a
     reader finds the file before or after.
@@ -166,7 +166,7 @@ def write_verdicts(
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before, kept = _read(path)
-        known = {verdict.key: verdict for verdict in (*kept, *verdicts)}
+        known = merge_all((*kept, *verdicts))
         unfinished = path.with_suffix(".tmp")
         entries = [_describe_verdict(verdict) for verdict in known.values()]
         content = {"processors": processors or before, "verdicts": entries}
@@ -178,6 +178,7 @@ def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
     entry = {
         **verdict.key._asdict(),
         "options": dict(verdict.key.options),
+        "sizes": list(verdict.sizes),
         "verdict": f"wrong ({verdict.wrong})" if verdict.wrong else "right",
     }
     timings = [timing._asdict() for timing in verdict.timings]
@@ -202,4 +203,5 @@ def _parse_verdict(entry: Any) -> Verdict:
         for timing in entry.get("timings", ())
     )
     key = KernelKey(**values, options=tuple(sorted(entry["options"].items())))
-    return Verdict(key=key, wrong=wrong[1] if wrong else "", timings=timings)
+    sizes = tuple(int(size) for size in entry["sizes"])
+    return Verdict(key=key, sizes=sizes, wrong=wrong[1] if wrong else "", timings=timings)

@@ -94,13 +94,50 @@ class Verdict:
     """What was found out about one kernel key.
 
     Attributes:
+      sizes: of the call that it was last found on.
       wrong: why it is wrong; "" if it is right.
       timings: of calls in this direction and those before it; empty if it is wrong.
     """
 
     key: KernelKey
+    sizes: tuple[int, ...]
     wrong: str = ""
     timings: tuple[Timing, ...] = ()
+
+
+def merge_verdicts(before: Verdict, found: Verdict) -> Verdict:
+    """Add what was found about a kernel to what was known of it.
+
+    A kernel that is wrong on calls of some sizes stays so until it is right on those; times of
+    other sizes are kept.
+
+    Args:
+      before: earlier verdict.
+      found: later verdict about the same key.
+    """
+    if found.wrong or (before.wrong and before.sizes == found.sizes):
+        return found
+    if before.wrong:
+        return before
+    new = {(timing.sizes, timing.density) for timing in found.timings}
+    kept = [t for t in before.timings if (t.sizes, t.density) not in new]
+    return dataclasses.replace(found, timings=(*kept, *found.timings))
+
+
+def merge_all(verdicts: Iterable[Verdict]) -> dict[KernelKey, Verdict]:
+    """Merge the verdicts about each key.
+
+    Args:
+      verdicts: the earlier ones first.
+
+    Returns:
+      key -> Verdict.
+    """
+    merged: dict[KernelKey, Verdict] = {}
+    for verdict in verdicts:
+        before = merged.get(verdict.key)
+        merged[verdict.key] = verdict if before is None else merge_verdicts(before, verdict)
+    return merged
 
 
 class Judgement(NamedTuple):
@@ -126,13 +163,13 @@ class Verdicts:
     """Verdicts to choose by.
 
     Args:
-      verdicts: of one device; of equal keys the last one counts.
+      verdicts: of one device; those about the same key are merged.
       assumed: every kernel that can run is taken to be right and faster, whatever the verdicts.
     """
 
     def __init__(self, verdicts: Iterable[Verdict] = (), *, assumed: bool = False):
         self.assumed = assumed
-        self._verdicts = {verdict.key: verdict for verdict in verdicts}
+        self._verdicts = merge_all(verdicts)
 
     def __iter__(self) -> Iterator[Verdict]:
         return iter(self._verdicts.values())

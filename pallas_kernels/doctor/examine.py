@@ -5,6 +5,7 @@ that it had begun is wrong, and another child goes on with the rest.
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import math
 import pathlib
@@ -224,6 +225,7 @@ def judge(trial: Trial, answer: Mapping[str, Any]) -> Outcome:
     verdicts = (
         Verdict(
             key=KernelKey(trial.op, trial.backend, source, direction, tile, options),
+            sizes=trial.facts.sizes,
             wrong=wrong or _find_fault(direction, answer),
         )
         for direction in directions
@@ -261,7 +263,7 @@ def add_timings(outcome: Outcome, answer: Mapping[str, Any]) -> Outcome:
         except (KeyError, TypeError, ValueError):
             wrong = "no result"
     verdicts = (
-        Verdict(key=v.key, wrong=wrong and f"{wrong}, at full size", timings=timings)
+        dataclasses.replace(v, wrong=wrong and f"{wrong}, at full size", timings=timings)
         for v in outcome.verdicts
     )
     return outcome._replace(verdicts=tuple(verdicts))

@@ -151,7 +151,7 @@ class Checkpointer:
         """Replace what is kept for the whole run.
 
         Args:
-          run_metadata: JSON dict.
+          run_metadata: JSON dict, as of the constructor.
 
         Raises:
           ValueError: if it is not JSON.

@@ -81,7 +81,9 @@ def _verdicts(*rows, direction=None):
         for d in _Facts.DIRECTIONS if direction is None else (direction,):
             key, is_wrong = make_key("toy", backend, d, _Facts(3)), isinstance(outcome, str)
             timings = () if is_wrong else (Timing((100,), 0.5, outcome),)
-            made.append(Verdict(key=key, wrong=outcome if is_wrong else "", timings=timings))
+            made.append(
+                Verdict(key=key, sizes=(100,), wrong=outcome if is_wrong else "", timings=timings)
+            )
     return Verdicts(made)
 
 
