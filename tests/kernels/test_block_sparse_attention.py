@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
-from pallas_kernels.block_sparse_attention.xla.tiles import Tiles
+from pallas_kernels.block_lists import Tile
 from tests.kernels.contract import (
     CASES,
     Case,
@@ -210,14 +210,14 @@ _WORK_MASKS = {
 @pytest.mark.parametrize("causal", [False, True])
 def test_work_is_proportional_to_kept_blocks(monkeypatch, causal):
     computed = []
-    walk = Tiles.walk
+    walk = Tile.walk
 
     def counting_walk(tile, step, block):
         visited, listed = walk(tile, step, block)
         jax.debug.callback(lambda size: computed.append(int(size)), visited.size)
         return visited, listed
 
-    monkeypatch.setattr(Tiles, "walk", counting_walk)
+    monkeypatch.setattr(Tile, "walk", counting_walk)
     q, k, v = make_normal(((1, 2048, 1, 8),) * 3)
 
     @jax.jit
