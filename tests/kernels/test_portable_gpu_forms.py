@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sparse_attention, make_block_schedule
+from pallas_kernels import block_sparse_attention, block_sparse_matmul, make_block_schedule
 from pallas_kernels.block_lists import Tile
 from tests.kernels import contract
 from tests.kernels.block_matmul_contract import (
@@ -77,6 +77,29 @@ def test_the_contracts_reject_broken_walks(monkeypatch, walk):
 def test_the_contract_rejects_broken_schedules(broken):
     with pytest.raises(AssertionError, match="off by"):
         contract.check_case(contract.CASES["plain"], broken(_attend), optimise=False)
+
+
+def test_the_form_follows_the_platform():
+    q, x, w = make_normal(((1, 64, 1, 8), (8, 64), (64, 64)))
+    mask = jnp.ones((4, 4), bool)
+
+    def attend(q):
+        return block_sparse_attention(
+            q, q, q, mask[None, None], block_q=16, block_kv=16, implementation="xla"
+        ).sum()
+
+    def multiply(x, w):
+        return block_sparse_matmul(x, w, mask, implementation="xla").sum()
+
+    def count_loops(function, *args):
+        gradient = jax.value_and_grad(function, argnums=tuple(range(len(args))))
+        return str(jax.make_jaxpr(gradient)(*args)).count(" while[")
+
+    # One loop inside one over tiles, forward and backward; one over all blocks for each product.
+    assert (count_loops(attend, q), count_loops(multiply, x, w)) == (2, 3)
+    # Of four lists each is a tile, but for two that share the last.
+    assert count_loops(in_gpu_form(attend), q) == 3 * 3
+    assert count_loops(in_gpu_form(multiply), x, w) == 3 * 3
 
 
 @pytest.mark.ci
