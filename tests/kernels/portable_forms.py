@@ -1,22 +1,27 @@
-"""The forms of the portable backends: for a GPU, run on the CPU of the tests."""
+"""The forms of the portable backends, run where the tests run."""
 
+import functools
 from unittest import mock
 
 from pallas_kernels import dispatch
 
 
-def in_gpu_form(function):
-    """Return a function whose calls take the form for a GPU, whatever is computed later.
+def in_form(platform, function):
+    """Return a function whose calls take the form for a platform, whatever they run on.
 
-    The platform is that of a GPU during the call and no longer: a gradient, which JAX traces
-    after it, has to be of the form that the call chose.
+    The platform is in force during the call and no longer: a gradient, which JAX traces after it,
+    has to be of the form that the call chose.
     """
 
     def call(*args, **options):
-        with mock.patch.object(dispatch, "target_platform", lambda: "gpu"):
+        with mock.patch.object(dispatch, "target_platform", lambda: platform):
             return function(*args, **options)
 
     return call
+
+
+in_cpu_form = functools.partial(in_form, "cpu")
+in_gpu_form = functools.partial(in_form, "gpu")
 
 
 def find_loops(hlo):

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import block_sparse_attention, mean_attention_map
 from tests.kernels.oracles import make_normal, softmax_maps
-from tests.kernels.portable_forms import in_gpu_form
+from tests.kernels.portable_forms import in_cpu_form, in_gpu_form
 from tests.kernels.tiers import tier
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -68,7 +68,9 @@ def test_the_map_is_streamed_over_queries():
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("average", "chunks"), [(mean_attention_map, 16), (in_gpu_form(mean_attention_map), 2)]
+    ("average", "chunks"),
+    [(in_cpu_form(mean_attention_map), 16), (in_gpu_form(mean_attention_map), 2)],
+    ids=["cpu", "gpu"],
 )
 def test_a_map_that_is_streamed_has_its_values(average, chunks):
     q, k = _draw((4, 1024, 4, 8), (4, 1024, 4, 8))

@@ -23,6 +23,7 @@ from tests.kernels.contract import (
     with_untransposed_lists,
 )
 from tests.kernels.oracles import error, make_masks, make_normal
+from tests.kernels.portable_forms import in_cpu_form
 
 IMPLEMENTATIONS = ("xla", "dense")
 _XLA = call_implementation("xla")
@@ -222,6 +223,7 @@ def test_work_is_proportional_to_kept_blocks(monkeypatch, causal):
 
     @jax.jit
     def gradient(mask):
+        @in_cpu_form
         def loss(q, k, v):
             options = {"block_q": 64, "block_kv": 64, "causal": causal, "implementation": "xla"}
             return block_sparse_attention(q, k, v, mask[None, None], **options).sum()
@@ -252,7 +254,8 @@ def test_temporary_memory_grows_with_the_length():
             ).sum()
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        compiled = gradient.lower(array, array, array, mask).compile()
+        with jax.default_device(jax.devices("cpu")[0]):
+            compiled = gradient.lower(array, array, array, mask).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary_bytes(4096), temporary_bytes(8192)
