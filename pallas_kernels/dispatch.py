@@ -22,6 +22,15 @@ def target_platform() -> str:
     return default if isinstance(default, str) else default.platform
 
 
+def targets_gpu() -> bool:
+    """Return whether traced code will be compiled for a GPU.
+
+    Returns:
+      bool, True for the platforms that CUDA devices go by.
+    """
+    return target_platform() in ("gpu", "cuda")
+
+
 def is_interpreted() -> bool:
     """Return whether Pallas GPU kernels are interpreted on the CPU.
 
@@ -46,7 +55,7 @@ def check_hopper() -> None:
     if is_interpreted():
         return
     found = target_platform()
-    if found in ("gpu", "cuda"):
+    if targets_gpu():
         abstract_device = jax.sharding.get_abstract_mesh().abstract_device
         if abstract_device is not None:
             found = abstract_device.device_kind

@@ -11,6 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_lists import list_kept
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,16 +63,11 @@ def make_block_schedule(mask: jax.Array) -> BlockSchedule:
         raise ValueError(
             f"mask must be bool[..., I, J], got mask.dtype={mask.dtype}, mask.shape={mask.shape}"
         )
-    kv_counts, kv_indices = _list_kept(mask)
-    q_counts, q_indices = _list_kept(mask.swapaxes(-1, -2))
+    kv_counts, kv_indices = list_kept(mask)
+    q_counts, q_indices = list_kept(mask.swapaxes(-1, -2))
     return BlockSchedule(
         kv_counts=kv_counts, kv_indices=kv_indices, q_counts=q_counts, q_indices=q_indices
     )
-
-
-def _list_kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    indices = jnp.argsort(~mask, axis=-1, stable=True)
-    return mask.sum(axis=-1, dtype=jnp.int32), indices.astype(jnp.int32)
 
 
 def unpack_block_schedule(schedule: BlockSchedule) -> jax.Array:

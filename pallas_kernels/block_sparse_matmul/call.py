@@ -57,3 +57,16 @@ class BlockFacts:
     def sizes(self) -> tuple[int, ...]:
         """(M, K, N)."""
         return self.rows, *self.shape
+
+
+def find_sides(mask_IJ: jax.Array, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return how many rows and columns a block of a weight has.
+
+    Args:
+      mask_IJ: bool[I, J], blocks.
+      shape: (K, N), of the weight.
+
+    Returns:
+      (K / I, N / J).
+    """
+    return shape[0] // mask_IJ.shape[0], shape[1] // mask_IJ.shape[1]

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import block_sparse_attention, mean_attention_map
 from pallas_kernels.doctor.oracles import make_normal
 from tests.kernels.oracles import softmax_maps
+from tests.kernels.portable_forms import in_cpu_form, in_gpu_form
 from tests.kernels.tiers import tier
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -67,11 +68,16 @@ def test_the_map_is_streamed_over_queries():
 
 
 @pytest.mark.ci
-def test_a_map_that_is_streamed_has_its_values():
-    compiled = jit(mean_attention_map)
+@pytest.mark.parametrize(
+    ("average", "chunks"),
+    [(in_cpu_form(mean_attention_map), 16), (in_gpu_form(mean_attention_map), 2)],
+    ids=["cpu", "gpu"],
+)
+def test_a_map_that_is_streamed_has_its_values(average, chunks):
     q, k = _draw((4, 1024, 4, 8), (4, 1024, 4, 8))
+    assert f"length={chunks}\n" in str(jax.make_jaxpr(average)(q, k))
     expected = softmax_maps(q, k, np.ones((4, 1024, 1024), bool)).mean((0, 1))
-    np.testing.assert_allclose(compiled(q, k), expected, atol=1e-7, rtol=1e-5)
+    np.testing.assert_allclose(jit(average)(q, k), expected, atol=1e-7, rtol=1e-5)
 
 
 def test_a_query_that_sees_nothing_has_an_empty_map():

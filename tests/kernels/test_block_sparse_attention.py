@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import block_sparse_attention, make_block_schedule
-from pallas_kernels.block_sparse_attention.xla.tiles import Tiles
+from pallas_kernels.block_lists import Tile
 from pallas_kernels.doctor.oracles import error, make_masks, make_normal
 from tests.kernels.contract import (
     CASES,
@@ -23,6 +23,7 @@ from tests.kernels.contract import (
     with_a_block_dropped,
     with_untransposed_lists,
 )
+from tests.kernels.portable_forms import in_cpu_form
 
 IMPLEMENTATIONS = ("xla", "dense")
 _XLA = call_implementation("xla")
@@ -210,18 +211,19 @@ _WORK_MASKS = {
 @pytest.mark.parametrize("causal", [False, True])
 def test_work_is_proportional_to_kept_blocks(monkeypatch, causal):
     computed = []
-    walk = Tiles.walk
+    walk = Tile.walk
 
     def counting_walk(tile, step, block):
         visited, listed = walk(tile, step, block)
         jax.debug.callback(lambda size: computed.append(int(size)), visited.size)
         return visited, listed
 
-    monkeypatch.setattr(Tiles, "walk", counting_walk)
+    monkeypatch.setattr(Tile, "walk", counting_walk)
     q, k, v = make_normal(((1, 2048, 1, 8),) * 3)
 
     @jax.jit
     def gradient(mask):
+        @in_cpu_form
         def loss(q, k, v):
             options = {"block_q": 64, "block_kv": 64, "causal": causal, "implementation": "xla"}
             return block_sparse_attention(q, k, v, mask[None, None], **options).sum()
@@ -252,7 +254,8 @@ def test_temporary_memory_grows_with_the_length():
             ).sum()
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        compiled = gradient.lower(array, array, array, mask).compile()
+        with jax.default_device(jax.devices("cpu")[0]):
+            compiled = gradient.lower(array, array, array, mask).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary_bytes(4096), temporary_bytes(8192)

@@ -5,7 +5,7 @@ every product; what does not becomes part of the block axis, Y, so that lists of
 heads can be walked together. Query heads of a group that share a mask read the same keys: they
 are folded into the queries of a block.
 
-Letters: B T S N K H as everywhere (`sparsejax.types`); X and Y as above; R lists; W blocks each.
+Letters: B T S N K H as everywhere (`sparsejax.types`); X and Y as above.
 """
 
 from typing import NamedTuple
@@ -89,17 +89,3 @@ def unfold_blocks(
     x = jnp.moveaxis(x, range(7), (0, 4, 1, 5, 2, 6, 3))
     length, num_heads = num_blocks * block, heads[0] * heads[1] * heads[2]
     return x.reshape(batch[0] * batch[1], length, num_heads, *trailing)
-
-
-def gather_blocks(x_XY_: jax.Array, blocks_RW: jax.Array) -> jax.Array:
-    """Gather blocks of each list and join them along their positions.
-
-    Args:
-      x_XY_: [X, Y, block, ...].
-      blocks_RW: int32[R, W], indices into Y.
-
-    Returns:
-      [X, R, W * block, ...].
-    """
-    x = x_XY_[:, blocks_RW]
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])

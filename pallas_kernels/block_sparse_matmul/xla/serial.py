@@ -1,8 +1,8 @@
-"""Products with a block-sparse weight in plain JAX, with work in proportion to the kept blocks.
+"""Products with a block-sparse weight, one kept block after another: the form for a CPU.
 
-One loop over the list of kept blocks, whose length is a traced value: no capacity is fixed, and a
-new mask needs no compilation. Slices lie where the operands have them, so that nothing is laid out
-anew: of 12 x 48 blocks, copies of the operands in blocks cost more than a tenth of the product.
+One loop over the list of kept blocks, whose length is a traced value. Slices lie where the operands
+have them, so that nothing is laid out anew: of 12 x 48 blocks, copies of the operands in blocks
+cost more than a tenth of the product.
 
 Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight   P list
 positions.
@@ -13,20 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
-from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
+from pallas_kernels.block_sparse_matmul.call import find_sides
 
 _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-
-
-def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
-    """Multiply by the kept blocks, and differentiate likewise.
-
-    Returns:
-      float[M, N], typed like x.
-    """
-    del facts
-    return multiply_blocks(arrays, BlockProducts(multiply, multiply_transposed, multiply_gradient))
 
 
 def multiply(
@@ -76,7 +65,7 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
       f32[K, N], 0 elsewhere.
     """
     (M, K), N = x_MK.shape, dy_MN.shape[1]
-    rows, columns = _sides(mask_IJ, (K, N))
+    rows, columns = find_sides(mask_IJ, (K, N))
     count, i_P, j_P = _list_kept(mask_IJ, by_column=True)
 
     def set_block(p, dw_KN):
@@ -90,7 +79,7 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
 
 def _add_products(start, x, w_KN, mask_IJ, *, transposed: bool) -> jax.Array:
     """Add x w, or x w^T, to what is there, one kept block after another."""
-    M, (rows, columns) = x.shape[0], _sides(mask_IJ, w_KN.shape)
+    M, (rows, columns) = x.shape[0], find_sides(mask_IJ, w_KN.shape)
     inner, outer = (columns, rows) if transposed else (rows, columns)
     count, i_P, j_P = _list_kept(mask_IJ, by_column=not transposed)
 
@@ -113,7 +102,3 @@ def _list_kept(mask_IJ: jax.Array, *, by_column: bool) -> tuple[jax.Array, jax.A
     outer_P, inner_P = jnp.divmod(place_P, ordered.shape[1])
     i_P, j_P = (inner_P, outer_P) if by_column else (outer_P, inner_P)
     return mask_IJ.sum(dtype=jnp.int32), i_P, j_P
-
-
-def _sides(mask_IJ: jax.Array, shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0] // mask_IJ.shape[0], shape[1] // mask_IJ.shape[1]

@@ -1,0 +1,76 @@
+"""The output: query blocks stay, the key blocks on their lists come by.
+
+Letters: as in `operands`; T S of `sparsejax.types`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_lists import walk_tiles
+from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
+from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
+from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits, count_visible
+from pallas_kernels.block_sparse_attention.xla.folding import unfold_blocks
+from pallas_kernels.block_sparse_attention.xla.operands import fold_operands, matmul
+from pallas_kernels.block_sparse_attention.xla.tiles import make_query_tiles
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def attend(
+    arrays: AttentionArrays, schedule: BlockSchedule, facts: AttentionFacts, *, parallel: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Attend to the blocks on the lists.
+
+    Args:
+      schedule: BlockSchedule with leading axes [1 or B, 1 or N], without blocks above the
+        diagonal if causal.
+      parallel: bool, the form for a GPU.
+
+    Returns:
+      tuple of out, shaped and typed like q, and lse f32[B, T, N].
+    """
+    operands = fold_operands(arrays, schedule, facts)
+    tiles = make_query_tiles(schedule, operands.fold, block_kv=facts.block_kv, parallel=parallel)
+    count_kept = facts.pruned_logits == "zero"
+
+    def walk(_, tile):
+        q_XRQH = operands.q_XYQH[:, tile.owner]
+
+        def step(index, state):
+            top, total, acc, kept = state
+            visit = operands.visit_keys(tile, q_XRQH, index)
+            new_top = jnp.maximum(top, visit.s_XRQC.max(axis=-1))
+            shrink = jnp.exp(top - new_top)
+            p = jnp.exp(visit.s_XRQC - new_top[..., None])
+            pv = matmul("xrqc,xrch->xrqh", p.astype(arrays.v.dtype), visit.v_XRCH)
+            if count_kept:
+                listed = visit.listed_RC
+                seen = listed[None, :, None, :]
+                if visit.reach is not None:
+                    seen = visit.reach & listed[:, None, :]
+                kept = kept + seen.sum(axis=-1, dtype=jnp.int32)
+            return new_top, total * shrink + p.sum(axis=-1), acc * shrink[..., None] + pv, kept
+
+        rows = q_XRQH.shape[:-1]
+        # A finite start keeps a row that never sees a key clear of inf - inf.
+        start = (
+            jnp.full(rows, _LOWEST, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros(q_XRQH.shape, jnp.float32),
+            jnp.zeros(rows, jnp.int32),
+        )
+        top, total, acc, kept = jax.lax.fori_loop(0, tile.num_steps, step, start)
+        some = total > 0
+        out = acc * jnp.where(some, 1 / total, 0.0)[..., None]
+        return None, (out, jnp.where(some, top + jnp.log(total), -jnp.inf), kept)
+
+    _, results = walk_tiles(walk, None, tiles)
+    fold = operands.fold
+    out, lse, kept = (unfold_blocks(x, fold.batch, fold.q_heads, facts.block_q) for x in results)
+    if count_kept:
+        visible_BT = count_visible(
+            facts.num_queries, facts.num_keys, causal=facts.causal, segment_ids=arrays.segment_ids
+        )
+        out, lse = add_zero_logits(out, lse, visible_BT[..., None] - kept)
+    return out.astype(arrays.q.dtype), lse

@@ -1,0 +1,155 @@
+"""Folded inputs of one call, and the logits of the blocks that a step visits.
+
+Letters: B T S N K H I J as everywhere (`sparsejax.types`), and, after folding,
+  X batch and heads that share a list   Y blocks, over all batches and heads that do not share
+  Q queries of a block (times the query heads of a group)   C keys of a block
+  R lists of a tile   W list positions walked at once
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.block_lists import Tile, gather_blocks
+from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
+from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
+from pallas_kernels.block_sparse_attention.xla.folding import Fold, fold_blocks, make_fold
+
+matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class KeyVisit(NamedTuple):
+    """What the query blocks of a tile meet in one step.
+
+    Attributes:
+      k_XRCH: float[X, R, W * C, H], keys visited.
+      v_XRCH: float[X, R, W * C, H], values visited.
+      s_XRQC: f32[X, R, Q, W * C], logits; -inf where a key does not enter the softmax.
+      listed_RC: bool[R, W * C], keys on the list rather than in its padding.
+      reach: bool[1 or X, R, Q, W * C], which queries see which keys, pruning and key mask aside;
+        None: all of them.
+    """
+
+    k_XRCH: jax.Array
+    v_XRCH: jax.Array
+    s_XRQC: jax.Array
+    listed_RC: jax.Array
+    reach: jax.Array | None
+
+
+class Operands(NamedTuple):
+    """Folded inputs of one call; the arrays typed None are so where the call has none.
+
+    Attributes:
+      fold: Fold of the call.
+      grid: (I, J), blocks of queries and keys.
+      facts: AttentionFacts of the call.
+    """
+
+    q_XYQH: jax.Array
+    k_XYCH: jax.Array
+    v_XYCH: jax.Array
+    kv_mask_XYC: jax.Array | None
+    q_segments_XYQ: jax.Array | None
+    kv_segments_XYC: jax.Array | None
+    fold: Fold
+    grid: tuple[int, int]
+    facts: AttentionFacts
+
+    def visit_keys(self, tile: Tile, q_XRQH: jax.Array, step: jax.Array) -> KeyVisit:
+        """Return what the query blocks of a tile meet in one step.
+
+        Args:
+          tile: Tile of query blocks.
+          q_XRQH: float[X, R, Q, H], its queries.
+          step: int32[], at most `tile.num_steps` - 1.
+        """
+        visited_RW, listed_RC = tile.walk(step, self.facts.block_kv)
+        k_XRCH = gather_blocks(self.k_XYCH, visited_RW)
+        v_XRCH = gather_blocks(self.v_XYCH, visited_RW)
+        reach = self.find_reach(tile.owner[:, None], visited_RW)
+        attended = self.find_attended(reach, visited_RW, listed_RC[:, None, :])
+        s = matmul("xrqh,xrch->xrqc", q_XRQH, k_XRCH) * self.facts.scale
+        return KeyVisit(k_XRCH, v_XRCH, jnp.where(attended, s, -jnp.inf), listed_RC, reach)
+
+    def find_reach(self, q_blocks_RW: jax.Array, kv_blocks_RW: jax.Array) -> jax.Array | None:
+        """Which queries see which keys, pruning and key mask aside.
+
+        Args:
+          q_blocks_RW: int32[R, W or 1], folded query blocks.
+          kv_blocks_RW: int32[R, W or 1], folded key blocks.
+
+        Returns:
+          bool[1 or X, R, Q, C], each of one block or of W, or None: all of them.
+        """
+        reach = None
+        if self.facts.causal:
+            (num_q, num_kv), block_q = self.grid, self.facts.block_q
+            group = self.q_XYQH.shape[2] // block_q
+            offsets = jnp.tile(jnp.arange(block_q), group)
+            lists = q_blocks_RW.shape[0]
+            q_at = ((q_blocks_RW % num_q)[..., None] * block_q + offsets).reshape(lists, -1)
+            block_kv = self.facts.block_kv
+            offsets = jnp.arange(block_kv)
+            kv_at = ((kv_blocks_RW % num_kv)[..., None] * block_kv + offsets).reshape(lists, -1)
+            reach = (q_at[:, :, None] >= kv_at[:, None, :])[None]
+        if self.q_segments_XYQ is not None and self.kv_segments_XYC is not None:
+            q_segments = gather_blocks(self.q_segments_XYQ, q_blocks_RW)
+            kv_segments = gather_blocks(self.kv_segments_XYC, kv_blocks_RW)
+            same = q_segments[..., :, None] == kv_segments[..., None, :]
+            reach = same if reach is None else reach & same
+        return reach
+
+    def find_attended(
+        self, reach: jax.Array | None, kv_blocks_RW: jax.Array, listed: jax.Array
+    ) -> jax.Array:
+        """Which logits enter the softmax.
+
+        Args:
+          reach: of `find_reach`.
+          kv_blocks_RW: int32[R, W or 1], folded key blocks.
+          listed: bool[R, Q or 1, C or 1], which positions belong to the lists.
+
+        Returns:
+          bool[1 or X, R, Q or 1, C or 1].
+        """
+        attended = listed[None] if reach is None else reach & listed
+        if self.kv_mask_XYC is not None:
+            attended &= gather_blocks(self.kv_mask_XYC, kv_blocks_RW)[..., None, :]
+        return attended
+
+
+def fold_operands(
+    arrays: AttentionArrays, schedule: BlockSchedule, facts: AttentionFacts
+) -> Operands:
+    """Fold the inputs of one call.
+
+    Args:
+      schedule: BlockSchedule with leading axes [1 or B, 1 or N].
+    """
+    fold = make_fold(arrays.q, arrays.k, schedule)
+
+    def queries(x_BTN_):
+        return fold_blocks(x_BTN_, fold.batch, fold.q_heads, facts.block_q)
+
+    def keys(x_BSK_):
+        return fold_blocks(x_BSK_, fold.batch, fold.kv_heads, facts.block_kv)
+
+    def per_head(x_BT, heads):
+        return jnp.broadcast_to(x_BT[..., None], (*x_BT.shape, heads))
+
+    kv_mask, segments = arrays.kv_mask, arrays.segment_ids
+    heads, kv_heads = facts.num_heads, facts.num_kv_heads
+    return Operands(
+        q_XYQH=queries(arrays.q),
+        k_XYCH=keys(arrays.k),
+        v_XYCH=keys(arrays.v),
+        kv_mask_XYC=None if kv_mask is None else keys(per_head(kv_mask, kv_heads)),
+        q_segments_XYQ=None if segments is None else queries(per_head(segments, heads)),
+        kv_segments_XYC=None if segments is None else keys(per_head(segments, kv_heads)),
+        fold=fold,
+        grid=(schedule.kv_indices.shape[-2], schedule.kv_indices.shape[-1]),
+        facts=facts,
+    )
