@@ -23,6 +23,11 @@ from pallas_kernels.dispatch import target_platform
 from pallas_kernels.machine import find_gpu
 from pallas_kernels.verdicts import KernelKey, Timing, Verdict, Verdicts, merge_all
 
+
+class VerdictsError(ValueError):
+    """A file is there and is no file of verdicts; the message names it."""
+
+
 SHIPPED = pathlib.Path(__file__).parent / "measured"
 
 _in_force: contextvars.ContextVar[Verdicts | None] = contextvars.ContextVar(
@@ -61,7 +66,7 @@ def verdicts_in_force() -> Verdicts:
     """Return the verdicts to choose by: those in use, or those on disk for this GPU.
 
     Raises:
-      ValueError: if a file of verdicts cannot be read; the message names it.
+      VerdictsError: if a file of verdicts cannot be read.
     """
     verdicts = _in_force.get()
     if verdicts is not None:
@@ -109,7 +114,7 @@ def read_verdicts(path: pathlib.Path) -> list[Verdict]:
       path: of the file, which need not exist.
 
     Raises:
-      ValueError: if it is there and is no file of verdicts.
+      VerdictsError: if it is there and is no file of verdicts.
     """
     return _read(path)[1]
 
@@ -124,7 +129,7 @@ def read_processors(path: pathlib.Path) -> int | None:
       int, or None: not known yet.
 
     Raises:
-      ValueError: if it is there and is no file of verdicts.
+      VerdictsError: if it is there and is no file of verdicts.
     """
     return _read(path)[0]
 
@@ -136,10 +141,10 @@ def _read(path: pathlib.Path) -> tuple[int | None, list[Verdict]]:
         if processors is not None and not isinstance(processors, int):
             raise TypeError(f"processors must be a number, got {processors!r}")
         return processors, [_parse_verdict(entry) for entry in content["verdicts"]]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise VerdictsError(
             f"{path} must be a readable file of verdicts, got {type(error).__name__}: {error}; "
             "delete it and run the doctor again"
         ) from error
@@ -160,7 +165,7 @@ def write_verdicts(
 
     Raises:
       OSError: if it cannot be written.
-      ValueError: if it is there and is no file of verdicts.
+      VerdictsError: if it is there and is no file of verdicts.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:

@@ -28,14 +28,14 @@ class Finding(NamedTuple):
       error: largest absolute difference from the reference, or its norm for what is drawn;
         infinite if one is not finite.
       allowed: what it may be.
-      repeats: whether a second run returned the same bits.
+      differs: name of a result whose bits a second run changed; "" if there is none.
     """
 
     off: str
     mask: str
     error: float
     allowed: float
-    repeats: bool
+    differs: str
 
 
 def check_contract(
@@ -80,7 +80,7 @@ def check_contract(
                 mask=mask_name,
                 error=measure(got, expected) if got.shape == expected.shape else np.inf,
                 allowed=allowed,
-                repeats=_same_bits(got, repeated[place]),
+                differs="" if _same_bits(got, repeated[place]) else name,
             )
             findings[direction] = _worse(findings.get(direction), found)
     return findings
@@ -119,7 +119,7 @@ def _worse(before: Finding | None, found: Finding) -> Finding:
     if before is None:
         return found
     worst = max(before, found, key=_share)
-    return worst._replace(repeats=before.repeats and found.repeats)
+    return worst._replace(differs=before.differs or found.differs)
 
 
 def _share(finding: Finding) -> float:

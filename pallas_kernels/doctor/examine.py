@@ -240,12 +240,12 @@ def _find_fault(direction: str, answer: Mapping[str, Any]) -> str:
     try:
         finding = answer["findings"][direction]
         error, allowed = float(finding["error"]), float(finding["allowed"])
-        off, mask, repeats = finding["off"], finding["mask"], finding["repeats"]
+        off, mask, differs = finding["off"], finding["mask"], finding["differs"]
     except (KeyError, TypeError, ValueError):
         return "no result"
     if not error <= allowed:
         return f"{off} off by {error:.3g}, allowed {allowed:.3g}, mask {mask}"
-    return "" if repeats is True else f"{off} differs when repeated"
+    return f"{differs} differs when repeated" if differs else ""
 
 
 def add_timings(outcome: Outcome, answer: Mapping[str, Any]) -> Outcome:

@@ -97,11 +97,14 @@ def _is_known(trial: Trial, verdicts: Verdicts) -> bool:
     return not backend.needs_verdict or verdicts.compare(op, backend, facts) is not None
 
 
-def read_calls(config: Sequence[str]) -> list[tuple[str, Any]]:
+def read_calls(config: Sequence[str], *, settings: str | None = None) -> list[tuple[str, Any]]:
     """List the ops that a run of a config calls, found by tracing its steps on the CPU.
 
+    A process of its own traces: this one would take hold of the GPU.
+
     Args:
-      config: arguments "--config=FILE" and "--config.KEY=VALUE", as of `train.py`.
+      config: arguments "--config=FILE" and "--config.KEY=VALUE", as of `train.py`; or "-".
+      settings: all settings of the run as JSON, if `config` is "-".
 
     Returns:
       list of (op, facts).
@@ -111,6 +114,7 @@ def read_calls(config: Sequence[str]) -> list[tuple[str, Any]]:
     """
     asked = subprocess.run(
         [*_LIST_CALLS, *config],
+        input=settings,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -2,6 +2,7 @@
 
 from pallas_kernels import Choice as Choice
 from pallas_kernels import Implementation as Implementation
+from pallas_kernels import VerdictsError as VerdictsError
 from pallas_kernels import assume_proven as assume_proven
 from pallas_kernels import list_backends as list_backends
 from pallas_kernels import record_choices as record_choices

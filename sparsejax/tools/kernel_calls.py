@@ -1,6 +1,7 @@
 """List the sparse ops that a run of a config calls, for the doctor.
 
   python -m sparsejax.tools.kernel_calls --config=configs/quickstart.py
+  python -m sparsejax.tools.kernel_calls - < settings.json
 
 Prints one line of JSON: for each op it calls without naming a backend, its name and the static
 facts of the call. They are found by tracing the steps: nothing is computed and no data is opened.
@@ -9,6 +10,7 @@ facts of the call. They are found by tracing the steps: nothing is computed and 
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -25,19 +27,24 @@ def main(argv: list[str]) -> int:
     Returns:
       Exit code: 0, or 2 if a setting has to be changed.
     """
-    config_flag = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
-    flags.mark_flags_as_required(["config"])
     try:
-        read_settings(argv, flags.FLAGS, config_flag)
+        settings = json.load(sys.stdin) if argv[1:] == ["-"] else _read_config(argv)
         from sparsejax.config.parse import parse_config
         from sparsejax.tools.programs import list_kernel_calls
 
-        calls = list_kernel_calls(parse_config(config_flag.value.to_dict()))
+        calls = list_kernel_calls(parse_config(settings))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps([{"op": op, "facts": dataclasses.asdict(facts)} for op, facts in calls]))
     return 0
+
+
+def _read_config(argv: list[str]) -> dict[str, Any]:
+    config = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
+    flags.mark_flags_as_required(["config"])
+    read_settings(argv, flags.FLAGS, config)
+    return config.value.to_dict()
 
 
 if __name__ == "__main__":

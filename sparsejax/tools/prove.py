@@ -1,17 +1,18 @@
 """Before a run on a GPU: prove the kernels that its steps could take and that have no verdict."""
 
+import importlib.util
+import json
+
 import jax
 
-from pallas_kernels.dispatch import make_abstract_gpu
 from pallas_kernels.doctor.trials import list_trials
-from pallas_kernels.doctor.visit import drop_known, keep_outcomes
+from pallas_kernels.doctor.visit import drop_known, keep_outcomes, read_calls
 from pallas_kernels.machine import find_gpu
 from pallas_kernels.tables import TABLES
-from pallas_kernels.verdict_files import cache_folder, file_name
+from pallas_kernels.verdict_files import VerdictsError, cache_folder, file_name
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.report.progress import say
-from sparsejax.tools.programs import list_kernel_calls
 
 
 def prove_kernels(config: TrainConfig) -> None:
@@ -24,17 +25,15 @@ def prove_kernels(config: TrainConfig) -> None:
       config: settings of the run.
 
     Raises:
-      ConfigError: if the data cannot be described, or settings contradict each other.
+      ConfigError: if the data cannot be described, settings contradict each other, or a file of
+        verdicts cannot be read.
     """
-    platforms = jax.config.jax_platforms
-    gpu = find_gpu() if platforms in (None, "") or "cuda" in platforms else None
+    gpu = find_gpu() if _jax_may_use_cuda() else None
     if gpu is None:
         return
     path = cache_folder() / file_name(gpu.kind, gpu.driver)
     try:
-        # For any GPU: what is called does not depend on its size, and JAX must not look for one.
-        with jax.sharding.use_abstract_mesh(make_abstract_gpu(gpu.kind, 1)):
-            calls = list_kernel_calls(config)
+        calls = read_calls(["-"], settings=json.dumps(config.to_dict()))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
@@ -46,8 +45,16 @@ def prove_kernels(config: TrainConfig) -> None:
                 "(--doctor=off skips it)"
             )
             keep_outcomes(trials, path, say=say)
-    except (OSError, ValueError) as error:
+    except VerdictsError as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
         say(f"note: kernels are not proven, verdicts cannot be kept: {error}")
+
+
+def _jax_may_use_cuda() -> bool:
+    platforms = jax.config.jax_platforms
+    is_allowed = not platforms or "cuda" in platforms or "gpu" in platforms
+    return is_allowed and importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
 def _needs_verdict(trial) -> bool:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Data, describe_data, make_data
-from sparsejax.models import TransformerConfig, record_choices, use_recorded
+from sparsejax.models import TransformerConfig, VerdictsError, record_choices, use_recorded
 from sparsejax.optimizer import Optimizer, make_optimizer
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.block_lists import BlockLists, make_block_lists
@@ -249,7 +249,8 @@ def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
     """
     step = make_eval_step(run.graphdef, run.recipe, phase, **run.config.step_options)
     jitted = jax.jit(step, out_shardings=run.state_sharding)
-    return jitted.lower(*_make_abstract_arguments(run, phase, batch)).compile()
+    with _keeping_choices(run):
+        return jitted.lower(*_make_abstract_arguments(run, phase, batch)).compile()
 
 
 def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
@@ -274,6 +275,8 @@ def _keeping_choices(run: Run) -> Iterator[None]:
     try:
         with use_recorded(run.choices), record_choices() as made:
             yield
+    except VerdictsError as error:
+        raise ConfigError(str(error)) from error
     except NotImplementedError as error:
         raise ConfigError(
             f"{error}; resume on the device the run was started on, or start it anew in another "

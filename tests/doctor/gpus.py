@@ -27,7 +27,7 @@ def write_child(folder, body):
         "def write(**values):\n"
         "    print(json.dumps(values), file=file, flush=True)\n"
         "def right(place, task, directions=('forward', 'gradient')):\n"
-        "    found = dict(off='y', mask='random', error=0.1, allowed=0.2, repeats=True)\n"
+        "    found = dict(off='y', mask='random', error=0.1, allowed=0.2, differs='')\n"
         "    seconds = {'xla': 2.0, 'mosaic_sm90': 1.0}\n"
         "    timing = dict(sizes=[1, 1, 1], density=0.1, seconds=seconds)\n"
         "    answer = {'findings': {d: found for d in directions}}\n"

@@ -62,16 +62,16 @@ FAULTY = {
     "wrong (gradient: no result)": "right(place, task, ['forward'])",
     "wrong (no result)": "file.truncate(0); print('right')",
     "wrong (forward: y off by nan, allowed 0.2, mask random)": (
-        "found = dict(off='y', mask='random', error=float('nan'), allowed=0.2, repeats=True)\n"
+        "found = dict(off='y', mask='random', error=float('nan'), allowed=0.2, differs='')\n"
         "write(index=place, findings={'forward': found, 'gradient': found | {'error': 0.0}})"
     ),
     "wrong (gradient: dw off by 0.3, allowed 0.2, mask whole)": (
-        "found = dict(off='dw', mask='whole', error=0.3, allowed=0.2, repeats=True)\n"
+        "found = dict(off='dw', mask='whole', error=0.3, allowed=0.2, differs='')\n"
         "write(index=place, findings={'forward': found | {'error': 0.1}, 'gradient': found})"
     ),
     "wrong (forward: y differs when repeated)": (
-        "found = dict(off='y', mask='random', error=0.1, allowed=0.2, repeats=False)\n"
-        "write(index=place, findings={'forward': found, 'gradient': found | {'repeats': True}})"
+        "found = dict(off='y', mask='random', error=0.1, allowed=0.2, differs='y')\n"
+        "write(index=place, findings={'forward': found, 'gradient': found | {'differs': ''}})"
     ),
     "wrong (forward: ValueError: no); wrong (gradient: ValueError: no)": (
         "write(index=place, failed='ValueError: no')"
@@ -127,7 +127,7 @@ def test_nothing_is_begun_when_time_is_up(tmp_path):
 
 
 def test_gradients_that_a_backend_does_not_have_leave_the_forward_pass_proven():
-    found = {"off": "y", "mask": "m", "error": 0.0, "allowed": 1.0, "repeats": True}
+    found = {"off": "y", "mask": "m", "error": 0.0, "allowed": 1.0, "differs": ""}
     answer = {"tile": "t", "refused_gradient": "H=256", "findings": {"forward": found}}
     outcome = judge(KERNEL, answer)
     assert describe_outcome(outcome) == "right, forward only: H=256"

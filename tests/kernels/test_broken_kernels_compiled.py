@@ -37,7 +37,7 @@ pytestmark = pytest.mark.ci
 _PROBLEM = Problem(
     rows=256, contraction=832, columns=128, dtype="bfloat16", dense_is_transposed=True
 )
-_TILES = Tiles(blocks=2, columns=64, contraction=64, stages=2)
+_TILES = Tiles(blocks=2, columns=32, contraction=64, stages=2)
 _ALL_AWAITED = dataclasses.replace(_TILES, in_flight=0)
 _CASE = Case(
     batch=1, num_heads=1, num_kv_heads=1, num_queries=128, num_keys=320, head_dim=64, block_q=128,

@@ -19,6 +19,9 @@ _CONTRACTION = 64
 _MAX_STAGES = 6
 # Of an H100 and an H200.
 _SHARED_BYTES_PER_CYCLE = 128
+# Blocks and columns of tiles whose groups of instructions ptxas 13.5 splits in two, with a wait
+# between them, to rename registers of the sums.
+_SPLIT_BY_PTXAS = (2, 64)
 # Cycles to fill the ring and to write a tile; only their order of magnitude matters.
 _TILE_CYCLES = 3000
 
@@ -65,6 +68,7 @@ def default_config(
         for blocks in ((2,) if is_gated else (1, 2))
         for width in range(256 // blocks, 0, -32)
         if columns % width == 0 or (pads_columns and width in (256, 128, 64, 32))
+        if (blocks, width) != _SPLIT_BY_PTXAS
     ]
     if not candidates:
         raise NotImplementedError(
