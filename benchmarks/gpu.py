@@ -14,9 +14,13 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.environment import ROOT
+from pallas_kernels.doctor.isolation import run_isolated
 
 BUDGET_SECONDS = 540.0
 CONTRACT_SECONDS = 300.0
+# A part ends by itself when its budget is spent; what goes on longer hangs.
+_GRACE_SECONDS = 30.0
+_NO_LIMIT_SECONDS = 7 * 24 * 3600.0
 PARTS = ("l2_bandwidth", "attention", "nm_matmul", "block_sparse_matmul", "fst_gpt2")
 SWEEPS = (*PARTS, "nm_matmul_tiles", "grouped_gradients")
 # What others build on comes first: if packing is wrong, so is every product of packed weights.
@@ -59,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = max(BUDGET_SECONDS - (time.monotonic() - began), 0.0)
         # What a part leaves of its share goes to those after it.
         share = left / (len(PARTS) - index)
-        passed.append(_run_part(part, "--headline", f"--budget-seconds={share:.0f}"))
+        budget = f"--budget-seconds={share:.0f}"
+        passed.append(_run_part(part, "--headline", budget, seconds=share))
     return 0 if all(passed) else 1
 
 
@@ -71,7 +76,10 @@ def find_gpu() -> tuple[str | None, str]:
     """
     code = "import jax; print(jax.devices('cuda')[0].device_kind)"
     asked = subprocess.run(
-        [sys.executable, "-c", code], env=_gpu_environment(), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **_gpu_environment()},
+        capture_output=True,
+        text=True,
     )
     if asked.returncode == 0:
         return asked.stdout.strip().splitlines()[-1], ""
@@ -82,7 +90,7 @@ def find_gpu() -> tuple[str | None, str]:
 
 def _gpu_environment() -> dict[str, str]:
     # The CPU stays available for oracles; tests/conftest.py chooses it alone if nothing is set.
-    return {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+    return {"JAX_PLATFORMS": "cuda,cpu"}
 
 
 def _run_contracts() -> bool:
@@ -91,23 +99,32 @@ def _run_contracts() -> bool:
     others = ["tests/kernels", MODELS, *(f"--ignore={path}" for path in first)]
     others += [f"--ignore-glob=tests/kernels/{name}" for name in ("test_aot.py", "*_compiled.py")]
     began, passed = time.monotonic(), []
-    for paths in (first, others):
-        left = CONTRACT_SECONDS - (time.monotonic() - began)
-        command = [sys.executable, "-m", "pytest", "-q", *paths, "-m", "not slow"]
-        try:
-            tested = subprocess.run(
-                command, cwd=ROOT, env=_gpu_environment(), timeout=max(left, 1.0), check=False
-            )
-        except subprocess.TimeoutExpired:
-            print(f"the contracts took more than {CONTRACT_SECONDS:.0f} s", file=sys.stderr)
-            return False
-        passed.append(tested.returncode == 0)
+    groups = [*([path] for path in first), others]
+    for index, paths in enumerate(groups):
+        left = max(CONTRACT_SECONDS - (time.monotonic() - began), 0.0)
+        # What a file leaves of its share goes to those after it.
+        passed.append(
+            _run("pytest", "-q", *paths, "-m", "not slow", seconds=left / (len(groups) - index))
+        )
     return all(passed)
 
 
-def _run_part(part: str, *options: str) -> bool:
-    command = [sys.executable, "-m", f"benchmarks.{part}", *options]
-    return subprocess.run(command, cwd=ROOT, env=_gpu_environment(), check=False).returncode == 0
+def _run_part(part: str, *options: str, seconds: float | None = None) -> bool:
+    return _run(f"benchmarks.{part}", *options, seconds=seconds)
+
+
+def _run(module: str, *options: str, seconds: float | None) -> bool:
+    """Run a module by itself: one that hangs or takes the GPU's memory along stops no other."""
+    ended = run_isolated(
+        [sys.executable, "-m", module, *options],
+        limit_seconds=_NO_LIMIT_SECONDS if seconds is None else max(seconds, 1.0) + _GRACE_SECONDS,
+        environment=_gpu_environment(),
+        folder=ROOT,
+        show=True,
+    )
+    if ended.fault:
+        print(f"{module} {options[-1] if options else ''}: {ended.fault}", file=sys.stderr)
+    return not ended.fault
 
 
 if __name__ == "__main__":

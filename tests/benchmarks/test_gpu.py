@@ -1,24 +1,24 @@
 """`make gpu` proves something or says that it did not."""
 
-import subprocess
-
 import pytest
 
 from benchmarks import gpu
+from pallas_kernels.doctor.isolation import Ended
 
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Return the list of commands run and the dict of exit codes they get, by module."""
+    """Return the list of commands run and the dict of faults they end with, by module."""
     ran, codes = [], {}
 
-    def run(command, **options):
-        assert options["env"]["JAX_PLATFORMS"] == "cuda,cpu"
+    def run(command, *, limit_seconds, environment, folder, show):
+        assert environment == {"JAX_PLATFORMS": "cuda,cpu"} and folder == gpu.ROOT and show
+        assert limit_seconds > 0
         ran.append(command[2:])
-        return subprocess.CompletedProcess(command, codes.get(command[2], 0))
+        return Ended(codes.get(command[2], ""), "")
 
     monkeypatch.setattr(gpu, "find_gpu", lambda: ("NVIDIA H200", ""))
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "run_isolated", run)
     return ran, codes
 
 
@@ -33,40 +33,40 @@ def test_contracts_run_before_headline_points(commands):
     ran, _ = commands
     assert gpu.main([]) == 0
     assert [command[0] for command in ran] == [
-        "pytest",
-        "pytest",
+        *["pytest"] * (len(gpu.CONTRACTS) + 1),
         "benchmarks.l2_bandwidth",
         "benchmarks.attention",
         "benchmarks.nm_matmul",
         "benchmarks.block_sparse_matmul",
         "benchmarks.fst_gpt2",
     ]
-    first = [gpu.ROOT / path for path in ran[0] if path.startswith("tests/")]
+    *alone, others = [command for command in ran if command[0] == "pytest"]
+    first = [gpu.ROOT / path for command in alone for path in command if path.startswith("tests/")]
     assert [path.name for path in first] == list(gpu.CONTRACTS)
     assert all(path.exists() for path in first)
-    ignored = [option.split("=")[1] for option in ran[1] if option.startswith("--ignore")]
+    ignored = [option.split("=")[1] for option in others if option.startswith("--ignore")]
     assert {path for pattern in ignored for path in gpu.ROOT.glob(pattern)} == {
         path
         for path in (gpu.ROOT / "tests/kernels").glob("test_*.py")
         if "aot" in path.name or "compiled" in path.name or path in first
     }
     # The last part may take all that the others left.
-    budgets = [command[1:] for command in ran[2:]]
+    budgets = [command[1:] for command in ran if command[0] != "pytest"]
     assert budgets == [["--headline", f"--budget-seconds={s}"] for s in (108, 135, 180, 270, 540)]
 
 
-def test_failed_contracts_fail_the_run_and_points_are_still_measured(commands):
+def test_contracts_that_hang_fail_the_run_and_points_are_still_measured(commands):
     ran, codes = commands
-    codes["pytest"] = 1
+    codes["pytest"] = "hang"
     assert gpu.main([]) == 1
-    assert len(ran) == 2 + len(gpu.PARTS)
+    assert len(ran) == len(gpu.CONTRACTS) + 1 + len(gpu.PARTS)
 
 
 def test_no_point_starts_when_time_is_up(commands, monkeypatch):
     ran, _ = commands
     monkeypatch.setattr(gpu, "BUDGET_SECONDS", -1.0)
     assert gpu.main([]) == 0
-    assert {command[2] for command in ran[2:]} == {"--budget-seconds=0"}
+    assert {command[2] for command in ran if command[0] != "pytest"} == {"--budget-seconds=0"}
 
 
 def test_a_sweep_measures_all_points_of_one_part(commands, capsys):
