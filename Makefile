@@ -32,7 +32,7 @@ help:
 	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
 	@echo "                block_sparse_matmul, fst_gpt2, grouped_gradients, l2_bandwidth"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
-	@echo "make doctor     which kernels work on this machine, and what is missing for the others"
+	@echo "make doctor     which kernels are right on this machine's GPU, and how fast"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 
 train:

@@ -40,9 +40,9 @@ def mean_attention_map(
         block is kept and `causal` and `kv_mask` are those of this call; None: it is computed.
       implementation: "xla", a few rows at a time; "reference", every map written out, in f32;
         "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16, head dims 32, 64, 128 and 256
-        and lengths that are multiples of 128; or None, which is "xla" until the kernel was run on a
-        GPU. A named one runs or raises. Without `lse` the kernel costs a forward pass of attention
-        more.
+        and lengths that are multiples of 128; or None: the kernel where it was proven and is
+        faster, else "xla". A named one runs or raises. Without `lse` the kernel costs a forward
+        pass of attention more.
 
     Returns:
       f32[T, S]; each row sums to 1 if every query sees a key. A query of an example that sees no

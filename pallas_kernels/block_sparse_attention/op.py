@@ -113,9 +113,9 @@ def block_sparse_attention(
       pruned_logits: "masked" or "zero".
       return_lse: bool, return lse as well.
       implementation: "xla", a walk over the kept blocks; "dense", every logit, masked;
-        "reference"; "mosaic_sm90", tensor cores of a Hopper GPU; or None, which is "dense" where
-        there is nothing to skip, without a mask or in blocks of one position, and "xla" elsewhere.
-        A named one runs or raises.
+        "reference"; "mosaic_sm90", tensor cores of a Hopper GPU; or None: the kernels where they
+        were proven and are faster, else "dense" where there is nothing to skip, without a mask or
+        in blocks of one position, and "xla" elsewhere. A named one runs or raises.
 
     Returns:
       out, shaped and typed like q, or the tuple (out, lse) with lse f32[B, T, N], log Z_t.

@@ -44,8 +44,8 @@ def block_sparse_matmul(
       bias: float[N] or None, dtype of x.
       implementation: "xla", a loop over the kept blocks; "reference", dense products of the masked
         weight in f32; "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16 and blocks
-        whose sides are 64 or 128; or None, which is "xla" until the kernel was run on a GPU. A
-        named one runs or raises.
+        whose sides are 64 or 128; or None: the kernel where it was proven and is faster, else
+        "xla". A named one runs or raises.
 
     Returns:
       float[..., N], typed like x; 0 and the bias where nothing of a column is kept.

@@ -72,8 +72,8 @@ def nm_matmul(
         mask may still keep everything: "xla" and "reference" compute with any mask; a kernel that
         packs the weight itself looks all the same.
       implementation: "xla", the dense product on the masked weight; "reference"; "mosaic_sm90"; or
-        None, which is the kernels where they were measured to be faster than "xla" and can run; as
-        long as nothing is measured, that is nowhere. A named one runs or raises.
+        None: the kernels where they were proven and are faster, else "xla". A named one runs or
+        raises.
 
     Returns:
       float[..., N], or [..., N / 2] for a gated activation, typed like x.

@@ -40,8 +40,8 @@ def pack_nm(
       mask: bool, shaped like w, at most two of every four consecutive True along each packed axis.
       axis: 0 packs along K for the forward product; 1 along N; "both", of a transposable mask, for
         forward and backward.
-      implementation: "mosaic_sm90", one kernel that reads w and mask once; "xla"; or None, which is
-        "xla" as long as the kernel has not been proven on a GPU. Both return the same bits.
+      implementation: "mosaic_sm90", one kernel that reads w and mask once; "xla"; or None: the
+        kernel where it was proven and is faster, else "xla". Both return the same bits.
 
     Returns:
       PackedNM, for each packed axis K*N/2 values and K*N/8 bytes of metadata.

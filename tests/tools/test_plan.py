@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import train
 from pallas_kernels import aot
+from pallas_kernels.dispatch import make_abstract_gpu
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.data import describe_data, make_data
 from sparsejax.tools.plan import (
@@ -86,7 +88,7 @@ def test_table_shows_phases_side_by_side(plan):
     probe = dense.programs["probing train step"].temp_bytes / 1e6
     assert lines["temporaries of the probing train step"] == [f"{probe:,.1f}", "–"]
     assert lines["largest batch, examples"] == [f"{p.largest_batch_size:,}" for p in plan.phases]
-    assert "no Mosaic kernels" in lines
+    assert "no Mosaic kernels" in lines and "backends of the sparse ops" in lines
 
 
 @pytest.mark.ci
@@ -212,3 +214,33 @@ def test_command_knows_the_targets_and_lists_them_without_jax():
     )
     assert f"<{'|'.join(aot.TARGETS)}>" in result.stdout
     assert result.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("target, backend", [("h200", "mosaic_sm90"), ("a100", "xla")])
+def test_a_plan_takes_what_a_right_verdict_would_choose_and_says_so(
+    target, backend, tmp_path, monkeypatch
+):
+    gpu = aot.TARGETS[target]
+
+    def trace(step, *arguments, mesh, **_):
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(step, *arguments)
+        names = ("argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
+        return aot.AotReport(**dict.fromkeys(names, 0), kernels=(), hlo="")
+
+    monkeypatch.setattr(aot, "compile_for", trace)
+    monkeypatch.setattr(aot, "make_gpu_mesh", lambda gpu: make_abstract_gpu(gpu.name, gpu.cores))
+    settings = make_settings(
+        tmp_path,
+        model__num_layers=1,
+        model__dtype="bfloat16",
+        model__model_dim=64,
+        model__block_size=32,
+    )
+    text = format_plan(make_plan(parse_config(settings), target=target))
+    call = "block_sparse_attention(dtype=bfloat16, head_dim=32, block_q=32, block_kv=32, "
+    assert f"  {backend} for {call}pruned_logits=zero, mask=shared, causal)\n" in text
+    assert f"run on one {gpu.name} if the doctor finds them right and faster there." in text
+    settings["model"]["attention_implementation"] = "xla"
+    named = format_plan(make_plan(parse_config(settings), target=target))
+    assert f"  xla for {call}pruned_logits=zero, mask=shared, causal)\n" in named
