@@ -99,7 +99,7 @@ def _visit(gpu: Gpu, trials: list[Trial], path: pathlib.Path, options: argparse.
         if goes_on:
             trials = drop_known(trials, gpu, path)
         print(f"trying {len(trials)} kernels and programs, each op and backend by itself")
-        outcomes = keep_outcomes(trials, path, say=_say, limit_seconds=limit)
+        outcomes = keep_outcomes(trials, gpu, path, say=_say, limit_seconds=limit)
     except (OSError, ValueError) as error:
         return _fail(f"verdicts cannot be kept: {error}")
     print("\n" + format_outcomes(outcomes))

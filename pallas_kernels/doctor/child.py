@@ -1,11 +1,12 @@
 """The doctor's work on the device, in a process that may hang or die.
 
-  python -m pallas_kernels.doctor.child prove SECONDS TRIALS RESULTS
-  python -m pallas_kernels.doctor.child time SECONDS TRIALS RESULTS
+  python -m pallas_kernels.doctor.child prove SECONDS DEVICE TRIALS RESULTS
+  python -m pallas_kernels.doctor.child time SECONDS DEVICE TRIALS RESULTS
 
-An alarm ends the process if a trial takes more than SECONDS. TRIALS is a JSON file with a list of
-trials. Of each, one line of JSON is added to RESULTS before its kernel is compiled and one when it
-is done: the end of the process shows which one it was.
+DEVICE is the kind that JAX has to run on: without CUDA's plugin it would take the CPU. An alarm
+ends the process if a trial takes more than SECONDS. TRIALS is a JSON file with a list of trials. Of
+each, one line of JSON is added to RESULTS before its kernel is compiled and one when it is done:
+the end of the process shows which one it was.
 """
 
 import dataclasses
@@ -137,12 +138,17 @@ def main(arguments: list[str]) -> None:
     """Do a task on all trials of a file.
 
     Args:
-      arguments: name of the task, seconds of a trial, file of trials, file of results.
+      arguments: name of the task, seconds of a trial, kind of the device, file of trials, file
+        of results.
     """
-    task, seconds = TASKS[arguments[0]], int(arguments[1])
-    trials, results = map(pathlib.Path, arguments[2:])
+    task, seconds, kind = TASKS[arguments[0]], int(arguments[1]), arguments[2]
+    trials, results = map(pathlib.Path, arguments[3:])
     # The system ends the process, whatever Python waits for.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+    found = jax.devices()[0].device_kind
+    if found != kind:
+        sys.exit(f"JAX runs on {found!r} and not on {kind!r}; is jax[cuda13] installed?")
     with results.open("a") as file:
         for index, values in enumerate(json.loads(trials.read_text())):
             signal.alarm(seconds)

@@ -60,6 +60,7 @@ class Outcome(NamedTuple):
 
 def examine(
     trials: Sequence[Trial],
+    kind: str,
     *,
     done: Callable[[Outcome], None] = lambda outcome: None,
     limit_seconds: float = math.inf,
@@ -71,6 +72,7 @@ def examine(
 
     Args:
       trials: what to try; an op and backend share children with no other.
+      kind: of the device, as the driver names it; nothing is tried on another.
       done: called with each outcome as soon as it is known.
       limit_seconds: after which no child is started; trials that are left have no outcome.
       trial_seconds: after which a trial hangs.
@@ -86,6 +88,7 @@ def examine(
         return run_children(
             task,
             part,
+            kind,
             deadline=deadline,
             trial_seconds=trial_seconds,
             child=child,
@@ -130,6 +133,7 @@ def _share_out(numbered: Iterable[tuple[int, Trial]]) -> list[list[tuple[int, Tr
 def run_children(
     task: str,
     part: list[tuple[int, Trial]],
+    kind: str,
     *,
     deadline: float,
     trial_seconds: int,
@@ -141,6 +145,7 @@ def run_children(
     Args:
       task: "prove" or "time".
       part: trials by number.
+      kind: of the device.
       deadline: of the monotonic clock; no child is started after it.
       trial_seconds: that a child has for each trial.
       child: command, to which task and files are added.
@@ -156,7 +161,7 @@ def run_children(
             trials.write_text(json.dumps([trial.to_json() for _, trial in part]))
             results.touch()
             ended = run_isolated(
-                [*child, task, str(trial_seconds), str(trials), str(results)],
+                [*child, task, str(trial_seconds), kind, str(trials), str(results)],
                 # A trial ends itself before, unless the driver holds it.
                 limit_seconds=trial_seconds * len(part) + _SECONDS_TO_START,
                 environment=environment,

@@ -7,13 +7,13 @@ from pallas_kernels.verdicts import Timing, describe_call
 
 
 def describe_outcome(outcome: Outcome) -> str:
-    """Say in words what became of a trial: "right", "wrong (...)", "not here: ...".
+    """Say in words what became of a trial: "right", "wrong (...)", "not here: ...", "not tried (...)".
 
     Args:
       outcome: of the trial.
     """
     if outcome.fault:
-        return f"wrong ({outcome.fault})"
+        return f"not tried ({outcome.fault})"
     if not outcome.verdicts:
         return f"not here: {outcome.refusal}"
     wrong = [f"wrong ({v.key.direction}: {v.wrong})" for v in outcome.verdicts if v.wrong]

@@ -28,6 +28,7 @@ _LIST_CALLS = (sys.executable, "-m", "sparsejax.tools.kernel_calls")
 
 def keep_outcomes(
     trials: Sequence[Trial],
+    gpu: Gpu,
     path: pathlib.Path,
     *,
     say: Callable[[str], None],
@@ -38,6 +39,7 @@ def keep_outcomes(
 
     Args:
       trials: what to try.
+      gpu: of this machine.
       path: file of the verdicts.
       say: called with a line for each trial.
       limit_seconds: after which nothing is begun.
@@ -59,7 +61,7 @@ def keep_outcomes(
         found = f"{outcome.trial.backend} of {call}: {describe_outcome(outcome)}"
         say(f"{time.monotonic() - began:5.1f} s  {found}")
 
-    return examine(trials, done=keep, limit_seconds=limit_seconds, **options)
+    return examine(trials, gpu.kind, done=keep, limit_seconds=limit_seconds, **options)
 
 
 def drop_known(trials: Sequence[Trial], gpu: Gpu, path: pathlib.Path) -> list[Trial]:

@@ -21,7 +21,7 @@ def write_child(folder, body):
     program = folder / "child.py"
     program.write_text(
         "import ctypes, json, os, signal, sys, time\n"
-        "task, seconds, trials, results = sys.argv[1:]\n"
+        "task, seconds, kind, trials, results = sys.argv[1:]\n"
         "signal.signal(signal.SIGALRM, signal.SIG_DFL)\n"
         "file = open(results, 'a')\n"
         "def write(**values):\n"

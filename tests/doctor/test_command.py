@@ -31,8 +31,11 @@ def gpu(tmp_path, monkeypatch, cache):
     )
     child = write_child(tmp_path, body)
 
-    def examine_here(trials, **options):
-        return examine.examine(trials, child=child, environment={}, trial_seconds=20, **options)
+    def examine_here(trials, kind, **options):
+        assert kind == "NVIDIA H200"
+        return examine.examine(
+            trials, kind, child=child, environment={}, trial_seconds=20, **options
+        )
 
     monkeypatch.setattr(visit, "examine", examine_here)
     return cache

@@ -36,7 +36,9 @@ def _vary(count):
 
 def _examine(tmp_path, body, trials=(KERNEL,), **options):
     child = write_child(tmp_path, body)
-    return examine(trials, child=child, environment={}, **{"trial_seconds": 20, **options})
+    return examine(
+        trials, H200.kind, child=child, environment={}, **{"trial_seconds": 20, **options}
+    )
 
 
 def test_a_right_kernel_is_timed_and_a_portable_program_is_not(tmp_path):
@@ -60,7 +62,7 @@ FAULTY = {
         "write(index=place, verdict='right')"
     ),
     "wrong (gradient: no result)": "right(place, task, ['forward'])",
-    "wrong (no result)": "file.truncate(0); print('right')",
+    "not tried (no result)": "file.truncate(0); print('right')",
     "wrong (forward: y off by nan, allowed 0.2, mask random)": (
         "found = dict(off='y', mask='random', error=float('nan'), allowed=0.2, differs='')\n"
         "write(index=place, findings={'forward': found, 'gradient': found | {'error': 0.0}})"
@@ -117,8 +119,10 @@ def test_the_rest_goes_on_after_one_that_hangs_and_one_that_dies(tmp_path):
 def test_a_child_that_ends_before_its_first_trial_is_not_started_for_ever(tmp_path):
     child = write_child(tmp_path, "")
     (tmp_path / "child.py").write_text("raise SystemExit('no driver')")
-    outcomes = examine(_vary(3), child=child, environment={})
-    assert [describe_outcome(o) for o in outcomes] == ["wrong (crash, exit code 1: no driver)"] * 3
+    outcomes = examine(_vary(3), H200.kind, child=child, environment={})
+    assert [describe_outcome(o) for o in outcomes] == [
+        "not tried (crash, exit code 1: no driver)"
+    ] * 3
     assert all(outcome.verdicts == () for outcome in outcomes)
 
 
@@ -151,7 +155,7 @@ def test_verdicts_are_kept_one_by_one_and_known_ones_are_not_tried_again(tmp_pat
     options = {"child": write_child(tmp_path, body), "environment": {}, "trial_seconds": 20}
     trials = [KERNEL, wrong, other, refused]
     assert drop_known(trials, H200, path) == trials
-    keep_outcomes(trials[:2], path, say=said.append, **options)
+    keep_outcomes(trials[:2], H200, path, say=said.append, **options)
     assert len(said) == 2 and "SIGABRT" in "".join(said)
     assert len(read_verdicts(path)) == 4 and read_processors(path) == 132
     assert drop_known(trials, H200, path) == [other]
@@ -162,7 +166,11 @@ def test_unwritable_verdicts_are_found_out_before_anything_is_tried(tmp_path):
     body = f"open({str(tmp_path / 'ran')!r}, 'w')"
     with pytest.raises(OSError):
         keep_outcomes(
-            [KERNEL], tmp_path / "file" / "v.json", say=print, child=write_child(tmp_path, body)
+            [KERNEL],
+            H200,
+            tmp_path / "file" / "v.json",
+            say=print,
+            child=write_child(tmp_path, body),
         )
     assert not (tmp_path / "ran").exists()
 
@@ -216,3 +224,16 @@ def test_break_even_is_where_a_straight_line_meets_dense(low, high, expected):
     ]
     assert find_break_even("kernel", "dense", timings) == expected
     assert find_break_even("kernel", "dense", timings[:1]) is None
+
+
+@pytest.mark.ci
+def test_what_ran_on_another_device_is_no_verdict():
+    # JAX takes the CPU, in silence, where it was asked for a GPU first and has no plugin for it.
+    (outcome,) = examine([PORTABLE], H200.kind, environment={"JAX_PLATFORMS": "cpu"})
+    assert outcome.verdicts == ()
+    assert describe_outcome(outcome) == (
+        "not tried (crash, exit code 1: JAX runs on 'cpu' and not on 'NVIDIA H200'; is jax[cuda13] "
+        "installed?)"
+    )
+    (outcome,) = examine([PORTABLE], "cpu", environment={"JAX_PLATFORMS": "cpu"})
+    assert describe_outcome(outcome) == "right"

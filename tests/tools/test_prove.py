@@ -52,9 +52,11 @@ def tried(tmp_path, monkeypatch):
         [],
     )
 
-    def examine_here(given, **options):
+    def examine_here(given, kind, **options):
         trials.extend(given)
-        return examine.examine(given, child=child, environment={}, trial_seconds=20, **options)
+        return examine.examine(
+            given, kind, child=child, environment={}, trial_seconds=20, **options
+        )
 
     monkeypatch.setattr(visit, "examine", examine_here)
     monkeypatch.setattr(prove, "read_calls", _trace_here)
