@@ -7,7 +7,9 @@ from pallas_kernels.verdicts import Timing, describe_call
 
 
 def describe_outcome(outcome: Outcome) -> str:
-    """Say in words what became of a trial: "right", "wrong (...)", "not here: ...", "not tried (...)".
+    """Say in words what became of a trial.
+
+    That is "right", "wrong (...)", "not here: ..." or "not tried (...)".
 
     Args:
       outcome: of the trial.
