@@ -32,6 +32,7 @@ def keep_outcomes(
     path: pathlib.Path,
     *,
     say: Callable[[str], None],
+    only_faults: bool = False,
     limit_seconds: float = math.inf,
     **options: Any,
 ) -> list[Outcome]:
@@ -42,6 +43,7 @@ def keep_outcomes(
       gpu: of this machine.
       path: file of the verdicts.
       say: called with a line for each trial.
+      only_faults: say nothing of kernels that are right, or that refuse such calls.
       limit_seconds: after which nothing is begun.
       **options: of `examine`.
 
@@ -57,6 +59,8 @@ def keep_outcomes(
 
     def keep(outcome: Outcome) -> None:
         write_verdicts(path, outcome.verdicts, processors=outcome.processors)
+        if only_faults and (outcome.is_right or (outcome.refusal and not outcome.verdicts)):
+            return
         call = describe_call(outcome.trial.op, outcome.trial.facts)
         found = f"{outcome.trial.backend} of {call}: {describe_outcome(outcome)}"
         say(f"{time.monotonic() - began:5.1f} s  {found}")

@@ -44,7 +44,7 @@ def prove_kernels(config: TrainConfig) -> None:
                 f"proving {len(trials)} kernels on {gpu.kind} first, once for this driver and JAX "
                 "(--doctor=off skips it)"
             )
-            keep_outcomes(trials, gpu, path, say=say)
+            keep_outcomes(trials, gpu, path, say=say, only_faults=True)
     except VerdictsError as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
