@@ -156,7 +156,10 @@ def main(arguments: list[str]) -> None:
             try:
                 answer = task(parse_trial(values), begin)
             except Exception as error:
-                answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+                # What does not fit, with the reference beside it, is no fault of the kernel.
+                kind_of_answer = "no_memory" if "RESOURCE_EXHAUSTED" in str(error) else "failed"
+                text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                answer = {kind_of_answer: text}
             _write(file, {"index": index, **answer})
 
 

@@ -221,8 +221,8 @@ def judge(trial: Trial, answer: Mapping[str, Any]) -> Outcome:
     if "refused" in answer:
         return Outcome(trial, (), refusal)
     wrong, tile = str(answer.get("fault") or answer.get("failed") or ""), answer.get("tile")
-    if not isinstance(tile, str):
-        return Outcome(trial, (), fault=wrong or "no result")
+    if "no_memory" in answer or not isinstance(tile, str):
+        return Outcome(trial, (), fault=str(answer.get("no_memory") or wrong or "no result"))
     # Named here: a child may speak of its own kernels only.
     source = hash_source(find_backend(trial.op, TABLES[trial.op], trial.backend).run)
     options = tuple(sorted(trial.facts.kernel_options.items()))
@@ -256,10 +256,14 @@ def _find_fault(direction: str, answer: Mapping[str, Any]) -> str:
 def add_timings(outcome: Outcome, answer: Mapping[str, Any]) -> Outcome:
     """Add times to right verdicts; a kernel that fails at full size is wrong.
 
+    One that did not fit in memory beside the dense program has no times.
+
     Args:
       outcome: of a trial that was found right.
       answer: see `pallas_kernels.doctor.child.measure`, or {"fault": ...}.
     """
+    if "no_memory" in answer:
+        return outcome
     wrong = str(answer.get("fault") or answer.get("failed") or "")
     timings = ()
     if not wrong:

@@ -78,6 +78,9 @@ FAULTY = {
     "wrong (forward: ValueError: no); wrong (gradient: ValueError: no)": (
         "write(index=place, failed='ValueError: no')"
     ),
+    "not tried (RESOURCE_EXHAUSTED: 80 GB)": (
+        "write(index=place, no_memory='RESOURCE_EXHAUSTED: 80 GB')"
+    ),
     "not here: too old": "write(index=place, refused='too old')",
     "wrong (forward: hang, at full size); wrong (gradient: hang, at full size)": (
         "right(place, task) if task == 'prove' else time.sleep(60)"
@@ -94,6 +97,12 @@ def test_what_a_child_does_is_what_is_said_of_its_kernel(tmp_path, verdict):
     (outcome,) = _examine(tmp_path, FAULTY[verdict], trial_seconds=seconds)
     assert describe_outcome(outcome) == verdict
     assert not outcome.is_right
+
+
+def test_a_kernel_that_does_not_fit_beside_the_dense_program_stays_right(tmp_path):
+    body = "right(place, task) if task == 'prove' else write(index=place, no_memory='80 GB')"
+    (outcome,) = _examine(tmp_path, body)
+    assert outcome.is_right and outcome.verdicts[-1].timings == ()
 
 
 def test_the_rest_goes_on_after_one_that_hangs_and_one_that_dies(tmp_path):
