@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pallas_kernels.dispatch import is_interpreted, target_platform
+from pallas_kernels.dispatch import runs_on_own_gpu, target_platform
 from pallas_kernels.verdict_files import verdicts_in_force
 from pallas_kernels.verdicts import Facts, describe_call
 
@@ -243,7 +243,7 @@ def _choose_proven(op, backends, facts) -> Choice:
         else:
             others[backend.name] = judgement.reason
             unproven |= judgement.is_unproven
-    if unproven and not is_interpreted():
+    if unproven and runs_on_own_gpu():
         _tell_unproven(op, default.name)
     faster = {}
     for backend, seconds in proven.items():

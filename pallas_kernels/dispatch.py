@@ -31,6 +31,16 @@ def targets_gpu() -> bool:
     return target_platform() in ("gpu", "cuda")
 
 
+def runs_on_own_gpu() -> bool:
+    """Return whether traced code will run on a GPU of this machine, and is not compiled only.
+
+    Returns:
+      bool.
+    """
+    is_abstract = jax.sharding.get_abstract_mesh().abstract_device is not None
+    return targets_gpu() and not is_abstract
+
+
 def is_interpreted() -> bool:
     """Return whether Pallas GPU kernels are interpreted on the CPU.
 

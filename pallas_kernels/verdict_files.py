@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import target_platform
+from pallas_kernels.dispatch import runs_on_own_gpu
 from pallas_kernels.machine import find_gpu
 from pallas_kernels.verdicts import KernelKey, Timing, Verdict, Verdicts, merge_all
 
@@ -71,8 +71,7 @@ def verdicts_in_force() -> Verdicts:
     verdicts = _in_force.get()
     if verdicts is not None:
         return verdicts
-    is_abstract = jax.sharding.get_abstract_mesh().abstract_device is not None
-    if is_abstract or target_platform() not in ("gpu", "cuda"):
+    if not runs_on_own_gpu():
         return _NONE
     return _read_own(jax.devices("gpu")[0].device_kind)
 

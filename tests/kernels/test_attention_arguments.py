@@ -87,7 +87,7 @@ def test_a_named_kernel_is_never_replaced():
 def test_choice_follows_what_is_known_while_tracing(changes, chosen, caplog):
     with caplog.at_level(logging.DEBUG, logger=backends.__name__):
         out = _call(**changes)
-    assert f"block_sparse_attention: chose '{chosen}' on cpu" in caplog.text
+    assert f"'{chosen}' on cpu: runs everywhere" in caplog.text
     np.testing.assert_array_equal(out, _call(**changes, implementation=chosen))
 
 

@@ -182,8 +182,9 @@ def test_a_verdict_about_another_source_is_none():
         assert _choose(None, table=(KERNEL, ALWAYS)) is KERNEL
 
 
-def test_an_unproven_kernel_that_could_run_is_told_once_with_the_command(caplog):
+def test_an_unproven_kernel_that_could_run_is_told_once_with_the_command(caplog, monkeypatch):
     backends._tell_unproven.cache_clear()
+    monkeypatch.setattr(backends, "runs_on_own_gpu", lambda: True)
     with caplog.at_level(logging.WARNING, logger=backends.__name__):
         for _ in range(3):
             assert _choose(None, table=(KERNEL, ALWAYS)) is ALWAYS
