@@ -32,10 +32,10 @@ def targets_gpu() -> bool:
 
 
 def runs_on_own_gpu() -> bool:
-    """Return whether traced code will run on a GPU of this machine, and is not compiled only.
+    """Return whether traced code will run on a GPU of this machine.
 
     Returns:
-      bool.
+      bool, False for a GPU that is only compiled for.
     """
     is_abstract = jax.sharding.get_abstract_mesh().abstract_device is not None
     return targets_gpu() and not is_abstract
