@@ -68,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{'.'.join(map(str, _LEAST_CAPABILITY))} or more"
         )
     folder = pathlib.Path(options.output) if options.output else cache_folder()
-    return _visit(gpu, trials, folder / file_name(gpu.kind, gpu.driver), options)
+    path = folder / file_name(gpu.kind, gpu.driver)
+    goes_on = options.all or options.missing
+    limit = math.inf if goes_on or config else _DEFAULT_SECONDS
+    return _visit(gpu, trials, path, only_missing=goes_on, limit_seconds=limit)
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -87,25 +90,26 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _visit(gpu: Gpu, trials: list[Trial], path: pathlib.Path, options: argparse.Namespace) -> int:
+def _visit(
+    gpu: Gpu, trials: list[Trial], path: pathlib.Path, *, only_missing: bool, limit_seconds: float
+) -> int:
     several = f", the first of {gpu.count}" if gpu.count > 1 else ""
     print(
         f"{gpu.kind}{several}, compute capability {gpu.capability}, driver {gpu.driver}, "
         f"JAX {jax.__version__}"
     )
-    goes_on = options.all or options.missing
-    limit, began = math.inf if goes_on else _DEFAULT_SECONDS, time.monotonic()
+    began = time.monotonic()
     try:
-        if goes_on:
+        if only_missing:
             trials = drop_known(trials, gpu, path)
         print(f"trying {len(trials)} kernels and programs, each op and backend by itself")
-        outcomes = keep_outcomes(trials, gpu, path, say=_say, limit_seconds=limit)
+        outcomes = keep_outcomes(trials, gpu, path, say=_say, limit_seconds=limit_seconds)
     except (OSError, ValueError) as error:
         return _fail(f"verdicts cannot be kept: {error}")
     print("\n" + format_outcomes(outcomes))
     left = len(trials) - len(outcomes)
     if left:
-        print(f"{left} were not begun within {limit:.0f} s; --missing tries them")
+        print(f"{left} were not begun within {limit_seconds:.0f} s; --missing tries them")
     print(f"{time.monotonic() - began:.0f} s; verdicts: {path}")
     wrong = [o for o in outcomes if o.fault or any(v.wrong for v in o.verdicts)]
     return 1 if wrong else 0
