@@ -238,11 +238,11 @@ def _choose_proven(op, backends, facts) -> Choice:
             others[backend.name] = refusal
             continue
         judgement = verdicts.judge(op, backend, facts)
-        if judgement.is_right:
+        if judgement.state == "right":
             proven[backend] = verdicts.compare(op, backend, facts)
         else:
             others[backend.name] = judgement.reason
-            unproven |= judgement.is_unproven
+            unproven |= judgement.state == "unproven"
     if unproven and runs_on_own_gpu():
         _tell_unproven(op, default.name)
     faster = {}
@@ -277,7 +277,7 @@ def _check_recorded(backend: Backend, op: str, facts: Any) -> None:
     refusal = _refusal(backend, facts)
     if refusal is None and backend.needs_verdict:
         judgement = verdicts_in_force().judge(op, backend, facts)
-        refusal = judgement.reason if judgement.is_wrong else None
+        refusal = judgement.reason if judgement.state == "wrong" else None
     if refusal is not None:
         raise NotImplementedError(
             f"{describe_call(op, facts)} ran on {backend.name!r} before, which cannot go on here: "

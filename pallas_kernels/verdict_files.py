@@ -183,17 +183,23 @@ def _describe_verdict(verdict: Verdict) -> dict[str, Any]:
         **verdict.key._asdict(),
         "options": dict(verdict.key.options),
         "sizes": list(verdict.sizes),
-        "verdict": f"wrong ({verdict.wrong})" if verdict.wrong else "right",
+        "verdict": _describe_state(verdict),
     }
     timings = [timing._asdict() for timing in verdict.timings]
     return entry | ({"timings": timings} if timings else {})
 
 
+def _describe_state(verdict: Verdict) -> str:
+    if verdict.refused:
+        return f"refused ({verdict.refused})"
+    return f"wrong ({verdict.wrong})" if verdict.wrong else "right"
+
+
 def _parse_verdict(entry: Any) -> Verdict:
     text = entry["verdict"]
-    wrong = re.fullmatch(r"wrong \((.+)\)", text, re.DOTALL)
-    if text != "right" and wrong is None:
-        raise ValueError(f"a verdict is 'right' or 'wrong (reason)', got {text!r}")
+    found = re.fullmatch(r"(wrong|refused) \((.+)\)", text, re.DOTALL)
+    if text != "right" and found is None:
+        raise ValueError(f"a verdict is 'right', 'wrong (why)' or 'refused (why)', got {text!r}")
     names = ("op", "backend", "source", "direction", "tile")
     values = {name: entry[name] for name in names}
     if not all(isinstance(value, str) for value in values.values()):
@@ -208,4 +214,5 @@ def _parse_verdict(entry: Any) -> Verdict:
     )
     key = KernelKey(**values, options=tuple(sorted(entry["options"].items())))
     sizes = tuple(int(size) for size in entry["sizes"])
-    return Verdict(key=key, sizes=sizes, wrong=wrong[1] if wrong else "", timings=timings)
+    state = {found[1]: found[2]} if found else {}
+    return Verdict(key=key, sizes=sizes, timings=timings, **state)

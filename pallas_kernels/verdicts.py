@@ -7,7 +7,7 @@ without a verdict for its key is unproven. `pallas_kernels.verdict_files` keeps 
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pallas_kernels.source_hash import hash_source
 
@@ -95,13 +95,15 @@ class Verdict:
 
     Attributes:
       sizes: of the call that it was last found on.
-      wrong: why it is wrong; "" if it is right.
-      timings: of calls in this direction and those before it; empty if it is wrong.
+      wrong: why it is wrong, or "".
+      refused: why the backend does not take such calls in this direction, or "".
+      timings: of calls in this direction and those before it; empty if it is not right.
     """
 
     key: KernelKey
     sizes: tuple[int, ...]
     wrong: str = ""
+    refused: str = ""
     timings: tuple[Timing, ...] = ()
 
 
@@ -144,19 +146,12 @@ class Judgement(NamedTuple):
     """What the verdicts say of one backend and one call.
 
     Attributes:
-      is_right: every direction is proven.
-      is_wrong: a direction was found to be wrong.
+      state: "right" in every direction; "wrong" or "refused" in one; or "unproven" in one.
       reason: in words.
     """
 
-    is_right: bool
-    is_wrong: bool
+    state: Literal["right", "wrong", "refused", "unproven"]
     reason: str
-
-    @property
-    def is_unproven(self) -> bool:
-        """Whether a direction has no verdict, and none is wrong."""
-        return not (self.is_right or self.is_wrong)
 
 
 class Verdicts:
@@ -187,17 +182,19 @@ class Verdicts:
           facts: of the call.
         """
         if self.assumed:
-            return Judgement(True, False, "taken to be right")
+            return Judgement("right", "taken to be right")
         unproven = []
         for direction in facts.DIRECTIONS:
             verdict = self.find(make_key(op, backend, direction, facts))
             if verdict is None:
                 unproven.append(direction)
             elif verdict.wrong:
-                return Judgement(False, True, f"wrong on this device ({verdict.wrong})")
+                return Judgement("wrong", f"wrong on this device ({verdict.wrong})")
+            elif verdict.refused:
+                return Judgement("refused", f"no {direction}: {verdict.refused}")
         if unproven:
-            return Judgement(False, False, f"not proven on this device ({_SEP.join(unproven)})")
-        return Judgement(True, False, "right on this device")
+            return Judgement("unproven", f"not proven on this device ({_SEP.join(unproven)})")
+        return Judgement("right", "right on this device")
 
     def compare(self, op: str, backend: Row, facts: Facts) -> Mapping[str, float] | None:
         """Return how long a kernel and its peers took at the measured size closest to a call's.

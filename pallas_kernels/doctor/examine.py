@@ -11,6 +11,7 @@ import math
 import pathlib
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,8 +40,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       trial: what was tried.
-      verdicts: of each direction that was tried and whose kernel is known.
-      refusal: why the backend does not take such calls, or their gradients; "" if it does.
+      verdicts: of each direction, if the kernel is known.
+      refusal: why the backend does not take such calls; "" if it does.
       fault: what went wrong before the kernel was known, so that there is no verdict.
       processors: streaming multiprocessors of the device, None if it was not reached.
     """
@@ -54,8 +55,7 @@ class Outcome(NamedTuple):
     @property
     def is_right(self) -> bool:
         """Whether every direction of the op is right."""
-        directions = self.trial.facts.DIRECTIONS
-        return len(self.verdicts) == len(directions) and not any(v.wrong for v in self.verdicts)
+        return bool(self.verdicts) and not any(v.wrong or v.refused for v in self.verdicts)
 
 
 def examine(
@@ -82,7 +82,7 @@ def examine(
     Returns:
       list of Outcome, in order of trials.
     """
-    deadline = time.monotonic() + limit_seconds
+    deadline, stop = time.monotonic() + limit_seconds, threading.Event()
 
     def run(task: str, part: list[tuple[int, Trial]]) -> dict[int, dict[str, Any]]:
         return run_children(
@@ -90,6 +90,7 @@ def examine(
             part,
             kind,
             deadline=deadline,
+            stop=stop,
             trial_seconds=trial_seconds,
             child=child,
             environment=environment,
@@ -98,13 +99,18 @@ def examine(
     outcomes: dict[int, Outcome] = {}
     numbered = list(enumerate(trials))
     with concurrent.futures.ThreadPoolExecutor(_CHILDREN) as executor:
-        proofs = [executor.submit(run, "prove", part) for part in _share_out(numbered)]
-        for proof in concurrent.futures.as_completed(proofs):
-            for index, answer in proof.result().items():
-                outcome = judge(trials[index], answer)
-                outcomes[index] = outcome
-                if not (outcome.is_right and _competes(trials[index])):
-                    done(outcome)
+        try:
+            proofs = [executor.submit(run, "prove", part) for part in _share_out(numbered)]
+            for proof in concurrent.futures.as_completed(proofs):
+                for index, answer in proof.result().items():
+                    outcome = judge(trials[index], answer)
+                    outcomes[index] = outcome
+                    if not (outcome.is_right and _competes(trials[index])):
+                        done(outcome)
+        except BaseException:
+            # The executor waits for its threads, and those for their children.
+            stop.set()
+            raise
     # One after the other: two at a time would slow each other down.
     to_time = [(i, t) for i, t in numbered if i in outcomes and outcomes[i].is_right]
     for part in _share_out([(i, t) for i, t in to_time if _competes(t)]):
@@ -136,6 +142,7 @@ def run_children(
     kind: str,
     *,
     deadline: float,
+    stop: threading.Event,
     trial_seconds: int,
     child: Sequence[str],
     environment: Mapping[str, str],
@@ -147,6 +154,7 @@ def run_children(
       part: trials by number.
       kind: of the device.
       deadline: of the monotonic clock; no child is started after it.
+      stop: set to end the child under way, after which none is started.
       trial_seconds: that a child has for each trial.
       child: command, to which task and files are added.
       environment: variables of a child.
@@ -155,7 +163,7 @@ def run_children(
       number -> what the child wrote of the trial, or {"fault": how the child ended}.
     """
     answers: dict[int, dict[str, Any]] = {}
-    while part and time.monotonic() < deadline:
+    while part and time.monotonic() < deadline and not stop.is_set():
         with tempfile.TemporaryDirectory() as folder:
             trials, results = (pathlib.Path(folder, name) for name in ("trials", "results"))
             trials.write_text(json.dumps([trial.to_json() for _, trial in part]))
@@ -165,6 +173,7 @@ def run_children(
                 # A trial ends itself before, unless the driver holds it.
                 limit_seconds=trial_seconds * len(part) + _SECONDS_TO_START,
                 environment=environment,
+                stop=stop,
             )
             begun, answered = read_results(results.read_text(errors="replace"), len(part))
         found = {place: begun.get(place, {}) | answer for place, answer in answered.items()}
@@ -217,27 +226,23 @@ def judge(trial: Trial, answer: Mapping[str, Any]) -> Outcome:
       answer: see `pallas_kernels.doctor.child.prove`, with "tile" if the kernel was known; or with
         "fault", how the child ended.
     """
-    refusal = str(answer.get("refused") or answer.get("refused_gradient") or "")
     if "refused" in answer:
-        return Outcome(trial, (), refusal)
+        return Outcome(trial, (), str(answer["refused"]))
     wrong, tile = str(answer.get("fault") or answer.get("failed") or ""), answer.get("tile")
     if "no_memory" in answer or not isinstance(tile, str):
         return Outcome(trial, (), fault=str(answer.get("no_memory") or wrong or "no result"))
     # Named here: a child may speak of its own kernels only.
     source = hash_source(find_backend(trial.op, TABLES[trial.op], trial.backend).run)
     options = tuple(sorted(trial.facts.kernel_options.items()))
-    directions = trial.facts.DIRECTIONS[:1] if refusal else trial.facts.DIRECTIONS
-    verdicts = (
-        Verdict(
-            key=KernelKey(trial.op, trial.backend, source, direction, tile, options),
-            sizes=trial.facts.sizes,
-            wrong=wrong or _find_fault(direction, answer),
-        )
-        for direction in directions
-    )
+    verdicts = []
+    for direction in trial.facts.DIRECTIONS:
+        refused = str(answer.get("refused_gradient", "")) if direction == "gradient" else ""
+        fault = "" if refused else wrong or _find_fault(direction, answer)
+        key = KernelKey(trial.op, trial.backend, source, direction, tile, options)
+        verdicts.append(Verdict(key=key, sizes=trial.facts.sizes, wrong=fault, refused=refused))
     processors = answer.get("processors")
     count = processors if isinstance(processors, int) else None
-    return Outcome(trial, tuple(verdicts), refusal, processors=count)
+    return Outcome(trial, tuple(verdicts), processors=count)
 
 
 def _find_fault(direction: str, answer: Mapping[str, Any]) -> str:

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _ILLEGAL = ("ILLEGAL_ADDRESS", "illegal memory access", "misaligned address")
 # A process that the driver holds cannot be killed; the caller goes on without it.
 _SECONDS_TO_DIE = 10.0
+_POLL_SECONDS = 0.25
 
 
 class Ended(NamedTuple):
@@ -33,6 +36,7 @@ def run_isolated(
     environment: Mapping[str, str] | None = None,
     folder: str | os.PathLike | None = None,
     show: bool = False,
+    stop: threading.Event | None = None,
 ) -> Ended:
     """Run a command, and kill it and its children when its time is up.
 
@@ -44,6 +48,7 @@ def run_isolated(
       environment: variables set besides those of this process.
       folder: where it runs; None: here.
       show: whether its output goes to the streams of this process; `Ended.output` is empty then.
+      stop: when it is set, the process is killed as if its time were up.
     """
     variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **(environment or {})}
     with tempfile.TemporaryFile() as written:
@@ -53,9 +58,7 @@ def run_isolated(
             command, env=variables, cwd=folder, start_new_session=True, **streams
         )
         try:
-            code = process.wait(limit_seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _wait(process, limit_seconds, stop)
         finally:
             _kill_group(process)
         written.seek(max(0, written.seek(0, os.SEEK_END) - 20_000))
@@ -69,6 +72,19 @@ def run_isolated(
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return Ended(f"crash, {how}" + (f": {lines[-1][:200]}" if lines else ""), output)
+
+
+def _wait(
+    process: subprocess.Popen, limit_seconds: float, stop: threading.Event | None
+) -> int | None:
+    """Return the exit code, or None if the time is up or the process was to stop."""
+    deadline = time.monotonic() + limit_seconds
+    while (left := deadline - time.monotonic()) > 0 and not (stop and stop.is_set()):
+        try:
+            return process.wait(min(left, _POLL_SECONDS if stop else left))
+        except subprocess.TimeoutExpired:
+            continue
+    return None
 
 
 def _kill_group(process: subprocess.Popen) -> None:

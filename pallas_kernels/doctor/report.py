@@ -21,7 +21,8 @@ def describe_outcome(outcome: Outcome) -> str:
     wrong = [f"wrong ({v.key.direction}: {v.wrong})" for v in outcome.verdicts if v.wrong]
     if wrong:
         return "; ".join(dict.fromkeys(wrong))
-    return f"right, forward only: {outcome.refusal}" if outcome.refusal else "right"
+    refused = [f", no {v.key.direction}: {v.refused}" for v in outcome.verdicts if v.refused]
+    return "right" + "".join(refused)
 
 
 def format_outcomes(outcomes: Sequence[Outcome]) -> str:

@@ -20,7 +20,7 @@ from pallas_kernels.doctor.trials import Trial, parse_trial
 from pallas_kernels.machine import Gpu
 from pallas_kernels.tables import TABLES
 from pallas_kernels.verdict_files import SHIPPED, read_processors, read_verdicts, write_verdicts
-from pallas_kernels.verdicts import Verdicts, describe_call, make_key
+from pallas_kernels.verdicts import Verdicts, describe_call
 
 # Traces the steps of a config and prints the ops they call; it knows of configs, this package not.
 _LIST_CALLS = (sys.executable, "-m", "sparsejax.tools.kernel_calls")
@@ -59,7 +59,7 @@ def keep_outcomes(
 
     def keep(outcome: Outcome) -> None:
         write_verdicts(path, outcome.verdicts, processors=outcome.processors)
-        if only_faults and (outcome.is_right or (outcome.refusal and not outcome.verdicts)):
+        if only_faults and not (outcome.fault or any(v.wrong for v in outcome.verdicts)):
             return
         call = describe_call(outcome.trial.op, outcome.trial.facts)
         found = f"{outcome.trial.backend} of {call}: {describe_outcome(outcome)}"
@@ -95,12 +95,10 @@ def _is_known(trial: Trial, verdicts: Verdicts) -> bool:
         backend.check(facts)
     except NotImplementedError:
         return True
-    found = [verdicts.find(make_key(op, backend, d, facts)) for d in facts.DIRECTIONS]
-    if any(verdict is not None and verdict.wrong for verdict in found):
-        return True
-    if None in found:
-        return False
-    return not backend.needs_verdict or verdicts.compare(op, backend, facts) is not None
+    state = verdicts.judge(op, backend, facts).state
+    if state == "right" and backend.needs_verdict:
+        return verdicts.compare(op, backend, facts) is not None
+    return state != "unproven"
 
 
 def read_calls(config: Sequence[str], *, settings: str | None = None) -> list[tuple[str, Any]]:

@@ -221,4 +221,4 @@ def test_a_head_dim_without_gradients_is_proven_forward_only():
     with hopper():
         answer = prove(trial, tiles.append)
     outcome = judge(trial, answer | {"tile": tiles[0]})
-    assert describe_outcome(outcome).startswith("right, forward only: ")
+    assert describe_outcome(outcome).startswith("right, no gradient: ")

@@ -1,6 +1,7 @@
 """Children that are right, wrong, hang, die and lie, and the verdicts that come of them."""
 
 import dataclasses
+import time
 
 import jax
 import pytest
@@ -21,7 +22,7 @@ from pallas_kernels.machine import Gpu
 from pallas_kernels.nm_matmul.call import NMFacts
 from pallas_kernels.tables import TABLES
 from pallas_kernels.verdict_files import read_processors, read_verdicts
-from pallas_kernels.verdicts import Timing
+from pallas_kernels.verdicts import Judgement, Timing, Verdicts
 from tests.doctor.gpus import write_child
 
 FACTS = NMFacts(rows=64, inner=128, columns=128, dtype="bfloat16")
@@ -135,6 +136,17 @@ def test_a_child_that_ends_before_its_first_trial_is_not_started_for_ever(tmp_pa
     assert all(outcome.verdicts == () for outcome in outcomes)
 
 
+def test_an_interrupt_ends_the_children_under_way(tmp_path):
+    def interrupt(outcome):
+        raise KeyboardInterrupt
+
+    body = "right(place, task) if trial['backend'] == 'xla' else time.sleep(60)"
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        _examine(tmp_path, body, [KERNEL, PORTABLE], trial_seconds=50, done=interrupt)
+    assert time.monotonic() - began < 20
+
+
 def test_nothing_is_begun_when_time_is_up(tmp_path):
     assert _examine(tmp_path, "right(place, task)", limit_seconds=0) == []
 
@@ -143,8 +155,14 @@ def test_gradients_that_a_backend_does_not_have_leave_the_forward_pass_proven():
     found = {"off": "y", "mask": "m", "error": 0.0, "allowed": 1.0, "differs": ""}
     answer = {"tile": "t", "refused_gradient": "H=256", "findings": {"forward": found}}
     outcome = judge(KERNEL, answer)
-    assert describe_outcome(outcome) == "right, forward only: H=256"
-    assert [v.key.direction for v in outcome.verdicts] == ["forward"] and not outcome.is_right
+    assert describe_outcome(outcome) == "right, no gradient: H=256" and not outcome.is_right
+    assert [v.refused for v in outcome.verdicts] == ["", "H=256"]
+    judgement = Verdicts(outcome.verdicts).judge("nm_matmul", _row("t"), FACTS)
+    assert judgement == Judgement("refused", "no gradient: H=256")
+
+
+def _row(tile):
+    return dataclasses.replace(TABLES["nm_matmul"][0], tile=lambda facts: tile)
 
 
 def _tile(trial):

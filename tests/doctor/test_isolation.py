@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -45,6 +46,14 @@ def test_a_process_that_hangs_is_killed_with_its_children(tmp_path):
     while left and time.monotonic() - began < 30:
         left = [pid for pid in left if _runs(pid)]
     assert not left
+
+
+def test_a_process_can_be_stopped_before_its_time():
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    began = time.monotonic()
+    assert _run("import time; time.sleep(60)", stop=stop, limit_seconds=50).fault == "hang"
+    assert time.monotonic() - began < 30
 
 
 def _runs(pid):

@@ -1,6 +1,7 @@
 """Files of verdicts: written by several at a time, read by all, and never half."""
 
 import concurrent.futures
+import dataclasses
 import json
 
 import pytest
@@ -28,9 +29,11 @@ def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "folder" / "verdicts.json"
     assert read_verdicts(path) == [] and read_processors(path) is None
     right = _verdict(timings=(Timing((8, 64, 64), 0.1, {"xla": 2.0, "mosaic_sm90": 1.0}),))
-    write_verdicts(path, [_verdict(source="4567", wrong="hang")], processors=132)
+    wrong = _verdict(source="4567", wrong="y off by 0.3 (much)")
+    refused = dataclasses.replace(_verdict(source="89"), refused="H=256")
+    write_verdicts(path, [wrong, refused], processors=132)
     write_verdicts(path, [right])
-    assert read_verdicts(path) == [_verdict(source="4567", wrong="hang"), right]
+    assert read_verdicts(path) == [wrong, refused, right]
     assert read_processors(path) == 132
 
 
