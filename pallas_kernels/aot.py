@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.experimental.mosaic.gpu import constraints
+from jax.experimental.mosaic.gpu import constraints, core
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -261,6 +261,7 @@ def compile_for(
             _environment(MOSAIC_GPU_DUMP_TO=folder, PATH=path),
             _no_persistent_cache(),
             _no_constraint_texts(),
+            _every_kernel_by_name(),
         ):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = fresh.lower(*args)
@@ -352,6 +353,30 @@ def _no_constraint_texts() -> Iterator[None]:
         constraints.ConstraintSystem.__str__ = write
 
 
+@contextlib.contextmanager
+def _every_kernel_by_name() -> Iterator[None]:
+    """Have each kernel compiled, whatever was compiled before, under the name its dumps go by.
+
+    The compiler keeps a kernel for the rest of the process, and dumps nothing for one it has. In
+    JAX 0.11 the name of the dumps, which has a number of its own, is in the program it is given;
+    0.12 takes it out, so that equal kernels are compiled once and the compiler names its files
+    after the module. So the module takes that name.
+    """
+    finish = core._run_serde_pass
+
+    def finish_and_name(module: Any, **options: Any) -> Any:
+        finished = finish(module, **options)
+        name = module.operation.attributes["mosaic_gpu.dump_basename"]
+        finished.operation.attributes["sym_name"] = name
+        return finished
+
+    core._run_serde_pass = finish_and_name
+    try:
+        yield
+    finally:
+        core._run_serde_pass = finish
+
+
 def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if not (isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh == mesh):
@@ -361,7 +386,11 @@ def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 
 def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
     report = ptxas.read_text()
-    resources = ptxas.with_suffix(".resources.txt").read_text()
+    # JAX 0.12 puts a number of the compiler behind the name of the module; what JAX itself writes
+    # goes by the name alone.
+    with ptxas.with_suffix(".mlir-passes.log").open() as log:
+        name = next(found[1] for line in log if (found := re.match(r'module @"?([^"\s]+)', line)))
+    resources = ptxas.with_name(f"{name}.resources.txt").read_text()
 
     def find(pattern: str, text: str) -> tuple[int, ...]:
         match = re.search(pattern, text)
@@ -374,7 +403,7 @@ def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
     (scratch,) = find(r"smem_scratch_bytes=(\d+)", resources)
     barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
     return KernelReport(
-        name=ptxas.stem,
+        name=name,
         registers=find(r"Used (\d+) registers", report)[0],
         stack_bytes=stack,
         spill_bytes=stores + loads,
