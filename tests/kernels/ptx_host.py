@@ -167,14 +167,14 @@ def compile_kernel(launch, operands, key=None):
     if key is not None and key in _compiled:
         return _compiled[key]
     logs = []
-    read = aot._read_kernel  # noqa: SLF001
+    read = aot.read_kernel
 
     def keep_log(ptxas):
         logs.append(ptxas.with_suffix(".mlir-passes.log").read_text())
         return read(ptxas)
 
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    with mock.patch.object(aot, "_read_kernel", keep_log):
+    with mock.patch.object(aot, "read_kernel", keep_log):
         (kernel,) = aot.compile_for(launch, *structs).kernels
     if key is not None:
         _compiled[key] = kernel.ptx, logs[0]
