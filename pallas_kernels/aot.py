@@ -25,7 +25,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.experimental.mosaic.gpu import constraints
+
+from pallas_kernels.kernel_dumps import KernelReport, every_kernel_is_dumped, read_kernel
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -114,37 +115,6 @@ _COMPILER_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_backend_optimization_level": 3,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelReport:
-    """One Mosaic kernel as ptxas left it.
-
-    Attributes:
-      name: str, the name of the kernel function with a number that makes it unique.
-      registers: int, per thread.
-      stack_bytes: int, per thread.
-      spill_bytes: int, stored to and loaded from local memory per thread, together.
-      shared_memory_bytes: int, per block: scratch buffers and barriers.
-      remarks: tuple of str, what ptxas had to change so that tensor-core instructions are right:
-        it made them wait for one another, or split a group of them.
-      ptx: str, the program given to ptxas.
-      sass: str, the machine program, with its scheduling control codes.
-    """
-
-    name: str
-    registers: int
-    stack_bytes: int
-    spill_bytes: int
-    shared_memory_bytes: int
-    remarks: tuple[str, ...]
-    ptx: str = dataclasses.field(repr=False)
-    sass: str = dataclasses.field(repr=False)
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether tensor-core instructions wait for one another."""
-        return any("serialized" in remark for remark in self.remarks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,13 +230,13 @@ def compile_for(
         with (
             _environment(MOSAIC_GPU_DUMP_TO=folder, PATH=path),
             _no_persistent_cache(),
-            _no_constraint_texts(),
+            every_kernel_is_dumped(),
         ):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = fresh.lower(*args)
             compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda p: p.stat().st_mtime_ns)
-        kernels = tuple(_read_kernel(report) for report in reports)
+        kernels = tuple(read_kernel(report) for report in reports)
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None, "XLA for GPUs reports both"
     called = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo)))
@@ -338,48 +308,8 @@ def _no_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@contextlib.contextmanager
-def _no_constraint_texts() -> Iterator[None]:
-    """Keep Mosaic from writing the constraints of its layouts among the files it dumps.
-
-    Nothing reads them here, and writing them takes longer than compiling a kernel.
-    """
-    write = constraints.ConstraintSystem.__str__
-    constraints.ConstraintSystem.__str__ = lambda self: ""
-    try:
-        yield
-    finally:
-        constraints.ConstraintSystem.__str__ = write
-
-
 def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     if not (isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh == mesh):
         sharding = jax.sharding.NamedSharding(mesh, jax.P())
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf), sharding=sharding)
-
-
-def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
-    report = ptxas.read_text()
-    resources = ptxas.with_suffix(".resources.txt").read_text()
-
-    def find(pattern: str, text: str) -> tuple[int, ...]:
-        match = re.search(pattern, text)
-        assert match, f"{ptxas.name} has no line like {pattern!r}:\n{text}"
-        return tuple(int(group) for group in match.groups())
-
-    stack, stores, loads = find(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
-    )
-    (scratch,) = find(r"smem_scratch_bytes=(\d+)", resources)
-    barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
-    return KernelReport(
-        name=ptxas.stem,
-        registers=find(r"Used (\d+) registers", report)[0],
-        stack_bytes=stack,
-        spill_bytes=stores + loads,
-        shared_memory_bytes=scratch + sum(8 * int(size) * int(count) for size, count in barriers),
-        remarks=tuple(re.findall(r"\(C75\d\d\) .+", report)),
-        ptx=ptxas.with_suffix(".ptx").read_text(),
-        sass=ptxas.with_suffix(".sass_ctrl").read_text(),
-    )

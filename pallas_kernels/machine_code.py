@@ -1,6 +1,6 @@
 """The machine code of a kernel for compute capability 9.0: its instructions and where they go on.
 
-Read from a disassembly as `nvdisasm` writes it (`aot.KernelReport.sass`).
+Read from a disassembly as `nvdisasm` writes it (`kernel_dumps.KernelReport.sass`).
 """
 
 import re

@@ -27,7 +27,8 @@ RUN = (
 # What each part of the project may import of the project. A part may always import itself.
 ARROWS = {
     "pallas_kernels": (),
-    "pallas_kernels.aot": (),
+    "pallas_kernels.aot": ("pallas_kernels.kernel_dumps",),
+    "pallas_kernels.kernel_dumps": (),
     "sparsejax.types": (),
     "sparsejax.batch": (),
     "sparsejax.patterns": ("sparsejax.types",),

@@ -44,6 +44,12 @@ def run_host(text, arguments):
         place, first = pointer
         return tuple(cells[place][first + i] for i in range(count))
 
+    def add(address, offset):
+        # Offsets count bytes or elements by where they stand, and cells count neither.
+        if offset:
+            raise ptx_program.PtxError(f"a host program adds {offset} to {address}")
+        return address
+
     for line in host.splitlines()[1:]:
         line = line.strip()
         found = re.match(r"(?:(%\w+) = )?([\w.]+) ?(.*)", line)
@@ -61,7 +67,7 @@ def run_host(text, arguments):
         elif op == "llvm.store":
             place, at = values[used[1]]
             cells[place][at] = values[used[0]]
-        elif op == "llvm.alloca":
+        elif op in ("llvm.alloca", "memref.alloca"):
             cells[name], values[name] = {}, (name, 0)
         elif op == "llvm.getelementptr":
             place, at = values[used[0]]
@@ -69,11 +75,25 @@ def run_host(text, arguments):
         elif op == "llvm.insertvalue":
             path = re.search(r"\[([\d, ]+)\]", rest)[1]
             values[name] = values[used[1]] | {path: values[used[0]]}
-        elif op in ("builtin.unrealized_conversion_cast", "llvm.inttoptr"):
-            value = values[used[0]]
-            values[name] = value["1"] if isinstance(value, dict) else value
+        elif op == "llvm.extractvalue":
+            values[name] = values[used[0]][re.search(r"\[([\d, ]+)\]", rest)[1]]
+        elif op == "builtin.unrealized_conversion_cast":
+            # A memref is its address here; as a struct its second field, before an offset.
+            values[name], kind = values[used[0]], rest.partition(" to ")[2]
+            if kind.startswith("!llvm.struct"):
+                values[name] = {"1": values[name], "2": 0}
+            elif kind.startswith("memref"):
+                values[name] = add(values[name]["1"], values[name]["2"])
+        elif op == "memref.store":
+            place, at = values[used[1]]
+            cells[place][at + values[used[2]]] = values[used[0]]
+        elif op == "llvm.mul":
+            values[name] = values[used[0]] * values[used[1]]
+        elif op == "llvm.add":
+            values[name] = add(values[used[0]], values[used[1]])
         elif (
-            op in ("memref.transpose", "memref.extract_aligned_pointer_as_index")
+            op in ("llvm.inttoptr", "llvm.ptrtoint")
+            or op in ("memref.transpose", "memref.extract_aligned_pointer_as_index")
             or op == "memref.reinterpret_cast"
             and "to offset: [0]" in rest
         ):
@@ -147,14 +167,14 @@ def compile_kernel(launch, operands, key=None):
     if key is not None and key in _compiled:
         return _compiled[key]
     logs = []
-    read = aot._read_kernel  # noqa: SLF001
+    read = aot.read_kernel
 
     def keep_log(ptxas):
         logs.append(ptxas.with_suffix(".mlir-passes.log").read_text())
         return read(ptxas)
 
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    with mock.patch.object(aot, "_read_kernel", keep_log):
+    with mock.patch.object(aot, "read_kernel", keep_log):
         (kernel,) = aot.compile_for(launch, *structs).kernels
     if key is not None:
         _compiled[key] = kernel.ptx, logs[0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm, prune_mvue
-from pallas_kernels.doctor.oracles import error, make_normal
+from pallas_kernels.doctor.oracles import make_normal
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_on_gpu, prune_on_gpu
 from pallas_kernels.nm_matmul.packing import compress
@@ -153,7 +153,9 @@ def test_a_whole_layer():
     with ptx_machine_runs_kernels():
         actual = run("mosaic_sm90")
     for a, e in zip(actual, run("xla"), strict=True):
-        assert error(a, e.astype(jnp.float32)) < 0.01
+        # One of 8192 sums of dx lies on the tie between two values: each backend takes another.
+        a, e = (np.asarray(x).astype(np.float64) for x in (a, e))
+        np.testing.assert_allclose(a, e, rtol=2.0**-7, atol=1e-4)
 
 
 def _edit_ptx(monkeypatch, pattern, replacement):
