@@ -1,8 +1,8 @@
 """Compile a function for a named GPU on a machine without one, and report what came out.
 
-XLA and, for Mosaic kernels, NVIDIA's ptxas run exactly as they would before a launch, so memory,
-registers, spills, shared memory and collectives are those of the real program. Only what a GPU
-is timed for, XLA's autotuning, is left out: matrix products of XLA's own take default tiles.
+XLA and, for kernels in Mosaic or Triton, NVIDIA's ptxas run as they would before a launch, so
+memory, registers, spills, shared memory and collectives are those of the real program. Only what a
+GPU is timed for, XLA's autotuning, is left out: matrix products of XLA's own take default tiles.
 
 Needs the packages of the `compile` extra. On a machine without a GPU set `JAX_PLATFORMS=cpu`, or
 JAX looks for one when it starts.
@@ -26,6 +26,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.mosaic.gpu import constraints
+
+from pallas_kernels.kernel_report import KernelReport, find_numbers, make_kernel_report
+from pallas_kernels.triton_programs import TritonProgram, assemble, find_triton_programs
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -117,44 +120,13 @@ _COMPILER_OPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelReport:
-    """One Mosaic kernel as ptxas left it.
-
-    Attributes:
-      name: str, the name of the kernel function with a number that makes it unique.
-      registers: int, per thread.
-      stack_bytes: int, per thread.
-      spill_bytes: int, stored to and loaded from local memory per thread, together.
-      shared_memory_bytes: int, per block: scratch buffers and barriers.
-      remarks: tuple of str, what ptxas had to change so that tensor-core instructions are right:
-        it made them wait for one another, or split a group of them.
-      ptx: str, the program given to ptxas.
-      sass: str, the machine program, with its scheduling control codes.
-    """
-
-    name: str
-    registers: int
-    stack_bytes: int
-    spill_bytes: int
-    shared_memory_bytes: int
-    remarks: tuple[str, ...]
-    ptx: str = dataclasses.field(repr=False)
-    sass: str = dataclasses.field(repr=False)
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether tensor-core instructions wait for one another."""
-        return any("serialized" in remark for remark in self.remarks)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class AotReport:
     """A program compiled for a GPU that need not be there. Bytes are those of one device.
 
     Attributes:
       alias_bytes: int, outputs that live in the buffer of a donated argument.
       temp_bytes: int, what the program allocates besides.
-      kernels: tuple of KernelReport, one per Mosaic kernel.
+      kernels: tuple of KernelReport, one per Mosaic kernel, then one per Triton kernel.
       hlo: str, the optimized program.
     """
 
@@ -267,6 +239,8 @@ def compile_for(
             compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda p: p.stat().st_mtime_ns)
         kernels = tuple(_read_kernel(report) for report in reports)
+    programs = find_triton_programs(lowered.compiler_ir())
+    triton_kernels = tuple(_assemble_kernel(program) for program in programs)
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None, "XLA for GPUs reports both"
     called = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo)))
@@ -280,7 +254,7 @@ def compile_for(
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        kernels=kernels,
+        kernels=kernels + triton_kernels,
         hlo=hlo,
     )
 
@@ -360,26 +334,24 @@ def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 
 
 def _read_kernel(ptxas: pathlib.Path) -> KernelReport:
-    report = ptxas.read_text()
     resources = ptxas.with_suffix(".resources.txt").read_text()
-
-    def find(pattern: str, text: str) -> tuple[int, ...]:
-        match = re.search(pattern, text)
-        assert match, f"{ptxas.name} has no line like {pattern!r}:\n{text}"
-        return tuple(int(group) for group in match.groups())
-
-    stack, stores, loads = find(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
-    )
-    (scratch,) = find(r"smem_scratch_bytes=(\d+)", resources)
+    (scratch,) = find_numbers(r"smem_scratch_bytes=(\d+)", resources)
     barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
-    return KernelReport(
-        name=ptxas.stem,
-        registers=find(r"Used (\d+) registers", report)[0],
-        stack_bytes=stack,
-        spill_bytes=stores + loads,
+    return make_kernel_report(
+        ptxas.stem,
+        ptxas.read_text(),
         shared_memory_bytes=scratch + sum(8 * int(size) * int(count) for size, count in barriers),
-        remarks=tuple(re.findall(r"\(C75\d\d\) .+", report)),
         ptx=ptxas.with_suffix(".ptx").read_text(),
         sass=ptxas.with_suffix(".sass_ctrl").read_text(),
+    )
+
+
+def _assemble_kernel(program: TritonProgram) -> KernelReport:
+    report, sass = assemble(program, _find_cuda() / "bin")
+    return make_kernel_report(
+        program.name,
+        report,
+        shared_memory_bytes=program.shared_memory_bytes,
+        ptx=program.ptx,
+        sass=sass,
     )

@@ -24,7 +24,10 @@ class Tile(NamedTuple):
     stages: int
 
     def fit(self, rows: int, columns: int) -> "Tile":
-        """Cut the tile to the blocks of a pattern; fewer rows take fewer warps.
+        """Cut the tile to the blocks of a pattern.
+
+        Fewer rows take fewer warps, but no less than two: what one alone would hold of a wide head
+        does not fit in its registers.
 
         Args:
           rows: positions of a block along the side that stays, a power of two.
@@ -35,7 +38,7 @@ class Tile(NamedTuple):
           Tile(rows=32, columns=64, warps=2, stages=2)
         """
         fitted = min(self.rows, rows)
-        warps = max(1, self.warps * fitted // self.rows)
+        warps = max(2, self.warps * fitted // self.rows)
         return Tile(fitted, min(self.columns, columns), warps, self.stages)
 
     def __str__(self) -> str:
