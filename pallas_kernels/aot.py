@@ -1,8 +1,8 @@
 """Compile a function for a named GPU on a machine without one, and report what came out.
 
-XLA and, for Mosaic kernels, NVIDIA's ptxas run exactly as they would before a launch, so memory,
-registers, spills, shared memory and collectives are those of the real program. Only what a GPU
-is timed for, XLA's autotuning, is left out: matrix products of XLA's own take default tiles.
+XLA and, for kernels in Mosaic or Triton, NVIDIA's ptxas run as they would before a launch, so
+memory, registers, spills, shared memory and collectives are those of the real program. Only what a
+GPU is timed for, XLA's autotuning, is left out: matrix products of XLA's own take default tiles.
 
 Needs the packages of the `compile` extra. On a machine without a GPU set `JAX_PLATFORMS=cpu`, or
 JAX looks for one when it starts.
@@ -26,7 +26,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
-from pallas_kernels.kernel_dumps import KernelReport, every_kernel_is_dumped, read_kernel
+from pallas_kernels.kernel_dumps import every_kernel_is_dumped, read_kernel
+from pallas_kernels.kernel_report import KernelReport as KernelReport
+from pallas_kernels.kernel_report import make_kernel_report
+from pallas_kernels.triton_programs import TritonProgram, assemble, find_triton_programs
 
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -124,7 +127,7 @@ class AotReport:
     Attributes:
       alias_bytes: int, outputs that live in the buffer of a donated argument.
       temp_bytes: int, what the program allocates besides.
-      kernels: tuple of KernelReport, one per Mosaic kernel.
+      kernels: tuple of KernelReport, one per Mosaic kernel, then one per Triton kernel.
       hlo: str, the optimized program.
     """
 
@@ -237,6 +240,8 @@ def compile_for(
             compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda p: p.stat().st_mtime_ns)
         kernels = tuple(read_kernel(report) for report in reports)
+    programs = find_triton_programs(lowered.compiler_ir())
+    triton_kernels = tuple(_assemble_kernel(program) for program in programs)
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None, "XLA for GPUs reports both"
     called = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo)))
@@ -250,7 +255,7 @@ def compile_for(
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        kernels=kernels,
+        kernels=kernels + triton_kernels,
         hlo=hlo,
     )
 
@@ -313,3 +318,14 @@ def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     if not (isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh == mesh):
         sharding = jax.sharding.NamedSharding(mesh, jax.P())
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf), sharding=sharding)
+
+
+def _assemble_kernel(program: TritonProgram) -> KernelReport:
+    report, sass = assemble(program, _find_cuda() / "bin")
+    return make_kernel_report(
+        program.name,
+        report,
+        shared_memory_bytes=program.shared_memory_bytes,
+        ptx=program.ptx,
+        sass=sass,
+    )

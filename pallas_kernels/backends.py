@@ -18,7 +18,7 @@ from pallas_kernels.dispatch import runs_on_own_gpu, target_platform
 from pallas_kernels.verdict_files import verdicts_in_force
 from pallas_kernels.verdicts import Facts, describe_call
 
-type Implementation = Literal["mosaic_sm90", "xla", "dense", "reference"]
+type Implementation = Literal["mosaic_sm90", "triton", "xla", "dense", "reference"]
 """Names of backends. An op has some of them and refuses the others."""
 
 DOCTOR = "python -m pallas_kernels.doctor"

@@ -1,7 +1,6 @@
 """What JAX and ptxas write of each Mosaic kernel they compile: seen to, and read."""
 
 import contextlib
-import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator
@@ -9,36 +8,7 @@ from typing import Any
 
 from jax.experimental.mosaic.gpu import constraints, core
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelReport:
-    """One Mosaic kernel as ptxas left it.
-
-    Attributes:
-      name: str, the name of the kernel function with a number that makes it unique.
-      registers: int, per thread.
-      stack_bytes: int, per thread.
-      spill_bytes: int, stored to and loaded from local memory per thread, together.
-      shared_memory_bytes: int, per block: scratch buffers and barriers.
-      remarks: tuple of str, what ptxas had to change so that tensor-core instructions are right:
-        it made them wait for one another, or split a group of them.
-      ptx: str, the program given to ptxas.
-      sass: str, the machine program, with its scheduling control codes.
-    """
-
-    name: str
-    registers: int
-    stack_bytes: int
-    spill_bytes: int
-    shared_memory_bytes: int
-    remarks: tuple[str, ...]
-    ptx: str = dataclasses.field(repr=False)
-    sass: str = dataclasses.field(repr=False)
-
-    @property
-    def is_serialized(self) -> bool:
-        """Whether tensor-core instructions wait for one another."""
-        return any("serialized" in remark for remark in self.remarks)
+from pallas_kernels.kernel_report import KernelReport, find_numbers, make_kernel_report
 
 
 @contextlib.contextmanager
@@ -75,30 +45,17 @@ def read_kernel(ptxas: pathlib.Path) -> KernelReport:
     Args:
       ptxas: what ptxas said of it; the other dumps lie beside it.
     """
-    report = ptxas.read_text()
     # JAX 0.12 puts a number of the compiler behind the name of the module; what JAX itself writes
     # goes by the name alone.
     with ptxas.with_suffix(".mlir-passes.log").open() as log:
         name = next(found[1] for line in log if (found := re.match(r'module @"?([^"\s]+)', line)))
     resources = ptxas.with_name(f"{name}.resources.txt").read_text()
-
-    def find(pattern: str, text: str) -> tuple[int, ...]:
-        match = re.search(pattern, text)
-        assert match, f"{ptxas.name} has no line like {pattern!r}:\n{text}"
-        return tuple(int(group) for group in match.groups())
-
-    stack, stores, loads = find(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
-    )
-    (scratch,) = find(r"smem_scratch_bytes=(\d+)", resources)
+    (scratch,) = find_numbers(r"smem_scratch_bytes=(\d+)", resources)
     barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
-    return KernelReport(
-        name=name,
-        registers=find(r"Used (\d+) registers", report)[0],
-        stack_bytes=stack,
-        spill_bytes=stores + loads,
+    return make_kernel_report(
+        name,
+        ptxas.read_text(),
         shared_memory_bytes=scratch + sum(8 * int(size) * int(count) for size, count in barriers),
-        remarks=tuple(re.findall(r"\(C75\d\d\) .+", report)),
         ptx=ptxas.with_suffix(".ptx").read_text(),
         sass=ptxas.with_suffix(".sass_ctrl").read_text(),
     )

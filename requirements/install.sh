@@ -36,7 +36,7 @@ find_uv() {
 }
 
 if [ "$1" = cuda ] && gpu=$(requirements/find-gpu.sh); then
-  echo "Found $gpu: installing $lock, 4.5 GB (make LOCK=train installs JAX for the CPU instead)"
+  echo "Found $gpu: installing $lock, 5.5 GB (make LOCK=train installs JAX for the CPU instead)"
 else
   echo "Installing $lock"
 fi

@@ -102,8 +102,8 @@ def block_sparse_attention(
         block is kept, known while tracing. Has no gradient.
       block_q: int, queries per block; divides T.
       block_kv: int, keys per block; divides S.
-      causal: bool, hide later keys. Blocks above the diagonal cost nothing under "xla" and
-        "mosaic_sm90".
+      causal: bool, hide later keys. Blocks above the diagonal cost nothing under "xla",
+        "mosaic_sm90" and "triton".
       kv_mask: bool[B, S] or None, False removes a key; what it holds, NaN too, has no effect.
       removed_keys_finite: bool, removed keys and their values are finite, as are their products
         with q and cotangents, so that they need not be replaced by zeros first: a pass over k and v
@@ -113,9 +113,10 @@ def block_sparse_attention(
       pruned_logits: "masked" or "zero".
       return_lse: bool, return lse as well.
       implementation: "xla", a walk over the kept blocks; "dense", every logit, masked;
-        "reference"; "mosaic_sm90", tensor cores of a Hopper GPU; or None: the kernels where they
-        were proven and are faster, else "dense" where there is nothing to skip, without a mask or
-        in blocks of one position, and "xla" elsewhere. A named one runs or raises.
+        "reference"; "mosaic_sm90", tensor cores of a Hopper GPU; "triton", any NVIDIA GPU since
+        Ampere; or None: the kernels where they were proven and are faster, else "dense" where there
+        is nothing to skip, without a mask or in blocks of one position, and "xla" elsewhere. A
+        named one runs or raises.
 
     Returns:
       out, shaped and typed like q, or the tuple (out, lse) with lse f32[B, T, N], log Z_t.
@@ -128,7 +129,7 @@ def block_sparse_attention(
     Numerics:
       Products accumulate in f32 and softmax is f32; probabilities are rounded to the dtype of q
       before they meet the values. Products of f32 follow `jax_default_matmul_precision`, but for
-      "reference", which computes in full f32 throughout. A repeated call agrees to the last bit.
+      "reference" and "triton", which compute in full f32. A repeated call agrees to the last bit.
       float16 holds nothing above 65504: gradients of a loss that was scaled up can overflow there.
 
     References:

@@ -1,6 +1,7 @@
 """Who may import whom. The arrows keep kernels free of models, and masks free of modules."""
 
 import ast
+import subprocess
 import sys
 
 import pytest
@@ -27,8 +28,14 @@ RUN = (
 # What each part of the project may import of the project. A part may always import itself.
 ARROWS = {
     "pallas_kernels": (),
-    "pallas_kernels.aot": ("pallas_kernels.kernel_dumps",),
-    "pallas_kernels.kernel_dumps": (),
+    "pallas_kernels.aot": (
+        "pallas_kernels.kernel_dumps",
+        "pallas_kernels.kernel_report",
+        "pallas_kernels.triton_programs",
+    ),
+    "pallas_kernels.kernel_dumps": ("pallas_kernels.kernel_report",),
+    "pallas_kernels.kernel_report": (),
+    "pallas_kernels.triton_programs": (),
     "sparsejax.types": (),
     "sparsejax.batch": (),
     "sparsejax.patterns": ("sparsejax.types",),
@@ -115,6 +122,9 @@ HOMES = {
         "pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp",
         "pallas_kernels.nm_matmul.mosaic_sm90.thread_words",
     ),
+    # An extra, imported when a kernel is launched.
+    "jax_triton": ("pallas_kernels.triton.launch",),
+    "triton": ("pallas_kernels.block_sparse_attention.triton",),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
     "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),
     "optax": ("sparsejax.optimizer", "sparsejax.training"),
@@ -225,9 +235,16 @@ def test_steps_need_no_data_package(module):
     assert find_needs(module, read_sources()) <= STEP_NEEDS
 
 
+def test_importing_the_kernels_does_not_import_triton():
+    look = "import sys, pallas_kernels; print({'triton', 'jax_triton'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "module, source",
     [
+        ("pallas_kernels.op", "import triton"),
         ("pallas_kernels.op", "from sparsejax import types"),
         ("pallas_kernels.op", "def f():\n    import flax"),
         ("sparsejax.masks.weights.decay", "import optax"),

@@ -7,6 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from pallas_kernels.triton.device import VERSIONS
 from tests.architecture.project_files import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -54,6 +55,16 @@ def test_locks_agree_and_the_compiler_fits_jax():
     assert pins["compile"]["jax-cuda13-plugin"] == pins["train"]["jaxlib"]
     # Where CUDA's lock is installed, `make plan` compiles with what it brought.
     assert pins["compile"].items() <= pins["cuda"].items()
+
+
+def test_triton_is_the_tried_pair_wherever_it_is_installed():
+    pins = {package.replace("_", "-"): version for package, version in VERSIONS.items()}
+    asked = {(r.name, str(r.specifier)) for r in map(Requirement, EXTRAS["triton"])}
+    assert asked == {(name, f"=={version}") for name, version in pins.items()}
+    for extra in ("cuda", "dev"):
+        assert set(EXTRAS["triton"]) <= set(EXTRAS[extra])
+        lock = read_pins((ROOT / "requirements" / f"{extra}.txt").read_text())
+        assert pins.items() <= lock.items()
 
 
 def test_faults_of_a_lock_are_found():

@@ -217,7 +217,8 @@ def test_command_knows_the_targets_and_lists_them_without_jax():
 
 
 @pytest.mark.parametrize(
-    "target, backend", [("h200", "mosaic_sm90"), pytest.param("a100", "xla", marks=pytest.mark.ci)]
+    "target, backend",
+    [("h200", "mosaic_sm90"), pytest.param("a100", "triton", marks=pytest.mark.ci)],
 )
 def test_a_plan_takes_what_a_right_verdict_would_choose_and_says_so(
     target, backend, tmp_path, monkeypatch

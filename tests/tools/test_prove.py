@@ -66,11 +66,12 @@ def tried(tmp_path, monkeypatch):
 def test_what_a_run_needs_is_proven_once(config, tried, said):
     prove_kernels(config)
     assert [(t.op, t.backend, t.facts.head_dim) for t in tried] == [
-        ("block_sparse_attention", "mosaic_sm90", 32)
+        ("block_sparse_attention", "mosaic_sm90", 32),
+        ("block_sparse_attention", "triton", 32),
     ]
-    assert said[0].startswith("proving 1 kernels on NVIDIA H200 first, once for this driver and")
+    assert said[0].startswith("proving 2 kernels on NVIDIA H200 first, once for this driver and")
     prove_kernels(config)
-    assert len(tried) == 1
+    assert len(tried) == 2
 
 
 def test_a_run_goes_on_where_verdicts_cannot_be_kept(config, tried, said, tmp_path):
