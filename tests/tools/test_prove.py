@@ -2,9 +2,13 @@
 
 import json
 
+import jax
 import pytest
 
+from pallas_kernels.backends import find_backend
+from pallas_kernels.dispatch import make_abstract_gpu
 from pallas_kernels.doctor import examine, visit
+from pallas_kernels.tables import TABLES
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.tools import prove
 from sparsejax.tools.programs import list_kernel_calls
@@ -47,13 +51,20 @@ def tried(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     install_nvidia_smi(tmp_path, monkeypatch)
     monkeypatch.setattr(prove, "_jax_may_use_cuda", lambda: True)
-    child, trials = (
-        write_child(tmp_path, "write(began=place, tile='', processors=132)\nright(place, task)"),
-        [],
+    tiles = tmp_path / "tiles.json"
+    body = (
+        f"tiles = json.load(open({str(tiles)!r}))\n"
+        "write(began=place, tile=tiles[trial['backend']], processors=132)\n"
+        "right(place, task)"
     )
+    child, trials = write_child(tmp_path, body), []
 
     def examine_here(given, kind, **options):
         trials.extend(given)
+        with jax.sharding.use_abstract_mesh(make_abstract_gpu(kind, 132)):
+            backends = [find_backend(t.op, TABLES[t.op], t.backend) for t in given]
+            cut = {b.name: b.tile(t.facts) for b, t in zip(backends, given, strict=True)}
+        tiles.write_text(json.dumps(cut))
         return examine.examine(
             given, kind, child=child, environment={}, trial_seconds=20, **options
         )
