@@ -309,8 +309,8 @@ def _format_kernels(phases: Sequence[PhasePlan]) -> str:
         for kernel in report.kernels
     ]
     if not rows:
-        return "no Mosaic kernels"
-    return _align([("Mosaic kernels", head), *rows])
+        return "no Mosaic or Triton kernels"
+    return _align([("Mosaic and Triton kernels", head), *rows])
 
 
 def _align(rows: Sequence[tuple[str, Sequence[str]]]) -> str:

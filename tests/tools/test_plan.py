@@ -88,7 +88,8 @@ def test_table_shows_phases_side_by_side(plan):
     probe = dense.programs["probing train step"].temp_bytes / 1e6
     assert lines["temporaries of the probing train step"] == [f"{probe:,.1f}", "–"]
     assert lines["largest batch, examples"] == [f"{p.largest_batch_size:,}" for p in plan.phases]
-    assert "no Mosaic kernels" in lines and "backends of the sparse ops" in lines
+    # Triton takes f32, and on an H200 it is taken to be right.
+    assert "Mosaic and Triton kernels" in lines and "backends of the sparse ops" in lines
 
 
 @pytest.mark.ci
