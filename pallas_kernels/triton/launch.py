@@ -24,6 +24,7 @@ def launch(
     programs: int,
     tile: Tile,
     capability: tuple[int, int],
+    fuses: bool = True,
 ) -> dict[str, jax.Array]:
     """Launch a kernel on a grid of one axis.
 
@@ -35,6 +36,7 @@ def launch(
       programs: of the grid.
       tile: warps and stages of a program.
       capability: (major, minor), compute capability to compile for.
+      fuses: whether a product and a sum may become one instruction, which rounds once.
 
     Returns:
       parameter -> array, of the outputs that are not None.
@@ -62,7 +64,7 @@ def launch(
         # jax-triton would ask the GPU, which need not be there, or guess by its name.
         compute_capability=10 * capability[0] + capability[1],
         # Triton warns where a PTX version is given and the fusion of products and sums is not.
-        backend_options={"ptx_version": version, "enable_fp_fusion": True},
+        backend_options={"ptx_version": version, "enable_fp_fusion": fuses},
         **given,
         **absent,
         **constants,

@@ -124,7 +124,13 @@ HOMES = {
     ),
     # An extra, imported when a kernel is launched.
     "jax_triton": ("pallas_kernels.triton.launch",),
-    "triton": ("pallas_kernels.block_sparse_attention.triton",),
+    "triton": (
+        "pallas_kernels.attention_map.triton",
+        "pallas_kernels.block_sparse_attention.triton",
+        "pallas_kernels.block_sparse_matmul.triton",
+        "pallas_kernels.nm_matmul.triton",
+        "pallas_kernels.transposable_mask.triton",
+    ),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
     "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),
     "optax": ("sparsejax.optimizer", "sparsejax.training"),

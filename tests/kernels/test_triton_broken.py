@@ -1,9 +1,5 @@
 """The interpreter of the tests notices Triton kernels that are broken on purpose."""
 
-import importlib
-import importlib.util
-import inspect
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,6 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_sparse_attention import triton as package
+from tests.kernels.broken_triton import break_kernel
 from tests.kernels.contract import Case, call_implementation, check_case
 from tests.kernels.triton_interpreter import run, tl, triton_kernels
 
@@ -55,24 +52,12 @@ _BROKEN = {
 }  # fmt: skip
 
 
-def _break(monkeypatch, folder, module_name, old, new):
-    """Put another text in a kernel's file, of which a copy takes the file's place."""
-    source = inspect.getsource(importlib.import_module(f"{package.__name__}.{module_name}"))
-    assert old in source, f"{module_name} has no {old!r}"
-    path = folder / "broken.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"broken_{module_name}", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    monkeypatch.setattr(package, module_name, broken)
-
-
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU does not check memory")
 @pytest.mark.parametrize("name", _BROKEN)
 def test_broken_kernels_are_rejected(name, monkeypatch, tmp_path):
     module_name, old, new, message = _BROKEN[name]
-    _break(monkeypatch, tmp_path, module_name, old, new)
+    break_kernel(monkeypatch, tmp_path, package, module_name, old, new)
     noticed = pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=message)
     with noticed, triton_kernels():
         check_case(_CASE, call_implementation("triton"))
