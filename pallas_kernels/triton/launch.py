@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.triton.interpretation import Interpretation, find_interpretation
-from pallas_kernels.triton.tile_tables import Tile
+from pallas_kernels.triton.tile_tables import Cut
 
 # Triton writes the newest PTX that it knows, which is newer than CUDA 13.0 takes. 8.6 was the first
 # that knows compute capability 10.0, 8.8 knows all of 10 and 12.
@@ -22,7 +22,7 @@ def launch(
     constants: Mapping[str, Any],
     *,
     programs: int,
-    tile: Tile,
+    tile: Cut,
     capability: tuple[int, int],
     fuses: bool = True,
 ) -> dict[str, jax.Array]:

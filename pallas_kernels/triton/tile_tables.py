@@ -5,7 +5,21 @@ takes the row of the newest capability that is not above its own.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+
+class Cut(Protocol):
+    """What a launch asks of a tile, whatever else describes it."""
+
+    @property
+    def warps(self) -> int:
+        """Of 32 threads, for each program."""
+        ...
+
+    @property
+    def stages(self) -> int:
+        """Tiles that are copied ahead, plus one."""
+        ...
 
 
 class Tile(NamedTuple):

@@ -77,7 +77,8 @@ def check_block_matmul(case, matmul):
             where = f"{part} of mask {name!r}"
             assert a.dtype == x.dtype and a.shape == e.shape, where
             factor = 2 if part == "y" else 3
-            bound = max(factor * error(p, e), 1e-5)
+            # Another order of summing f32 makes a difference too.
+            bound = max(factor * error(p, e), 1e-5 + 2e-6 * np.abs(e).max())
             assert error(a, e) <= bound, f"{where}: {error(a, e)} > {bound}"
         wanted = np.kron(np.asarray(grad_mask), np.ones((rows, columns), bool))
         assert not np.asarray(got[2], np.float32)[~wanted].any(), f"dw of mask {name!r}"
