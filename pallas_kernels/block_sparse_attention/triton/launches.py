@@ -4,8 +4,8 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.triton.lists import Lists, make_order
 from pallas_kernels.block_sparse_attention.triton.tiles import Tiles
+from pallas_kernels.triton.batching import fold_vmap
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.tile_tables import Tile
 
@@ -90,7 +91,7 @@ def attend(
       like q; log-sum-exp f32[B, N, T] in base 2, -inf for queries without a key; and, if pruned
       positions count, int32[B, N, T], how many positions each query sees in its blocks.
     """
-    return _fold_vmap(_attend, problem)(operands, lists)
+    return fold_vmap(functools.partial(_attend, problem=problem))(operands, lists)
 
 
 def differentiate_queries(operands: Operands, lists: Lists, problem: Problem) -> jax.Array:
@@ -102,7 +103,7 @@ def differentiate_queries(operands: Operands, lists: Lists, problem: Problem) ->
     Returns:
       dq, shaped and typed like q.
     """
-    return _fold_vmap(_differentiate_queries, problem)(operands, lists)
+    return fold_vmap(functools.partial(_differentiate_queries, problem=problem))(operands, lists)
 
 
 def differentiate_keys(
@@ -116,13 +117,14 @@ def differentiate_keys(
     Returns:
       tuple of dk and dv, shaped and typed like k and v.
     """
-    return _fold_vmap(_differentiate_keys, problem)(operands, lists)
+    return fold_vmap(functools.partial(_differentiate_keys, problem=problem))(operands, lists)
 
 
 def _attend(operands, lists, problem):
     # Imported where it is launched: kernels need the extra.
     from pallas_kernels.block_sparse_attention.triton import forward_kernel
 
+    operands = _repeat_shared(operands)
     q = operands.q
     batch, num_queries, num_heads, _ = q.shape
     rows = (batch, num_heads, num_queries)
@@ -147,6 +149,7 @@ def _attend(operands, lists, problem):
 def _differentiate_queries(operands, lists, problem):
     from pallas_kernels.block_sparse_attention.triton import backward_kernels
 
+    operands = _repeat_shared(operands)
     q = operands.q
     batch, num_queries, num_heads, _ = q.shape
     results = launch(
@@ -165,6 +168,7 @@ def _differentiate_queries(operands, lists, problem):
 def _differentiate_keys(operands, lists, problem):
     from pallas_kernels.block_sparse_attention.triton import backward_kernels
 
+    operands = _repeat_shared(operands)
     k = operands.k
     batch, num_keys, num_kv_heads, _ = k.shape
     like_k = jax.ShapeDtypeStruct(k.shape, k.dtype)
@@ -179,6 +183,12 @@ def _differentiate_keys(operands, lists, problem):
         capability=problem.capability,
     )
     return results["dk"], results["dv"]
+
+
+def _repeat_shared(operands: Operands) -> Operands:
+    """Give each example what vmap lets all of them share."""
+    examples = max(x.shape[0] for x in jax.tree.leaves(operands))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (examples, *x.shape[1:])), operands)
 
 
 def _name_inputs(operands, lists, heads, *, backward):
@@ -221,37 +231,3 @@ def _name_constants(
         "CLEAR": not all_masked,
         "MASKED": problem.causal or all_masked,
     }
-
-
-def _fold_vmap(function: Callable[..., Any], problem: Problem) -> Callable[..., Any]:
-    """Let vmap batch a launch: the new axis joins the batch, in one launch.
-
-    Lists that are shared by all examples stay so if vmap does not batch them.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def run(operands, lists):
-        return function(operands, lists, problem)
-
-    @run.def_vmap
-    def run_batched(axis_size, in_batched, operands, lists):
-        def fold(x, is_batched):
-            if not is_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        def fold_list(x, is_batched):
-            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            return jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:])).reshape(-1, *x.shape[2:])
-
-        operands_batched, lists_batched = in_batched
-        batch = operands.q.shape[1 if operands_batched.q else 0]
-        operands = jax.tree.map(fold, operands, operands_batched)
-        is_shared = not any(jax.tree.leaves(lists_batched)) and lists.counts.shape[0] == 1
-        if not is_shared:
-            lists = jax.tree.map(fold_list, lists, lists_batched)
-        results = run(operands, lists)
-        unfolded = jax.tree.map(lambda x: x.reshape(axis_size, batch, *x.shape[1:]), results)
-        return unfolded, jax.tree.map(lambda _: True, results)
-
-    return run
