@@ -13,7 +13,7 @@ FAST := not slow and not gpu and not ci
 ROOM_PATHS := $(if $(ROOM),$(wildcard tests/$(ROOM) sparsejax/$(ROOM) $(if $(filter kernels,$(ROOM)),pallas_kernels)))
 export PYTHON VENV
 
-.PHONY: help train test test-ci test-all test-newest bench plan doctor gpu gpu-sweep lint lock clean
+.PHONY: help train test test-ci test-all test-newest bench plan compiled-report doctor gpu gpu-sweep lint lock clean
 
 # The lock that runs use: CUDA's where it is installed or a GPU is found, or LOCK=train. nvidia-smi
 # can take seconds: only recipes look, so that other targets do not, and only once.
@@ -32,6 +32,7 @@ help:
 	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
 	@echo "                block_sparse_matmul, fst_gpt2, grouped_gradients, l2_bandwidth"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
+	@echo "make compiled-report   registers, spills and instructions of the Triton kernels, on every device"
 	@echo "make doctor     which kernels are right on this machine's GPU, and how fast"
 	@echo "make lock       write requirements/*.txt anew from pyproject.toml"
 
@@ -70,6 +71,10 @@ bench: $(VENV)/train.stamp
 plan:
 	@$(MAKE) -s $(VENV)/$(LOCK).stamp $(addsuffix .stamp,$(COMPILER))
 	$(addprefix PYTHONPATH=,$(COMPILER)) $(PY) train.py --mode=plan --config=$(CONFIG) --target=$(TARGET) $(FLAGS)
+
+# Without an accelerator in sight: JAX would look for one.
+compiled-report: $(VENV)/dev.stamp $(VENV)/compile.stamp
+	PYTHONPATH=$(VENV)/compile JAX_PLATFORMS=cpu $(PY) -m benchmarks.compiled_kernels $(FLAGS)
 
 doctor:
 	@$(MAKE) -s $(VENV)/$(LOCK).stamp

@@ -224,10 +224,6 @@ def compile_for(
       `compile_for(jnp.dot, x_struct, w_struct).temp_bytes`
     """
     mesh = make_gpu_mesh() if mesh is None else mesh
-    args = jax.tree.map(lambda leaf: _place(leaf, mesh), args)
-    # JAX reuses the lowering of a function it has seen, and Mosaic reports a kernel only when it
-    # is compiled: a new function object makes both happen again.
-    fresh = jax.jit(lambda *inner: function(*inner), **jit_options)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{os.environ.get('PATH', '')}{os.pathsep}{_find_cuda() / 'bin'}"
         with (
@@ -235,13 +231,11 @@ def compile_for(
             _no_persistent_cache(),
             every_kernel_is_dumped(),
         ):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                lowered = fresh.lower(*args)
+            lowered = _lower(function, args, mesh, jit_options)
             compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
         reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda p: p.stat().st_mtime_ns)
         kernels = tuple(read_kernel(report) for report in reports)
-    programs = find_triton_programs(lowered.compiler_ir())
-    triton_kernels = tuple(_assemble_kernel(program) for program in programs)
+    triton_kernels = _assemble_kernels(lowered)
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None, "XLA for GPUs reports both"
     called = len(set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo)))
@@ -258,6 +252,25 @@ def compile_for(
         kernels=kernels + triton_kernels,
         hlo=hlo,
     )
+
+
+def compile_triton_kernels(
+    function: Callable[..., Any], *args: Any, mesh: jax.sharding.Mesh
+) -> tuple[KernelReport, ...]:
+    """Compile the Triton kernels that `jax.jit(function)(*args)` calls, and nothing else of it.
+
+    Args:
+      function: what `jax.jit` takes.
+      *args: as for `compile_for`.
+      mesh: from `make_gpu_mesh`.
+
+    Returns:
+      tuple of KernelReport, one per kernel, in the order of their first calls.
+
+    Raises:
+      RuntimeError: if the packages of the `compile` extra are missing.
+    """
+    return _assemble_kernels(_lower(function, args, mesh, {}))
 
 
 def _find_cuda() -> pathlib.Path:
@@ -318,6 +331,22 @@ def _place(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     if not (isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh == mesh):
         sharding = jax.sharding.NamedSharding(mesh, jax.P())
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf), sharding=sharding)
+
+
+def _lower(
+    function: Callable[..., Any], args: Any, mesh: jax.sharding.Mesh, jit_options: Mapping[str, Any]
+) -> jax.stages.Lowered:
+    args = jax.tree.map(lambda leaf: _place(leaf, mesh), args)
+    # JAX reuses the lowering of a function it has seen, and Mosaic reports a kernel only when it
+    # is compiled: a new function object makes both happen again.
+    fresh = jax.jit(lambda *inner: function(*inner), **jit_options)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return fresh.lower(*args)
+
+
+def _assemble_kernels(lowered: jax.stages.Lowered) -> tuple[KernelReport, ...]:
+    programs = find_triton_programs(lowered.compiler_ir())
+    return tuple(_assemble_kernel(program) for program in programs)
 
 
 def _assemble_kernel(program: TritonProgram) -> KernelReport:

@@ -60,11 +60,13 @@ def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
       to the bit.
     """
     capability, tiles = _plan(facts)
-    multiply, transpose, differentiate = (
-        functools.partial(f, tile=cut, capability=capability)
-        for f, cut in zip((_multiply, _multiply_transposed, _differentiate), tiles, strict=True)
+    products = (
+        functools.partial(product, tile=cut, capability=capability)
+        for product, cut in zip(
+            (multiply, multiply_transposed, multiply_gradient), tiles, strict=True
+        )
     )
-    return multiply_blocks(arrays, BlockProducts(multiply, transpose, differentiate))
+    return multiply_blocks(arrays, BlockProducts(*products))
 
 
 def _plan(facts: BlockFacts) -> tuple[tuple[int, int], Tiles]:
@@ -83,16 +85,83 @@ def _plan(facts: BlockFacts) -> tuple[tuple[int, int], Tiles]:
     return capability, find_tiles(capability, itemsize, tokens=facts.rows, block=(rows, columns))
 
 
-def _multiply(x_MK, w_KN, mask_IJ, bias_N, *, tile, capability):
+def multiply(
+    x_MK: jax.Array,
+    w_KN: jax.Array,
+    mask_IJ: jax.Array,
+    bias_N: jax.Array | None,
+    *,
+    tile: ProductTile,
+    capability: tuple[int, int],
+) -> jax.Array:
+    """Multiply by the kept blocks, and add the bias before rounding.
+
+    Args:
+      x_MK: float[M, K].
+      w_KN: float[K, N], dtype of x.
+      mask_IJ: bool[I, J].
+      bias_N: float[N] or None.
+      tile: tokens by columns; it divides the blocks.
+      capability: (major, minor), compute capability.
+
+    Returns:
+      float[M, N], dtype of x.
+    """
     return _multiply_rows(
         x_MK, w_KN, mask_IJ, bias_N, transposed=False, tile=tile, capability=capability
     )
 
 
-def _multiply_transposed(dy_MN, w_KN, mask_IJ, *, tile, capability):
+def multiply_transposed(
+    dy_MN: jax.Array,
+    w_KN: jax.Array,
+    mask_IJ: jax.Array,
+    *,
+    tile: ProductTile,
+    capability: tuple[int, int],
+) -> jax.Array:
+    """Multiply by the transpose of the kept blocks.
+
+    Args:
+      dy_MN: float[M, N].
+      w_KN: float[K, N], dtype of dy.
+      mask_IJ: bool[I, J].
+      tile: tokens by rows of the weight; it divides the blocks.
+      capability: (major, minor), compute capability.
+
+    Returns:
+      float[M, K], dtype of dy.
+    """
     return _multiply_rows(
         dy_MN, w_KN, mask_IJ, None, transposed=True, tile=tile, capability=capability
     )
+
+
+def multiply_gradient(
+    x_MK: jax.Array,
+    dy_MN: jax.Array,
+    mask_IJ: jax.Array,
+    *,
+    tile: ProductTile,
+    capability: tuple[int, int],
+) -> jax.Array:
+    """Compute the kept blocks of x^T dy.
+
+    Args:
+      x_MK: float[M, K].
+      dy_MN: float[M, N], dtype of x.
+      mask_IJ: bool[I, J].
+      tile: rows by columns of the weight; it divides the blocks.
+      capability: (major, minor), compute capability.
+
+    Returns:
+      float[K, N], dtype of x, 0 elsewhere.
+    """
+    launch_blocks = functools.partial(
+        _launch_blocks, grid=mask_IJ.shape, tile=tile, capability=capability
+    )
+    kept = mask_IJ.ravel().astype(jnp.int32)
+    return fold_vmap(launch_blocks)(x_MK[None], dy_MN[None], kept[None])[0]
 
 
 def _multiply_rows(x, w_KN, mask_IJ, bias_N, *, transposed, tile, capability):
@@ -151,14 +220,6 @@ def _launch_rows(x, w, bias, counts, entries, *, transposed, tile: ProductTile, 
         capability=capability,
     )
     return results["out"]
-
-
-def _differentiate(x_MK, dy_MN, mask_IJ, *, tile, capability):
-    launch_blocks = functools.partial(
-        _launch_blocks, grid=mask_IJ.shape, tile=tile, capability=capability
-    )
-    kept = mask_IJ.ravel().astype(jnp.int32)
-    return fold_vmap(launch_blocks)(x_MK[None], dy_MN[None], kept[None])[0]
 
 
 def _launch_blocks(x, dy, kept, *, grid, tile: ProductTile, capability):

@@ -93,10 +93,17 @@ def find_tiles(
     """
     rows, columns = block
     forward, transposed, gradient = find_row(_TABLE, capability)[itemsize]
-    # Not of more rows than there are tokens, filled up to a power of two.
-    tall = max(16, 1 << (tokens - 1).bit_length())
     return Tiles(
-        forward.fit(tall, columns, rows),
-        transposed.fit(tall, rows, columns),
+        _cut_tokens(forward, tokens, columns, rows),
+        _cut_tokens(transposed, tokens, rows, columns),
         gradient.fit(rows, columns, gradient.depth),
     )
+
+
+def _cut_tokens(cut: ProductTile, tokens: int, columns: int, depth: int) -> ProductTile:
+    # Not of more rows than there are tokens, filled up to a power of two.
+    tall = max(16, 1 << (tokens - 1).bit_length())
+    if columns % 32:
+        # Tiles of 128 rows and 16 columns spill on an A100.
+        tall = min(tall, 64)
+    return cut.fit(tall, columns, depth)

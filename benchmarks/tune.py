@@ -1,0 +1,332 @@
+"""Which tiles make the Triton kernels fastest on this GPU? Candidates timed one beside another.
+
+    python -m benchmarks.tune [--force] [--budget-seconds=N]
+
+Each point is one kernel of an op and one key of its table of tiles. What comes out, printed and
+below the table, are rows for the tables (`<op>/triton/tiles.py`) of the compute capability that was
+found. No kernel is tuned when a model calls it: the tables are all that a call reads.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.environment import device_name
+from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
+from benchmarks.records import Column, Results
+from benchmarks.targets import Record
+from pallas_kernels import aot
+from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
+from pallas_kernels.block_sparse_attention.call import AttentionFacts
+from pallas_kernels.block_sparse_attention.triton.attention import make_problem
+from pallas_kernels.block_sparse_attention.triton.launches import (
+    Operands,
+    attend,
+    differentiate_keys,
+    differentiate_queries,
+)
+from pallas_kernels.block_sparse_attention.triton.lists import make_key_lists, make_query_lists
+from pallas_kernels.block_sparse_matmul.triton import products
+from pallas_kernels.block_sparse_matmul.triton.tiles import ProductTile
+from pallas_kernels.block_sparse_matmul.triton.tiles import find_tiles as find_product_tiles
+from pallas_kernels.doctor.problem import draw_blocks
+from pallas_kernels.doctor.timing import make_random
+from pallas_kernels.triton.device import check_device
+from pallas_kernels.triton.tile_tables import Cut, Tile
+
+# What barriers and reductions take of shared memory beside the tiles.
+_SPARE_BYTES = 8192
+
+
+class Kernel(NamedTuple):
+    """A kernel and an entry of its table.
+
+    Attributes:
+      op: name of the op.
+      tile: name of the tile, a field of the op's `Tiles`.
+      key: of the table, written as in the source.
+      default: the tile that the table has.
+      candidates: tiles to be timed.
+      make: () -> arguments, random arrays.
+      run: (tile, *arguments) -> result.
+    """
+
+    op: str
+    tile: str
+    key: str
+    default: Cut
+    candidates: tuple[Cut, ...]
+    make: Callable[[], tuple]
+    run: Callable[..., Any]
+
+
+def list_kernels(capability: tuple[int, int]) -> list[Kernel]:
+    """List the kernels and keys to be tuned, the most used first.
+
+    Args:
+      capability: (major, minor), of the device.
+    """
+    attention = [
+        kernel
+        for dtype, head_dim in (
+            ("bfloat16", 64),
+            ("bfloat16", 128),
+            ("bfloat16", 256),
+            ("float32", 64),
+            ("float32", 128),
+        )
+        for kernel in _list_attention(capability, dtype, head_dim)
+    ]
+    matmul = [
+        kernel
+        for dtype in ("bfloat16", "float32")
+        for kernel in _list_block_matmul(capability, dtype)
+    ]
+    return [*attention[:6], *matmul[:3], *attention[6:], *matmul[3:]]
+
+
+def _find_shared_bytes(capability: tuple[int, int]) -> int:
+    """Return what a block may take, of the newest device that is not above the capability."""
+    row = max(
+        (gpu for gpu in aot.TARGETS.values() if gpu.compute_capability <= capability),
+        key=lambda gpu: gpu.compute_capability,
+    )
+    return row.shared_memory_per_block_bytes - _SPARE_BYTES
+
+
+def _list_attention(
+    capability: tuple[int, int], dtype: str, head_dim: int, length: int = 4096, heads: int = 16
+) -> Iterator[Kernel]:
+    block = 128
+    facts = AttentionFacts(
+        batch=1, num_queries=length, num_keys=length, num_heads=heads, num_kv_heads=heads,
+        head_dim=head_dim, dtype=dtype, mask_shape=(1, 1), block_q=block, block_kv=block,
+        causal=True, has_kv_mask=False, has_segments=False, scale=head_dim**-0.5,
+        pruned_logits="masked", return_lse=False,
+    )  # fmt: skip
+    problem = make_problem(facts)
+    itemsize = jnp.dtype(dtype).itemsize
+    lists = {"block_q": block, "block_kv": block, "causal": True, "all_masked": False}
+
+    def make() -> tuple:
+        x = jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype)
+        q, k, v, d_out = make_random((x, x, x, x))
+        grid = (length // block, length // block)
+        mask = (draw_blocks((1, 1, *grid), 0.3) | jnp.eye(grid[0], dtype=bool)) & jnp.tri(
+            grid[0], dtype=bool
+        )
+        schedule = make_block_schedule(mask)
+        query_lists, key_lists = (f(schedule, **lists) for f in (make_query_lists, make_key_lists))
+        operands = Operands(q, k, v, None, None)
+        out, lse, _ = attend(operands, query_lists, problem)
+        delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+        # The log-sum-exp of the forward kernel is in base 2, as the backward kernels take it.
+        return operands._replace(d_out=d_out, lse=lse, delta=delta), query_lists, key_lists
+
+    def run(function, name, cut, operands, query_lists, key_lists):
+        tiles = problem.tiles._replace(**{name: cut})
+        return function(
+            operands,
+            key_lists if name == "keys" else query_lists,
+            dataclasses.replace(problem, tiles=tiles),
+        )
+
+    for name, function in (
+        ("forward", attend),
+        ("queries", differentiate_queries),
+        ("keys", differentiate_keys),
+    ):
+        candidates = [
+            Tile(rows, columns, warps, stages)
+            for rows, columns, warps, stages in itertools.product(
+                (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
+            )
+            # Tall tiles read the other side less often; few threads cannot hold large ones.
+            if rows >= columns
+            and 16 * warps <= rows * columns * head_dim // 2**11 <= 1024 * warps // 4
+            and (rows + 2 * columns * stages) * head_dim * itemsize
+            <= _find_shared_bytes(capability)
+        ]
+        yield Kernel(
+            op="block_sparse_attention",
+            tile=name,
+            key=f"({itemsize}, {head_dim})",
+            default=getattr(problem.tiles, name),
+            candidates=tuple(candidates),
+            make=make,
+            run=functools.partial(run, function, name),
+        )
+
+
+def _list_block_matmul(
+    capability: tuple[int, int],
+    dtype: str,
+    tokens: int = 8192,
+    shape: tuple[int, int] = (4096, 4096),
+) -> Iterator[Kernel]:
+    side = 128
+    itemsize = jnp.dtype(dtype).itemsize
+    tiles = find_product_tiles(capability, itemsize, tokens=tokens, block=(side, side))
+
+    def make() -> tuple:
+        x, w, dy = make_random(
+            tuple(
+                jax.ShapeDtypeStruct(s, dtype)
+                for s in ((tokens, shape[0]), shape, (tokens, shape[1]))
+            )
+        )
+        return x, w, dy, draw_blocks((shape[0] // side, shape[1] // side), 0.1)
+
+    def run(name, cut, x, w, dy, mask):
+        options = {"tile": cut, "capability": capability}
+        if name == "forward":
+            return products.multiply(x, w, mask, None, **options)
+        if name == "transposed":
+            return products.multiply_transposed(dy, w, mask, **options)
+        return products.multiply_gradient(x, dy, mask, **options)
+
+    candidates = tuple(
+        ProductTile(rows, columns, depth, warps, stages)
+        for rows, columns, depth, warps, stages in itertools.product(
+            (64, 128), (64, 128), (32, 64), (4, 8), (2, 3, 4, 5)
+        )
+        if (rows + columns) * depth * itemsize * stages <= _find_shared_bytes(capability)
+    )
+    for name, default in tiles._asdict().items():
+        yield Kernel(
+            op="block_sparse_matmul",
+            tile=name,
+            key=str(itemsize),
+            default=default,
+            candidates=candidates,
+            make=make,
+            run=functools.partial(run, name),
+        )
+
+
+def name_tile(cut: Any) -> str:
+    """Write a tile as it stands in a table, such as "Tile(64, 64, 4, 3)"."""
+    return f"{type(cut).__name__}{tuple(cut)}"
+
+
+def make_case(kernel: Kernel) -> Case:
+    """Make the functions that one point compares: the tile of the table, and every candidate."""
+
+    def use(cut: Cut) -> Callable[..., Any]:
+        return functools.partial(kernel.run, cut)
+
+    functions = {name_tile(cut): use(cut) for cut in (kernel.default, *kernel.candidates)}
+    return Case(
+        functions=functions,
+        args=kernel.make(),
+        reference=use(kernel.default),
+        tolerance=2e-2,
+    )
+
+
+def find_fastest(record: Record) -> str | None:
+    """Return the tile that took the least time; None if none was timed.
+
+    Args:
+      record: of one point.
+    """
+    seconds = {
+        name: value["median_seconds"]
+        for name, value in record["values"].items()
+        if "median_seconds" in value
+    }
+    return min(seconds, key=lambda name: seconds[name], default=None)
+
+
+def describe_rows(records: Sequence[Record], device: str) -> str:
+    """Write what a device's rows of the tables should be.
+
+    Args:
+      records: of all devices.
+      device: name of the one that was measured.
+
+    Returns:
+      str in Markdown, empty if nothing was measured there.
+    """
+    found: dict[tuple[str, ...], list[str]] = {}
+    for record in records:
+        key, fastest = record["key"], find_fastest(record)
+        if key["device"] == device and fastest is not None:
+            entry = key["op"], key["capability"], key["key"]
+            found.setdefault(entry, []).append(f"{key['tile']}={fastest}")
+    if not found:
+        return ""
+    lines = (
+        f"# {op}, {capability}\n{key}: Tiles({', '.join(tiles)}),\n"
+        for (op, capability, key), tiles in found.items()
+    )
+    return f"\nRows for `<op>/triton/tiles.py`, on {device}:\n\n```python\n{''.join(lines)}```\n"
+
+
+def _milliseconds(choose: Callable[[Record], str | None]) -> Callable[[Any], str | None]:
+    def cell(record):
+        name = choose(record)
+        seconds = record["values"].get(name, {}).get("median_seconds")
+        return None if seconds is None else f"{1e3 * seconds:.3g}"
+
+    return cell
+
+
+COLUMNS = (
+    Column("op", lambda r: f"`{r['key']['op']}`"),
+    Column("compute capability", lambda r: r["key"]["capability"]),
+    Column("key", lambda r: r["key"]["key"]),
+    Column("tile", lambda r: r["key"]["tile"]),
+    Column("of the table", lambda r: r["key"]["default"]),
+    Column("ms", _milliseconds(lambda r: r["key"]["default"])),
+    Column("fastest", find_fastest),
+    Column("ms", _milliseconds(find_fastest)),
+    Column("candidates", lambda r: str(len(r["values"]))),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the points that are missing; write and print the table and the rows.
+
+    Args:
+      arguments: list of str, `sys.argv[1:]` if None.
+
+    Returns:
+      int, exit code: 0 if every candidate agreed with its reference, 2 where Triton cannot run.
+    """
+    parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
+    del parsed["headline"]
+    try:
+        capability = check_device()
+    except NotImplementedError as reason:
+        print(f"tiles are timed on a GPU: {reason}", file=sys.stderr)
+        return 2
+    points = [
+        Point(
+            key={
+                "op": kernel.op,
+                "capability": ".".join(map(str, capability)),
+                "key": kernel.key,
+                "tile": kernel.tile,
+                "default": name_tile(kernel.default),
+            },
+            make_case=functools.partial(make_case, kernel),
+        )
+        for kernel in list_kernels(capability)
+    ]
+    failures = run_points("tune", points, COLUMNS, **parsed)
+    rows = describe_rows(Results(RESULTS / "tune.json").records, device_name())
+    with (RESULTS / "tune.md").open("a") as table:
+        table.write(rows)
+    print(rows)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
