@@ -28,7 +28,7 @@ from pallas_kernels import aot
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor.makers import MAKERS
-from pallas_kernels.source_hash import hash_folders
+from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.verdicts import describe_call
 
 FOLDER = RESULTS / "compiled_kernels"
@@ -87,7 +87,7 @@ CALLS: Mapping[str, tuple[Any, ...]] = {
 
 
 def hash_kernels(op: str) -> str:
-    """Hash the code that decides an op's programs: its Triton folder and what all of them share.
+    """Hash the code that decides an op's programs: its Triton folder, and the launch.
 
     Args:
       op: name of the op.
@@ -95,7 +95,7 @@ def hash_kernels(op: str) -> str:
     Returns:
       str, 16 hexadecimal digits.
     """
-    return hash_folders(f"{_find_package(op)}.triton", "pallas_kernels.triton")
+    return hash_modules(f"{_find_package(op)}.triton", "pallas_kernels.triton.launch")
 
 
 def _find_package(op: str) -> str:
@@ -182,14 +182,15 @@ def find_faults(kernel: Record, capability: tuple[int, int]) -> list[str]:
     return faults
 
 
-def _versions() -> dict[str, str]:
+def find_versions() -> dict[str, str]:
+    """Return the versions of what decides the machine code beside the kernels."""
     names = ("jax", "jax-triton", "triton", "nvidia-cuda-nvcc")
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def _compile_op(op: str) -> list[str]:
     """Compile what is missing of an op; return the faults of all of it."""
-    source, versions = hash_kernels(op), _versions()
+    source, versions = hash_kernels(op), find_versions()
     programs: list[dict[str, Any]] = []
     if find_path(op).exists():
         records = read_records(op)

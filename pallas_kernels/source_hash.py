@@ -23,30 +23,31 @@ def hash_source(function: Callable[..., Any]) -> str:
     Returns:
       str, 16 hexadecimal digits.
     """
-    return _hash_modules(function.__module__)
+    return _hash_closure(function.__module__)
 
 
-def hash_folders(*packages: str) -> str:
-    """Hash the code of packages of ours, without what they import from elsewhere.
+def hash_modules(*names: str) -> str:
+    """Hash the code of modules of ours, without what they import.
 
     Comments, docstrings and layout do not count.
 
     Args:
-      *packages: names of folders of modules, those of subfolders left out.
+      *names: of modules, or of packages, which stand for the modules in their folder.
 
     Returns:
       str, 16 hexadecimal digits.
     """
     found = {}
-    for package in packages:
-        start = _find_file(package)
-        assert start is not None, f"there is no package {package}"
-        found |= {f"{package}.{path.stem}": _dump(path) for path in start.parent.glob("*.py")}
+    for name in names:
+        path = _find_file(name)
+        assert path is not None, f"there is no module {name}"
+        paths = path.parent.glob("*.py") if path.stem == "__init__" else [path]
+        found |= {f"{name} {path.stem}": _dump(path) for path in paths}
     return _digest(found)
 
 
 @functools.cache
-def _hash_modules(start: str) -> str:
+def _hash_closure(start: str) -> str:
     seen: dict[str, str] = {}
     open_modules = [start]
     while open_modules:

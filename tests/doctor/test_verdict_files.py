@@ -150,7 +150,7 @@ def test_a_hash_is_of_code_and_of_what_it_imports(tmp_path, monkeypatch, old, ne
     def hash_files(change):
         for name, text in files.items():
             (tmp_path / name).write_text(change(text))
-        return source_hash._hash_modules.__wrapped__("pallas_kernels.outer")
+        return source_hash._hash_closure.__wrapped__("pallas_kernels.outer")
 
     before = hash_files(lambda text: text)
     assert (hash_files(lambda text: text.replace(old, new)) != before) == differs
