@@ -243,8 +243,6 @@ def _choose_proven(op, backends, facts) -> Choice:
         else:
             others[backend.name] = judgement.reason
             unproven |= judgement.state == "unproven"
-    if unproven and runs_on_own_gpu():
-        _tell_unproven(op, default.name)
     faster = {}
     for backend, seconds in proven.items():
         if verdicts.assumed:
@@ -262,6 +260,8 @@ def _choose_proven(op, backends, facts) -> Choice:
         times = faster[best][default.name] / faster[best][best.name]
         reason = f"right on this device, {times:.3g}x as fast as {default.name!r}"
         return Choice(op, facts, best.name, reason, others)
+    if others and runs_on_own_gpu():
+        _tell_fallback(op, default.name, tuple(others.items()), unproven)
     return Choice(op, facts, default.name, "runs everywhere", others)
 
 
@@ -286,7 +286,12 @@ def _check_recorded(backend: Backend, op: str, facts: Any) -> None:
 
 
 @functools.cache
-def _tell_unproven(op: str, taken: str) -> None:
-    _logger.warning(
-        "%s takes %r: its kernels are not proven on this device; `%s` does that", op, taken, DOCTOR
-    )
+def _tell_fallback(
+    op: str, taken: str, reasons: tuple[tuple[str, str], ...], unproven: bool
+) -> None:
+    """Say once why a call takes none of the kernels; a warning if that can be helped."""
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    if unproven:
+        _logger.warning("%s takes %r (%s); `%s` proves kernels", op, taken, told, DOCTOR)
+    else:
+        _logger.info("%s takes %r (%s)", op, taken, told)

@@ -182,19 +182,30 @@ def test_a_verdict_about_another_source_is_none():
         assert _choose(None, table=(KERNEL, ALWAYS)) is KERNEL
 
 
-def test_an_unproven_kernel_that_could_run_is_told_once_with_the_command(caplog, monkeypatch):
-    backends._tell_unproven.cache_clear()
+def test_every_fallback_is_told_once_with_its_reason(caplog, monkeypatch):
+    backends._tell_fallback.cache_clear()
     monkeypatch.setattr(backends, "runs_on_own_gpu", lambda: True)
-    with caplog.at_level(logging.WARNING, logger=backends.__name__):
+    refused = dataclasses.replace(KERNEL, check=_refuse)
+    slow = _verdicts((KERNEL, {"always": 1.0, "kernel": 2.0}))
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
         for _ in range(3):
             assert _choose(None, table=(KERNEL, ALWAYS)) is ALWAYS
-        refused = dataclasses.replace(KERNEL, check=_refuse)
-        assert choose_backend("toy 2", (refused, ALWAYS), None, _Facts(3)) is ALWAYS
-    assert caplog.messages == [
-        "toy takes 'always': its kernels are not proven on this device; "
-        "`python -m pallas_kernels.doctor` does that"
+            assert _choose(None, table=(refused, ALWAYS)) is ALWAYS
+        with use_verdicts(slow):
+            assert _choose(None, table=(KERNEL, ALWAYS)) is ALWAYS
+        with use_verdicts(_verdicts((KERNEL, {"always": 2.0, "kernel": 1.0}))):
+            assert _choose(None, table=(KERNEL, ALWAYS)) is KERNEL
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert told == [
+        (
+            "WARNING",
+            "toy takes 'always' (kernel: not proven on this device (forward, gradient)); "
+            "`python -m pallas_kernels.doctor` proves kernels",
+        ),
+        ("INFO", "toy takes 'always' (kernel: needs a machine with 3 wheels)"),
+        ("INFO", "toy takes 'always' (kernel: right, but takes 2 of the time of 'always')"),
     ]
-    backends._tell_unproven.cache_clear()
+    backends._tell_fallback.cache_clear()
 
 
 def test_a_recorded_choice_is_kept_and_refused_in_words_where_it_cannot_be():
