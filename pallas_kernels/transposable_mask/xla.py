@@ -18,7 +18,7 @@ choices the one with the smaller column above comes first in row order, whatever
 equal sums of different kinds the pattern with the larger number is taken, its entries being bits in
 row order, the first one highest.
 
-Letters: K N as in `transposable_mask`; C tiles side by side.
+Letters: K N as in `transposable_mask`; S strips, rows of tiles; C tiles side by side; T tiles.
 """
 
 import functools
@@ -26,17 +26,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import targets_gpu
 from pallas_kernels.transposable_mask.call import TILE, TransposableArrays, TransposableFacts
 from pallas_kernels.transposable_mask.magnitudes import cap_magnitudes
 
-# Weights handled at a time: what is computed of them stays in a CPU's cache.
+# Weights handled at a time, 5 bytes each: they stay in a CPU's cache, and a GPU starts few kernels.
 _WEIGHTS_AT_A_TIME = 2**19
+_GPU_WEIGHTS_AT_A_TIME = 2**23
 
 # Two of the columns; the two that are left stand at the mirrored place.
 _PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
-@functools.partial(jax.jit, static_argnames="facts")
 def run(arrays: TransposableArrays, facts: TransposableFacts) -> jax.Array:
     """Search some rows of tiles at a time.
 
@@ -46,17 +47,47 @@ def run(arrays: TransposableArrays, facts: TransposableFacts) -> jax.Array:
     Numerics:
       See `transposable_mask`.
     """
-    strips = arrays.w.reshape(-1, TILE, facts.columns)
-    at_a_time = max(1, _WEIGHTS_AT_A_TIME // strips[0].size)
-    mask = jax.lax.map(_search, strips, batch_size=min(at_a_time, len(strips)))
-    return mask.reshape(arrays.w.shape)
+    most = _GPU_WEIGHTS_AT_A_TIME if targets_gpu() else _WEIGHTS_AT_A_TIME
+    at_a_time = max(1, most // (TILE * facts.columns))
+    strips_S4N = arrays.w.reshape(-1, TILE, facts.columns)
+    mask_S4N = _search_in_pieces(strips_S4N, min(at_a_time, len(strips_S4N)))
+    return mask_S4N.reshape(arrays.w.shape)
 
 
-def _search(w_4N):
-    """Return the mask of one row of tiles."""
-    magnitudes_4C4 = cap_magnitudes(w_4N).reshape(TILE, -1, TILE)
-    # Row -> column -> array of all tiles.
-    a, b, c, d = ([row[:, column] for column in range(TILE)] for row in magnitudes_4C4)
+@functools.partial(jax.jit, static_argnames="at_a_time")
+def _search_in_pieces(strips_S4N, at_a_time):
+    strips = len(strips_S4N)
+
+    def search(index, mask_S4N):
+        # The last piece begins earlier where pieces do not divide the whole.
+        start = jnp.minimum(index * at_a_time, strips - at_a_time)
+        piece = jax.lax.dynamic_slice_in_dim(strips_S4N, start, at_a_time)
+        return jax.lax.dynamic_update_slice_in_dim(mask_S4N, _search(piece), start, axis=0)
+
+    mask_S4N = jnp.zeros(strips_S4N.shape, bool)
+    return jax.lax.fori_loop(0, -(-strips // at_a_time), search, mask_S4N)
+
+
+def _search(w_S4N):
+    """Return the mask of some rows of tiles."""
+    strips = len(w_S4N)
+    tiles_SiCj = cap_magnitudes(w_S4N).reshape(strips, TILE, -1, TILE)
+    # Without the barriers XLA computes everything in one loop on a CPU, and 20 times as slowly.
+    rows_ijT = jax.lax.optimization_barrier(
+        tiles_SiCj.transpose(1, 3, 0, 2).reshape(TILE, TILE, -1)
+    )
+    bits_T = jax.lax.optimization_barrier(_find_best(*map(list, rows_ijT)))
+    position_4_4 = jnp.arange(TILE**2)[::-1].reshape(TILE, 1, TILE)
+    mask_SiCj = (bits_T.reshape(strips, 1, -1, 1) >> position_4_4) & 1
+    return mask_SiCj.astype(bool).reshape(w_S4N.shape)
+
+
+def _find_best(a, b, c, d):
+    """Return the bits of the best pattern.
+
+    Args:
+      a, b, c, d: rows of the tiles, f32[T] for each column.
+    """
     tops = _choose(a, b, 0x8000, 0x0800)
     bottoms = _choose(c, d, 0x0080, 0x0008)
     ab, cd = ([x + y for x, y in zip(*rows, strict=True)] for rows in ((a, b), (c, d)))
@@ -66,9 +97,8 @@ def _search(w_4N):
         _join(_split(tops), _split(bottoms)),
         *map(_join, map(_join, tops, bottoms), reversed(halves)),
     ]
-    _, bits_C = functools.reduce(_take_larger, kinds)
-    position_4_4 = jnp.arange(TILE**2)[::-1].reshape(TILE, 1, TILE)
-    return ((bits_C[:, None] >> position_4_4) & 1).astype(bool).reshape(w_4N.shape)
+    _, bits_T = functools.reduce(_take_larger, kinds)
+    return bits_T
 
 
 def _choose(upper, lower, upper_bit, lower_bit):

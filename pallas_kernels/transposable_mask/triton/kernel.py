@@ -1,7 +1,8 @@
 """The search for the best transposable pattern of each tile of 4 x 4, in Triton.
 
-The 90 patterns are made of few choices that do not depend on each other, see `kinds`. A lane holds
-a tile, 32 of a warp lie side by side, and nothing is exchanged between them.
+What is computed, and in which order, stands in `pallas_kernels.transposable_mask.xla`: the two
+agree to the bit. A lane holds a tile, the 32 of a warp lie side by side, and nothing is exchanged
+between them.
 
 Bits of a pattern stand in row order, the first entry highest: of two patterns the first in row
 order is the larger number.
