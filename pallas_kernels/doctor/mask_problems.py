@@ -24,7 +24,8 @@ def _make(facts: TransposableFacts) -> Problem:
     factors = {
         "whole": np.ones(shape),
         "zeros": draws < 0.5,
-        "not finite": np.select([draws < 0.1, draws < 0.2], [np.inf, np.nan], 1.0),
+        # Beside them nothing else would count, and sums would not be exact.
+        "not finite": np.select([draws < 0.2, draws < 0.4], [np.inf, np.nan], 0.0),
     }
 
     def call(implementation, directions) -> Function:

@@ -3,8 +3,6 @@
 Letters: K N as in `transposable_mask`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -47,11 +45,8 @@ def run(arrays: TransposableArrays, facts: TransposableFacts) -> jax.Array:
       As "xla", to the bit.
     """
     check(facts)
-    return _search(check_device())(arrays.w)
+    capability = check_device()
 
-
-@functools.cache
-def _search(capability):
     @jax.custom_batching.custom_vmap
     def search(w_KN):
         return _launch(w_KN, capability)
@@ -62,7 +57,7 @@ def _search(capability):
         mask = search(w_BKN.reshape(-1, w_BKN.shape[-1]))
         return mask.reshape(axis_size, *w_BKN.shape[1:]), True
 
-    return search
+    return search(arrays.w)
 
 
 def _launch(w_KN, capability):
