@@ -8,9 +8,7 @@ from pallas_kernels.transposable_mask.backends import BACKENDS
 from pallas_kernels.transposable_mask.call import TILE, TransposableArrays, TransposableFacts
 
 
-def transposable_mask(
-    w: jax.Array, *, implementation: Implementation | None = None
-) -> jax.Array:
+def transposable_mask(w: jax.Array, *, implementation: Implementation | None = None) -> jax.Array:
     """Keep two of four along both axes, with the largest sum of magnitudes.
 
     mask of a tile = argmax over P of sum_ij P_ij |w_ij|,  P in {0, 1}^(4 x 4) with two ones in
@@ -41,9 +39,10 @@ def transposable_mask(
 
     Numerics:
       The eight magnitudes are added pair by pair in f32 at least (f64 for f64), in one order for
-      "xla" and "triton": they choose the same on every device, jitted or mapped. The kept sum is
-      within 4e-7 of the largest. Sums of bf16 are exact, with the ties of exact arithmetic, unless
-      magnitudes in one tile differ by more than 2^13.
+      "xla" and "triton": they choose the same on every device, jitted or mapped, unless sums are
+      subnormal, which some devices flush to zero. The kept sum is within 4e-7 of the largest. Sums
+      of bf16 are exact, with the ties of exact arithmetic, unless magnitudes in one tile differ by
+      more than 2^13.
 
     References:
       Hu et al., FST, arXiv:2404.01847: the search as a convolution with 90 filters.

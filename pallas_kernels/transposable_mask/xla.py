@@ -8,10 +8,13 @@ columns p and q:
   half(p, q)   = max(ab_p + cd_q, ab_q + cd_p)    one column in both upper rows, the other in both
                                                   lower ones; ab = a + b, cd = c + d
 
-  rows a and b     patterns   largest sum; split is 01|23 or 02|13, whichever is larger
-  are equal               6   half(p, q) + half(r, s)                                    pq|rs
-  share no column        36   (top(p, q) + top(r, s)) + (bottom(t, u) + bottom(v, w))    pq|rs, tu|vw
-  share one column       48   (top(p, q) + bottom(p, q)) + half(r, s)                    all six p < q
+  rows a and b     patterns   largest sum
+  are equal               6   half(p, q) + half(r, s)
+  share no column        36   (top(p, q) + top(r, s)) + (bottom(t, u) + bottom(v, w))
+  share one column       48   (top(p, q) + bottom(p, q)) + half(r, s)
+
+In the last line pq are all six pairs and rs the two other columns; elsewhere pq|rs and tu|vw are
+01|23 or 02|13, whichever is larger.
 
 Rounding is monotone: the largest of rounded sums is the rounded sum of the largest. Of equal
 choices the one with the smaller column above comes first in row order, whatever the others are; of
