@@ -70,6 +70,9 @@ def make_search(implementation: Any) -> Callable[..., list[jax.Array]]:
 
     Args:
       implementation: of `transposable_mask`.
+
+    Returns:
+      function of any number of weights to the list of their masks.
     """
 
     def search(*weights):

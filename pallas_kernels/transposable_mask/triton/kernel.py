@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 # Functions in Triton are not Python: values of a kernel have types that Python knows nothing of.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 
 @triton.jit
