@@ -18,5 +18,6 @@ from pallas_kernels.nm_matmul import prune_mvue as prune_mvue
 from pallas_kernels.nm_matmul import unpack_nm as unpack_nm
 from pallas_kernels.tables import choose_implementation as choose_implementation
 from pallas_kernels.tables import list_backends as list_backends
+from pallas_kernels.transposable_mask import transposable_mask as transposable_mask
 from pallas_kernels.verdict_files import VerdictsError as VerdictsError
 from pallas_kernels.verdict_files import assume_proven as assume_proven

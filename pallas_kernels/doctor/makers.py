@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from pallas_kernels.doctor.attention_problems import ATTENTION, ATTENTION_MAP
+from pallas_kernels.doctor.mask_problems import TRANSPOSABLE_MASK
 from pallas_kernels.doctor.problem import Maker
 from pallas_kernels.doctor.product_problems import BLOCK_SPARSE_MATMUL, NM_MATMUL, PACK_NM
 
@@ -12,5 +13,6 @@ MAKERS: Mapping[str, Maker] = {
     "mean_attention_map": ATTENTION_MAP,
     "nm_matmul": NM_MATMUL,
     "pack_nm": PACK_NM,
+    "transposable_mask": TRANSPOSABLE_MASK,
 }
 """Name of the op -> Maker."""

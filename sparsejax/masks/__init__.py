@@ -1,5 +1,6 @@
 """Masks as pure functions on arrays: True = kept."""
 
+from pallas_kernels.transposable_mask import transposable_mask
 from sparsejax.masks.attention.density import block_density
 from sparsejax.masks.attention.fixed import (
     FIXED_PATTERNS,
@@ -51,7 +52,6 @@ from sparsejax.masks.weights.topology import (
     expand_mask,
     reset_moments,
 )
-from sparsejax.masks.weights.transposable import transposable_mask
 
 __all__ = [
     "FIXED_PATTERNS",

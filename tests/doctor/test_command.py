@@ -26,7 +26,7 @@ def gpu(tmp_path, monkeypatch, cache):
     install_nvidia_smi(tmp_path, monkeypatch)
     body = (
         "if trial['op'] == 'pack_nm' and trial['backend'] != 'xla': os.abort()\n"
-        "forward_only = trial['op'] in ('pack_nm', 'mean_attention_map')\n"
+        "forward_only = trial['op'] in ('pack_nm', 'mean_attention_map', 'transposable_mask')\n"
         "right(place, task, ('forward',) if forward_only else ('forward', 'gradient'))"
     )
     child = write_child(tmp_path, body)

@@ -16,6 +16,7 @@ from pallas_kernels.doctor.makers import MAKERS
 from pallas_kernels.doctor.report import describe_outcome
 from pallas_kernels.doctor.trials import Trial
 from pallas_kernels.nm_matmul.mosaic_sm90 import products as nm_products
+from pallas_kernels.tables import TABLES
 from tests.kernels.interpreter import hopper
 from tests.kernels.tiers import tier
 
@@ -36,13 +37,16 @@ BLOCKS = dataclasses.replace(
 )
 MAP = dataclasses.replace(_CALLS["mean_attention_map"], num_queries=128, num_keys=128, head_dim=32)
 PACK = dataclasses.replace(_CALLS["pack_nm"], shape=(128, 128))
+SEARCH = dataclasses.replace(_CALLS["transposable_mask"], rows=128, columns=128)
 CALLS = {
     "block_sparse_attention": (ATTENTION, "random"),
     "block_sparse_matmul": (BLOCKS, "random"),
     "mean_attention_map": (MAP, "all"),
     "nm_matmul": (NM, "whole"),
     "pack_nm": (PACK, "underfull"),
+    "transposable_mask": (SEARCH, "whole"),
 }
+HOPPER_OPS = {op: op for op in CALLS if any(row.name == "mosaic_sm90" for row in TABLES[op])}
 
 
 def _make(op, masks=None, **changes):
@@ -59,10 +63,32 @@ def _judge(op, problem, implementation):
     return describe_outcome(judge(Trial(op, implementation, CALLS[op][0]), answer))
 
 
-@pytest.mark.parametrize("op", tier({op: op for op in CALLS}, fast=["pack_nm"]))
+@pytest.mark.parametrize("op", tier(HOPPER_OPS, fast=["pack_nm"]))
 def test_kernels_are_right_under_the_interpreter(op):
     with hopper():
         assert _judge(op, _make(op), "mosaic_sm90") == "right"
+
+
+@pytest.mark.ci
+def test_a_search_is_right_under_the_interpreter_and_one_that_is_not_the_first_of_ties_is_wrong():
+    from tests.kernels.triton_interpreter import triton_kernels
+
+    problem = _make("transposable_mask", masks=["whole", "zeros", "not finite"])
+    with triton_kernels():
+        assert _judge("transposable_mask", problem, "triton") == "right"
+
+    def call(implementation, directions):
+        search = problem.call("xla", directions)
+
+        def run(inputs, factor):
+            # Ties go to the last pattern in the order of columns.
+            (mask,) = search((inputs[0][:, ::-1],), factor[:, ::-1])
+            return (mask[:, ::-1],)
+
+        return run
+
+    found = _judge("transposable_mask", problem._replace(call=call), "xla")
+    assert found.startswith("wrong (forward: mask off by 1")
 
 
 @pytest.mark.parametrize("op", CALLS)

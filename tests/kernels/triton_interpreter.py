@@ -31,7 +31,7 @@ jit = pytest.importorskip("triton.runtime.jit")
 
 _NAMES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8",
-    "uint8": "u8", "int16": "i16", "uint32": "u32",
+    "uint8": "u8", "int16": "i16", "uint32": "u32", "bool": "i1",
 }  # fmt: skip
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _UNWRITTEN = -123456789
@@ -122,6 +122,7 @@ class _Memory:
         self._base = self._buffer.ctypes.data
         skip = -self._base % 64
         self._starts, self._ends = self._starts + skip, self._ends + skip
+        self._item_bytes = [x.itemsize for x in arrays.values()]
         for name, start, x in zip(arrays, self._starts, arrays.values(), strict=True):
             view = self._buffer[start : start + x.nbytes]
             view[:] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
@@ -152,7 +153,7 @@ class _Memory:
             self._writers[name][at] = program
 
     def _locate(self, program, pointers, mask, what):
-        """Yield the name of each array that is accessed, and where, in bytes from its start."""
+        """Yield the name of each array that is accessed, and where its elements begin, in bytes."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses, mask = np.broadcast_arrays(pointers.data, mask.data)
         at = addresses[mask].astype(np.int64) - self._base
@@ -160,7 +161,10 @@ class _Memory:
         if ((which < 0) | (at + size > self._ends[which])).any():
             raise IndexError(f"program {program} {what} outside of every array")
         for index in np.unique(which):
-            yield self._names[index], at[which == index] - self._starts[index]
+            # A word may span several elements.
+            elements = np.arange(0, size, self._item_bytes[index])
+            first = at[which == index] - self._starts[index]
+            yield self._names[index], (first[:, None] + elements).reshape(-1)
 
     def read_outputs(self, outputs):
         results = []
