@@ -29,6 +29,7 @@ from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor.makers import MAKERS
 from pallas_kernels.source_hash import hash_modules
+from pallas_kernels.transposable_mask.call import TransposableFacts
 from pallas_kernels.verdicts import describe_call
 
 FOLDER = RESULTS / "compiled_kernels"
@@ -79,10 +80,16 @@ def _list_block_matmul() -> Iterator[BlockFacts]:
     yield dataclasses.replace(base, dtype="float16", has_bias=False, rows=1024)
 
 
+def _list_transposable() -> Iterator[TransposableFacts]:
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield TransposableFacts(rows=512, columns=768, dtype=dtype)
+
+
 # Op -> calls that together reach every entry of its tables of tiles, each cut in every way.
 CALLS: Mapping[str, tuple[Any, ...]] = {
     "block_sparse_attention": tuple(_list_attention()),
     "block_sparse_matmul": tuple(_list_block_matmul()),
+    "transposable_mask": tuple(_list_transposable()),
 }
 
 

@@ -10,6 +10,7 @@ from pallas_kernels.block_sparse_attention.triton import tiles as attention_tile
 from pallas_kernels.block_sparse_matmul.triton import tiles as product_tiles
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.tables import TABLES
+from pallas_kernels.transposable_mask.triton import tiles as transposable_tiles
 from pallas_kernels.verdicts import describe_call
 
 pytest.importorskip("jax_triton")
@@ -99,6 +100,7 @@ def test_calls_reach_every_entry_of_the_tables():
     assert set(product_tiles.CAPABILITIES) == capabilities
     dtypes = {2 if "16" in facts.dtype else 4 for facts in CALLS["block_sparse_matmul"]}
     assert dtypes == set(product_tiles._AMPERE)
+    assert set(transposable_tiles.CAPABILITIES) == capabilities
 
 
 def _compare(op, facts, capability):
