@@ -23,7 +23,7 @@ from pallas_kernels.backends import (
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.dispatch import make_abstract_gpu
-from pallas_kernels.nm_matmul.call import NMFacts, PackFacts
+from pallas_kernels.nm_matmul.call import NMFacts, PackFacts, PruneFacts
 from pallas_kernels.tables import TABLES, list_backends
 from pallas_kernels.verdict_files import use_verdicts
 from pallas_kernels.verdicts import Timing, Verdict, Verdicts, make_key
@@ -254,6 +254,7 @@ ODD_FACTS = {
     ),
     "nm_matmul": NMFacts(rows=3, inner=15, columns=7, dtype="float32", pattern=(2, 5)),
     "pack_nm": PackFacts(along_k=True, along_n=False, shape=(64, 64), dtype="bfloat16"),
+    "prune_mvue": PruneFacts(shape=(8, 3), axis=0, dtype="float64"),
 }  # fmt: skip
 
 
@@ -273,7 +274,7 @@ def test_every_table_names_its_rows_once_and_its_kernel_is_refused_here(op):
     assert callable(getattr(pallas_kernels, op))
     assert len(set(names)) == len(names) and set(names) <= set(get_args(Implementation.__value__))
     with pytest.raises(NotImplementedError):
-        choose_backend(op, TABLES[op], "mosaic_sm90", ODD_FACTS[op])
+        choose_backend(op, TABLES[op], TABLES[op][0].name, ODD_FACTS[op])
     assert TABLES[op][0].needs_verdict
 
 

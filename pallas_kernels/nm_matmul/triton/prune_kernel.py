@@ -172,9 +172,7 @@ def prune_mvue(
     v2, v3 = tl.where(k2, v2, 0.0).to(dtype), tl.where(k3, v3, 0.0).to(dtype)
     if C == 1:
         tl.store(pruned + at, _join_members(v0, v1, v2, v3), mask=entry_is_there)
-        kept_values = _join_members(
-            k0.to(tl.int8), k1.to(tl.int8), k2.to(tl.int8), k3.to(tl.int8)
-        )
+        kept_values = _join_members(k0.to(tl.int8), k1.to(tl.int8), k2.to(tl.int8), k3.to(tl.int8))
         tl.store(kept + at, kept_values, mask=entry_is_there)
     else:
         tl.store(pruned + at, v0, mask=is_there)
