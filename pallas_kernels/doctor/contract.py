@@ -120,11 +120,12 @@ def _share_off(got: jax.Array, expected: jax.Array, *, ulps: int) -> float:
 
 def _count_ulps(x: jax.Array) -> np.ndarray:
     """Number the values of a dtype in their order; both zeros have the same number."""
-    x = np.asarray(x)
-    if x.dtype == np.bool_:
-        return x.astype(np.int64)
-    bits = x.view(f"i{x.dtype.itemsize}").astype(np.int64)
-    return np.where(bits < 0, -(bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)), bits)
+    values = np.asarray(x)
+    if values.dtype == np.bool_:
+        return values.astype(np.int64)
+    bits = values.view(f"i{values.dtype.itemsize}").astype(np.int64)
+    lowest = -(2 ** (8 * values.dtype.itemsize - 1))
+    return np.where(bits < 0, lowest - bits, bits)
 
 
 def _largest(x: jax.Array) -> float:

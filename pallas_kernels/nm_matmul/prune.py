@@ -49,10 +49,11 @@ def prune_mvue(
     Numerics:
       f32 inside; rounded to the dtype of x last. A kept value is at most the sum of its group's
       magnitudes. Probabilities carry an error of 2^-22. A group with NaN or infinity keeps one.
-      Backends draw the same bits. Where exact, they return the same bits too. Else "triton" rounds
-      every operation by itself, and XLA may round a product and a sum at once, and divide to
-      within 2 units in the last place: a kept value then differs by a few units of f32, before it
-      is rounded, and about one group in a million keeps another pair.
+      Backends draw the same random bits. Where exact, they return the same bits as well. Else
+      "triton" rounds every operation by itself, to nearest. So does XLA, but that it divides on a
+      GPU to within 2 units in the last place, and on a CPU may round a product and a sum at once:
+      a kept value then differs by a few units of f32, before it is rounded, and about one group in
+      a million keeps another pair.
 
     References:
       FST, arXiv:2404.01847, section 5; Chmiel et al., arXiv:2203.10991, for the estimator. The
@@ -61,6 +62,7 @@ def prune_mvue(
       probabilities are not those of the published routine, which is biased.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> x = jnp.array([3.0, 0.0, 0.0, -1.0])
       >>> pruned, mask = prune_mvue(x, jax.random.key(0), axis=0, exact=True)
       >>> pruned.tolist(), mask.tolist()

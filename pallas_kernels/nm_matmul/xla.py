@@ -68,5 +68,9 @@ def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
 
 
 def prune(arrays: PruneArrays, facts: PruneFacts) -> tuple[jax.Array, jax.Array]:
-    """Prune by elementwise operations, which XLA fuses with what is around them."""
+    """Prune by elementwise operations, which XLA fuses with what is around them.
+
+    Returns:
+      tuple of pruned, shaped and typed like x, and mask, bool shaped like x.
+    """
     return prune_drawn(*arrays, axis=facts.axis, exact=facts.exact)

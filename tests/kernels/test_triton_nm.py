@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import pack_nm, prune_mvue
 from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
@@ -74,6 +76,23 @@ def test_pruning_has_the_bits_of_unfused_arithmetic(case, exact):
     for x in (wild(shape, dtype), make_normal((shape,), dtype)[0]):
         actual = prune(x, axis=axis, exact=exact)
         assert_same(actual, prune_one_by_one(x, axis=axis, exact=exact))
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    axis=st.integers(0, 2),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    exact=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_has_the_bits_of_unfused_arithmetic(shape, axis, dtype, exact, seed):
+    axis %= len(shape)
+    shape[axis] *= 4
+    x = wild(tuple(shape), dtype, seed)
+    actual = prune(x, axis=axis, exact=exact)
+    assert_same(actual, prune_one_by_one(x, axis=axis, exact=exact))
 
 
 @pytest.mark.ci

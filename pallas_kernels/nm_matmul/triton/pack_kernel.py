@@ -16,7 +16,14 @@ import triton.language as tl
 
 @triton.jit
 def split_groups(x):
-    """Split [R, C] into the four members of each group, [R, C / 4] each."""
+    """Split a tile into the members of its groups of four consecutive columns.
+
+    Args:
+      x: any[R, C].
+
+    Returns:
+      tuple of four any[R, C / 4].
+    """
     even, odd = tl.split(x.reshape([x.shape[0], x.shape[1] // 4, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)

@@ -50,8 +50,10 @@ def prune(arrays: PruneArrays, facts: PruneFacts) -> tuple[jax.Array, jax.Array]
       NotImplementedError: if the device or the call is not one that the kernel takes.
 
     Numerics:
-      f32, every operation rounded by itself, division to nearest, numbers below the normal ones
-      kept: the bits that `prune_mvue` with "xla" computes where no product is fused with a sum.
+      f32; every operation is rounded by itself, to nearest, division too; numbers below the normal
+      ones are kept. These are the bits of `mvue.prune_drawn` where XLA fuses no product with a sum,
+      as on a CPU at `xla_backend_optimization_level` 0. Its program for a GPU divides with
+      div.full.f32 and rcp.approx.f32 and is otherwise rounded in the same way (PTX for an A100).
     """
     tile, capability = _find_tile(facts)
     _, _, behind = facts.sizes

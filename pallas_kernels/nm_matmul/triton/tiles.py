@@ -14,7 +14,7 @@ class Tiles(NamedTuple):
     """Tiles of one device.
 
     Attributes:
-      pack: of a weight: rows along K, columns along N.
+      pack: of a weight, 64 x 64 everywhere, whose metadata are whole words along either axis.
       prune: bytes of an entry -> groups in all.
     """
 
