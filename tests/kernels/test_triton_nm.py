@@ -69,6 +69,11 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(np.signbit(got[got == 0]), np.signbit(wanted[wanted == 0]))
 
 
+def count_launches(jaxpr):
+    """Count the launches of a program: interpreted kernels, or calls of them on a GPU."""
+    return sum(str(jaxpr).count(f"{name}[") for name in ("pure_callback", "triton_kernel_call"))
+
+
 @VARIANTS
 @pytest.mark.parametrize("case", tier(CASES, fast=["behind"]))
 def test_pruning_has_the_bits_of_unfused_arithmetic(case, exact):
@@ -138,7 +143,7 @@ def test_pruning_batched_and_in_a_loop_is_pruning_one_by_one(exact):
         shared = jax.jit(jax.vmap(one, in_axes=(None, 0)))(x[0], keys)
         looped = jax.jit(lambda *a: jax.lax.map(lambda pair: one(*pair), a))(x, keys)
         jaxpr = jax.make_jaxpr(batched)(x.swapaxes(0, 1), keys)
-    assert str(jaxpr).count("pure_callback[") == 1, "more than one launch"
+    assert count_launches(jaxpr) == 1
     for i in range(3):
         alone = prune(x[i], keys[i], axis=0, exact=exact)
         assert_same([a[:, i] for a in together], alone)
@@ -156,7 +161,7 @@ def test_packing_batched_and_in_a_loop_is_packing_one_by_one():
         shared = jax.jit(jax.vmap(pack, in_axes=(0, None)))(w, masks[0])
         looped = jax.jit(lambda *a: jax.lax.map(lambda x: pack(*x), a))(w, masks)
         jaxpr = jax.make_jaxpr(jax.vmap(pack))(w, masks)
-    assert str(jaxpr).count("pure_callback[") == 1, "more than one launch"
+    assert count_launches(jaxpr) == 1
     for got, mask in ((together, masks), (looped, masks), (shared, masks[:1].repeat(3, 0))):
         expected = pack_nm(w, mask, axis=0, implementation="xla")
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
