@@ -9,6 +9,7 @@ from pallas_kernels.block_sparse_attention.backends import BACKENDS as _ATTENTIO
 from pallas_kernels.block_sparse_matmul.backends import BACKENDS as _BLOCK_MATMUL_BACKENDS
 from pallas_kernels.nm_matmul.backends import BACKENDS as _NM_BACKENDS
 from pallas_kernels.nm_matmul.backends import PACK_BACKENDS as _PACK_BACKENDS
+from pallas_kernels.nm_matmul.backends import PRUNE_BACKENDS as _PRUNE_BACKENDS
 from pallas_kernels.transposable_mask.backends import BACKENDS as _TRANSPOSABLE_BACKENDS
 
 TABLES: Mapping[str, tuple[Backend[Any, Any], ...]] = {
@@ -17,6 +18,7 @@ TABLES: Mapping[str, tuple[Backend[Any, Any], ...]] = {
     "mean_attention_map": _MAP_BACKENDS,
     "nm_matmul": _NM_BACKENDS,
     "pack_nm": _PACK_BACKENDS,
+    "prune_mvue": _PRUNE_BACKENDS,
     "transposable_mask": _TRANSPOSABLE_BACKENDS,
 }
 """Name of the op -> its backends, in order of preference."""

@@ -4,6 +4,7 @@ A result may err as far as a plain program in the same dtype, times 2 for values
 gradients. Masks are random with several steps of every loop, and with empty rows and columns.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ class Finding(NamedTuple):
     Attributes:
       off: name of the result that is farthest from its bound.
       mask: name of the mask it was found with.
-      error: largest absolute difference from the reference, or its norm for what is drawn;
-        infinite if one is not finite.
+      error: largest absolute difference from the reference, infinite if one is not finite; for
+        what is drawn its norm, or the share of entries that are off where the problem tolerates
+        some.
       allowed: what it may be.
       differs: name of a result whose bits a second run changed; "" if there is none.
     """
@@ -69,12 +71,16 @@ def check_contract(
         rough = plain(problem.inputs, mask) if plain is not None and is_low else exact
         for place, (direction, name) in enumerate(names[: len(results)]):
             got, expected = results[place], exact[place]
-            measure = _norm_error if name in problem.drawn else error
-            allowed = _FACTORS[direction] * measure(rough[place], expected)
-            if name in problem.drawn:
-                allowed += _DRAWN_SHARE * _norm(expected)
-            elif problem.plain is not None:
-                allowed += 1e-5 + 2e-6 * _largest(expected)
+            if name in problem.tolerances:
+                ulps, allowed = problem.tolerances[name]
+                measure = functools.partial(_share_off, ulps=ulps)
+            else:
+                measure = _norm_error if name in problem.drawn else error
+                allowed = _FACTORS[direction] * measure(rough[place], expected)
+                if name in problem.drawn:
+                    allowed += _DRAWN_SHARE * _norm(expected)
+                elif problem.plain is not None:
+                    allowed += 1e-5 + 2e-6 * _largest(expected)
             found = Finding(
                 off=name,
                 mask=mask_name,
@@ -104,6 +110,22 @@ def _norm(x: Any) -> float:
 def _norm_error(got: jax.Array, expected: jax.Array) -> float:
     off = _norm(np.asarray(got, np.float64) - np.asarray(expected, np.float64))
     return off if np.isfinite(off) else np.inf
+
+
+def _share_off(got: jax.Array, expected: jax.Array, *, ulps: int) -> float:
+    a, b = _count_ulps(got), _count_ulps(expected)
+    is_off = (np.abs(a - b) > ulps) & ~(np.isnan(got) & np.isnan(expected))
+    return float(is_off.mean()) if got.dtype == expected.dtype else np.inf
+
+
+def _count_ulps(x: jax.Array) -> np.ndarray:
+    """Number the values of a dtype in their order; both zeros have the same number."""
+    values = np.asarray(x)
+    if values.dtype == np.bool_:
+        return values.astype(np.int64)
+    bits = values.view(f"i{values.dtype.itemsize}").astype(np.int64)
+    lowest = -(2 ** (8 * values.dtype.itemsize - 1))
+    return np.where(bits < 0, lowest - bits, bits)
 
 
 def _largest(x: jax.Array) -> float:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.nm_matmul.mvue import prune_mvue
+from pallas_kernels.nm_matmul.mvue import prune_tokens
 
 
 def make_normal(
@@ -213,12 +213,7 @@ def plain_nm_matmul(
 
     y, back = jax.vjp(act, z)
     (dz,) = back(dy2)
-    pruned = dz
-    if grad_pruning != "none":
-        assert key is not None
-        padded = jnp.pad(dz, ((0, -len(dz) % 4), (0, 0)))
-        pruned, _ = prune_mvue(padded, key, axis=0, exact=grad_pruning == "mvue_exact")
-        pruned = pruned[: len(dz)]
+    pruned = prune_tokens(dz, key, grad_pruning)
     d_bias = None if bias is None else dz.sum(axis=0)
     return y.reshape(dy.shape), (dz @ kept.T).reshape(x.shape), x2.T @ pruned, d_bias
 

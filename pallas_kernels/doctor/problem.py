@@ -11,6 +11,18 @@ type Arrays = tuple[jax.Array, ...]
 type Function = Callable[[Arrays, Any], tuple[Any, ...]]
 
 
+class Tolerance(NamedTuple):
+    """How a result that random draws decide is compared, entry by entry.
+
+    Attributes:
+      ulps: int, units in the last place that an entry may be off; NaN equals NaN.
+      share: float, of the entries may be off by more: a rounding can turn a draw.
+    """
+
+    ulps: int
+    share: float
+
+
 class Problem(NamedTuple):
     """What a kernel is asked, and what it is compared with.
 
@@ -25,6 +37,8 @@ class Problem(NamedTuple):
       hide: function (inputs, mask) -> inputs with NaN where nothing may depend on them.
       drawn: names of results in which a rounding can turn a random draw: they are compared by
         their norms, since a few entries may differ much.
+      tolerances: name -> Tolerance of results of draws that hardly any rounding turns; the
+        reference returns these in the dtype of the call.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -35,6 +49,7 @@ class Problem(NamedTuple):
     plain: Function | None
     hide: Callable[[Arrays, Any], Arrays] = lambda inputs, mask: inputs
     drawn: tuple[str, ...] = ()
+    tolerances: Mapping[str, Tolerance] = {}
 
 
 class Maker(NamedTuple):

@@ -1,4 +1,4 @@
-"""Problems that show whether kernels of products, and of packing, are right.
+"""Problems that show whether kernels of products, of packing and of pruning are right.
 
 Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight.
 """
@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor import oracles
-from pallas_kernels.doctor.problem import Function, Maker, Problem, draw_blocks
-from pallas_kernels.nm_matmul import nm_matmul, pack_nm, unpack_nm
+from pallas_kernels.doctor.problem import Function, Maker, Problem, Tolerance, draw_blocks
+from pallas_kernels.nm_matmul import nm_matmul, pack_nm, prune_mvue, unpack_nm
 from pallas_kernels.nm_matmul.activations import GATED
-from pallas_kernels.nm_matmul.call import NMFacts, PackFacts
+from pallas_kernels.nm_matmul.call import NMFacts, PackFacts, PruneFacts
+from pallas_kernels.nm_matmul.mvue import GROUP
 
 
 def _make_nm(facts: NMFacts) -> Problem:
@@ -143,6 +145,41 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned)
 
 
+def _make_prune(facts: PruneFacts) -> Problem:
+    (x,) = oracles.make_normal((facts.shape,), facts.dtype)
+    rng = np.random.default_rng(4)
+    # Some groups of zeros, some entries that are zero or not finite, all scales of the dtype.
+    factors = 2.0 ** rng.integers(-14, 15, facts.shape)
+    factors *= rng.choice([1.0, 0.0, np.inf], facts.shape, p=[0.75, 0.24, 0.01])
+    start = [slice(None)] * x.ndim
+    start[facts.axis] = slice(GROUP)
+    factors[tuple(start)] = 0.0
+    wild = (x.astype(jnp.float32) * jnp.asarray(factors, jnp.float32)).astype(facts.dtype)
+
+    def call(implementation, directions):
+        def run(_, x):
+            key = jax.random.key(9)
+            return prune_mvue(
+                x, key, axis=facts.axis, exact=facts.exact, implementation=implementation
+            )
+
+        return run
+
+    names = {"forward": ("pruned", "mask")}
+    # XLA divides on a GPU to within two units. With errors of that size in 8 million groups, kept
+    # values were off by up to 13 units of f32, and one group in 1.3 million kept another pair.
+    ulps, share = (0, 0.0) if facts.exact else (16 if facts.dtype == "float32" else 1, 1e-5)
+    return Problem(
+        names,
+        (x,),
+        {"ordinary": x, "wild": wild},
+        call,
+        call("xla", ("forward",)),
+        None,
+        tolerances={"pruned": Tolerance(ulps, share), "mask": Tolerance(0, share)},
+    )
+
+
 def _make_block(facts: BlockFacts) -> Problem:
     inner, columns = facts.shape
     x, w, bias = oracles.make_normal(((facts.rows, inner), (inner, columns), (columns,)))
@@ -195,8 +232,12 @@ def _dense_product(facts: BlockFacts) -> Function:
     return _with_gradients(apply, dy, ("forward", "gradient"))
 
 
-def _keep(facts: PackFacts) -> Iterator[PackFacts]:
+def _keep(facts: Any) -> Iterator[Any]:
     yield facts
+
+
+def _draw_pruned(facts: PruneFacts, density: float) -> jax.Array:
+    return _make_prune(facts).inputs[0]
 
 
 def _draw_pack_mask(facts: PackFacts, density: float) -> jax.Array:
@@ -204,6 +245,7 @@ def _draw_pack_mask(facts: PackFacts, density: float) -> jax.Array:
 
 
 NM_MATMUL = Maker(NMFacts, _make_nm, _shrink_rows, _draw_nm_mask)
+PRUNE_MVUE = Maker(PruneFacts, _make_prune, _keep, _draw_pruned)
 PACK_NM = Maker(PackFacts, _make_pack, _keep, _draw_pack_mask)
 BLOCK_SPARSE_MATMUL = Maker(
     BlockFacts, _make_block, _shrink_rows, _draw_block_masks, _dense_product

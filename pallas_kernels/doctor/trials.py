@@ -9,7 +9,7 @@ from pallas_kernels.attention_map.call import MapFacts
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor.makers import MAKERS
-from pallas_kernels.nm_matmul.call import NMFacts, PackFacts
+from pallas_kernels.nm_matmul.call import NMFacts, PackFacts, PruneFacts
 from pallas_kernels.tables import TABLES
 from pallas_kernels.transposable_mask.call import TransposableFacts
 
@@ -102,6 +102,7 @@ _NM = NMFacts(rows=4096, inner=1024, columns=4096, dtype="bfloat16", has_bias=Tr
 _BLOCKS = BlockFacts(rows=4096, shape=(1024, 4096), grid=(8, 32), dtype="bfloat16")
 _MAP = MapFacts(num_queries=1024, num_keys=1024, head_dim=64, dtype="bfloat16", causal=False)
 _PACK = PackFacts(along_k=True, along_n=True, shape=(1024, 4096), dtype="bfloat16")
+_PRUNE = PruneFacts(shape=(4096, 4096), axis=0, dtype="bfloat16")
 # What is searched are the master weights.
 _SEARCH = TransposableFacts(rows=1024, columns=4096, dtype="float32")
 
@@ -128,6 +129,7 @@ def list_default_calls() -> list[tuple[str, Any]]:
         ("nm_matmul", replace(_NM, transposable=True, activation="gelu", grad_pruning="mvue")),
         ("nm_matmul", replace(_NM, transposable=True, grad_pruning="mvue")),
         ("pack_nm", _PACK),
+        ("prune_mvue", _PRUNE),
         ("transposable_mask", _SEARCH),
     ]
 
@@ -220,5 +222,16 @@ _GRIDS: tuple[tuple[str, Any, dict[str, tuple[Any, ...]]], ...] = (
         },
     ),
     ("pack_nm", _vary_pack, {"dtype": _LOW, "axes": ((True, False), (False, True), (True, True))}),
+    (
+        "prune_mvue",
+        _PRUNE,
+        {
+            # Tiles that fit and tiles that stand out.
+            "shape": ((4096, 4096), (4096, 1000)),
+            "axis": (0, 1),
+            "dtype": (*_LOW, "float32"),
+            "exact": _BOTH,
+        },
+    ),
     ("transposable_mask", _SEARCH, {"dtype": (*_LOW, "float32")}),
 )

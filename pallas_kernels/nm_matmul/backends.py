@@ -1,8 +1,15 @@
-"""The backends of `nm_matmul`, and of `pack_nm`, in order of preference."""
+"""The backends of `nm_matmul`, of `pack_nm` and of `prune_mvue`, in order of preference."""
 
 from pallas_kernels.backends import Backend, always
-from pallas_kernels.nm_matmul import mosaic_sm90, reference, xla
-from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
+from pallas_kernels.nm_matmul import mosaic_sm90, reference, triton, xla
+from pallas_kernels.nm_matmul.call import (
+    NMArrays,
+    NMFacts,
+    PackArrays,
+    PackFacts,
+    PruneArrays,
+    PruneFacts,
+)
 
 BACKENDS: tuple[Backend[NMArrays, NMFacts], ...] = (
     Backend(
@@ -23,5 +30,23 @@ PACK_BACKENDS: tuple[Backend[PackArrays, PackFacts], ...] = (
         check=mosaic_sm90.check_packing,
         needs_verdict=True,
     ),
+    Backend(
+        name="triton",
+        run=triton.pack_weight,
+        check=triton.check_packing,
+        needs_verdict=True,
+        tile=triton.tile_packing,
+    ),
     Backend(name="xla", run=xla.pack_weight, suits=always),
+)
+
+PRUNE_BACKENDS: tuple[Backend[PruneArrays, PruneFacts], ...] = (
+    Backend(
+        name="triton",
+        run=triton.prune,
+        check=triton.check_pruning,
+        needs_verdict=True,
+        tile=triton.tile_pruning,
+    ),
+    Backend(name="xla", run=xla.prune, suits=always),
 )

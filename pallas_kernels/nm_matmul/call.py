@@ -1,9 +1,10 @@
-"""What a backend of `nm_matmul`, and of `pack_nm`, is given.
+"""What a backend of `nm_matmul`, of `pack_nm` and of `prune_mvue` is given.
 
 Letters: M rows (tokens)   K contracted axis   N columns of the weight.
 """
 
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -118,3 +119,45 @@ class PackFacts:
     def sizes(self) -> tuple[int, ...]:
         """(K, N)."""
         return self.shape
+
+
+class PruneArrays(NamedTuple):
+    """What is pruned, and by what.
+
+    Attributes:
+      x: float[..., 4 G, ...].
+      bits: uint32[..., G, ...], random, one for each group.
+    """
+
+    x: jax.Array
+    bits: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneFacts:
+    """Static facts of one call of `prune_mvue`.
+
+    Attributes:
+      shape: of x.
+      axis: int, not negative, in which groups lie.
+      dtype: str, of x.
+      exact: bool, whether the variance is the least possible.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    dtype: str
+    exact: bool = False
+
+    DIRECTIONS: ClassVar[tuple[str, ...]] = ("forward",)
+
+    @property
+    def kernel_options(self) -> dict[str, str | int | bool]:
+        """What a kernel is compiled for, sizes aside."""
+        return {"dtype": self.dtype, "exact": self.exact, "last_axis": self.sizes[2] == 1}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(entries before the axis, its length, entries behind it)."""
+        before, behind = self.shape[: self.axis], self.shape[self.axis + 1 :]
+        return math.prod(before), self.shape[self.axis], math.prod(behind)

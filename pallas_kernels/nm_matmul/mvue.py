@@ -18,55 +18,37 @@ _FLOOR = 2.0**-23
 _NEGLIGIBLE = 1e-30
 
 
-def prune_mvue(
-    x: jax.Array, key: jax.Array, *, axis: int, exact: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Keep two of every four consecutive entries, without bias.
-
-    E[pruned] = x,  pruned_i = x_i / P(i is kept) where kept, 0 elsewhere
-
-    Approximate: two draws without replacement with probability proportional to a = |x| + floor,
-      P(i, j kept) = t_i t_j (1 / (1 - t_i) + 1 / (1 - t_j)),  t = a / sum a
-    Exact: for a_1 <= a_2 <= a_3 <= a_4 of sum S, P(i kept) = 2 a_i / S, or, where a_4 exceeds the
-    sum T of the others, P(4 kept) = 1 and P(i kept) = a_i / T.
+def draw_bits(key: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Draw the random bits of all groups.
 
     Args:
-      x: float[..., 4 G, ...], what is pruned.
-      key: key[], typed random key; equal keys give equal results.
-      axis: int, axis of x in which groups lie; a multiple of 4 long.
-      exact: bool, whether the variance is the least possible; the approximation has 6 % more on
-        Gaussian groups, 2.011 against 1.895 at unit variance, and sorts nothing.
+      key: key[], typed random key.
+      shape: of what is pruned.
+      axis: int, not negative, in which groups lie.
 
     Returns:
-      tuple of pruned, shaped and typed like x, and mask, bool shaped like x, with exactly two
-      True in every group, also in one of zeros.
-
-    Raises:
-      ValueError: if the axis does not hold whole groups.
-
-    Numerics:
-      f32 inside; rounded to the dtype of x last. A kept value is at most the sum of its group's
-      magnitudes. Probabilities carry an error of 2^-22. A group with NaN or infinity keeps one.
-
-    References:
-      FST, arXiv:2404.01847, section 5; Chmiel et al., arXiv:2203.10991, for the estimator. The
-      floor is 2^-23 in the published kernel; here it is 2^-23 of the group's sum, the same for
-      gradients of order 1 and still small for those of a loss that was not scaled up. The exact
-      probabilities are not those of the published routine, which is biased.
-
-    Example:
-      >>> x = jnp.array([3.0, 0.0, 0.0, -1.0])
-      >>> pruned, mask = prune_mvue(x, jax.random.key(0), axis=0, exact=True)
-      >>> pruned.tolist(), mask.tolist()
-      ([3.0, 0.0, 0.0, -1.0], [True, False, False, True])
+      uint32, of that shape but for a quarter of the axis.
     """
-    axis = range(x.ndim)[axis]
-    if x.shape[axis] % GROUP:
-        raise ValueError(f"axis {axis} of x must be a multiple of {GROUP} long, got {x.shape=}")
-    groups = (*x.shape[:axis], x.shape[axis] // GROUP)
-    grouped = x.reshape(*groups, GROUP, *x.shape[axis + 1 :]).astype(jnp.float32)
+    shape = (*shape[:axis], shape[axis] // GROUP, *shape[axis + 1 :])
+    return jax.random.bits(key, shape, jnp.uint32)
+
+
+def prune_drawn(
+    x: jax.Array, bits: jax.Array, *, axis: int, exact: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Prune by random bits that were drawn before.
+
+    Args:
+      x: float[..., 4 G, ...].
+      bits: uint32[..., G, ...], random.
+      axis: int, not negative, in which groups lie.
+      exact: bool, see `pallas_kernels.nm_matmul.prune.prune_mvue`.
+
+    Returns:
+      tuple of pruned, shaped and typed like x, and mask, bool shaped like x.
+    """
+    grouped = x.reshape(*bits.shape[: axis + 1], GROUP, *x.shape[axis + 1 :]).astype(jnp.float32)
     members = [jax.lax.index_in_dim(grouped, i, axis + 1, keepdims=False) for i in range(GROUP)]
-    bits = jax.random.bits(key, members[0].shape, jnp.uint32)
     values, kept = prune_group(members, as_uniform(bits), exact=exact)
     values = [v.astype(x.dtype) for v in values]
     if not exact:
@@ -94,7 +76,8 @@ def prune_tokens(dz: jax.Array, key: jax.Array | None, grad_pruning: str) -> jax
         return dz
     rows = dz.shape[0]
     dz = jnp.pad(dz, ((0, -rows % GROUP), (0, 0)))
-    return prune_mvue(dz, key, axis=0, exact=grad_pruning == "mvue_exact")[0][:rows]
+    bits = draw_bits(key, dz.shape, 0)
+    return prune_drawn(dz, bits, axis=0, exact=grad_pruning == "mvue_exact")[0][:rows]
 
 
 def as_uniform(bits: jax.Array) -> jax.Array:
@@ -112,12 +95,12 @@ def as_uniform(bits: jax.Array) -> jax.Array:
 def prune_group(
     members: Sequence[jax.Array], uniform: jax.Array, *, exact: bool
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Prune groups given as four arrays, one per member; the arithmetic of `prune_mvue`.
+    """Prune groups given as four arrays, one per member; the arithmetic of `prune_drawn`.
 
     Args:
       members: four f32[...], the members of each group.
       uniform: f32[...], uniform in [0, 1), one number per group.
-      exact: bool, see `prune_mvue`.
+      exact: bool, see `prune_drawn`.
 
     Returns:
       tuple of four f32[...], pruned members, and four bool[...], which of them were kept.

@@ -40,8 +40,8 @@ def pack_nm(
       mask: bool, shaped like w, at most two of every four consecutive True along each packed axis.
       axis: 0 packs along K for the forward product; 1 along N; "both", of a transposable mask, for
         forward and backward.
-      implementation: "mosaic_sm90", one kernel that reads w and mask once; "xla"; or None: the
-        kernel where it was proven and is faster, else "xla". Both return the same bits.
+      implementation: "mosaic_sm90" or "triton", one kernel that reads w and mask once; "xla"; or
+        None: a kernel where it was proven and is faster, else "xla". All return the same bits.
 
     Returns:
       PackedNM, for each packed axis K*N/2 values and K*N/8 bytes of metadata.
@@ -49,7 +49,8 @@ def pack_nm(
     Raises:
       ValueError: if shape, dtype or an option is not as above, or if the values of the mask are
         known while tracing and a group keeps too many; of a traced mask, the first two are kept.
-      NotImplementedError: if the kernel is named and the device is no Hopper GPU.
+      NotImplementedError: if a kernel is named that does not run on the device: "mosaic_sm90" runs
+        on Hopper GPUs, "triton" on NVIDIA's since Ampere.
 
     Example:
       >>> w = jnp.ones((64, 128), jnp.bfloat16)

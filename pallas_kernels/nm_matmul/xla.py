@@ -9,8 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.activations import apply_activation
-from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
-from pallas_kernels.nm_matmul.mvue import prune_tokens
+from pallas_kernels.nm_matmul.call import (
+    NMArrays,
+    NMFacts,
+    PackArrays,
+    PackFacts,
+    PruneArrays,
+    PruneFacts,
+)
+from pallas_kernels.nm_matmul.mvue import prune_drawn, prune_tokens
 from pallas_kernels.nm_matmul.packing import PackedNM, compress
 from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 
@@ -58,3 +65,12 @@ def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
         compress(w.T, mask.T) if facts.along_k else None,
         compress(w, mask) if facts.along_n else None,
     )
+
+
+def prune(arrays: PruneArrays, facts: PruneFacts) -> tuple[jax.Array, jax.Array]:
+    """Prune by elementwise operations, which XLA fuses with what is around them.
+
+    Returns:
+      tuple of pruned, shaped and typed like x, and mask, bool shaped like x.
+    """
+    return prune_drawn(*arrays, axis=facts.axis, exact=facts.exact)

@@ -39,3 +39,13 @@ def fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
 
     run.def_vmap(run_batched)
     return run
+
+
+def repeat_shared[Arrays](arrays: Arrays) -> Arrays:
+    """Give each example a copy of what all of them share, for kernels that share nothing.
+
+    Args:
+      arrays: pytree of arrays, each with a leading axis of examples or of 1.
+    """
+    examples = max(x.shape[0] for x in jax.tree.leaves(arrays))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (examples, *x.shape[1:])), arrays)

@@ -25,8 +25,9 @@ def gpu(tmp_path, monkeypatch, cache):
     """Pretend that there is an H200 whose kernels are all right but one."""
     install_nvidia_smi(tmp_path, monkeypatch)
     body = (
-        "if trial['op'] == 'pack_nm' and trial['backend'] != 'xla': os.abort()\n"
-        "forward_only = trial['op'] in ('pack_nm', 'mean_attention_map', 'transposable_mask')\n"
+        "if (trial['op'], trial['backend']) == ('pack_nm', 'mosaic_sm90'): os.abort()\n"
+        "products = ('nm_matmul', 'block_sparse_matmul', 'block_sparse_attention')\n"
+        "forward_only = trial['op'] not in products\n"
         "right(place, task, ('forward',) if forward_only else ('forward', 'gradient'))"
     )
     child = write_child(tmp_path, body)

@@ -37,6 +37,7 @@ BLOCKS = dataclasses.replace(
 )
 MAP = dataclasses.replace(_CALLS["mean_attention_map"], num_queries=128, num_keys=128, head_dim=32)
 PACK = dataclasses.replace(_CALLS["pack_nm"], shape=(128, 128))
+PRUNE = dataclasses.replace(_CALLS["prune_mvue"], shape=(32, 96))
 SEARCH = dataclasses.replace(_CALLS["transposable_mask"], rows=128, columns=128)
 CALLS = {
     "block_sparse_attention": (ATTENTION, "random"),
@@ -44,6 +45,7 @@ CALLS = {
     "mean_attention_map": (MAP, "all"),
     "nm_matmul": (NM, "whole"),
     "pack_nm": (PACK, "underfull"),
+    "prune_mvue": (PRUNE, "wild"),
     "transposable_mask": (SEARCH, "whole"),
 }
 HOPPER_OPS = {op: op for op in CALLS if any(row.name == "mosaic_sm90" for row in TABLES[op])}
@@ -70,12 +72,8 @@ def test_kernels_are_right_under_the_interpreter(op):
 
 
 @pytest.mark.ci
-def test_a_search_is_right_under_the_interpreter_and_one_that_is_not_the_first_of_ties_is_wrong():
-    from tests.kernels.triton_interpreter import triton_kernels
-
+def test_a_search_that_is_not_the_first_of_ties_is_wrong():
     problem = _make("transposable_mask", masks=["whole", "zeros", "not finite"])
-    with triton_kernels():
-        assert _judge("transposable_mask", problem, "triton") == "right"
 
     def call(implementation, directions):
         search = problem.call("xla", directions)
@@ -89,6 +87,18 @@ def test_a_search_is_right_under_the_interpreter_and_one_that_is_not_the_first_o
 
     found = _judge("transposable_mask", problem._replace(call=call), "xla")
     assert found.startswith("wrong (forward: mask off by 1")
+
+
+_TRITON = [op for op in CALLS if any(row.name == "triton" for row in TABLES[op])]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("op", _TRITON)
+def test_triton_kernels_are_right_under_the_interpreter(op):
+    from tests.kernels.triton_interpreter import triton_kernels
+
+    with triton_kernels():
+        assert _judge(op, _make(op), "triton") == "right"
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -223,6 +233,28 @@ def test_a_pruned_gradient_behind_an_activation_is_compared_by_its_norm():
 
     found = _judge("nm_matmul", problem._replace(call=call), "xla")
     assert found.startswith("wrong (gradient: dw off by")
+
+
+_TURNS = {
+    "a draw now and then": (lambda x: x.at[0, 0].set(0), "right"),
+    "a row": (lambda x: x.at[-1].set(0), "pruned off by 0.0"),
+    "the last bits": (lambda x: (x.astype(jnp.float32) * 1.01).astype(x.dtype), "pruned off by"),
+}
+
+
+@pytest.mark.parametrize("fault", _TURNS)
+def test_pruned_entries_are_compared_one_by_one(fault):
+    turn, expected = _TURNS[fault]
+    problem = _make("prune_mvue", masks=["ordinary"], shape=(512, 512))
+
+    def call(implementation, directions):
+        def run(inputs, x):
+            pruned, mask = problem.call("xla", directions)(inputs, x)
+            return turn(pruned), mask
+
+        return run
+
+    assert expected in _judge("prune_mvue", problem._replace(call=call), "xla")
 
 
 def test_a_child_proves_and_times_a_trial_and_says_what_it_refuses():

@@ -23,7 +23,7 @@ from pallas_kernels.backends import (
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.dispatch import make_abstract_gpu
-from pallas_kernels.nm_matmul.call import NMFacts, PackFacts
+from pallas_kernels.nm_matmul.call import NMFacts, PackFacts, PruneFacts
 from pallas_kernels.tables import TABLES, list_backends
 from pallas_kernels.transposable_mask.call import TransposableFacts
 from pallas_kernels.verdict_files import use_verdicts
@@ -266,6 +266,7 @@ ODD_FACTS = {
     ),
     "nm_matmul": NMFacts(rows=3, inner=15, columns=7, dtype="float32", pattern=(2, 5)),
     "pack_nm": PackFacts(along_k=True, along_n=False, shape=(64, 64), dtype="bfloat16"),
+    "prune_mvue": PruneFacts(shape=(8, 3), axis=0, dtype="float64"),
     "transposable_mask": TransposableFacts(rows=12, columns=20, dtype="float64"),
 }  # fmt: skip
 

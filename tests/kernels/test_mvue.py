@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nm_matmul.mvue import prune_mvue
+from pallas_kernels.nm_matmul.prune import prune_mvue
 
 VARIANTS = pytest.mark.parametrize("exact", [False, True], ids=["approximate", "exact"])
 

@@ -15,10 +15,14 @@ from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import prune_on_gpu
 from pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp import operand_offsets
 from pallas_kernels.nm_matmul.packing import compress
+from tests.kernels.implementations import interpret
 from tests.kernels.interpreter import hopper
 
 # Two positions, the first in the low bits, the second greater: all others are undefined.
-jit_pack, jit_unpack = jax.jit(pack_nm, static_argnames=("axis",)), jax.jit(unpack_nm)
+jit_pack, jit_unpack = (
+    jax.jit(pack_nm, static_argnames=("axis", "implementation")),
+    jax.jit(unpack_nm),
+)
 LEGAL = {0x4, 0x8, 0xC, 0x9, 0xD, 0xE}
 
 
@@ -78,11 +82,19 @@ def assert_same_bits(actual, expected):
         np.testing.assert_array_equal(np.asarray(x).view(kind), np.asarray(y).view(kind))
 
 
+# Kernels beside what runs everywhere; they are interpreted.
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("triton", marks=pytest.mark.ci)]
+)
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("name", ["whole", "underfull", "empty"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_tensor_cores_see_the_masked_weight(name, dtype):
+def test_tensor_cores_see_the_masked_weight(name, dtype, implementation):
     w, masks = make_weight((128, 192), transposable=True, dtype=dtype)
-    packed = jit_pack(w, masks[name], axis="both")
+    with interpret(implementation):
+        packed = jit_pack(w, masks[name], axis="both", implementation=implementation)
     expected = masked(w, masks[name])
     along_n, nibbles = emulate(packed.along_n)
     np.testing.assert_array_equal(along_n, expected)
@@ -95,8 +107,9 @@ def test_tensor_cores_see_the_masked_weight(name, dtype):
     assert packed.along_k.metadata.nbytes == w.size // 8
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("kept", range(16))
-def test_every_group(kept):
+def test_every_group(kept, implementation):
     # All ways to keep some of four, with values that only their sign bit tells from nothing.
     flags = [bool(kept >> i & 1) for i in range(4)]
     w = jnp.full((64, 64), -0.0, jnp.bfloat16).at[:, 1::4].set(jnp.nan).at[:, 2::4].set(3.0)
@@ -106,10 +119,12 @@ def test_every_group(kept):
         with pytest.raises(ValueError, match=message):
             pack_nm(w, mask, axis=1)
         first_two = mask & (jnp.cumsum(mask.reshape(64, 16, 4), axis=2).reshape(64, 64) <= 2)
-        packed = jit_pack(w, mask, axis=1)
+        with interpret(implementation):
+            packed = jit_pack(w, mask, axis=1, implementation=implementation)
         assert_same_bits(jit_unpack(packed), jnp.where(first_two, w, 0))
         return
-    packed = jit_pack(w, mask, axis=1)
+    with interpret(implementation):
+        packed = jit_pack(w, mask, axis=1, implementation=implementation)
     assert_same_bits(jit_unpack(packed), jnp.where(mask, w, 0))
     _, nibbles = emulate(packed.along_n)
     assert len(nibbles) == 1 and nibbles <= LEGAL
@@ -137,27 +152,30 @@ def test_unpacking_inverts_packing(seed, shape, axis):
 
 
 @pytest.mark.ci
-def test_stacked_weights():
+@IMPLEMENTATIONS
+def test_stacked_weights(implementation):
     w, masks = make_weight((64, 128))
     stacked = jnp.stack([w, 2 * w]), jnp.stack([masks["whole"], masks["underfull"]])
-    packed = jit_pack(*stacked)
+    with interpret(implementation):
+        packed = jit_pack(*stacked, implementation=implementation)
     assert packed.shape == (2, 64, 128)
     assert_same_bits(jit_unpack(packed), jnp.where(stacked[1], stacked[0], 0))
     assert_same_bits(jax.tree.map(lambda x: x[1], packed), jit_pack(2 * w, masks["underfull"]))
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("implementation", ["mosaic_sm90", "triton"])
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((128, 64), "both"), ((64, 128), "both"), ((64, 64), 0), ((64, 128), 1)],
     ids=str,
 )
-def test_the_kernel_packs_the_same_bits(shape, axis):
+def test_the_kernel_packs_the_same_bits(shape, axis, implementation):
     w, masks = make_weight(shape, transposable=True)
     w = w.at[0, 0].set(-0.0)
     expected = pack_nm(w, masks["underfull"], axis=axis, implementation="xla")
-    with hopper():
-        pack = jax.jit(functools.partial(pack_nm, axis=axis, implementation="mosaic_sm90"))
+    with interpret(implementation):
+        pack = jax.jit(functools.partial(pack_nm, axis=axis, implementation=implementation))
         actual = pack(w, masks["underfull"])
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     assert_same_bits(actual, expected)

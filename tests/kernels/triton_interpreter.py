@@ -31,7 +31,7 @@ jit = pytest.importorskip("triton.runtime.jit")
 
 _NAMES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8",
-    "uint8": "u8", "int16": "i16", "uint32": "u32", "bool": "i1",
+    "uint8": "u8", "int16": "i16", "uint16": "u16", "uint32": "u32", "bool": "i1",
 }  # fmt: skip
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _UNWRITTEN = -123456789
@@ -112,7 +112,7 @@ class _Memory:
         arrays = dict(inputs)
         for name, out in outputs.items():
             value = np.nan if jax.numpy.issubdtype(out.dtype, np.floating) else _UNWRITTEN
-            arrays[name] = np.full(out.shape, value, out.dtype)
+            arrays[name] = np.full(out.shape, value).astype(out.dtype)
         sizes = [-(-x.nbytes // 64) * 64 + _GAP_BYTES for x in arrays.values()]
         self._buffer = np.empty(sum(sizes) + _GAP_BYTES, np.uint8)
         self._names, self._views, self.pointers = list(arrays), {}, {}

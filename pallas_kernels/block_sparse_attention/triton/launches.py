@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.triton.lists import Lists, make_order
 from pallas_kernels.block_sparse_attention.triton.tiles import Tiles
-from pallas_kernels.triton.batching import fold_vmap
+from pallas_kernels.triton.batching import fold_vmap, repeat_shared
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.tile_tables import Tile
 
@@ -124,7 +124,7 @@ def _attend(operands, lists, problem):
     # Imported where it is launched: kernels need the extra.
     from pallas_kernels.block_sparse_attention.triton import forward_kernel
 
-    operands = _repeat_shared(operands)
+    operands = repeat_shared(operands)
     q = operands.q
     batch, num_queries, num_heads, _ = q.shape
     rows = (batch, num_heads, num_queries)
@@ -149,7 +149,7 @@ def _attend(operands, lists, problem):
 def _differentiate_queries(operands, lists, problem):
     from pallas_kernels.block_sparse_attention.triton import backward_kernels
 
-    operands = _repeat_shared(operands)
+    operands = repeat_shared(operands)
     q = operands.q
     batch, num_queries, num_heads, _ = q.shape
     results = launch(
@@ -168,7 +168,7 @@ def _differentiate_queries(operands, lists, problem):
 def _differentiate_keys(operands, lists, problem):
     from pallas_kernels.block_sparse_attention.triton import backward_kernels
 
-    operands = _repeat_shared(operands)
+    operands = repeat_shared(operands)
     k = operands.k
     batch, num_keys, num_kv_heads, _ = k.shape
     like_k = jax.ShapeDtypeStruct(k.shape, k.dtype)
@@ -183,12 +183,6 @@ def _differentiate_keys(operands, lists, problem):
         capability=problem.capability,
     )
     return results["dk"], results["dv"]
-
-
-def _repeat_shared(operands: Operands) -> Operands:
-    """Give each example what vmap lets all of them share."""
-    examples = max(x.shape[0] for x in jax.tree.leaves(operands))
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (examples, *x.shape[1:])), operands)
 
 
 def _name_inputs(operands, lists, heads, *, backward):

@@ -3,12 +3,15 @@
 Letters: K N as in `transposable_mask`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.transposable_mask.call import TILE, TransposableArrays, TransposableFacts
 from pallas_kernels.transposable_mask.magnitudes import find_most
 from pallas_kernels.transposable_mask.triton.tiles import find_tile
+from pallas_kernels.triton.batching import fold_vmap
 from pallas_kernels.triton.device import check_device
 from pallas_kernels.triton.launch import launch
 
@@ -47,17 +50,8 @@ def run(arrays: TransposableArrays, facts: TransposableFacts) -> jax.Array:
     check(facts)
     capability = check_device()
 
-    @jax.custom_batching.custom_vmap
-    def search(w_KN):
-        return _launch(w_KN, capability)
-
-    @search.def_vmap
-    def search_batched(axis_size, in_batched, w_BKN):
-        del in_batched
-        mask = search(w_BKN.reshape(-1, w_BKN.shape[-1]))
-        return mask.reshape(axis_size, *w_BKN.shape[1:]), True
-
-    return search(arrays.w)
+    # vmap adds rows.
+    return fold_vmap(functools.partial(_launch, capability=capability))(arrays.w)
 
 
 def _launch(w_KN, capability):
