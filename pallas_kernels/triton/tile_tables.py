@@ -40,19 +40,20 @@ class Tile(NamedTuple):
     def fit(self, rows: int, columns: int) -> "Tile":
         """Cut the tile to the blocks of a pattern.
 
-        Fewer rows take fewer warps, but no less than two: what one alone would hold of a wide head
-        does not fit in its registers.
+        Fewer rows take fewer warps, but no less than four, or two of sixteen rows: what fewer would
+        hold of a wide head does not fit in their registers.
 
         Args:
           rows: positions of a block along the side that stays, a power of two.
           columns: positions of a block along the other side, a power of two.
 
         Example:
-          >>> Tile(64, 64, 4, 2).fit(32, 128)
-          Tile(rows=32, columns=64, warps=2, stages=2)
+          >>> Tile(64, 64, 8, 2).fit(32, 128)
+          Tile(rows=32, columns=64, warps=4, stages=2)
         """
         fitted = min(self.rows, rows)
-        warps = max(2, self.warps * fitted // self.rows)
+        least = min(self.warps, 4 if fitted > 16 else 2)
+        warps = max(least, self.warps * fitted // self.rows)
         return Tile(fitted, min(self.columns, columns), warps, self.stages)
 
     def __str__(self) -> str:

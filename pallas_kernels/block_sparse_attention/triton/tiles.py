@@ -47,8 +47,9 @@ _AMPERE = {
     (4, 64): _FLOAT32,
     (4, 128): _FLOAT32,
 }
-# Here 64 rows of a wide head spill with eight warps, and 32 with two.
+# Here 64 rows of a wide head spill with eight warps, and dK and dV of 64 keys with four.
 _BLACKWELL = _AMPERE | {
+    (2, 64): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 8, 2)),
     (2, 256): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 1)),
 }
 _TABLE = {
