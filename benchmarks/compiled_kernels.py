@@ -28,6 +28,7 @@ from pallas_kernels import aot
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor.makers import MAKERS
+from pallas_kernels.nm_matmul.call import PackFacts, PruneFacts
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.transposable_mask.call import TransposableFacts
 from pallas_kernels.verdicts import describe_call
@@ -85,10 +86,24 @@ def _list_transposable() -> Iterator[TransposableFacts]:
         yield TransposableFacts(rows=512, columns=768, dtype=dtype)
 
 
+def _list_packing() -> Iterator[PackFacts]:
+    axes = ((True, False), (False, True), (True, True))
+    for dtype, (along_k, along_n) in itertools.product(("bfloat16", "float16"), axes):
+        yield PackFacts(along_k=along_k, along_n=along_n, shape=(512, 768), dtype=dtype)
+
+
+def _list_pruning() -> Iterator[PruneFacts]:
+    dtypes = ("bfloat16", "float16", "float32")
+    for dtype, axis, exact in itertools.product(dtypes, (0, 1), (False, True)):
+        yield PruneFacts(shape=(512, 768), axis=axis, dtype=dtype, exact=exact)
+
+
 # Op -> calls that together reach every entry of its tables of tiles, each cut in every way.
 CALLS: Mapping[str, tuple[Any, ...]] = {
     "block_sparse_attention": tuple(_list_attention()),
     "block_sparse_matmul": tuple(_list_block_matmul()),
+    "pack_nm": tuple(_list_packing()),
+    "prune_mvue": tuple(_list_pruning()),
     "transposable_mask": tuple(_list_transposable()),
 }
 
@@ -106,7 +121,12 @@ def hash_kernels(op: str) -> str:
 
 
 def _find_package(op: str) -> str:
-    return {"mean_attention_map": "pallas_kernels.attention_map"}.get(op, f"pallas_kernels.{op}")
+    folders = {
+        "mean_attention_map": "attention_map",
+        "pack_nm": "nm_matmul",
+        "prune_mvue": "nm_matmul",
+    }
+    return f"pallas_kernels.{folders.get(op, op)}"
 
 
 def compile_call(op: str, facts: Any, capability: tuple[int, int]) -> list[dict[str, Any]]:

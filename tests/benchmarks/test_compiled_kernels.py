@@ -8,6 +8,7 @@ from benchmarks import compiled_kernels
 from benchmarks.compiled_kernels import CALLS, find_faults, list_targets, read_records
 from pallas_kernels.block_sparse_attention.triton import tiles as attention_tiles
 from pallas_kernels.block_sparse_matmul.triton import tiles as product_tiles
+from pallas_kernels.nm_matmul.triton import tiles as packing_tiles
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.tables import TABLES
 from pallas_kernels.transposable_mask.triton import tiles as transposable_tiles
@@ -100,6 +101,7 @@ def test_calls_reach_every_entry_of_the_tables():
     assert set(product_tiles.CAPABILITIES) == capabilities
     dtypes = {2 if "16" in facts.dtype else 4 for facts in CALLS["block_sparse_matmul"]}
     assert dtypes == set(product_tiles._AMPERE)
+    assert set(packing_tiles.CAPABILITIES) == capabilities
     assert set(transposable_tiles.CAPABILITIES) == capabilities
 
 

@@ -1,7 +1,7 @@
 """Tiles of the attention kernels by compute capability, dtype and head dim.
 
-They were chosen so that no kernel spills a register and shared memory fits in the configurations
-that `tests/kernels/test_triton_compiled.py` compiles. None was timed.
+They were chosen so that no kernel spills a register and shared memory fits
+(`benchmarks/results/compiled_kernels.md`). None was timed.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Tiles of the products by compute capability and dtype.
 
-They were chosen so that no kernel spills a register and shared memory fits (`compiled_report`).
-None was timed.
+They were chosen so that no kernel spills a register and shared memory fits
+(`benchmarks/results/compiled_kernels.md`). None was timed.
 """
 
 import math

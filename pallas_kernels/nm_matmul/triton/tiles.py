@@ -1,7 +1,7 @@
 """Tiles of the packing and the pruning kernel by compute capability.
 
 They were chosen so that a thread moves 16 bytes at a time where arrays allow it, and no register
-spills on any target of `tests/kernels/test_triton_nm_compiled.py`. None was timed.
+spills (`benchmarks/results/compiled_kernels.md`). None was timed.
 """
 
 from typing import NamedTuple
