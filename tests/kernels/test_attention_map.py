@@ -102,9 +102,7 @@ def test_a_map_that_is_streamed_has_its_values(average, chunks):
 def test_a_query_that_sees_nothing_has_an_empty_map(implementation):
     (q,) = _draw((1, 4, 2, 16))
     with _kernels_of(implementation):
-        got = average_maps(
-            q, q, kv_mask_BS=np.zeros((1, 4), bool), implementation=implementation
-        )
+        got = average_maps(q, q, kv_mask_BS=np.zeros((1, 4), bool), implementation=implementation)
     np.testing.assert_array_equal(got, np.zeros((4, 4)))
 
 

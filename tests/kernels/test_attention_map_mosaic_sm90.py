@@ -13,7 +13,6 @@ from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.map_contract import BROKEN, Case, check, make_map
 from tests.kernels.tiers import tier
 
-
 CASES = {
     # Six steps in each of six tiles: the slots of the ring are used again.
     "rectangle_of_tiles": Case(batch=2, heads=(3, 3), lengths=(256, 384)),

@@ -6,7 +6,6 @@ Letters: B T S N K H as everywhere (`sparsejax.types`); M maps, of which each ha
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -144,7 +143,7 @@ def count_tiles(num_queries: int, num_keys: int, tile: Tile) -> int:
     return -(-num_queries // tile.rows) * -(-num_keys // tile.columns)
 
 
-def _name_constants(operands: Operands, problem: Problem, tile: Tile) -> Mapping[str, Any]:
+def _name_constants(operands: Operands, problem: Problem, tile: Tile) -> dict[str, Any]:
     (_, num_queries, num_heads, head_dim), kv_shape = operands.q.shape, operands.k.shape
     return {
         "T": num_queries,
