@@ -228,12 +228,12 @@ def test_without_a_gpu_the_kernels_are_refused():
 def test_heads_are_divided_until_every_processor_has_work(monkeypatch):
     parts = []
     monkeypatch.setattr(mean_map, "check_device", lambda: (9, 0))
-    for processors, length in ((132, 256), (132, 1024), (132, 4096), (8, 1024), (8, 512)):
+    for processors, length in ((132, 256), (132, 1000), (132, 4096), (8, 512), (8, 300)):
         facts = dataclasses.replace(_FACTS, num_queries=length, num_keys=length)
         with jax.sharding.use_abstract_mesh(make_abstract_gpu("NVIDIA H200", processors)):
             parts.append(mean_map.make_problem(facts).parts)
-    # 4, 64, 1024, 64 and 16 tiles, of which two a processor are wanted, and no more than 8 parts.
-    assert parts == [8, 8, 1, 1, 1]
+    # 4, 64, 1024, 16 and 9 tiles; two programs a processor and eight parts are the most.
+    assert parts == [8, 4, 1, 1, 1]
 
 
 def test_a_tile_names_what_is_compiled_and_sizes_shrink_without_changing_it():

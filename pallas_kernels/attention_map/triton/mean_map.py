@@ -23,7 +23,7 @@ from pallas_kernels.triton.tile_tables import Tile
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (16, 256)
-# Programs for each processor that a call should have, and the most parts that it is cut into.
+# Programs that every processor may get, and parts that heads are divided into, at most.
 _PROGRAMS_PER_PROCESSOR = 2
 _MOST_PARTS = 8
 
@@ -115,6 +115,6 @@ def _choose_parts(facts: MapFacts, tile: Tile) -> int:
     processors = 2 if find_interpretation() is not None else count_processors()
     tiles = count_tiles(facts.num_queries, facts.num_keys, tile)
     parts = 1
-    while parts < _MOST_PARTS and parts * tiles < _PROGRAMS_PER_PROCESSOR * processors:
+    while parts < _MOST_PARTS and 2 * parts * tiles <= _PROGRAMS_PER_PROCESSOR * processors:
         parts *= 2
     return parts
