@@ -37,6 +37,8 @@ from pallas_kernels.verdicts import describe_call
 
 FOLDER = ROOT / ".gpu-export"
 MANIFEST = "manifest.json"
+# Module -> package. `jax.export` writes and reads with the first, kernels are packed with the other.
+NEEDS = {"flatbuffers": "flatbuffers", "jax_cuda13_plugin": "'sparsejax[compile]'"}
 _NAME = "triton"
 
 # op -> changes of its first default call: what those leave out.
@@ -68,18 +70,17 @@ def list_calls() -> list[tuple[str, Any]]:
 
 
 def find_missing(*modules: str) -> str:
-    """Say what exported calls need and do not find here.
+    """Say which module is missing, and how it is installed.
 
     Args:
-      *modules: what is needed besides that which `jax.export` reads and writes with.
+      *modules: names in `NEEDS`.
 
     Returns:
-      str, one line; "" if everything is there.
+      str, one line; "" if all are there.
     """
-    for name in ("flatbuffers", *modules):
+    for name in modules:
         if importlib.util.find_spec(name) is None:
-            package = {"flatbuffers": "flatbuffers"}.get(name, "'sparsejax[compile]'")
-            return f"exported calls need {name}, which is not installed: pip install {package}"
+            return f"exported calls need {name}, which is not installed: pip install {NEEDS[name]}"
     return ""
 
 
@@ -120,7 +121,12 @@ def read_function(blob: bytes) -> Function:
     Returns:
       function (inputs, mask) -> results.
     """
-    return jax.export.deserialize(bytearray(blob)).call
+    exported = jax.export.deserialize(bytearray(blob))
+
+    def run(inputs, mask):
+        return tuple(exported.call(inputs, mask))
+
+    return run
 
 
 def export_calls(target: str, folder: pathlib.Path, *, say: Callable[[str], None]) -> int:
@@ -136,7 +142,7 @@ def export_calls(target: str, folder: pathlib.Path, *, say: Callable[[str], None
     """
     gpu = TARGETS[target]
     mesh = make_abstract_gpu(gpu.name, gpu.cores)
-    if missing := find_missing("jax_cuda13_plugin"):
+    if missing := find_missing(*NEEDS):
         say(missing)
         return 2
     with jax.sharding.use_abstract_mesh(mesh):

@@ -78,7 +78,7 @@ def test_without_a_gpu_jax_for_the_cpu_is_installed(nvidia_smi, tmp_path):
     assert list_installs(project.make("doctor")) == []
     assert list_installs(project.make("plan")) == ["compile"]
     assert list_installs(project.make("gpu")) == ["dev"]
-    (run,) = project.make("gpu-export", "TARGET=a100")
+    *_, run = project.make("gpu-export", "TARGET=a100")
     assert run == "python PYTHONPATH=.venv/compile -m benchmarks.exported_calls a100"
 
 
