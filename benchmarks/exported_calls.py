@@ -37,7 +37,7 @@ from pallas_kernels.verdicts import describe_call
 
 FOLDER = ROOT / ".gpu-export"
 MANIFEST = "manifest.json"
-# Module -> package. `jax.export` writes and reads with the first, kernels are packed with the other.
+# Module -> package: what `jax.export` writes and reads with, and what kernels are packed with.
 NEEDS = {"flatbuffers": "flatbuffers", "jax_cuda13_plugin": "'sparsejax[compile]'"}
 _NAME = "triton"
 
