@@ -90,7 +90,7 @@ def export_problem(
     """Trace and lower what a problem asks of a backend, for the device of the abstract mesh.
 
     Args:
-      problem: of a Maker.
+      problem: what the backend is asked.
       implementation: name of the backend.
       directions: all of the problem, or the first.
       platform: that it is lowered for.

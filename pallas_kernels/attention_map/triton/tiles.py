@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
 _FLOAT32 = {
     (4, 64): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     (4, 128): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (4, 256): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (4, 256): Tiles(Tile(32, 16, 8, 2), Tile(32, 32, 8, 2)),
 }
 # Bytes of an element and head dim, padded -> tiles. A block may have 163 KB of shared memory or
 # more.
@@ -42,7 +42,7 @@ _AMPERE = _WIDE | {
 # Or 99 KB.
 _NARROW = _WIDE | {
     (2, 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 3)),
-    (2, 256): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    (2, 256): Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
 _TABLE = {
     (8, 0): _AMPERE,
