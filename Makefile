@@ -13,7 +13,7 @@ FAST := not slow and not gpu and not ci
 ROOM_PATHS := $(if $(ROOM),$(wildcard tests/$(ROOM) sparsejax/$(ROOM) $(if $(filter kernels,$(ROOM)),pallas_kernels)))
 export PYTHON VENV
 
-.PHONY: help train test test-ci test-all test-newest bench plan compiled-report doctor gpu gpu-sweep lint lock clean
+.PHONY: help train test test-ci test-all test-newest bench plan compiled-report doctor gpu gpu-sweep gpu-export lint lock clean
 
 # The lock that runs use: CUDA's where it is installed or a GPU is found, or LOCK=train. nvidia-smi
 # can take seconds: only recipes look, so that other targets do not, and only once.
@@ -31,6 +31,7 @@ help:
 	@echo "make gpu        contracts and headline benchmarks on a GPU"
 	@echo "make gpu-sweep PART=attention   all points of one benchmark; also nm_matmul, nm_matmul_tiles,"
 	@echo "                block_sparse_matmul, fst_gpt2, grouped_gradients, l2_bandwidth"
+	@echo "make gpu-export TARGET=h200   Triton kernels compiled for a GPU machine without Triton"
 	@echo "make plan CONFIG=configs/gpt2_124m_spion.py TARGET=h200   what a run needs on a GPU, without one"
 	@echo "make compiled-report   registers, spills and instructions of the Triton kernels, on every device"
 	@echo "make doctor     which kernels are right on this machine's GPU, and how fast"
@@ -85,6 +86,11 @@ gpu gpu-sweep:
 	@python=$$(requirements/find-python.sh jax jax_cuda13_plugin flax pytest hypothesis) \
 	  || { $(MAKE) -s $(VENV)/$(LOCK:train=dev).stamp && python=$(PY); } \
 	  && "$$python" -m benchmarks.gpu $(if $(filter gpu-sweep,$@),--sweep "$(PART)")
+
+# For a GPU machine that has no Triton of ours: `make gpu` runs there what this leaves.
+gpu-export:
+	@$(MAKE) -s $(VENV)/$(LOCK:train=dev).stamp $(addsuffix .stamp,$(COMPILER))
+	JAX_PLATFORMS=cpu $(addprefix PYTHONPATH=,$(COMPILER)) $(PY) -m benchmarks.exported_calls $(TARGET)
 
 $(VENV)/train.stamp $(VENV)/compile.stamp: $(VENV)/%.stamp: requirements/%.txt
 	@requirements/install.sh $*

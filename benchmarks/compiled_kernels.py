@@ -25,6 +25,7 @@ import jax
 
 from benchmarks.harness import RESULTS
 from pallas_kernels import aot
+from pallas_kernels.attention_map.call import MapFacts
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor.makers import MAKERS
@@ -86,6 +87,20 @@ def _list_transposable() -> Iterator[TransposableFacts]:
         yield TransposableFacts(rows=512, columns=768, dtype=dtype)
 
 
+def _list_map() -> Iterator[MapFacts]:
+    plain = MapFacts(num_queries=512, num_keys=512, head_dim=64, dtype="bfloat16", causal=False)
+    # Every mask, and lengths that end inside a tile.
+    cut = dataclasses.replace(plain, num_queries=500, num_keys=490, causal=True, has_kv_mask=True)
+    for dtype, head_dims in (
+        ("bfloat16", (16, 32, 64, 80, 128, 256)),
+        ("float16", (64, 128)),
+        ("float32", (64, 128, 256)),
+    ):
+        for head_dim, facts in itertools.product(head_dims, (plain, cut)):
+            yield dataclasses.replace(facts, dtype=dtype, head_dim=head_dim)
+    yield dataclasses.replace(cut, has_lse=True)
+
+
 def _list_packing() -> Iterator[PackFacts]:
     axes = ((True, False), (False, True), (True, True))
     for dtype, (along_k, along_n) in itertools.product(("bfloat16", "float16"), axes):
@@ -102,6 +117,7 @@ def _list_pruning() -> Iterator[PruneFacts]:
 CALLS: Mapping[str, tuple[Any, ...]] = {
     "block_sparse_attention": tuple(_list_attention()),
     "block_sparse_matmul": tuple(_list_block_matmul()),
+    "mean_attention_map": tuple(_list_map()),
     "pack_nm": tuple(_list_packing()),
     "prune_mvue": tuple(_list_pruning()),
     "transposable_mask": tuple(_list_transposable()),

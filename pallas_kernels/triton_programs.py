@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_TARGET = "triton_kernel_call_ffi"
+CALL_TARGET = "triton_kernel_call_ffi"
+"""Name of the custom call by which XLA launches a Triton kernel."""
 # Numbers of fields in the messages.
 _KERNEL_CALL, _KERNEL, _NAME, _SHARED_BYTES, _PTX = 1, 1, 1, 3, 4
 
@@ -88,7 +89,7 @@ def _find_calls(operation: Any) -> Iterator[bytes]:
     """Yield the compressed message of each call, loops and functions included."""
     if operation.name == "stablehlo.custom_call":
         attributes = operation.attributes
-        if attributes["call_target_name"].value == _TARGET:
+        if attributes["call_target_name"].value == CALL_TARGET:
             yield attributes["mhlo.backend_config"]["opaque"].value_bytes
     for region in operation.regions:
         for block in region:

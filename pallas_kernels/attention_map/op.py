@@ -40,9 +40,11 @@ def mean_attention_map(
         block is kept and `causal` and `kv_mask` are those of this call; None: it is computed.
       implementation: "xla", a few rows at a time; "reference", every map written out, in f32;
         "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16, head dims 32, 64, 128 and 256
-        and lengths that are multiples of 128; or None: the kernel where it was proven and is
-        faster, else "xla". A named one runs or raises. Without `lse` the kernel costs a forward
-        pass of attention more.
+        and lengths that are multiples of 128; "triton", any NVIDIA GPU since Ampere (extra
+        `triton`), head dims from 16 to 256 and any lengths; or None: the fastest kernel that was
+        proven and is faster than "xla", else that. A named one runs or raises. Without `lse` a
+        kernel computes it first: "mosaic_sm90" by a forward pass of attention, "triton" by a
+        product of queries and keys.
 
     Returns:
       f32[T, S]; each row sums to 1 if every query sees a key. A query of an example that sees no
@@ -55,7 +57,7 @@ def mean_attention_map(
 
     Numerics:
       Products accumulate in f32; scores, softmax and sums are f32. Products of f32 follow
-      `jax_default_matmul_precision`, but for "reference", which computes in full f32.
+      `jax_default_matmul_precision`, but for "reference" and "triton", which compute in full f32.
 
     References:
       SPION, arXiv:2309.12578, and SAT, doi:10.1109/ACCESS.2024.3425638, look for their patterns in

@@ -167,12 +167,11 @@ def _make_map(facts: MapFacts) -> Problem:
 
 
 def _shrink_map(facts: MapFacts) -> Iterator[MapFacts]:
-    for length in sorted({min(512, facts.num_queries, facts.num_keys), facts.num_queries}):
-        yield dataclasses.replace(
-            facts,
-            num_queries=min(facts.num_queries, length),
-            num_keys=min(facts.num_keys, length),
-        )
+    # Tiles have up to 128 positions: a length that ends inside of one still does.
+    least = (512, 1024, 2048, max(facts.sizes))
+    sizes = (tuple(min(n, most + n % 128) for n in facts.sizes) for most in sorted(least))
+    for num_queries, num_keys in dict.fromkeys(sizes):
+        yield dataclasses.replace(facts, num_queries=num_queries, num_keys=num_keys)
 
 
 ATTENTION = Maker(

@@ -134,14 +134,15 @@ type Task = Callable[[Trial, Callable[[str], None]], dict[str, Any]]
 TASKS: Mapping[str, Task] = {"prove": prove, "time": measure}
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], tasks: Mapping[str, Task] = TASKS) -> None:
     """Do a task on all trials of a file.
 
     Args:
       arguments: name of the task, seconds of a trial, kind of the device, file of trials, file
         of results.
+      tasks: name -> what is done on each trial.
     """
-    task, seconds, kind = TASKS[arguments[0]], int(arguments[1]), arguments[2]
+    task, seconds, kind = tasks[arguments[0]], int(arguments[1]), arguments[2]
     trials, results = map(pathlib.Path, arguments[3:])
     # The system ends the process, whatever Python waits for.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.doctor.oracles import error
-from pallas_kernels.doctor.problem import Problem
+from pallas_kernels.doctor.problem import Function, Problem
 
 _FACTORS = {"forward": 2.0, "gradient": 3.0}
 # Of the norm of a gradient that was pruned by random draws: f32 turns a draw now and then as well.
@@ -41,14 +41,14 @@ class Finding(NamedTuple):
 
 
 def check_contract(
-    problem: Problem, implementation: str, directions: tuple[str, ...]
+    problem: Problem, implementation: str | Function, directions: tuple[str, ...]
 ) -> dict[str, Finding]:
     """Run a backend on every mask of a problem and compare it with the reference.
 
     Args:
       problem: what it is asked.
-      implementation: name of the backend.
-      directions: to be checked: all of the problem, or the first.
+      implementation: name of the backend, or a function that stands for `problem.call` of it.
+      directions: to be checked: all of the problem, or the first; what a function returns.
 
     Returns:
       direction -> Finding.
@@ -56,7 +56,9 @@ def check_contract(
     Raises:
       NotImplementedError: if the backend does not do this, with the reason.
     """
-    kernel = _compile(problem.call(implementation, directions))
+    if isinstance(implementation, str):
+        implementation = problem.call(implementation, directions)
+    kernel = _compile(implementation)
     reference = _compile(problem.reference)
     plain = None if problem.plain is None else _compile(problem.plain)
     wide = tuple(x.astype(jnp.float32) for x in problem.inputs)

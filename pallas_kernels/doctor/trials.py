@@ -142,7 +142,7 @@ def list_all_calls() -> list[tuple[str, Any]]:
             dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
         )
         for options in varied:
-            facts = base(**options) if callable(base) else dataclasses.replace(base, **options)
+            facts = base(**options)
             if facts is not None:
                 calls.append((op, facts))
     return calls
@@ -159,6 +159,11 @@ def _vary_attention(block: int, **options: Any) -> AttentionFacts | None:
 def _vary_blocks(block: int, **options: Any) -> BlockFacts:
     grid = tuple(size // block for size in _BLOCKS.shape)
     return dataclasses.replace(_BLOCKS, grid=grid, **options)
+
+
+def _vary_map(lengths: tuple[int, int], **options: Any) -> MapFacts:
+    num_queries, num_keys = lengths
+    return dataclasses.replace(_MAP, num_queries=num_queries, num_keys=num_keys, **options)
 
 
 def _vary_nm(shape: tuple[int, int, int], **options: Any) -> NMFacts:
@@ -195,10 +200,12 @@ _GRIDS: tuple[tuple[str, Any, dict[str, tuple[Any, ...]]], ...] = (
     ),
     (
         "mean_attention_map",
-        _MAP,
+        _vary_map,
         {
-            "dtype": _LOW,
-            "head_dim": (32, 64, 128, 256),
+            "dtype": (*_LOW, "float32"),
+            "head_dim": (32, 64, 80, 128, 256),
+            # Few tiles, many, and lengths that end inside of one.
+            "lengths": ((512, 512), (4096, 4096), (1000, 1500)),
             "causal": _BOTH,
             "has_kv_mask": _BOTH,
             "has_lse": _BOTH,

@@ -34,7 +34,7 @@ def check_device() -> tuple[int, int]:
     if interpretation is not None:
         return interpretation.capability
     capability = find_capability()
-    _check_packages()
+    check_packages()
     if capability < OLDEST:
         major, minor = capability
         raise NotImplementedError(
@@ -89,7 +89,12 @@ def _ask_driver(kind: str) -> str:
     return gpu.capability if gpu is not None and gpu.kind == kind else ""
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raise unless Triton and jax-triton are installed, in the versions that were tried.
+
+    Raises:
+      NotImplementedError: with the package, and how to install it.
+    """
     for name, wanted in VERSIONS.items():
         found = _find_version(name)
         if found is None:

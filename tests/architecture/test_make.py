@@ -78,6 +78,8 @@ def test_without_a_gpu_jax_for_the_cpu_is_installed(nvidia_smi, tmp_path):
     assert list_installs(project.make("doctor")) == []
     assert list_installs(project.make("plan")) == ["compile"]
     assert list_installs(project.make("gpu")) == ["dev"]
+    *_, run = project.make("gpu-export", "TARGET=a100")
+    assert run == "python PYTHONPATH=.venv/compile -m benchmarks.exported_calls a100"
 
 
 def test_the_plugin_of_plans_lies_in_one_place(tmp_path):

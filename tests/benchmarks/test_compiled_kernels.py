@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import compiled_kernels
 from benchmarks.compiled_kernels import CALLS, find_faults, list_targets, read_records
+from pallas_kernels.attention_map.triton import tiles as map_tiles
 from pallas_kernels.block_sparse_attention.triton import tiles as attention_tiles
 from pallas_kernels.block_sparse_matmul.triton import tiles as product_tiles
 from pallas_kernels.nm_matmul.triton import tiles as packing_tiles
@@ -18,7 +19,7 @@ pytest.importorskip("jax_triton")
 
 # What tensor cores of a family are called in machine code: of large tiles, and of small ones.
 _TENSOR_CORES = {8: ("HMMA",), 9: ("HGMMA", "HMMA"), 10: ("UTCHMMA", "HMMA"), 12: ("HMMA",)}
-_PRODUCTS = ("block_sparse_attention", "block_sparse_matmul")
+_PRODUCTS = ("block_sparse_attention", "block_sparse_matmul", "mean_attention_map")
 
 
 def _list_programs(op):
@@ -84,7 +85,8 @@ def test_large_tiles_take_the_instructions_of_their_family(op, capability):
         kernels
         for call, found, kernels in _list_programs(op)
         if found == capability and "bfloat16" in call
-        and ("block=128x128" in call or "head_dim=64, block_q=128, block_kv=128" in call)
+        and ("block=128x128" in call or "head_dim=64, block_q=128, block_kv=128" in call
+             or call.endswith("head_dim=64)"))
     ]  # fmt: skip
     assert large
     assert all(name in kernel["instructions"] for kernels in large for kernel in kernels)
@@ -101,6 +103,12 @@ def test_calls_reach_every_entry_of_the_tables():
     assert set(product_tiles.CAPABILITIES) == capabilities
     dtypes = {2 if "16" in facts.dtype else 4 for facts in CALLS["block_sparse_matmul"]}
     assert dtypes == set(product_tiles._AMPERE)
+    reached = {
+        (2 if "16" in facts.dtype else 4, max(1 << (facts.head_dim - 1).bit_length(), 64))
+        for facts in CALLS["mean_attention_map"]
+    }
+    assert set(map_tiles.CAPABILITIES) == capabilities
+    assert all(reached == set(map_tiles._TABLE[c]) for c in capabilities)
     assert set(packing_tiles.CAPABILITIES) == capabilities
     assert set(transposable_tiles.CAPABILITIES) == capabilities
 

@@ -111,7 +111,19 @@ def test_equal_logits_of_any_size(implementation):
             np.testing.assert_allclose(lse, sign * 100 + np.log(32), rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def _average_interpreted(q, k, **options):
+    """Average with the Triton kernels, which take 16 channels and more."""
+    from tests.kernels.triton_interpreter import triton_kernels
+
+    # Four times the channels halve the scale.
+    q, k = (jnp.pad(x, ((0, 0),) * 3 + ((0, 3 * DIM),)) for x in (2 * q, k))
+    with triton_kernels():
+        return mean_attention_map(q, k, **options)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["reference", "xla", pytest.param("triton", marks=pytest.mark.ci)]
+)
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_mean_map(causal, implementation):
     # Under causality the first queries of the second example see no key.
@@ -120,7 +132,10 @@ def test_mean_map(causal, implementation):
     attended = visible & kv_mask[:, None, None]
     run = jax.jit(
         functools.partial(
-            mean_attention_map, causal=causal, kv_mask_BS=kv_mask, implementation=implementation
+            _average_interpreted if implementation == "triton" else mean_attention_map,
+            causal=causal,
+            kv_mask_BS=kv_mask,
+            implementation=implementation,
         )
     )
     for magnitude in MAGNITUDES:
