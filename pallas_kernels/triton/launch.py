@@ -13,6 +13,8 @@ from pallas_kernels.triton.tile_tables import Cut
 # Triton writes the newest PTX that it knows, which is newer than CUDA 13.0 takes. 8.6 was the first
 # that knows compute capability 10.0, 8.8 knows all of 10 and 12.
 _PTX_VERSION, _PTX_VERSION_BLACKWELL = 86, 88
+# Of 32 bits: of a processor, and the most of a thread.
+_REGISTERS, _REGISTERS_OF_THREAD = 65_536, 255
 
 
 def launch(
@@ -25,6 +27,7 @@ def launch(
     tile: Cut,
     capability: tuple[int, int],
     fuses: bool = True,
+    takes_all_registers: bool = False,
 ) -> dict[str, jax.Array]:
     """Launch a kernel on a grid of one axis.
 
@@ -37,6 +40,8 @@ def launch(
       tile: warps and stages of a program.
       capability: (major, minor), compute capability to compile for.
       fuses: whether a product and a sum may become one instruction, which rounds once.
+      takes_all_registers: whether a thread may hold as many as one program leaves it. Otherwise
+        ptxas may spill a few, so that another program fits on a processor.
 
     Returns:
       parameter -> array, of the outputs that are not None.
@@ -54,7 +59,11 @@ def launch(
     # Imported here: it is an extra, and importing it takes seconds.
     import jax_triton
 
-    version = _PTX_VERSION if capability < (10, 0) else _PTX_VERSION_BLACKWELL
+    options: dict[str, Any] = {"enable_fp_fusion": fuses}
+    if takes_all_registers:
+        options["maxnreg"] = min(_REGISTERS_OF_THREAD, _REGISTERS // (32 * tile.warps))
+    # Triton warns where a PTX version is given and the fusion of products and sums is not.
+    options["ptx_version"] = _PTX_VERSION if capability < (10, 0) else _PTX_VERSION_BLACKWELL
     results = jax_triton.triton_call(
         kernel=kernel,
         out_type=tuple(written.values()),
@@ -63,8 +72,7 @@ def launch(
         num_stages=tile.stages,
         # jax-triton would ask the GPU, which need not be there, or guess by its name.
         compute_capability=10 * capability[0] + capability[1],
-        # Triton warns where a PTX version is given and the fusion of products and sums is not.
-        backend_options={"ptx_version": version, "enable_fp_fusion": fuses},
+        backend_options=options,
         **given,
         **absent,
         **constants,

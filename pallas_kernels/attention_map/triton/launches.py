@@ -109,6 +109,7 @@ def _sum_exponentials(operands, problem):
         programs=examples * num_heads * -(-num_queries // tile.rows),
         tile=tile,
         capability=problem.capability,
+        takes_all_registers=True,
     )
     return results["lse"]
 
@@ -128,6 +129,7 @@ def _average(operands, problem, maps):
         programs=maps * parts * count_tiles(num_queries, num_keys, tile),
         tile=tile,
         capability=problem.capability,
+        takes_all_registers=True,
     )
     # One after the other: a sum of XLA's own may have another order.
     return functools.reduce(operator.add, (results["out"][:, part] for part in range(parts)))

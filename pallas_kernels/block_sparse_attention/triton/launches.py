@@ -142,6 +142,7 @@ def _attend(operands, lists, problem):
         programs=batch * num_heads * (num_queries // problem.tiles.forward.rows),
         tile=problem.tiles.forward,
         capability=problem.capability,
+        takes_all_registers=True,
     )
     return results["out"], results["lse"], results.get("kept")
 
@@ -161,6 +162,7 @@ def _differentiate_queries(operands, lists, problem):
         programs=batch * num_heads * (num_queries // problem.tiles.queries.rows),
         tile=problem.tiles.queries,
         capability=problem.capability,
+        takes_all_registers=True,
     )
     return results["dq"]
 
@@ -181,6 +183,7 @@ def _differentiate_keys(operands, lists, problem):
         programs=batch * num_kv_heads * (num_keys // problem.tiles.keys.rows),
         tile=problem.tiles.keys,
         capability=problem.capability,
+        takes_all_registers=True,
     )
     return results["dk"], results["dv"]
 

@@ -218,6 +218,7 @@ def _launch_rows(x, w, bias, counts, entries, *, transposed, tile: ProductTile, 
         programs=-(-M // tile.rows) * B * (columns // tile.columns),
         tile=tile,
         capability=capability,
+        takes_all_registers=True,
     )
     return results["out"]
 
@@ -250,6 +251,7 @@ def _launch_blocks(x, dy, kept, *, grid, tile: ProductTile, capability):
         programs=B * (K // tile.rows) * (N // tile.columns),
         tile=tile,
         capability=capability,
+        takes_all_registers=True,
     )
     return results["out"]
 
