@@ -22,6 +22,9 @@ from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.records import Column, Results
 from benchmarks.targets import Record
 from pallas_kernels import aot
+from pallas_kernels.attention_map.call import MapFacts
+from pallas_kernels.attention_map.triton import launches as map_launches
+from pallas_kernels.attention_map.triton import mean_map
 from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_attention.triton.attention import make_problem
@@ -37,6 +40,8 @@ from pallas_kernels.block_sparse_matmul.triton.tiles import ProductTile
 from pallas_kernels.block_sparse_matmul.triton.tiles import find_tiles as find_product_tiles
 from pallas_kernels.doctor.problem import draw_blocks
 from pallas_kernels.doctor.timing import make_random
+from pallas_kernels.transposable_mask.triton.search import search
+from pallas_kernels.transposable_mask.triton.tiles import find_tile as find_search_tile
 from pallas_kernels.triton.device import check_device
 from pallas_kernels.triton.tile_tables import Cut, Tile
 
@@ -49,7 +54,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       op: name of the op.
-      tile: name of the tile, a field of the op's `Tiles`.
+      tile: name of the tile, a field of the op's `Tiles`; "" where there is one tile alone.
       key: of the table, written as in the source.
       default: the tile that the table has.
       candidates: tiles to be timed.
@@ -88,7 +93,13 @@ def list_kernels(capability: tuple[int, int]) -> list[Kernel]:
         for dtype in ("bfloat16", "float32")
         for kernel in _list_block_matmul(capability, dtype)
     ]
-    return [*attention[:6], *matmul[:3], *attention[6:], *matmul[3:]]
+    maps = [
+        kernel
+        for dtype, head_dim in (("bfloat16", 64), ("bfloat16", 128), ("float32", 64))
+        for kernel in _list_map(capability, dtype, head_dim)
+    ]
+    others = [*_list_transposable(capability), *maps]
+    return [*attention[:6], *matmul[:3], *others, *attention[6:], *matmul[3:]]
 
 
 def _find_shared_bytes(capability: tuple[int, int]) -> int:
@@ -210,6 +221,73 @@ def _list_block_matmul(
         )
 
 
+def _list_map(
+    capability: tuple[int, int], dtype: str, head_dim: int, length: int = 2048, heads: int = 16
+) -> Iterator[Kernel]:
+    facts = MapFacts(
+        num_queries=length, num_keys=length, head_dim=head_dim, dtype=dtype, causal=False
+    )
+    problem = mean_map.make_problem(facts)
+    itemsize = jnp.dtype(dtype).itemsize
+
+    def make() -> tuple:
+        x = jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype)
+        operands = map_launches.Operands(*make_random((x, x)), kv_mask=None)
+        return (operands._replace(lse=map_launches.sum_exponentials(operands, problem)),)
+
+    def run(name, cut, operands):
+        chosen = dataclasses.replace(problem, tiles=problem.tiles._replace(**{name: cut}))
+        if name == "mean":
+            return map_launches.average(operands, chosen)
+        return map_launches.sum_exponentials(operands._replace(lse=None), chosen)
+
+    candidates = tuple(
+        Tile(rows, columns, warps, stages)
+        for rows, columns, warps, stages in itertools.product(
+            (32, 64, 128), (32, 64, 128), (4, 8), (2, 3)
+        )
+        # Few threads cannot hold the sums of a large tile.
+        if rows * columns <= 2048 * warps
+        and (rows + columns) * stages * head_dim * itemsize <= _find_shared_bytes(capability)
+    )
+    for name, default in problem.tiles._asdict().items():
+        yield Kernel(
+            op="mean_attention_map",
+            tile=name,
+            key=f"({itemsize}, {head_dim})",
+            default=default,
+            candidates=candidates,
+            make=make,
+            run=functools.partial(run, name),
+        )
+
+
+def _list_transposable(
+    capability: tuple[int, int], shape: tuple[int, int] = (4096, 4096)
+) -> Iterator[Kernel]:
+    def make() -> tuple:
+        return (make_random(jax.ShapeDtypeStruct(shape, jnp.float32)),)
+
+    def run(cut, w):
+        return search(w, tile=cut, capability=capability)
+
+    candidates = tuple(
+        Tile(4, columns, warps, 1)
+        for columns, warps in itertools.product((256, 512, 1024, 2048), (2, 4, 8))
+        # One, two or four tiles of 4 x 4 for each thread.
+        if 128 * warps <= columns <= 512 * warps
+    )
+    yield Kernel(
+        op="transposable_mask",
+        tile="",
+        key="all",
+        default=find_search_tile(capability),
+        candidates=candidates,
+        make=make,
+        run=run,
+    )
+
+
 def name_tile(cut: Any) -> str:
     """Write a tile as it stands in a table, such as "Tile(64, 64, 4, 3)"."""
     return f"{type(cut).__name__}{tuple(cut)}"
@@ -259,11 +337,11 @@ def describe_rows(records: Sequence[Record], device: str) -> str:
         key, fastest = record["key"], find_fastest(record)
         if key["device"] == device and fastest is not None:
             entry = key["op"], key["capability"], key["key"]
-            found.setdefault(entry, []).append(f"{key['tile']}={fastest}")
+            found.setdefault(entry, []).append(f"{key['tile']}={fastest}".lstrip("="))
     if not found:
         return ""
     lines = (
-        f"# {op}, {capability}\n{key}: Tiles({', '.join(tiles)}),\n"
+        f"# {op}, {capability}\n{key}: {', '.join(tiles)}\n"
         for (op, capability, key), tiles in found.items()
     )
     return f"\nRows for `<op>/triton/tiles.py`, on {device}:\n\n```python\n{''.join(lines)}```\n"

@@ -36,6 +36,7 @@ def test_candidates_fit_the_device(capability):
 
 _SMALL = {
     "attention": functools.partial(tune._list_attention, head_dim=64, length=256, heads=1),
+    "map": functools.partial(tune._list_map, head_dim=64, length=160, heads=2),
     "block_matmul": functools.partial(tune._list_block_matmul, tokens=64, shape=(256, 256)),
 }
 
@@ -52,6 +53,17 @@ def test_another_tile_gives_the_same_result(name):
             assert relative_error(second, first) < 1e-2
 
 
+@pytest.mark.ci
+def test_another_tile_finds_the_same_masks():
+    with triton_kernels():
+        (kernel,) = tune._list_transposable((8, 0), shape=(16, 400))
+        arguments = kernel.make()
+        masks = {cut: np.asarray(kernel.run(cut, *arguments)) for cut in kernel.candidates}
+    assert kernel.default in masks
+    for mask in masks.values():
+        np.testing.assert_array_equal(mask, masks[kernel.default])
+
+
 def test_rows_name_the_fastest_tile_of_each_kernel():
     def record(tile, seconds, device="a"):
         values = {name: {"median_seconds": s} for name, s in seconds.items()}
@@ -63,7 +75,7 @@ def test_rows_name_the_fastest_tile_of_each_kernel():
         record("queries", {"Tile(3)": 1.0}),
         record("forward", {"Tile(4)": 1.0}, device="b"),
     ]
-    assert "(2, 64): Tiles(forward=Tile(2), queries=Tile(3)),\n" in tune.describe_rows(records, "a")
+    assert "(2, 64): forward=Tile(2), queries=Tile(3)\n" in tune.describe_rows(records, "a")
     assert tune.describe_rows(records, "c") == ""
 
 

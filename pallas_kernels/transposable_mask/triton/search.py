@@ -14,6 +14,7 @@ from pallas_kernels.transposable_mask.triton.tiles import find_tile
 from pallas_kernels.triton.batching import fold_vmap
 from pallas_kernels.triton.device import check_device
 from pallas_kernels.triton.launch import launch
+from pallas_kernels.triton.tile_tables import Tile
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -49,16 +50,26 @@ def run(arrays: TransposableArrays, facts: TransposableFacts) -> jax.Array:
     """
     check(facts)
     capability = check_device()
-
     # vmap adds rows.
-    return fold_vmap(functools.partial(_launch, capability=capability))(arrays.w)
+    return fold_vmap(functools.partial(search, tile=find_tile(capability), capability=capability))(
+        arrays.w
+    )
 
 
-def _launch(w_KN, capability):
+def search(w_KN: jax.Array, *, tile: Tile, capability: tuple[int, int]) -> jax.Array:
+    """Launch the kernel.
+
+    Args:
+      w_KN: float[K, N].
+      tile: rows and columns of the weight that a program searches, 16 times a power of two in all.
+      capability: (major, minor), compute capability.
+
+    Returns:
+      bool[K, N].
+    """
     # Imported where it is launched: kernels need the extra.
     from pallas_kernels.transposable_mask.triton import kernel
 
-    tile = find_tile(capability)
     num_tiles = w_KN.size // TILE**2
     tiles_of_program = tile.rows * tile.columns // TILE**2
     results = launch(
