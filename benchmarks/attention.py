@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from benchmarks.attention_peers import attention_by_hand, cudnn_attention, jax_attention
 from benchmarks.attention_problems import Problem, headline_problems, sweep_problems
-from benchmarks.attention_report import COLUMNS, evaluate_targets, plot_speedups
+from benchmarks.attention_report import COLUMNS, TRITON, evaluate_targets, plot_speedups
 from benchmarks.attention_torch import FLEX, SDPA, make_torch_calls
-from benchmarks.environment import device_name
+from benchmarks.environment import device_name, find_triton_refusal
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.records import Results
 from pallas_kernels import BlockSchedule, block_sparse_attention, make_block_schedule
@@ -128,7 +128,11 @@ def make_gpu_case(problem: Problem, *, compute_capability: str) -> Case:
 
     case = _make_common(problem, {"jax.nn": _timed(jax_attention, problem)}, "gpu")
     functions, absent = dict(case.functions), dict(case.absent)
-    foreign = {}
+    refusal, foreign = find_triton_refusal(), {}
+    if refusal is None:
+        functions[TRITON] = _sparse(problem, TRITON)
+    else:
+        absent[TRITON] = refusal
     if jnp.dtype(problem.dtype).itemsize == 2:
         if on_hopper:
             functions["mosaic_sm90"] = _sparse(problem, "mosaic_sm90")

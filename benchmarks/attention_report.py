@@ -8,7 +8,7 @@ from benchmarks.attention_torch import FLEX, SDPA
 from benchmarks.records import Column
 from benchmarks.targets import Record, Target, evaluate, times_faster
 
-HOPPER = "mosaic_sm90"
+HOPPER, TRITON = "mosaic_sm90", "triton"
 # Dense bf16 of an H100 or H200 SXM, from NVIDIA's data sheets, without sparsity.
 PEAK_TFLOPS = 989.0
 
@@ -66,7 +66,7 @@ def _speedup(record):
     seconds = {
         name: value["median_seconds"]
         for name, value in record["values"].items()
-        if "median_seconds" in value and name != HOPPER
+        if "median_seconds" in value and name not in (HOPPER, TRITON)
     }
     own = seconds.pop("xla")
     return f"{min(seconds.values()) / own:.1f}x" if seconds else None
@@ -82,6 +82,7 @@ COLUMNS = (
     Column("kept", lambda r: f"{read_problem(r).kept_share():.3f}"),
     Column("pass", lambda r: "forward + backward" if r["key"]["backward"] else "forward"),
     Column("Hopper ms", _fine_milliseconds(HOPPER), optional=True),
+    Column("Triton ms", _fine_milliseconds(TRITON), optional=True),
     Column("xla ms", _milliseconds("xla")),
     Column("hand-written ms", _milliseconds("hand-written"), optional=True),
     Column("jax.nn ms", _milliseconds("jax.nn")),
@@ -91,6 +92,8 @@ COLUMNS = (
     Column("schedule ms", _fine_milliseconds("schedule"), optional=True),
     Column("Hopper TFLOP/s", _tflops(HOPPER, 0), optional=True),
     Column("of cuDNN's rate", _percent(lambda r: share_of_cudnn(r, HOPPER)), optional=True),
+    Column("Triton TFLOP/s", _tflops(TRITON, 0), optional=True),
+    Column("Triton of cuDNN's rate", _percent(lambda r: share_of_cudnn(r, TRITON)), optional=True),
     Column(
         "of peak",
         _percent(lambda r: r["values"][HOPPER]["tflops_per_second"] / PEAK_TFLOPS),
@@ -141,6 +144,21 @@ TARGETS = (
         lambda r: times_faster(r, HOPPER, "schedule"),
         lambda share: share < 0.02,
         max,
+    ),
+    Target(
+        "Triton faster than FlexAttention at every density up to 0.7",
+        _where(lambda p: p.kept_share() <= 0.7, lambda r: times_faster(r, TRITON, FLEX)),
+        lambda ratio: ratio > 1.0,
+    ),
+    Target(
+        "Triton forward: at least 50 % of cuDNN's dense rate, blocks 128 x 128, H = 128, L >= 4096",
+        _where(lambda p: _is_large(p) and not p.backward, lambda r: share_of_cudnn(r, TRITON)),
+        lambda share: share >= 0.50,
+    ),
+    Target(
+        "Triton forward + backward: at least 45 % of cuDNN's dense rate, same shapes",
+        _where(lambda p: _is_large(p) and p.backward, lambda r: share_of_cudnn(r, TRITON)),
+        lambda share: share >= 0.45,
     ),
 )
 

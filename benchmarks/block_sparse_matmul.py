@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.environment import find_triton_refusal
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.records import Column, Results
 from benchmarks.targets import Record, Target, evaluate, times_faster
 from pallas_kernels import block_sparse_matmul
 from pallas_kernels.doctor.timing import make_random
 
-HOPPER, XLA, DENSE = "mosaic_sm90", "xla", "dense"
+HOPPER, TRITON, XLA, DENSE = "mosaic_sm90", "triton", "xla", "dense"
 
 # Operands of less would be found in the 50 to 60 MB of cache that a GPU has.
 _RING_BYTES = 128 * 10**6
@@ -175,22 +176,26 @@ def make_case(problem: Problem, *, device: Any) -> Case:
       device: jax.Device; the Hopper kernels are measured on Hopper only.
     """
     on_cpu = device.platform == "cpu"
-    absent = {}
-    kernel = XLA
+    absent, kernels = {}, [XLA]
     if not on_cpu and device.compute_capability.startswith("9."):
-        kernel = HOPPER
+        kernels = [HOPPER]
     elif not on_cpu:
         absent[HOPPER] = f"needs compute capability 9, found {device.compute_capability}"
+    refusal = None if on_cpu else find_triton_refusal()
+    if refusal is not None:
+        absent[TRITON] = refusal
+    elif not on_cpu:
+        kernels.append(TRITON)
     make = jax.jit(functools.partial(make_inputs, problem))
     first, *others = (make(seed) for seed in range(1 if on_cpu else problem.count_sets()))
     return Case(
-        functions={name: make_function(problem, name) for name in (kernel, DENSE)},
+        functions={name: make_function(problem, name) for name in (*kernels, DENSE)},
         args=(first,),
         more_args=[(inputs,) for inputs in others],
         reference=make_function(problem, "reference"),
         references={DENSE: make_function(problem, "dense_f32")},
         tolerance=_TOLERANCES[problem.dtype],
-        flops={name: problem.flops(dense=name == DENSE) for name in (kernel, DENSE)},
+        flops={name: problem.flops(dense=name == DENSE) for name in (*kernels, DENSE)},
         absent=absent,
     )
 
@@ -276,12 +281,19 @@ COLUMNS = (
     Column("dtype", lambda r: r["key"]["dtype"]),
     *(
         Column(f"{title} ms", _milliseconds(name), optional=True)
-        for title, name in (("Hopper", HOPPER), ("xla", XLA), ("dense", DENSE))
+        for title, name in (
+            ("Hopper", HOPPER),
+            ("Triton", TRITON),
+            ("xla", XLA),
+            ("dense", DENSE),
+        )
     ),
     Column("Hopper TFLOP/s", _tflops(HOPPER), optional=True),
+    Column("Triton TFLOP/s", _tflops(TRITON), optional=True),
     Column("xla TFLOP/s", _tflops(XLA), optional=True),
     Column("dense TFLOP/s", _tflops(DENSE)),
     Column("Hopper against dense", _ratio(HOPPER), optional=True),
+    Column("Triton against dense", _ratio(TRITON), optional=True),
     Column("xla against dense", _ratio(XLA), optional=True),
 )
 

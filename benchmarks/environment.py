@@ -11,6 +11,8 @@ import subprocess
 
 import jax
 
+from pallas_kernels.triton.device import check_device
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -67,3 +69,12 @@ def describe_environment() -> dict[str, str]:
     """
     now = datetime.datetime.now(datetime.UTC)
     return {**_fixed_facts(), "date": now.strftime("%Y-%m-%d %H:%M")}
+
+
+def find_triton_refusal() -> str | None:
+    """Say why Triton kernels cannot run on this machine's GPU, None if they can."""
+    try:
+        check_device()
+    except NotImplementedError as reason:
+        return str(reason)
+    return None

@@ -33,6 +33,11 @@ CONTRACTS = (
     "test_mosaic_sm90.py",
     "test_block_matmul_mosaic_sm90.py",
     "test_attention_map_mosaic_sm90.py",
+    "test_triton.py",
+    "test_triton_block_matmul.py",
+    "test_triton_map.py",
+    "test_triton_nm.py",
+    "test_transposable_mask.py",
 )
 # What a model makes of lengths between blocks goes through the kernels too.
 MODELS = "tests/models/test_attention_kernels.py"

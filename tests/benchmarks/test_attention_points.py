@@ -108,7 +108,7 @@ def make_hopper_case(problem):
 def test_a_hopper_point_holds_the_kernel_and_its_peers():
     case = make_hopper_case(SMALL)
     assert set(case.functions) == {"xla", "jax.nn", "mosaic_sm90", "cudnn"}
-    assert {*case.foreign, *case.absent} == {FLEX, SDPA}
+    assert {*case.foreign, *case.absent} == {FLEX, SDPA, "triton"}
     assert len(case.more_args) == 7
     assert not jnp.array_equal(case.args[0], case.more_args[0][0])
     assert all(bool((x != 0).any()) for x in case.args[:4])
@@ -118,6 +118,14 @@ def test_a_point_of_another_gpu_or_type_says_why_it_lacks_the_kernel():
     assert "found 8.0" in make_gpu_case(SMALL, compute_capability="8.0").absent["mosaic_sm90"]
     wide = make_hopper_case(dataclasses.replace(SMALL, dtype="float32"))
     assert set(wide.functions) == {"xla", "jax.nn"}
+
+
+@pytest.mark.ci
+def test_triton_is_measured_where_it_runs(monkeypatch):
+    monkeypatch.setattr(attention, "find_triton_refusal", lambda: None)
+    case = make_gpu_case(SMALL, compute_capability="8.0")
+    assert {"triton", "cudnn"} <= set(case.functions) and "triton" not in case.absent
+    assert case.flops["triton"] == SMALL.flops()
 
 
 @pytest.mark.ci

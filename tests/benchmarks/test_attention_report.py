@@ -65,7 +65,7 @@ def test_one_bad_point_misses_a_target():
 
 
 def test_targets_against_flex_cudnn_and_the_schedule():
-    assert outcomes(make_densities())[2:] == ["met", "missed", "not measured"]
+    assert outcomes(make_densities())[2:5] == ["met", "missed", "not measured"]
     slow = make_record({"mosaic_sm90": 2.0, FLEX: 1.9})
     assert outcomes([slow])[2] == "missed"
     fast = make_record({"mosaic_sm90": 0.5, "cudnn": 0.5}, density=0.6)
@@ -73,6 +73,18 @@ def test_targets_against_flex_cudnn_and_the_schedule():
     for seconds, outcome in ((0.019, "met"), (0.021, "missed")):
         record = make_record({"mosaic_sm90": 1.0, "schedule": seconds}, measure="schedule")
         assert outcomes([record])[4] == outcome
+
+
+def test_targets_of_the_kernels_in_triton():
+    for share, outcome in ((0.51, "met"), (0.49, "missed")):
+        record = make_record({}, {"triton": 100 * share, "cudnn": 100}, backward=False)
+        assert outcomes([record])[6] == outcome
+        record = make_record({}, {"triton": 100 * (share - 0.05), "cudnn": 100})
+        assert outcomes([record])[7] == outcome
+    slow = make_record({"triton": 2.0, FLEX: 1.9})
+    assert outcomes([slow])[5] == "missed"
+    # Where nearly everything is kept, no claim is made.
+    assert outcomes([make_record({"triton": 2.0, FLEX: 1.9}, density=0.9)])[5] == "not measured"
 
 
 def test_speedups_come_from_one_device_and_one_setting():

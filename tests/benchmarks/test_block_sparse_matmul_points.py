@@ -67,6 +67,7 @@ def test_the_hopper_kernel_is_measured_on_hopper_only():
     Device.compute_capability = "8.0"
     case = make_case(SMALL, device=Device())
     assert set(case.functions) == {"xla", "dense"} and "found 8.0" in case.absent["mosaic_sm90"]
+    assert "needs an NVIDIA GPU" in case.absent["triton"]
     # As many sets as fill the cache, at most.
     assert 1 + len(case.more_args) == 24
 
