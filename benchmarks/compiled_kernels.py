@@ -61,10 +61,11 @@ def _list_attention() -> Iterator[AttentionFacts]:
         base, num_kv_heads=4, mask_shape=(1, 1), has_kv_mask=True, has_segments=True
     )
     plain = dataclasses.replace(base, causal=False, pruned_logits="masked")
-    blocks = ((128, 128), (32, 32), (16, 16), (16, 128), (128, 16))
     head_dims = (32, 64, 128, 256)
-    for kind, head_dim, (block_q, block_kv) in itertools.product((base, masked), head_dims, blocks):
-        yield dataclasses.replace(kind, head_dim=head_dim, block_q=block_q, block_kv=block_kv)
+    for kind, head_dim, block in itertools.product((base, masked), head_dims, (128, 32, 16)):
+        yield dataclasses.replace(kind, head_dim=head_dim, block_q=block, block_kv=block)
+    for kind, (block_q, block_kv) in itertools.product((base, masked), ((16, 128), (128, 16))):
+        yield dataclasses.replace(kind, block_q=block_q, block_kv=block_kv)
     for head_dim in head_dims:
         yield dataclasses.replace(plain, head_dim=head_dim)
         yield dataclasses.replace(base, head_dim=head_dim, dtype="float16")
