@@ -15,7 +15,7 @@ from sparsejax.models import TransformerConfig
 from sparsejax.optimizer import Optimizer
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.block_lists import make_block_lists
-from sparsejax.training.state import create_train_state, enter_phase, make_graphdef
+from sparsejax.training.state import create_train_state, make_graphdef, walk_to_phase
 from sparsejax.training.step import Batch, make_train_step
 
 
@@ -50,9 +50,7 @@ def make_step_call(
     def start():
         def create(key):
             state = create_train_state(model, recipe, optimizer, key)
-            for later in recipe.phases[1 : recipe.phases.index(phase) + 1]:
-                state = enter_phase(state, recipe, later, optimizer)
-            return state
+            return walk_to_phase(state, recipe, phase, optimizer)
 
         state = jax.jit(create)(jax.random.key(0))
         lists = None

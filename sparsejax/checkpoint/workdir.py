@@ -142,4 +142,5 @@ def _drop_other_recipes(config: Mapping[str, Any]) -> dict[str, Any]:
     Earlier versions recorded them all.
     """
     recipe = config["recipe"]
-    return {**config, "recipe": {k: v for k, v in recipe.items() if k in ("name", recipe["name"])}}
+    chosen = ("name", "own", *recipe["name"].split("+"))
+    return {**config, "recipe": {k: v for k, v in recipe.items() if k in chosen}}

@@ -16,9 +16,11 @@ from sparsejax.config.schema import (
     make_transformer_config,
 )
 from sparsejax.data import DataConfig
+from sparsejax.recipes.own import is_own
 from sparsejax.recipes.registry import RECIPES, RecipeEntry
 
 _SECTIONS = ("model", "data", "optimizer", "recipe", "checkpoint")
+_OWN = "own"
 
 
 class ConfigError(ValueError):
@@ -58,7 +60,13 @@ def list_settings() -> Iterator[Setting]:
             names = {field.name for field in dataclasses.fields(cls)} - {"seed"}
             yield from _list_section(cls, f"{section}.", names)
     known = ", ".join(RECIPES)
-    yield Setting("recipe.name", str, False, default.recipe.name, f"which method trains: {known}")
+    meaning = (
+        f'which method trains: {known}; "module:function", which makes one of your own; or two '
+        'joined by "+", such as "spion+fst"'
+    )
+    yield Setting("recipe.name", str, False, default.recipe.name, meaning)
+    meaning = "which weights a method of your own prunes, as in the other sections"
+    yield Setting("recipe.own.sparse_weights", str, False, "", meaning)
     for entry in RECIPES.values():
         prefix = f"recipe.{entry.name}."
         if entry.sparse_weights is not None:
@@ -172,17 +180,21 @@ def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
 def _read_recipe(mapping: Mapping[str, Any]) -> RecipeSettings:
     if "name" not in mapping:
         raise ConfigError("missing key recipe.name")
-    sections = tuple(name for name, entry in RECIPES.items() if _get_hints(entry))
-    _check_keys({**dict.fromkeys(sections), **mapping}, ("name", *sections), "recipe.")
-    name = mapping["name"]
-    hints = _get_hints(RECIPES[RecipeSettings(name=name).name])
-    if not hints:
-        return RecipeSettings(name=name)
-    if name not in mapping:
-        raise ConfigError(f"missing key recipe.{name}")
-    return RecipeSettings(
-        name=name, settings=_cast_section(mapping[name], hints, f"recipe.{name}.")
-    )
+    known = {name: _get_hints(entry) for name, entry in RECIPES.items()}
+    known = {name: hints for name, hints in known.items() if hints} | {
+        _OWN: {"sparse_weights": str}
+    }
+    _check_keys({**dict.fromkeys(known), **mapping}, ("name", *known), "recipe.")
+    name = _cast(mapping["name"], str, "recipe.name")
+    chosen = {}
+    for method in RecipeSettings(name=name).methods:
+        section = _OWN if is_own(method) else method
+        if section not in known:
+            continue
+        if section not in mapping:
+            raise ConfigError(f"missing key recipe.{section}")
+        chosen[section] = _cast_section(mapping[section], known[section], f"recipe.{section}.")
+    return RecipeSettings(name=name, sections=chosen)
 
 
 def _get_hints(entry: RecipeEntry) -> dict[str, Any]:

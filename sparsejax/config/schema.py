@@ -15,7 +15,8 @@ from sparsejax.models import (
 )
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.patterns import BlockPattern, parse_pattern_list
-from sparsejax.recipes import Recipe
+from sparsejax.recipes import Recipe, chain
+from sparsejax.recipes.own import RecipeFacts, find_factory, is_own, make_own_recipe
 from sparsejax.recipes.registry import RECIPES
 
 
@@ -78,18 +79,46 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeSettings:
-    """Which method trains, and its settings.
+    """Which method trains, or which two, and their settings.
 
     Attributes:
-      name: one of `RECIPES`.
-      settings: those of the method, by name.
+      name: one of `RECIPES`; "module:function", which makes a recipe of one's own; or two of these
+        joined by "+", one that makes attention sparse and one that makes weights sparse.
+      sections: settings of each method, by its name; of one's own under "own".
     """
 
     name: str = "dense"
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        make_check("recipe", self)(self.name in RECIPES, "name", f"one of {tuple(RECIPES)}")
+        check = make_check("recipe", self)
+        known = all(is_own(name) or name in RECIPES for name in self.methods)
+        check(
+            known,
+            "name",
+            f"one of {tuple(RECIPES)}, two of them joined by '+', or 'module:function'",
+        )
+        check(
+            len(self.methods) <= 2 and len(set(self.methods)) == len(self.methods),
+            "name",
+            "one method, or two different ones joined by '+'",
+        )
+        claims = [name for name, section in self.sections.items() if section.get("sparse_weights")]
+        check(
+            len(claims) <= 1,
+            "name",
+            f"two methods of which one at most prunes weights; {' and '.join(claims)} do",
+        )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, one or two."""
+        return tuple(self.name.split("+"))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Settings of a method that trains by itself."""
+        return self.sections.get(self.name, {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,12 +186,12 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the nested mapping that `parse_config` reads.
 
-        Of recipes, it holds the section of the chosen one only.
+        Of recipes, it holds the sections of those chosen only.
         """
         mapping = dataclasses.asdict(self)
         del mapping["data"]["seed"]
-        name, settings = self.recipe.name, dict(self.recipe.settings)
-        mapping["recipe"] = {"name": name} | ({name: settings} if settings else {})
+        sections = {name: dict(section) for name, section in self.recipe.sections.items()}
+        mapping["recipe"] = {"name": self.recipe.name} | sections
         return mapping
 
 
@@ -201,6 +230,7 @@ def make_transformer_config(
         "block_size",
         f"a positive divisor of data.sequence_length={length}",
     )
+    section, text = _find_sparse_weights(config.recipe)
     shared = {
         field.name: getattr(model, field.name) for field in dataclasses.fields(TransformerOptions)
     }
@@ -215,10 +245,7 @@ def make_transformer_config(
             "patch_values": patch_values,
             "num_towers": 2 if task == "matching" else 1,
             "block": BlockPattern(block_q=size, block_kv=size),
-            "sparse_weights": parse_pattern_list(
-                config.recipe.settings.get("sparse_weights", ""),
-                f"recipe.{config.recipe.name}.sparse_weights",
-            ),
+            "sparse_weights": parse_pattern_list(text, f"recipe.{section}.sparse_weights"),
         }
     )
 
@@ -233,30 +260,50 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
     Raises:
       ValueError: if a setting is out of range or contradicts another.
     """
-    entry, settings = RECIPES[config.recipe.name], dict(config.recipe.settings)
+    block = model.block.block_q
+    facts = RecipeFacts(
+        num_layers=model.num_layers,
+        length=model.max_length,
+        block_size=block,
+        num_blocks=model.max_length // block,
+        causal=model.causal,
+        head_dim=model.head_dim,
+        num_steps=config.num_steps,
+        patterns=sparse_weight_patterns(model),
+    )
+    recipes = [_make_method(config.recipe, name, facts) for name in config.recipe.methods]
+    if len(recipes) == 2:
+        # Whichever of the two is named first.
+        recipes.sort(key=lambda recipe: any(phase.sparse_weights for phase in recipe.phases))
+        recipe = chain(*recipes)
+    else:
+        (recipe,) = recipes
+    _check_phases(config, model, recipe)
+    return recipe
+
+
+def _make_method(settings: RecipeSettings, name: str, facts: RecipeFacts) -> Recipe:
+    if is_own(name):
+        return make_own_recipe(name, find_factory(name), facts)
+    entry, section = RECIPES[name], dict(settings.sections.get(name, {}))
     if entry.sparse_weights is not None:
-        text = settings.pop("sparse_weights", entry.sparse_weights)
+        text = section.pop("sparse_weights", entry.sparse_weights)
         check_setting(
-            bool(model.sparse_weights),
+            bool(facts.patterns),
             f"recipe.{entry.name}.sparse_weights",
             text,
             "'regex=pattern' of at least one weight",
         )
-    block = model.block.block_q
-    known = {
-        "num_layers": model.num_layers,
-        "length": model.max_length,
-        "block_size": block,
-        "num_blocks": model.max_length // block,
-        "causal": model.causal,
-        "head_dim": model.head_dim,
-        "num_steps": config.num_steps,
-        "patterns": sparse_weight_patterns(model),
-    }
-    needs = {name: known[name] for name in entry.needs}
-    recipe = entry.make(entry.config_class(**settings, **needs))
-    _check_phases(config, model, recipe)
-    return recipe
+    needs = {need: getattr(facts, need) for need in entry.needs}
+    return entry.make(entry.config_class(**section, **needs))
+
+
+def _find_sparse_weights(settings: RecipeSettings) -> tuple[str, str]:
+    """Return the section that says which weights are sparse, and what it says."""
+    for name, section in settings.sections.items():
+        if section.get("sparse_weights"):
+            return name, section["sparse_weights"]
+    return settings.name, ""
 
 
 def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe) -> None:

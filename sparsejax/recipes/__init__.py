@@ -15,6 +15,8 @@ from sparsejax.recipes.attention.static_attention import (
 from sparsejax.recipes.attention.static_attention import (
     make_static_attention as make_static_attention,
 )
+from sparsejax.recipes.chain import chain as chain
+from sparsejax.recipes.chain import list_begun as list_begun
 from sparsejax.recipes.dense import make_dense as make_dense
 from sparsejax.recipes.dynamic.magnitude import MagnitudeConfig as MagnitudeConfig
 from sparsejax.recipes.dynamic.magnitude import make_magnitude as make_magnitude
@@ -31,6 +33,7 @@ from sparsejax.recipes.nm.fst import FSTConfig as FSTConfig
 from sparsejax.recipes.nm.fst import make_fst as make_fst
 from sparsejax.recipes.nm.sste import SSTEConfig as SSTEConfig
 from sparsejax.recipes.nm.sste import make_sste as make_sste
+from sparsejax.recipes.own import RecipeFacts as RecipeFacts
 from sparsejax.recipes.recipe import Observation as Observation
 from sparsejax.recipes.recipe import Phase as Phase
 from sparsejax.recipes.recipe import Recipe as Recipe

@@ -182,9 +182,8 @@ def _check_recipe(config: TrainConfig) -> tuple[list[float], int]:
 def _make_dense_run(run: Run) -> Run:
     """Return the run that trains densely and logs flip rates all the same."""
     changes = {"variant": "dense", "decay_rate": 0.0, "grad_pruning": "none"}
-    recipe = dataclasses.replace(
-        run.config.recipe, settings={**run.config.recipe.settings, **changes}
-    )
+    sections = {"fst": {**run.config.recipe.settings, **changes}}
+    recipe = dataclasses.replace(run.config.recipe, sections=sections)
     config = dataclasses.replace(run.config, recipe=recipe)
     return dataclasses.replace(run, config=config, recipe=make_recipe(config, run.model_config))
 

@@ -17,7 +17,7 @@ from sparsejax.checkpoint.save import Checkpointer
 from sparsejax.checkpoint.workdir import claim_workdir, describe_run, find_newest_checkpoint
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
-from sparsejax.recipes import Observation
+from sparsejax.recipes import Observation, Phase
 from sparsejax.report.metrics import DeferredMetrics, Fetched, MetricsWriter, read_metrics
 from sparsejax.report.plots.training import plot_training
 from sparsejax.report.progress import (
@@ -179,13 +179,11 @@ class _Loop:
         probes = every_steps is not None and (self.step + 1) % every_steps == 0
         settled = self._probe(batch) if probes else self._train(batch)
         self.step += 1
-        expired = self.phase.last_step is not None and self.step >= self.phase.last_step
-        if self.phase is self.run.recipe.phases[-1]:
-            return
-        if settled or expired:
+        following = self.run.recipe.find_next(self.phase, step=self.step, settled=settled)
+        if following is not None:
             reason = self.phase.ends_when if settled else "its last step is reached"
-            self._enter_next_phase(batch, reason)
-        elif self.phase.last_step is None:
+            self._enter_phase(following, batch, reason)
+        elif self.phase != self.run.recipe.phases[-1] and self.phase.last_step is None:
             self._warn_of_waiting()
 
     def validate(self) -> dict[str, float]:
@@ -238,13 +236,12 @@ class _Loop:
         self._record(self.metrics.flush())
         return settled
 
-    def _enter_next_phase(self, batch: Batch, reason: str) -> None:
+    def _enter_phase(self, following: Phase, batch: Batch, reason: str) -> None:
         self.flush()
         self.writer.write(self.step, {"kind": "switch", "phase": self.phase.name, "reason": reason})
         say(f"       | step {self.step} | phase {self.phase.name!r} ends: {reason}")
-        phases = self.run.recipe.phases
-        self.phase = phases[phases.index(self.phase) + 1]
-        self.state = self.run.enter_phase(self.state, self.phase)
+        self.state = self.run.enter_phase(self.state, following, previous=self.phase)
+        self.phase = following
         self.block_lists = self.run.make_block_lists(self.state, self.phase)
         self.programs = self._begin_phase(batch, record=True)
 

@@ -70,16 +70,17 @@ class Run:
         key = jax.random.key(self.config.seed)
         return jax.jit(create, out_shardings=self.state_sharding)(key)
 
-    def enter_phase(self, state: TrainState, phase: Phase) -> TrainState:
+    def enter_phase(self, state: TrainState, phase: Phase, *, previous: Phase) -> TrainState:
         """Hand the state over to a later phase.
 
         Args:
           state: not to be used again.
           phase: the phase that begins.
+          previous: the phase that has ended.
         """
 
         def enter(state):
-            return enter_phase(state, self.recipe, phase, self.optimizer)
+            return enter_phase(state, self.recipe, phase, self.optimizer, previous=previous)
 
         return jax.jit(enter, out_shardings=self.state_sharding)(state)
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from sparsejax.models import SparsityMask, Transformer, TransformerConfig
 from sparsejax.optimizer import Optimizer
-from sparsejax.recipes import Phase, Recipe, Sparsity
+from sparsejax.recipes import Phase, Recipe, Sparsity, list_begun
 from sparsejax.types import PyTree
 
 
@@ -80,7 +80,12 @@ def create_train_state(
 
 
 def enter_phase(
-    state: TrainState, recipe: Recipe, phase: Phase, optimizer: Optimizer
+    state: TrainState,
+    recipe: Recipe,
+    phase: Phase,
+    optimizer: Optimizer,
+    *,
+    previous: Phase | None = None,
 ) -> TrainState:
     """Hand the state over to a later phase of the recipe.
 
@@ -88,14 +93,20 @@ def enter_phase(
       state: TrainState at the end of the phase before.
       phase: Phase that begins.
       optimizer: Optimizer, asked for fresh state if the phase resets it.
+      previous: Phase that has ended; None = the one before in `recipe.phases`.
 
     Returns:
       TrainState whose structure is that of the new phase.
     """
-    sparsity = recipe.enter_phase(state.sparsity, phase)
-    sparsity = dataclasses.replace(sparsity, phase_start_step=state.step)
+    if previous is None:
+        previous = recipe.phases[recipe.phases.index(phase) - 1]
+    sparsity = recipe.enter_phase(state.sparsity, phase, previous=previous)
+    begun = list_begun(previous, phase)
+    # Where a part of a phase goes on, so does the learning rate that it has chosen.
+    if not phase.parts or any(part.learning_rate != "schedule" for part in begun):
+        sparsity = dataclasses.replace(sparsity, phase_start_step=state.step)
     opt_state = state.opt_state
-    if phase.reset_optimizer:
+    if any(part.reset_optimizer for part in begun):
         opt_state = optimizer.init(trainable(state.params, sparsity))
     return dataclasses.replace(state, sparsity=sparsity, opt_state=opt_state)
 
@@ -111,16 +122,40 @@ def make_abstract_state(
     Raises:
       ValueError: if the recipe has no such phase.
     """
-    names = [phase.name for phase in recipe.phases]
-    if phase_name not in names:
+    phases = {phase.name: phase for phase in recipe.phases}
+    if phase_name not in phases:
         raise ValueError(
-            f"phase must be one of {names} in recipe {recipe.name!r}, got {phase_name!r}"
+            f"phase must be one of {[*phases]} in recipe {recipe.name!r}, got {phase_name!r}"
         )
 
     def build(key):
         state = create_train_state(config, recipe, optimizer, key)
-        for phase in recipe.phases[1 : names.index(phase_name) + 1]:
-            state = enter_phase(state, recipe, phase, optimizer)
-        return state
+        return walk_to_phase(state, recipe, phases[phase_name], optimizer)
 
     return jax.eval_shape(build, jax.random.key(0))
+
+
+def walk_to_phase(
+    state: TrainState, recipe: Recipe, phase: Phase, optimizer: Optimizer
+) -> TrainState:
+    """Hand a state of the first phase over to any other, through those in between.
+
+    Args:
+      state: TrainState in the recipe's first phase.
+      phase: Phase to come to.
+      optimizer: Optimizer.
+
+    Returns:
+      TrainState whose structure is that of the phase.
+    """
+    first = recipe.phases[0]
+    if recipe.parts:
+        # The parts go their ways by themselves.
+        path = [] if phase == first else [phase]
+    else:
+        path = recipe.phases[1 : recipe.phases.index(phase) + 1]
+    previous = first
+    for later in path:
+        state = enter_phase(state, recipe, later, optimizer, previous=previous)
+        previous = later
+    return state

@@ -39,12 +39,12 @@ def test_attention_is_hybrid_in_the_ultra_sparse_phase():
         ("restoration", False, None),
     ]
     sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, recipe.phases[1])
+    inside = recipe.enter_phase(sparsity, recipe.phases[1], previous=recipe.phases[0])
     expected = hybrid_blocks(5, block=16, stride=32)
     assert 0 < expected.sum() < 15
     for layer in range(L):
         np.testing.assert_array_equal(get_attention_masks(inside.masks)[layer], expected)
-    after = recipe.enter_phase(inside, recipe.phases[2])
+    after = recipe.enter_phase(inside, recipe.phases[2], previous=recipe.phases[0])
     assert get_attention_masks(after.masks).all()
     jax.tree.map(np.testing.assert_array_equal, masks_of(after), masks_of(sparsity))
     assert not any(phase.sparse_attention for phase in mst().phases)
@@ -58,7 +58,7 @@ def test_hybrid_attention_is_of_positions_as_published():
     expected = (i >= j) & ((i - j < 3) | ((i - j) % 3 == 0))
     np.testing.assert_array_equal(sparse.position_mask(80), expected)
     sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, sparse)
+    inside = recipe.enter_phase(sparsity, sparse, previous=recipe.phases[0])
     assert get_attention_masks(inside.masks).all(), "blocks have no part in it"
 
 
@@ -68,8 +68,8 @@ def test_hybrid_attention_may_stay_to_the_end(blocks):
     _, sparse, restored = recipe.phases
     assert restored == sparse._replace(name="restoration", last_step=None)
     sparsity, _ = begin(recipe)
-    inside = recipe.enter_phase(sparsity, sparse)
-    after = recipe.enter_phase(inside, restored)
+    inside = recipe.enter_phase(sparsity, sparse, previous=recipe.phases[0])
+    after = recipe.enter_phase(inside, restored, previous=recipe.phases[0])
     kept = get_attention_masks(inside.masks)
     np.testing.assert_array_equal(get_attention_masks(after.masks), kept)
     assert kept.all() != blocks

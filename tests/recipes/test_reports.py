@@ -135,7 +135,7 @@ def test_attention_patterns_are_drawn_when_a_phase_is_sparse(name, tmp_path, mon
     sparsity = recipe.init(MASKS, {}, jax.random.key(0))
     recipe.draw_phase(sparsity, dense, step=0, folder=tmp_path)
     assert not list(tmp_path.iterdir()) and not titles
-    sparsity = recipe.enter_phase(sparsity, sparse)
+    sparsity = recipe.enter_phase(sparsity, sparse, previous=recipe.phases[0])
     recipe.draw_phase(sparsity, sparse, step=7, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["attention_patterns.png"]
     # With pooled maps two panels a layer, and the bar of their colours.
@@ -149,5 +149,10 @@ def test_mst_draws_its_attention_in_the_ultra_sparse_phase(tmp_path):
     for phase, drawn in zip(recipe.phases, (False, True, False), strict=True):
         folder = tmp_path / phase.name
         folder.mkdir()
-        recipe.draw_phase(recipe.enter_phase(sparsity, phase), phase, step=12, folder=folder)
+        recipe.draw_phase(
+            recipe.enter_phase(sparsity, phase, previous=recipe.phases[0]),
+            phase,
+            step=12,
+            folder=folder,
+        )
         assert (folder / "attention_patterns.png").exists() is drawn

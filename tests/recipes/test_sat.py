@@ -124,7 +124,7 @@ def test_between_probes_the_last_map_is_fitted():
 def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
     recipe = make()
     sparsity, _ = walk(recipe, [0.1] * 3)
-    after = recipe.enter_phase(sparsity, recipe.phases[1])
+    after = recipe.enter_phase(sparsity, recipe.phases[1], previous=recipe.phases[0])
     expected = sat_pattern(sparsity.params["pattern"], density=0.3)
     np.testing.assert_array_equal(
         after.masks["blocks"]["attention"]["block_mask"][:, 0, 0], expected

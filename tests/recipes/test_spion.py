@@ -114,7 +114,7 @@ def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
     for seed in (1, 2):
         sparsity, _ = observe_jitted(config)(sparsity, draw_maps(seed, causal))
     pooled = sparsity.statistics["pooled"]
-    sparsity = recipe.enter_phase(sparsity, recipe.phases[1])
+    sparsity = recipe.enter_phase(sparsity, recipe.phases[1], previous=recipe.phases[0])
 
     expected = spion_pattern(
         draw_maps(2, causal),

@@ -41,7 +41,7 @@ def test_after_dense_steps_the_pattern_applies_in_the_second_phase():
     sparsity = recipe.init(MASKS, {}, jax.random.key(3))
     assert get_attention_masks(sparsity.masks).all()
     at_once = make_static_attention(BASE).init(MASKS, {}, jax.random.key(3))
-    later = recipe.enter_phase(sparsity, sparse)
+    later = recipe.enter_phase(sparsity, sparse, previous=recipe.phases[0])
     np.testing.assert_array_equal(*(get_attention_masks(s.masks) for s in (later, at_once)))
 
 

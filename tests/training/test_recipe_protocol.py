@@ -233,8 +233,8 @@ def test_the_learning_rate_of_a_phase(settings, rate):
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_entering_a_phase(reset):
-    def forget(sparsity, phase):
-        assert phase.name == "second"
+    def forget(sparsity, phase, *, previous):
+        assert (previous.name, phase.name) == (PHASE.name, "second")
         return dataclasses.replace(sparsity, statistics={})
 
     second = Phase("second", reset_optimizer=reset)

@@ -186,8 +186,8 @@ def make_sat(config: SatConfig) -> Recipe:
         )
         return dataclasses.replace(sparsity, statistics=statistics), observation
 
-    def enter_phase(sparsity, phase):
-        del phase
+    def enter_phase(sparsity, phase, *, previous):
+        del phase, previous
         pattern = sat_pattern(
             sparsity.params["pattern"], density=config.density, causal=config.causal
         )

@@ -151,8 +151,8 @@ def make_spion(config: SpionConfig) -> Recipe:
         )
         return dataclasses.replace(sparsity, statistics=statistics), observation
 
-    def enter_phase(sparsity, phase):
-        del phase
+    def enter_phase(sparsity, phase, *, previous):
+        del phase, previous
         pooled = sparsity.statistics["pooled"]
         if config.variant == "c":
             pattern = top_k_blocks(pooled, density=config.density, causal=config.causal)

@@ -82,8 +82,8 @@ def make_static_attention(config: StaticAttentionConfig) -> Recipe:
         )
         return sparsity if config.dense_steps else prune(sparsity, key)
 
-    def enter_phase(sparsity, phase):
-        del phase
+    def enter_phase(sparsity, phase, *, previous):
+        del phase, previous
         return prune(sparsity, sparsity.statistics["key"])
 
     dense = Phase("dense", last_step=config.dense_steps)

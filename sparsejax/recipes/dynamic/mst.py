@@ -185,7 +185,10 @@ def make_mst(config: MSTConfig) -> Recipe:
     )
 
 
-def _enter_phase(config: MSTConfig, sparsity: Sparsity, phase: Phase) -> Sparsity:
+def _enter_phase(
+    config: MSTConfig, sparsity: Sparsity, phase: Phase, *, previous: Phase
+) -> Sparsity:
+    del previous
     pattern_LIJ = jnp.ones_like(get_attention_masks(sparsity.masks))
     stride = config.attention_stride
     if phase.sparse_attention and config.attention_blocks and stride is not None:

@@ -1,0 +1,272 @@
+"""The hooks of a recipe: what each one is called with, and the defaults, which do nothing.
+
+A hook that one method alone uses says which, and why no other hook could serve it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.recipes.phases import Observation, Phase, Sparsity, StepAccount
+from sparsejax.types import PyTree
+
+
+class Init(Protocol):
+    """Before the first step; masks are all True."""
+
+    def __call__(self, masks: PyTree, params: PyTree, key: jax.Array, /) -> Sparsity:
+        """Return what the recipe keeps."""
+        ...
+
+
+class ChooseMasks(Protocol):
+    """Masks that the forward pass of a training step sees, like `sparsity.masks`.
+
+    Dynamic sparse training: the gradient of pruned blocks is wanted in few steps, and evaluation,
+    which sees `sparsity.masks`, must not change with them.
+    """
+
+    def __call__(self, sparsity: Sparsity, /, *, step: jax.Array, phase: Phase) -> PyTree:
+        """Return the masks."""
+        ...
+
+
+class TransformParams(Protocol):
+    """Params that the forward pass sees, with their own gradient rule.
+
+    S-STE: the threshold moves with the weights in every forward pass, evaluation too.
+    """
+
+    def __call__(self, params: PyTree, sparsity: Sparsity, phase: Phase, /) -> PyTree:
+        """Return the params."""
+        ...
+
+
+class AuxiliaryLoss(Protocol):
+    """f32[], added to the loss; gradients flow to `sparsity.params` only.
+
+    SAT: its own parameters learn the pattern from the maps of the forward pass, which are None in a
+    step that does not probe.
+    """
+
+    def __call__(
+        self, sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase, /
+    ) -> jax.Array:
+        """Return the loss."""
+        ...
+
+
+class MaskGradients(Protocol):
+    """Gradients before they are measured and clipped.
+
+    Dynamic sparse training: the norm is that of trained weights.
+    """
+
+    def __call__(self, grads: PyTree, sparsity: Sparsity, phase: Phase, /) -> PyTree:
+        """Return the gradients."""
+        ...
+
+
+class TransformGradients(Protocol):
+    """Gradients after clipping and before the optimizer.
+
+    FST: its decay goes through the optimizer's moments and is not clipped.
+    """
+
+    def __call__(
+        self, grads: PyTree, params: PyTree, sparsity: Sparsity, phase: Phase, /
+    ) -> PyTree:
+        """Return the gradients."""
+        ...
+
+
+class SkipOptimizer(Protocol):
+    """bool[], True leaves parameters and optimizer state alone.
+
+    MST and RigL: an update of the masks takes the place of the optimizer's step, moments included.
+    """
+
+    def __call__(self, step: jax.Array, phase: Phase, /) -> jax.Array:
+        """Return whether it is skipped."""
+        ...
+
+
+class TransformUpdates(Protocol):
+    """What the optimizer adds to the parameters at a learning rate of 1, weight decay included.
+
+    MST: the rate of a weight depends on the density of its layer.
+    """
+
+    def __call__(self, updates: PyTree, sparsity: Sparsity, phase: Phase, /) -> PyTree:
+        """Return the updates."""
+        ...
+
+
+class Update(Protocol):
+    """The method's own changes at the end of a step.
+
+    Gradients are those of the batch, before `mask_gradients` and clipping. Moments in `opt_state`
+    are dicts like `grads`, with the keys "model" and "recipe".
+    """
+
+    def __call__(
+        self,
+        sparsity: Sparsity,
+        params: PyTree,
+        opt_state: PyTree,
+        grads: PyTree,
+        /,
+        *,
+        step: jax.Array,
+        key: jax.Array,
+        phase: Phase,
+        learning_rate: jax.Array,
+    ) -> tuple[Sparsity, PyTree, PyTree]:
+        """Return what the recipe keeps, parameters and optimizer state."""
+        ...
+
+
+class Metrics(Protocol):
+    """f32 arrays by name, logged after every step; those that are all NaN are left out."""
+
+    def __call__(
+        self, sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
+    ) -> dict[str, jax.Array]:
+        """Return the metrics; `step` is that of `update`."""
+        ...
+
+
+class Observe(Protocol):
+    """What the recipe makes of attention maps, f32[L, T, T].
+
+    They are those of the step's training batch, averaged over batch and heads.
+    """
+
+    def __call__(
+        self, sparsity: Sparsity, attention_maps: jax.Array, phase: Phase, /
+    ) -> tuple[Sparsity, Observation]:
+        """Return what the recipe keeps, and what it concluded."""
+        ...
+
+
+class EnterPhase(Protocol):
+    """Between two phases; may change the structure of what the recipe keeps."""
+
+    def __call__(self, sparsity: Sparsity, phase: Phase, /, *, previous: Phase) -> Sparsity:
+        """Return what the recipe keeps in the phase that begins."""
+        ...
+
+
+class Account(Protocol):
+    """What a step means for the ledger of FLOPs, from its metrics as numbers and lists.
+
+    Dynamic sparse training: masks change their density within a phase.
+    """
+
+    def __call__(self, values: Mapping[str, Any], /) -> StepAccount:
+        """Return the account."""
+        ...
+
+
+class DrawPhase(Protocol):
+    """Pictures when a phase begins."""
+
+    def __call__(self, sparsity: Sparsity, phase: Phase, /, *, step: int, folder: Path) -> None:
+        """Write them."""
+        ...
+
+
+class DrawRun(Protocol):
+    """Pictures of a finished run, from the lines of `metrics.jsonl`."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], /, *, folder: Path) -> None:
+        """Write them."""
+        ...
+
+
+def keep_masks(masks: PyTree, params: PyTree, key: jax.Array, /) -> Sparsity:
+    """Keep the masks and nothing else."""
+    del params, key
+    return Sparsity(masks=masks, params={}, statistics={}, phase_start_step=jnp.int32(0))
+
+
+def choose_kept_masks(sparsity: Sparsity, /, *, step: jax.Array, phase: Phase) -> PyTree:
+    """Return the masks of the state."""
+    del step, phase
+    return sparsity.masks
+
+
+def keep_first(first: PyTree, /, *rest: Any) -> PyTree:
+    """Return what is to be transformed as it is."""
+    del rest
+    return first
+
+
+def add_no_loss(sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase, /) -> jax.Array:
+    """Return 0."""
+    del sparsity, attention_maps, phase
+    return jnp.float32(0)
+
+
+def skip_nothing(step: jax.Array, phase: Phase, /) -> jax.Array:
+    """Return False."""
+    del step, phase
+    return jnp.bool_(False)
+
+
+def update_nothing(
+    sparsity: Sparsity,
+    params: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    /,
+    *,
+    step: jax.Array,
+    key: jax.Array,
+    phase: Phase,
+    learning_rate: jax.Array,
+) -> tuple[Sparsity, PyTree, PyTree]:
+    """Return the first three."""
+    del grads, step, key, phase, learning_rate
+    return sparsity, params, opt_state
+
+
+def measure_nothing(
+    sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
+) -> dict[str, jax.Array]:
+    """Return no metrics."""
+    del sparsity, step, phase
+    return {}
+
+
+def observe_nothing(
+    sparsity: Sparsity, attention_maps: jax.Array, phase: Phase, /
+) -> tuple[Sparsity, Observation]:
+    """Ask for no other phase."""
+    del attention_maps, phase
+    return sparsity, Observation(change_phase=jnp.bool_(False), metrics={})
+
+
+def enter_unchanged(sparsity: Sparsity, phase: Phase, /, *, previous: Phase) -> Sparsity:
+    """Return what the recipe keeps as it is."""
+    del phase, previous
+    return sparsity
+
+
+def account_for_nothing(values: Mapping[str, Any], /) -> StepAccount:
+    """Say that masks did not change."""
+    del values
+    return StepAccount()
+
+
+def draw_no_phase(sparsity: Sparsity, phase: Phase, /, *, step: int, folder: Path) -> None:
+    """Write nothing."""
+    del sparsity, phase, step, folder
+
+
+def draw_no_run(rows: Sequence[Mapping[str, Any]], /, *, folder: Path) -> None:
+    """Write nothing."""
+    del rows, folder

@@ -1,0 +1,97 @@
+"""What the hooks of a recipe take and return."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+
+from sparsejax.types import PyTree
+
+
+class Phase(NamedTuple):
+    """A stretch of training with one compiled step.
+
+    Attributes:
+      name: unique in the recipe; recorded in checkpoints.
+      sparse_attention: False attends everywhere.
+      position_mask: (T) -> bool[T, T], True = kept: sparse attention keeps these positions instead
+        of the blocks of the masks, which saves counted FLOPs and no time. None keeps the blocks.
+      pruned_logits: how pruned attention blocks count in the softmax, "masked" or "zero".
+      changes_attention: `update` or `choose_masks` change attention masks within the phase. Their
+        lists of blocks are then built in every step and not once.
+      sparse_weights: False ignores the masks of weights.
+      grad_pruning: how gradients are pruned for the gradient of sparse weights, "none", "mvue" or
+        "mvue_exact".
+      masked_gradients: pruned weights have no gradient, and counted FLOPs leave it out. False
+        trains them straight through.
+      last_step: the phase ends after this many steps of the run at the latest; None = no limit.
+      ends_when: what `observe` waits for; shown when the phase never ends.
+      probe_every_steps: steps between two that probe, that is, pass the attention maps of their
+        forward pass to `auxiliary_loss` and `observe`; None = never.
+      learning_rate: "schedule" continues it, "restart" starts it again at the phase's first step,
+        "constant" holds the base rate.
+      learning_rate_scale: multiplies the rate.
+      reset_optimizer: the phase begins with fresh optimizer state.
+      parts: of recipes that were chained, the phase that each of them is in.
+    """
+
+    name: str
+    sparse_attention: bool = False
+    position_mask: Callable[[int], jax.Array] | None = None
+    pruned_logits: Literal["masked", "zero"] = "masked"
+    changes_attention: bool = False
+    sparse_weights: bool = False
+    grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
+    masked_gradients: bool = False
+    last_step: int | None = None
+    ends_when: str = "the recipe's condition holds"
+    probe_every_steps: int | None = None
+    learning_rate: Literal["schedule", "restart", "constant"] = "schedule"
+    learning_rate_scale: float = 1.0
+    reset_optimizer: bool = False
+    parts: tuple["Phase", ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """Everything a recipe keeps in the train state.
+
+    Attributes:
+      masks: nested dict of bool arrays, True = kept, as the model's `SparsityMask` variables.
+      params: the recipe's own trainable parameters, updated by the same optimizer.
+      statistics: whatever the current phase needs to remember.
+      phase_start_step: i32[], steps done when the current phase began; of chained recipes, when the
+        part began that does not follow the schedule of the learning rate.
+    """
+
+    masks: PyTree
+    params: PyTree
+    statistics: PyTree
+    phase_start_step: jax.Array
+
+
+class Observation(NamedTuple):
+    """What `observe` concluded.
+
+    Attributes:
+      change_phase: bool[], enter the next phase after this step.
+      metrics: arrays for the log, by name.
+    """
+
+    change_phase: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class StepAccount(NamedTuple):
+    """What a step means for the ledger of FLOPs.
+
+    Attributes:
+      dense_gradient: the step computed the gradient of pruned weights too.
+      weight_density: layer name -> f32[L], kept fraction of a weight after the step; empty if no
+        mask changed.
+    """
+
+    dense_gradient: bool = False
+    weight_density: Mapping[str, Sequence[float]] = {}
