@@ -7,32 +7,37 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from sparsejax.checkpoint.files import parse_order
 from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
-from sparsejax.config.parse import ConfigError, find_differences
+from sparsejax.config.parse import ConfigError, find_differences, parse_config
 from sparsejax.config.schema import TrainConfig
+from sparsejax.data import DataSpec
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe_run(config: TrainConfig, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def describe_run(
+    config: TrainConfig, fingerprint: Mapping[str, Any], spec: DataSpec
+) -> dict[str, Any]:
     """Return what must stay the same while a run is resumed, and what it ran on.
 
     Args:
       config: settings of the run.
       fingerprint: what identifies the data.
+      spec: what the model knows of the data.
 
     Returns:
-      JSON values: "config", "data" and "versions".
+      JSON values: "config", "data", "spec" and "versions".
     """
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "config": config.to_dict(),
         "data": dict(fingerprint),
+        "spec": spec._asdict(),
         "versions": {
             "python": platform.python_version(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -98,6 +103,45 @@ def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
     return find_differences(before["versions"], description["versions"])
 
 
+class RecordedRun(NamedTuple):
+    """What a run's folder says of it.
+
+    Attributes:
+      config: its settings.
+      spec: what its model knows of the data.
+      tokenizer: name of the tokenizer of its data.
+    """
+
+    config: TrainConfig
+    spec: DataSpec
+    tokenizer: str
+
+
+def read_run(workdir: str | os.PathLike) -> RecordedRun:
+    """Read what a run was started with.
+
+    Args:
+      workdir: folder of the run.
+
+    Raises:
+      ConfigError: if the folder holds no run, or one that says too little.
+    """
+    checkpoints = Path(workdir) / "checkpoints"
+    try:
+        recorded = read_run_metadata(checkpoints) if checkpoints.is_dir() else None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if recorded is None:
+        raise ConfigError(f"workdir={str(workdir)!r} must hold a run's checkpoints, found none")
+    if "spec" not in recorded:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} must hold a run of this version, which records what its "
+            "model knows of the data; resume it once, and it does"
+        )
+    config = parse_config(_drop_other_recipes(recorded["config"]))
+    return RecordedRun(config, DataSpec(**recorded["spec"]), recorded["data"]["tokenizer"])
+
+
 def read_choices(checkpoints: Path) -> dict[str, str]:
     """Read on which backend each sparse op of a run ran.
 
@@ -142,5 +186,5 @@ def _drop_other_recipes(config: Mapping[str, Any]) -> dict[str, Any]:
     Earlier versions recorded them all.
     """
     recipe = config["recipe"]
-    chosen = ("name", "own", *recipe["name"].split("+"))
+    chosen = {"name", *recipe["name"].split("+")} | ({"own"} if ":" in recipe["name"] else set())
     return {**config, "recipe": {k: v for k, v in recipe.items() if k in chosen}}

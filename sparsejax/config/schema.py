@@ -16,7 +16,7 @@ from sparsejax.models import (
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
 from sparsejax.patterns import BlockPattern, parse_pattern_list
 from sparsejax.recipes import Recipe, chain
-from sparsejax.recipes.own import RecipeFacts, find_factory, is_own, make_own_recipe
+from sparsejax.recipes.own import RecipeFacts, is_own, make_own_recipe
 from sparsejax.recipes.registry import RECIPES
 
 
@@ -284,7 +284,7 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
 
 def _make_method(settings: RecipeSettings, name: str, facts: RecipeFacts) -> Recipe:
     if is_own(name):
-        return make_own_recipe(name, find_factory(name), facts)
+        return make_own_recipe(name, facts)
     entry, section = RECIPES[name], dict(settings.sections.get(name, {}))
     if entry.sparse_weights is not None:
         text = section.pop("sparse_weights", entry.sparse_weights)

@@ -12,6 +12,20 @@ importing this package costs no more than NumPy.
 
 from sparsejax.data.config import DataConfig
 from sparsejax.data.dataset import Data, make_data
+from sparsejax.data.source import Contents, Example, Source
 from sparsejax.data.spec import DataSpec, describe_data
+from sparsejax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
 
-__all__ = ["Data", "DataConfig", "DataSpec", "describe_data", "make_data"]
+__all__ = [
+    "Contents",
+    "Data",
+    "DataConfig",
+    "DataSpec",
+    "Example",
+    "Source",
+    "Tokenizer",
+    "describe_data",
+    "keep_tokenizer",
+    "load_tokenizer",
+    "make_data",
+]

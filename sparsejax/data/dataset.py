@@ -39,12 +39,14 @@ class Data:
         always the same order, the last batch filled up with examples of weight 0.
       spec: What a model must know of the data.
       fingerprint: What must be equal for a run to resume on this data.
+      tokenizer: What made the ids.
     """
 
     train: pipeline.BatchIterator
     validation: Callable[[int | None], Iterator[pipeline.Batch]]
     spec: DataSpec
     fingerprint: dict[str, str | int]
+    tokenizer: Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
             "validation_examples": len(validation),
             **source.fingerprint,
         },
+        tokenizer=prepared.tokenizer,
     )
 
 

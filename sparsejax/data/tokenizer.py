@@ -1,8 +1,10 @@
 """Tokenizers: bytes, byte-level BPE trained on the spot, and sources that come as ids already."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +23,15 @@ class Tokenizer:
       name: Identifies the tokenizer; equal names encode equally.
       vocab_size: Ids are in [0, vocab_size).
       encode: Maps a list of documents to one integer array each.
+      decode: Maps ids back to a document; bytes of a text.
+      file: What has to be kept beside a model, None where the name says it all.
     """
 
     name: str
     vocab_size: int
     encode: Callable[[list], list[np.ndarray]]
+    decode: Callable[[Sequence[int]], Any]
+    file: Path | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -65,6 +71,7 @@ def byte_tokenizer() -> Tokenizer:
         name="bytes",
         vocab_size=256,
         encode=lambda documents: [np.frombuffer(text, np.uint8) for text in documents],
+        decode=lambda ids: np.asarray(ids, np.uint8).tobytes(),
     )
 
 
@@ -78,7 +85,10 @@ def value_tokenizer(num_values: int) -> Tokenizer:
       The identity on such arrays.
     """
     return Tokenizer(
-        name=f"values:{num_values}", vocab_size=num_values, encode=lambda documents: documents
+        name=f"values:{num_values}",
+        vocab_size=num_values,
+        encode=lambda documents: documents,
+        decode=np.asarray,
     )
 
 
@@ -137,7 +147,54 @@ def load_bpe(folder: Path, name: str) -> Tokenizer:
         encodings = bpe.encode_batch_fast([_decode(text) for text in documents])
         return [np.asarray(encoding.ids, np.uint16) for encoding in encodings]
 
-    return Tokenizer(name=name, vocab_size=bpe.get_vocab_size(), encode=encode)
+    def decode(ids: Sequence[int]) -> bytes:
+        return bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False).encode()
+
+    return Tokenizer(
+        name=name,
+        vocab_size=bpe.get_vocab_size(),
+        encode=encode,
+        decode=decode,
+        file=folder / _FILE,
+    )
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy what `load_tokenizer` needs beside the name into a folder.
+
+    Args:
+      tokenizer: Of a run.
+      folder: Of the run.
+    """
+    if tokenizer.file is not None:
+        shutil.copyfile(tokenizer.file, folder / _FILE)
+
+
+def load_tokenizer(name: str, folder: Path) -> Tokenizer:
+    """Load the tokenizer of a run, wherever its data is.
+
+    Args:
+      name: Of the tokenizer.
+      folder: That `keep_tokenizer` filled.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      ValueError: The folder lacks the file of a BPE tokenizer.
+
+    Example:
+      >>> load_tokenizer("bytes", Path()).decode([65, 66])
+      b'AB'
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "bytes":
+        return byte_tokenizer()
+    if kind == "values":
+        return value_tokenizer(int(rest))
+    if not (folder / _FILE).is_file():
+        raise ValueError(f"{folder} must hold the {_FILE} of tokenizer {name!r}, found none")
+    return load_bpe(folder, name)
 
 
 def _decode(text: bytes) -> str:

@@ -125,6 +125,8 @@ class Transformer(nnx.Module):
           rngs: nnx.Rngs with a `params` stream.
         """
         self.config = config
+        # What calls do that name no options; a loaded model has those of its phase.
+        self.attention_options, self.linear_options = SPARSE, SPARSE_LINEAR
         dtype = jnp.dtype(config.dtype)
         table_init = nnx.initializers.normal(0.02)
         if config.patch_values:
@@ -169,8 +171,8 @@ class Transformer(nnx.Module):
         decoder_tokens: jax.Array | None = None,
         mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        attention_options: AttentionOptions = SPARSE,
-        linear_options: LinearOptions = SPARSE_LINEAR,
+        attention_options: AttentionOptions | None = None,
+        linear_options: LinearOptions | None = None,
         pruning_key: jax.Array | None = None,
         block_lists: BlockLists = None,
         probe: bool = False,
@@ -183,8 +185,9 @@ class Transformer(nnx.Module):
             for any other model.
           mask: bool, shape of `tokens` without P, True = real token; None = all real.
           dropout_key: typed key; None switches dropout off.
-          attention_options: AttentionOptions, static.
-          linear_options: LinearOptions of sparse weights, static.
+          attention_options: AttentionOptions, static; None = the model's own attribute, sparse
+            unless it was loaded from a phase that was not.
+          linear_options: LinearOptions of sparse weights, static; None likewise.
           pruning_key: typed key; needed where `linear_options` prune gradients of sparse weights,
             without effect elsewhere.
           block_lists: what `make_block_lists` returns for the model's masks, to build it once and
@@ -196,6 +199,10 @@ class Transformer(nnx.Module):
             `max_length`, `decoder_tokens` is missing or has no use, or `pruning_key` is missing.
         """
         config = self.config
+        if attention_options is None:
+            attention_options = self.attention_options
+        if linear_options is None:
+            linear_options = self.linear_options
         _check_shape(config, tokens.shape)
         _check_decoder_tokens(config, tokens, decoder_tokens)
         draws = linear_options.sparse and linear_options.grad_pruning != "none"

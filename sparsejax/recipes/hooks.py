@@ -1,4 +1,4 @@
-"""The hooks of a recipe: what each one is called with, and the defaults, which do nothing.
+"""The hooks of a recipe: when each one is called, and with what.
 
 A hook that one method alone uses says which, and why no other hook could serve it.
 """
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 from sparsejax.recipes.phases import Observation, Phase, Sparsity, StepAccount
 from sparsejax.types import PyTree
@@ -185,88 +184,3 @@ class DrawRun(Protocol):
     def __call__(self, rows: Sequence[Mapping[str, Any]], /, *, folder: Path) -> None:
         """Write them."""
         ...
-
-
-def keep_masks(masks: PyTree, params: PyTree, key: jax.Array, /) -> Sparsity:
-    """Keep the masks and nothing else."""
-    del params, key
-    return Sparsity(masks=masks, params={}, statistics={}, phase_start_step=jnp.int32(0))
-
-
-def choose_kept_masks(sparsity: Sparsity, /, *, step: jax.Array, phase: Phase) -> PyTree:
-    """Return the masks of the state."""
-    del step, phase
-    return sparsity.masks
-
-
-def keep_first(first: PyTree, /, *rest: Any) -> PyTree:
-    """Return what is to be transformed as it is."""
-    del rest
-    return first
-
-
-def add_no_loss(sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase, /) -> jax.Array:
-    """Return 0."""
-    del sparsity, attention_maps, phase
-    return jnp.float32(0)
-
-
-def skip_nothing(step: jax.Array, phase: Phase, /) -> jax.Array:
-    """Return False."""
-    del step, phase
-    return jnp.bool_(False)
-
-
-def update_nothing(
-    sparsity: Sparsity,
-    params: PyTree,
-    opt_state: PyTree,
-    grads: PyTree,
-    /,
-    *,
-    step: jax.Array,
-    key: jax.Array,
-    phase: Phase,
-    learning_rate: jax.Array,
-) -> tuple[Sparsity, PyTree, PyTree]:
-    """Return the first three."""
-    del grads, step, key, phase, learning_rate
-    return sparsity, params, opt_state
-
-
-def measure_nothing(
-    sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
-) -> dict[str, jax.Array]:
-    """Return no metrics."""
-    del sparsity, step, phase
-    return {}
-
-
-def observe_nothing(
-    sparsity: Sparsity, attention_maps: jax.Array, phase: Phase, /
-) -> tuple[Sparsity, Observation]:
-    """Ask for no other phase."""
-    del attention_maps, phase
-    return sparsity, Observation(change_phase=jnp.bool_(False), metrics={})
-
-
-def enter_unchanged(sparsity: Sparsity, phase: Phase, /, *, previous: Phase) -> Sparsity:
-    """Return what the recipe keeps as it is."""
-    del phase, previous
-    return sparsity
-
-
-def account_for_nothing(values: Mapping[str, Any], /) -> StepAccount:
-    """Say that masks did not change."""
-    del values
-    return StepAccount()
-
-
-def draw_no_phase(sparsity: Sparsity, phase: Phase, /, *, step: int, folder: Path) -> None:
-    """Write nothing."""
-    del sparsity, phase, step, folder
-
-
-def draw_no_run(rows: Sequence[Mapping[str, Any]], /, *, folder: Path) -> None:
-    """Write nothing."""
-    del rows, folder

@@ -1,10 +1,9 @@
 """Recipes from outside of this package, by the name of the function that makes them."""
 
 import dataclasses
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
+from sparsejax.dotted import find_function
 from sparsejax.patterns import WeightPattern
 from sparsejax.recipes.recipe import Recipe
 
@@ -34,78 +33,23 @@ class RecipeFacts:
     patterns: Mapping[str, WeightPattern]
 
 
-type RecipeFactory = Callable[[RecipeFacts], Recipe]
-
-
 def is_own(name: str) -> bool:
     """Whether a name is that of a function, "module:function", and of no method of ours."""
     return ":" in name
 
 
-def name_factory(factory: RecipeFactory) -> str:
-    """Return the name that `find_factory` finds a function by.
-
-    Args:
-      factory: a function at the top of a module.
-
-    Raises:
-      ValueError: if it is none, so that a run could not say what trained it.
-
-    Example:
-      >>> name_factory(find_factory)
-      'sparsejax.recipes.own:find_factory'
-    """
-    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "")
-    if not callable(factory) or not module or not name.isidentifier():
-        raise ValueError(
-            "recipe must be a function at the top of a module, so that a run can name it, "
-            f"got {factory!r}"
-        )
-    return f"{module}:{name}"
-
-
-def find_factory(name: str) -> RecipeFactory:
-    """Import the function that makes a recipe.
-
-    Args:
-      name: "package.module:function".
-
-    Raises:
-      ValueError: if there is no such module or function; the message says which.
-
-    Example:
-      >>> find_factory("sparsejax.recipes.own:is_own").__name__
-      'is_own'
-    """
-    module_name, _, function_name = name.partition(":")
-    expected = "the module and name of a function, as in 'my_package.my_module:make_recipe'"
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"recipe.name must be {expected}, got {name!r}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"recipe.name must be {expected}, got {name!r}") from error
-    factory: Any = getattr(module, function_name, None)
-    if not callable(factory):
-        raise ValueError(
-            f"recipe.name must be {expected}, got {name!r}: {module_name} has no function "
-            f"{function_name!r}"
-        )
-    return factory
-
-
-def make_own_recipe(name: str, factory: RecipeFactory, facts: RecipeFacts) -> Recipe:
+def make_own_recipe(name: str, facts: RecipeFacts) -> Recipe:
     """Make a recipe, and check that it is one.
 
     Args:
-      name: of the factory, for messages.
-      factory: what makes it.
+      name: "package.module:function"; the function takes RecipeFacts and returns a Recipe.
       facts: what it is called with.
 
     Raises:
-      ValueError: if it does not return a Recipe, or its phases are not what a run needs.
+      ValueError: if there is no such function, it does not return a Recipe, or the phases of the
+        recipe are not what a run needs.
     """
-    recipe = factory(facts)
+    recipe = find_function(name, "recipe.name")(facts)
     if not isinstance(recipe, Recipe):
         raise ValueError(
             f"recipe.name={name!r} must return a sparsejax.recipes.Recipe, got {type(recipe)}"

@@ -2,7 +2,7 @@
 
 A recipe is a NamedTuple of pure functions on pytrees, like an Optax transformation. Training runs
 through its phases in order. A phase is static, so each one compiles its own step. Every function
-has a default that does nothing (`hooks`), so a method states only what it does:
+has a default that does nothing (below), so a method states only what it does:
 
   inside every step        choose_masks, transform_params -> forward -> auxiliary_loss ->
                            mask_gradients -> clip -> transform_gradients -> skip_optimizer ->
@@ -14,13 +14,94 @@ A recipe also owns its reports: what a step means for the ledger of FLOPs (accou
 progress lines (progress_metrics), and the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from sparsejax.recipes import hooks
 from sparsejax.recipes.phases import Observation as Observation
 from sparsejax.recipes.phases import Phase as Phase
 from sparsejax.recipes.phases import Sparsity as Sparsity
 from sparsejax.recipes.phases import StepAccount as StepAccount
+from sparsejax.types import PyTree
+
+
+def _keep_masks(masks: PyTree, params: PyTree, key: jax.Array, /) -> Sparsity:
+    del params, key
+    return Sparsity(masks=masks, params={}, statistics={}, phase_start_step=jnp.int32(0))
+
+
+def _choose_kept_masks(sparsity: Sparsity, /, *, step: jax.Array, phase: Phase) -> PyTree:
+    del step, phase
+    return sparsity.masks
+
+
+def _keep_first(first: PyTree, /, *rest: Any) -> PyTree:
+    del rest
+    return first
+
+
+def _add_no_loss(
+    sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase, /
+) -> jax.Array:
+    del sparsity, attention_maps, phase
+    return jnp.float32(0)
+
+
+def _skip_nothing(step: jax.Array, phase: Phase, /) -> jax.Array:
+    del step, phase
+    return jnp.bool_(False)
+
+
+def _update_nothing(
+    sparsity: Sparsity,
+    params: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    /,
+    *,
+    step: jax.Array,
+    key: jax.Array,
+    phase: Phase,
+    learning_rate: jax.Array,
+) -> tuple[Sparsity, PyTree, PyTree]:
+    del grads, step, key, phase, learning_rate
+    return sparsity, params, opt_state
+
+
+def _measure_nothing(
+    sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
+) -> dict[str, jax.Array]:
+    del sparsity, step, phase
+    return {}
+
+
+def _observe_nothing(
+    sparsity: Sparsity, attention_maps: jax.Array, phase: Phase, /
+) -> tuple[Sparsity, Observation]:
+    del attention_maps, phase
+    return sparsity, Observation(change_phase=jnp.bool_(False), metrics={})
+
+
+def _enter_unchanged(sparsity: Sparsity, phase: Phase, /, *, previous: Phase) -> Sparsity:
+    del phase, previous
+    return sparsity
+
+
+def _account_for_nothing(values: Mapping[str, Any], /) -> StepAccount:
+    del values
+    return StepAccount()
+
+
+def _draw_no_phase(sparsity: Sparsity, phase: Phase, /, *, step: int, folder: Path) -> None:
+    del sparsity, phase, step, folder
+
+
+def _draw_no_run(rows: Sequence[Mapping[str, Any]], /, *, folder: Path) -> None:
+    del rows, folder
 
 
 class Recipe(NamedTuple):
@@ -37,22 +118,22 @@ class Recipe(NamedTuple):
 
     name: str
     phases: tuple[Phase, ...]
-    init: hooks.Init = hooks.keep_masks
-    choose_masks: hooks.ChooseMasks = hooks.choose_kept_masks
-    transform_params: hooks.TransformParams = hooks.keep_first
-    auxiliary_loss: hooks.AuxiliaryLoss = hooks.add_no_loss
-    mask_gradients: hooks.MaskGradients = hooks.keep_first
-    transform_gradients: hooks.TransformGradients = hooks.keep_first
-    skip_optimizer: hooks.SkipOptimizer = hooks.skip_nothing
-    transform_updates: hooks.TransformUpdates = hooks.keep_first
-    update: hooks.Update = hooks.update_nothing
-    metrics: hooks.Metrics = hooks.measure_nothing
-    observe: hooks.Observe = hooks.observe_nothing
-    enter_phase: hooks.EnterPhase = hooks.enter_unchanged
-    account: hooks.Account = hooks.account_for_nothing
+    init: hooks.Init = _keep_masks
+    choose_masks: hooks.ChooseMasks = _choose_kept_masks
+    transform_params: hooks.TransformParams = _keep_first
+    auxiliary_loss: hooks.AuxiliaryLoss = _add_no_loss
+    mask_gradients: hooks.MaskGradients = _keep_first
+    transform_gradients: hooks.TransformGradients = _keep_first
+    skip_optimizer: hooks.SkipOptimizer = _skip_nothing
+    transform_updates: hooks.TransformUpdates = _keep_first
+    update: hooks.Update = _update_nothing
+    metrics: hooks.Metrics = _measure_nothing
+    observe: hooks.Observe = _observe_nothing
+    enter_phase: hooks.EnterPhase = _enter_unchanged
+    account: hooks.Account = _account_for_nothing
     progress_metrics: tuple[tuple[str, str], ...] = ()
-    draw_phase: hooks.DrawPhase = hooks.draw_no_phase
-    draw_run: hooks.DrawRun = hooks.draw_no_run
+    draw_phase: hooks.DrawPhase = _draw_no_phase
+    draw_run: hooks.DrawRun = _draw_no_run
     parts: tuple["Recipe", ...] = ()
 
     def find_next(self, phase: Phase, *, step: int, settled: bool) -> Phase | None:

@@ -36,7 +36,7 @@ def evaluate(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, Any]:
     if not checkpoints.is_dir():
         raise ConfigError(f"--workdir={workdir} must hold a run's checkpoints, found none")
     run = prepare_run(config)
-    check_same_run(checkpoints, describe_run(config, run.data.fingerprint))
+    check_same_run(checkpoints, describe_run(config, run.data.fingerprint, run.data.spec))
     info, problems = find_newest_checkpoint(checkpoints)
     for problem in problems:
         say(f"warning: checkpoint ignored: {problem}")

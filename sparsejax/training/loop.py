@@ -17,6 +17,7 @@ from sparsejax.checkpoint.save import Checkpointer
 from sparsejax.checkpoint.workdir import claim_workdir, describe_run, find_newest_checkpoint
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
+from sparsejax.data import keep_tokenizer
 from sparsejax.recipes import Observation, Phase
 from sparsejax.report.metrics import DeferredMetrics, Fetched, MetricsWriter, read_metrics
 from sparsejax.report.plots.training import plot_training
@@ -65,8 +66,10 @@ def train_and_evaluate(
     """
     with claim_workdir(workdir) as path:
         run = prepare_run(config)
-        description = describe_run(config, run.data.fingerprint)
+        description = describe_run(config, run.data.fingerprint, run.data.spec)
         start = open_or_resume(run, path, description)
+        # With it, a model can be loaded where its data is not.
+        keep_tokenizer(run.data.tokenizer, path)
         if start.state is None:
             say(f"{path} is finished: {start.step} steps were trained")
             return _finish(run, path, start.checkpoint)

@@ -135,6 +135,16 @@ def make_abstract_state(
     return jax.eval_shape(build, jax.random.key(0))
 
 
+def merge_model(config: TransformerConfig, params: PyTree, masks: PyTree) -> Transformer:
+    """Put parameters and masks into a model.
+
+    Args:
+      params: nested dict of arrays, as in TrainState.
+      masks: nested dict of bool arrays, as in Sparsity.
+    """
+    return nnx.merge(make_graphdef(config), params, masks)
+
+
 def walk_to_phase(
     state: TrainState, recipe: Recipe, phase: Phase, optimizer: Optimizer
 ) -> TrainState:
@@ -143,7 +153,7 @@ def walk_to_phase(
     Args:
       state: TrainState in the recipe's first phase.
       phase: Phase to come to.
-      optimizer: Optimizer.
+      optimizer: Optimizer, asked for fresh state where a phase resets it.
 
     Returns:
       TrainState whose structure is that of the phase.

@@ -70,7 +70,7 @@ def make_train_step(
       loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
       for the next phase.
     """
-    options = _make_options(phase, implementation, weight_implementation)
+    options = make_options(phase, implementation, weight_implementation)
 
     def transform(weights, state):
         sparsity = dataclasses.replace(state.sparsity, params=weights["recipe"])
@@ -179,7 +179,7 @@ def make_eval_step(
       Function (state, batch, block_lists=None) -> {"loss", "correct", "count"}, f32[] sums; the
       loss is the plain cross-entropy, whatever is trained.
     """
-    options = _make_options(phase, implementation, weight_implementation)
+    options = make_options(phase, implementation, weight_implementation)
 
     def eval_step(state: TrainState, batch: Batch, block_lists: BlockLists = None) -> Metrics:
         params = recipe.transform_params(state.params, state.sparsity, phase)
@@ -234,8 +234,18 @@ def _spread_weights(batch: Batch) -> jax.Array:
     )
 
 
-def _make_options(phase, implementation, weight_implementation):
-    """Return what the phase means for attention and for linear layers."""
+def make_options(
+    phase: Phase,
+    implementation: Implementation | None = None,
+    weight_implementation: Implementation | None = None,
+) -> tuple[AttentionOptions, LinearOptions]:
+    """Return what a phase means for attention and for linear layers.
+
+    Args:
+      phase: Phase, static.
+      implementation: kernel of sparse attention, None for the best on the device.
+      weight_implementation: kernel of sparse weights, None for the best on the device.
+    """
     return (
         AttentionOptions(
             sparse=phase.sparse_attention,

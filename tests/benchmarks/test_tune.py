@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import tune
+from benchmarks import tune, tune_kernels
 from benchmarks.harness import measure_case
 from pallas_kernels import aot
 from pallas_kernels.doctor.timing import relative_error
@@ -17,7 +17,7 @@ from tests.kernels.triton_interpreter import triton_kernels
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
 def test_candidates_fit_the_device(capability):
     with interpret_with(lambda *_: (), capability):
-        kernels = tune.list_kernels(capability)
+        kernels = tune_kernels.list_kernels(capability)
     keys = [(kernel.op, kernel.key, kernel.tile) for kernel in kernels]
     assert len(set(keys)) == len(keys)
     limits = [
@@ -35,9 +35,9 @@ def test_candidates_fit_the_device(capability):
 
 
 _SMALL = {
-    "attention": functools.partial(tune._list_attention, head_dim=64, length=256, heads=1),
-    "map": functools.partial(tune._list_map, head_dim=64, length=160, heads=2),
-    "block_matmul": functools.partial(tune._list_block_matmul, tokens=64, shape=(256, 256)),
+    "attention": functools.partial(tune_kernels._list_attention, head_dim=64, length=256, heads=1),
+    "map": functools.partial(tune_kernels._list_map, head_dim=64, length=160, heads=2),
+    "block_matmul": functools.partial(tune_kernels._list_block_matmul, tokens=64, shape=(256, 256)),
 }
 
 
@@ -56,7 +56,7 @@ def test_another_tile_gives_the_same_result(name):
 @pytest.mark.ci
 def test_another_tile_finds_the_same_masks():
     with triton_kernels():
-        (kernel,) = tune._list_transposable((8, 0), shape=(16, 400))
+        (kernel,) = tune_kernels._list_transposable((8, 0), shape=(16, 400))
         arguments = kernel.make()
         masks = {cut: np.asarray(kernel.run(cut, *arguments)) for cut in kernel.candidates}
     assert kernel.default in masks
@@ -80,8 +80,8 @@ def test_rows_name_the_fastest_tile_of_each_kernel():
 
 
 def test_the_tile_of_the_table_is_timed_beside_the_candidates():
-    cuts = tuple(tune.Tile(rows, 16, 4, 2) for rows in (16, 32))
-    kernel = tune.Kernel(
+    cuts = tuple(tune_kernels.Tile(rows, 16, 4, 2) for rows in (16, 32))
+    kernel = tune_kernels.Kernel(
         "op", "forward", "2", cuts[0], cuts, lambda: (np.float32(2),), lambda cut, x: x * 3
     )
     values = measure_case(tune.make_case(kernel), repeats=1, sample_seconds=0.001)

@@ -49,6 +49,7 @@ SOURCES = {
     "tfds": SourceRow(("tfds:NAME",), any_rest=True),
     "aan": SourceRow(("aan:/path",), any_rest=True),
     "pairs": SourceRow(("pairs:/folder",), any_rest=True),
+    "own": SourceRow(("own:MODULE:FUNCTION",), any_rest=True),
 }
 """Every kind of source, by the part of `DataConfig.source` before the colon."""
 

@@ -1,0 +1,77 @@
+"""Train, evaluate and load from Python; `sparsejax` itself offers all three."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sparsejax.checkpoint.workdir import read_run
+from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.config.schema import TrainConfig
+from sparsejax.data import DataConfig, Source
+from sparsejax.dotted import name_function
+from sparsejax.recipes import Recipe, RecipeFacts
+from sparsejax.tools import evaluate as evaluation
+from sparsejax.tools.load import TrainedModel as TrainedModel
+from sparsejax.tools.load import load_model as load_model
+from sparsejax.training.loop import train_and_evaluate
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    recipe: Callable[[RecipeFacts], Recipe] | None = None,
+    data: Callable[[DataConfig], Source] | None = None,
+) -> dict[str, Any] | None:
+    """Train to the last step, from where the folder's newest checkpoint stands.
+
+    Args:
+      config: settings: what `configs.base.get_config()` returns, changed; a nested mapping with the
+        same keys; or a TrainConfig.
+      workdir: folder of the run. The same folder resumes.
+      recipe: function at the top of a module, which makes the recipe; the run records its name.
+        None = what `config.recipe.name` says.
+      data: function at the top of a module, which makes the source of the data, likewise.
+
+    Returns:
+      Scalars by name, also written to `summary.json`; None if a signal stopped the run.
+
+    Raises:
+      ConfigError: if a setting has to be changed; the message says which.
+      NonFiniteError: if loss or gradient was not finite for too many steps in a row.
+    """
+    mapping = config.to_dict() if isinstance(config, TrainConfig) else _to_dict(config)
+    try:
+        if recipe is not None:
+            mapping["recipe"] = {"own": {"sparse_weights": ""}} | mapping["recipe"]
+            mapping["recipe"]["name"] = name_function(recipe, "recipe")
+        if data is not None:
+            mapping["data"]["source"] = f"own:{name_function(data, 'data')}"
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    command = f"sparsejax.train(config, {str(workdir)!r})"
+    return train_and_evaluate(parse_config(mapping), workdir, resume_command=command)
+
+
+def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run on its validation split.
+
+    Args:
+      workdir: folder of the run.
+
+    Returns:
+      "step", "phase", "validation_loss", "validation_accuracy", "attention_density" and, if the
+      phase has sparse weights, "weight_density".
+
+    Raises:
+      ConfigError: if the folder holds no whole checkpoint, or the data is no longer there.
+    """
+    return evaluation.evaluate(read_run(workdir).config, workdir)
+
+
+def _to_dict(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ConfigDict, or any nested mapping, as nested dicts."""
+    return {
+        name: _to_dict(value) if isinstance(value, Mapping) or hasattr(value, "to_dict") else value
+        for name, value in config.items()
+    }

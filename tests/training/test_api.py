@@ -1,0 +1,149 @@
+"""From Python: train, evaluate, and load what was trained."""
+
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsejax
+from sparsejax.checkpoint.save import find_checkpoints
+from sparsejax.config.parse import ConfigError
+from sparsejax.data import Contents, Example, Source
+from sparsejax.models import AttentionOptions, LinearOptions
+from sparsejax.recipes import Phase, Recipe
+from sparsejax.strict_json import load_json
+from sparsejax.training.setup import prepare_run
+from tests.training.runs import make_settings, train
+
+_STEPS = 6
+_SHORT = {
+    "num_steps": _STEPS,
+    "eval_every_steps": _STEPS,
+    "optimizer__warmup_steps": 1,
+    "checkpoint__every_steps": 2,
+    "checkpoint__keep_last": _STEPS,
+}
+_RUNS = {
+    # Sparse at the end; dense at the end; weights that the forward pass sees otherwise.
+    "spion": {"recipe__spion__latest_switch_step": 4},
+    "fst": {"recipe__name": "fst", "recipe__fst__dense_fraction": 0.34},
+    "sste": {"recipe__name": "sste", "data__tokenizer": "bpe:300"},
+}
+
+
+@pytest.fixture(scope="module", params=_RUNS)
+def run(request, tmp_path_factory):
+    """The name of a method, its settings and the folder of its run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = make_settings(folder, **_SHORT | _RUNS[request.param])
+    train(settings, folder / "run")
+    return request.param, settings, folder / "run"
+
+
+def _loss(model, batch, **options):
+    logits = model(jnp.asarray(batch["inputs"]), **options).logits.astype(jnp.float32)
+    log_p = logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True))
+    picked = jnp.take_along_axis(log_p, jnp.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+    weights = jnp.broadcast_to(jnp.asarray(batch["loss_weights"])[:, None], picked.shape)
+    return float(-(picked * weights).sum() / weights.sum())
+
+
+@pytest.mark.ci
+def test_a_loaded_model_computes_what_was_trained(run):
+    name, settings, workdir = run
+    model, config, tokenizer = sparsejax.load_model(workdir)
+    assert config.to_dict()["recipe"]["name"] == name and config.num_steps == _STEPS
+    batches = list(prepare_run(config).data.validation(2))
+    weights = [batch["loss_weights"].sum() for batch in batches]
+    loss = np.average([_loss(model, batch) for batch in batches], weights=weights)
+    found = sparsejax.evaluate(workdir)
+    assert found["step"] == _STEPS
+    np.testing.assert_allclose(loss, found["validation_loss"], rtol=2e-5)
+    other = {"attention_options": AttentionOptions(), "linear_options": LinearOptions()}
+    if name == "fst":
+        # The phase is dense, and nobody has to know it.
+        assert abs(_loss(model, batches[0], **other) - _loss(model, batches[0])) > 1e-4
+    assert tokenizer.decode(tokenizer.encode([b"1 plus 1"])[0]) == b"1 plus 1"
+
+
+@pytest.mark.ci
+def test_a_model_is_loaded_where_its_data_is_not(run, tmp_path):
+    _, _, workdir = run
+    moved = shutil.copytree(workdir, tmp_path / "moved")
+    data = workdir.parent / "data"
+    data.rename(tmp_path / "away")
+    (workdir.parent / "corpus.txt").rename(tmp_path / "corpus.txt")
+    try:
+        model, _, tokenizer = sparsejax.load_model(moved, step=4)
+        tokens = jnp.asarray(tokenizer.encode([b"12 plus 5 is "])[0], jnp.int32)[None]
+        assert jnp.isfinite(model(tokens).logits).all()
+        with pytest.raises(ConfigError, match=r"step=3, found those of \[2, 4, 6\]"):
+            sparsejax.load_model(moved, step=3)
+    finally:
+        (tmp_path / "away").rename(data)
+        (tmp_path / "corpus.txt").rename(workdir.parent / "corpus.txt")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    for load in (sparsejax.load_model, sparsejax.evaluate):
+        with pytest.raises(ConfigError, match="must hold a run's checkpoints, found none"):
+            load(tmp_path)
+
+
+def test_the_package_offers_three_functions_and_says_so():
+    with pytest.raises(AttributeError, match="no attribute 'trian'; it has .*'train'"):
+        sparsejax.trian  # noqa: B018
+
+
+def make_counting_recipe(facts):
+    """A dense recipe of one's own with two phases."""
+    return Recipe("counting", (Phase("one", last_step=facts.num_steps // 2), Phase("two")))
+
+
+def make_source(config):
+    """A source of one's own: digits."""
+
+    def read(split):
+        for i in range(200 if split == "train" else 20):
+            yield Example((b"0123456789" * (8 + i % 3),))
+
+    return Source(
+        contents=Contents("language_model"), identity={"digits": config.sequence_length}, read=read
+    )
+
+
+def make_no_source(config):
+    """Forget to return a source."""
+    return config.source
+
+
+@pytest.mark.ci
+def test_own_recipe_and_own_source_from_python(tmp_path):
+    settings = make_settings(tmp_path, **_SHORT)
+    summary = sparsejax.train(
+        settings, tmp_path / "run", recipe=make_counting_recipe, data=make_source
+    )
+    assert summary["recipe"] == "counting"
+    recorded = load_json((tmp_path / "run" / "checkpoints" / "run.json").read_text())
+    assert recorded["config"]["recipe"]["name"] == f"{__name__}:make_counting_recipe"
+    assert recorded["config"]["data"]["source"] == f"own:{__name__}:make_source"
+    # The caller's settings are left as they were, and the run resumes under its recorded names.
+    assert settings["recipe"]["name"] == "spion"
+    assert [info.step for info in find_checkpoints(tmp_path / "run" / "checkpoints")] == [6, 4, 2]
+    model, _, tokenizer = sparsejax.load_model(tmp_path / "run")
+    tokens = jnp.asarray(tokenizer.encode([b"01234567"])[0], jnp.int32)[None]
+    assert model(tokens).logits.shape == (1, 8, 256)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": lambda facts: None}, "recipe must be a function at the top of a module"),
+        ({"data": "text:/x"}, "data must be a function at the top of a module.*got 'text:/x'"),
+        ({"data": make_no_source}, "returns a sparsejax.data.source.Source, got <class 'str'>"),
+    ],
+)
+def test_what_is_no_function_of_a_module_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        sparsejax.train(make_settings(tmp_path), tmp_path / "run", **options)
