@@ -37,7 +37,7 @@ _WIDE = _FLOAT32 | {
 # Here wider tiles leave no register for masks and edges.
 _AMPERE = _WIDE | {
     (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-    (2, 256): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (2, 256): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
 }
 # Or 99 KB.
 _NARROW = _WIDE | {
