@@ -1,6 +1,7 @@
 """Functions of a user's own, by the names that settings can hold: "package.module:function"."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,14 @@ def name_function(function: Callable[..., Any], what: str) -> str:
       'sparsejax.dotted:find_function'
     """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if module == "__main__":
+        # As it was started with `python -m`; a script has no name to be imported by.
+        spec = sys.modules["__main__"].__spec__
+        module = spec and spec.name
     if not callable(function) or not module or not name.isidentifier():
         raise ValueError(
-            f"{what} must be a function at the top of a module, so that a run can name it, "
-            f"got {function!r}"
+            f"{what} must be a function at the top of a module that can be imported, so that a run "
+            f"can name it, got {function!r}"
         )
     return f"{module}:{name}"
 

@@ -84,7 +84,7 @@ def split_phase_flops(
     The three products of a linear layer leave out different things. y = x (W * M) computes what M
     keeps; dx = dy (W * M)^T too if the mask is transposable or unstructured, and everything if not;
     dW = x^T dy computes everything, half where dy is pruned to two of every four tokens, or what M
-    keeps where the phase masks gradients.
+    keeps where the phase masks gradients, or the share that it says.
 
     Args:
       density: Density of the phase.
@@ -108,6 +108,8 @@ def split_phase_flops(
 
     y, dx, dw = (count(w) for w in (density.weights, thinned, every))
     step_dw = count(kept) if phase.masked_gradients else dw
+    if phase.gradient_density is not None:
+        step_dw = count(dict.fromkeys(density.weights, share * phase.gradient_density))
     return PhaseFlops(
         forward=y,
         backward={part: dx[part] + step_dw[part] for part in dx},

@@ -39,5 +39,8 @@ from sparsejax.recipes.recipe import Phase as Phase
 from sparsejax.recipes.recipe import Recipe as Recipe
 from sparsejax.recipes.recipe import Sparsity as Sparsity
 from sparsejax.recipes.recipe import StepAccount as StepAccount
+from sparsejax.recipes.weight_masks import apply_weight_masks as apply_weight_masks
 from sparsejax.recipes.weight_masks import compute_weight_density as compute_weight_density
 from sparsejax.recipes.weight_masks import get_weight_masks as get_weight_masks
+from sparsejax.recipes.weight_masks import map_sparse_weights as map_sparse_weights
+from sparsejax.recipes.weight_masks import map_weight_masks as map_weight_masks

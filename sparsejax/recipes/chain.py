@@ -142,6 +142,7 @@ def _join(attention: Recipe, weights: Recipe, i: int, j: int) -> Phase:
         sparse_weights=w.sparse_weights,
         grad_pruning=w.grad_pruning,
         masked_gradients=w.masked_gradients,
+        gradient_density=w.gradient_density,
         last_step=min(last_steps, default=None),
         ends_when=" and ".join(dict.fromkeys(p.ends_when for p in going if p.last_step is None))
         or a.ends_when,

@@ -61,7 +61,8 @@ class AuxiliaryLoss(Protocol):
 class MaskGradients(Protocol):
     """Gradients before they are measured and clipped.
 
-    Dynamic sparse training: the norm is that of trained weights.
+    Methods that train other weights than the forward pass sees, such as Top-KAST
+    (`examples/own_recipe.py`); `Phase.masked_gradients` does it for those that it does see.
     """
 
     def __call__(self, grads: PyTree, sparsity: Sparsity, phase: Phase, /) -> PyTree:

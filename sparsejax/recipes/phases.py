@@ -23,8 +23,10 @@ class Phase(NamedTuple):
       sparse_weights: False ignores the masks of weights.
       grad_pruning: how gradients are pruned for the gradient of sparse weights, "none", "mvue" or
         "mvue_exact".
-      masked_gradients: pruned weights have no gradient, and counted FLOPs leave it out. False
-        trains them straight through.
+      masked_gradients: the step sets the gradient of pruned weights to 0, and counted FLOPs leave
+        it out. False trains them straight through.
+      gradient_density: share of every sparse weight that has a gradient, for counted FLOPs, where
+        `mask_gradients` keeps neither all nor what the masks keep; None elsewhere.
       last_step: the phase ends after this many steps of the run at the latest; None = no limit.
       ends_when: what `observe` waits for; shown when the phase never ends.
       probe_every_steps: steps between two that probe, that is, pass the attention maps of their
@@ -44,6 +46,7 @@ class Phase(NamedTuple):
     sparse_weights: bool = False
     grad_pruning: Literal["none", "mvue", "mvue_exact"] = "none"
     masked_gradients: bool = False
+    gradient_density: float | None = None
     last_step: int | None = None
     ends_when: str = "the recipe's condition holds"
     probe_every_steps: int | None = None

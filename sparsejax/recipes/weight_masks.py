@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.masks import flip_rate, total_flip_rate
+from sparsejax.masks import expand_mask, flip_rate, total_flip_rate
 from sparsejax.types import PyTree
 
 _WEIGHTS = {"kernel_mask": "kernel", "embedding_mask": "embedding"}
@@ -85,6 +85,21 @@ def get_weight_masks(masks: PyTree) -> dict[str, jax.Array]:
         for path, mask in jax.tree_util.tree_leaves_with_path(masks)
         if path[-1].key in _WEIGHTS
     }
+
+
+def apply_weight_masks(masks: PyTree, tree: PyTree) -> PyTree:
+    """Set to 0 what masks prune.
+
+    Args:
+      masks: nested dict of the model's masks.
+      tree: nested dict like the model's parameters: they, or their gradients.
+
+    Returns:
+      Nested dict like `tree`; weights without a mask stay.
+    """
+    return map_sparse_weights(
+        lambda name, mask, x: jnp.where(expand_mask(mask, x.shape), x, 0), masks, tree
+    )
 
 
 def compute_weight_density(masks: PyTree) -> dict[str, jax.Array]:

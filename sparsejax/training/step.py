@@ -20,7 +20,7 @@ from sparsejax.models import (
     ModelOutput,
 )
 from sparsejax.optimizer import Optimizer, compute_learning_rate
-from sparsejax.recipes import Phase, Recipe
+from sparsejax.recipes import Phase, Recipe, apply_weight_masks
 from sparsejax.training.block_lists import BlockLists
 from sparsejax.training.state import TrainState, trainable
 
@@ -117,6 +117,8 @@ def make_train_step(
             change = observation.change_phase & finite
             observation = observation._replace(change_phase=change)
         grads = recipe.mask_gradients(dense_grads, observed, phase)
+        if phase.masked_gradients:
+            grads = grads | {"model": apply_weight_masks(observed.masks, grads["model"])}
         grad_norm = optax.tree.norm(grads)
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
         rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)

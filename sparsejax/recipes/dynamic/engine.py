@@ -39,6 +39,7 @@ from sparsejax.patterns import WeightPattern
 from sparsejax.recipes.dynamic.layer_topology import init_mask, prune_mask, update_mask
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity, StepAccount
 from sparsejax.recipes.weight_masks import (
+    apply_weight_masks,
     compute_weight_density,
     get_weight_masks,
     map_moments,
@@ -155,7 +156,6 @@ def make_dynamic(
         phases=phases,
         init=functools.partial(_init, topology, patterns),
         choose_masks=functools.partial(_choose_masks, topology),
-        mask_gradients=_mask_gradients,
         skip_optimizer=functools.partial(_skip_optimizer, topology),
         transform_updates=functools.partial(_transform_updates, topology),
         update=functools.partial(_update, topology, patterns),
@@ -208,11 +208,6 @@ def _choose_masks(
     return set_gradient_masks(sparsity.masks, wanted)
 
 
-def _mask_gradients(grads: PyTree, sparsity: Sparsity, phase: Phase) -> PyTree:
-    del phase
-    return grads | {"model": _apply_masks(sparsity.masks, grads["model"])}
-
-
 def _skip_optimizer(topology: TopologyConfig, step: jax.Array, phase: Phase) -> jax.Array:
     del phase
     return topology.due(step) & topology.skips_optimizer
@@ -247,7 +242,7 @@ def _update(
     learning_rate: jax.Array,
 ) -> tuple[Sparsity, PyTree, PyTree]:
     del phase, learning_rate
-    params = _apply_masks(sparsity.masks, params)
+    params = apply_weight_masks(sparsity.masks, params)
     if topology.updates is None:
         return sparsity, params, opt_state
 
@@ -382,12 +377,6 @@ def _get_shapes(masks: PyTree, params: PyTree) -> dict[str, tuple[int, ...]]:
 
     map_sparse_weights(note, masks, params)
     return shapes
-
-
-def _apply_masks(masks: PyTree, tree: PyTree) -> PyTree:
-    return map_sparse_weights(
-        lambda name, mask, x: jnp.where(expand_mask(mask, x.shape), x, 0), masks, tree
-    )
 
 
 def _split_key(key: jax.Array, name: str, num_layers: int) -> jax.Array:
