@@ -187,7 +187,7 @@ def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, m
             "--target=v100: value should be one of <h200|h100|",
             marks=pytest.mark.ci,
         ),
-        (["--mode=eval"], "--workdir must be a folder for --mode=eval, got none"),
+        (["--mode=eval"], "--workdir must be a folder, got none"),
     ],
     ids=["target", "workdir"],
 )
