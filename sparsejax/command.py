@@ -1,4 +1,4 @@
-"""The command line of `train.py` and of the command `sparsejax`: flags, settings, and what to do."""
+"""The command line that `train.py` and the command `sparsejax` share: from flags to a run."""
 
 import functools
 import os

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparsejax import command
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
