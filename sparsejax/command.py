@@ -11,6 +11,16 @@ from ml_collections import config_flags
 
 from sparsejax.config.command_line import list_targets, read_settings
 
+DATA_PACKAGES = {
+    "PIL",
+    "array_record",
+    "importlib_resources",
+    "tensorflow_datasets",
+    "tokenizers",
+    "tqdm",
+}
+"""What the extra `data` installs, by the names that are imported."""
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Settings: the name of a config, such as quickstart, or a .py file.",
     lock_config=True,
@@ -89,6 +99,11 @@ def _main(argv: list[str], *, resume_command: str) -> int:
             train_and_evaluate(config, workdir, resume_command=resume_command)
     except ConfigError as error:
         return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in DATA_PACKAGES:
+            raise
+        source = _CONFIG.value.data.source
+        return _fail(f"data.source={source!r} needs {error.name}: install sparsejax[data]")
     except (NonFiniteError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,9 +4,11 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from absl import flags
+from packaging.requirements import Requirement
 
 from pallas_kernels.doctor import __main__ as doctor
 from sparsejax import __main__ as console
@@ -79,6 +81,7 @@ def test_help_of_a_mode_lists_its_options_alone(name, handed_on, capsys):
     listed = {line.split()[0] for line in said.splitlines() if line.startswith("  --")}
     assert listed == {f"--{option}" for option in console._COMMANDS[name].options}
     assert "sparsejax settings" in said and not handed_on
+    assert ("GPU to plan for. Default: h200.\n" in said) == (name == "plan")
 
 
 @pytest.mark.parametrize(
@@ -126,3 +129,23 @@ def test_both_programs_refuse_an_unknown_config_alike(program):
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: --config must be a .py file or one of dense_small, ")
     assert result.stderr.endswith("got 'quickstrat'; did you mean 'quickstart'?\n")
+
+
+def test_packages_of_the_extra_data_are_known_by_the_names_that_are_imported():
+    extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    listed = {Requirement(line).name for line in extras["optional-dependencies"]["data"]}
+    imported = {name.replace("-", "_") for name in listed - {"pillow"}} | {"PIL"}
+    assert imported == command.DATA_PACKAGES
+
+
+@pytest.mark.ci
+def test_a_source_whose_package_is_not_installed_says_what_to_install(tmp_path):
+    arguments = ["train", "--config=spion:listops", f"--workdir={tmp_path}"]
+    arguments.append(f"--config.data.data_dir={tmp_path}")
+    program = (
+        "import sys; sys.modules['tensorflow_datasets'] = None\n"
+        "from sparsejax.__main__ import main; main()"
+    )
+    result = _run(["-c", program], *arguments)
+    message = "error: data.source='listops' needs tensorflow_datasets: install sparsejax[data]\n"
+    assert result.returncode == 2 and result.stderr == message
