@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparsejax.config.shipped import find_config, let_configs_import
+from sparsejax.config.shipped import extend_path, find_config
 
 _CONFIG_FLAG = ("--config", "-config")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
@@ -113,7 +113,7 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
       ValueError: if a flag, file, key or value is wrong, in one line.
     """
     argv, cleared = take_cleared(name_files(argv))
-    let_configs_import()
+    extend_path()
     try:
         rest = flags(argv)
         config.value.to_dict()  # a missing file shows only when the settings are read

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -66,11 +67,17 @@ def suggest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def let_configs_import() -> None:
-    """Let config files, shipped ones and others, import the package `configs`."""
-    root = str(find_root())
-    if root not in sys.path:
+def extend_path() -> None:
+    """Let config files import the package `configs`, and modules in the current folder.
+
+    A command that pip installed finds neither by itself. The current folder comes last, so that
+    nothing in it takes the place of an installed package.
+    """
+    root, folder = str(find_root()), os.getcwd()
+    if sys.path[:1] != [root]:
         sys.path.insert(0, root)
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def describe_settings(sections: Sequence[str] = ()) -> str:
@@ -79,6 +86,6 @@ def describe_settings(sections: Sequence[str] = ()) -> str:
     Args:
       sections: only those whose keys begin with one of these; empty for all.
     """
-    let_configs_import()
+    extend_path()
     # Configs build on this package, which knows them by name only.
     return importlib.import_module("configs.base").describe_settings(sections)

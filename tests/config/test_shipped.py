@@ -74,9 +74,16 @@ def test_an_installed_package_looks_for_configs_inside_itself(tmp_path, monkeypa
     (inside / "mine.py").write_text('"""Ours.\n\nCommand:   sparsejax train --config=mine\n"""')
     (inside / "shared.py").write_text('"""Not a run."""')
     monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "sparsejax")
-    monkeypatch.setattr(sys, "path", ["elsewhere"])
     assert shipped.list_configs() == ["mine"]
     assert shipped.find_config("mine:x") == f"{inside / 'mine.py'}:x"
-    shipped.let_configs_import()
-    shipped.let_configs_import()
-    assert sys.path == [str(inside.parent), "elsewhere"]
+
+
+def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = str(shipped.find_root())
+    # Not first: another project's `configs` may be in the way.
+    for before in (["elsewhere"], ["elsewhere", root]):
+        monkeypatch.setattr(sys, "path", [*before])
+        shipped.extend_path()
+        shipped.extend_path()
+        assert sys.path == [root, *before, str(tmp_path)]
