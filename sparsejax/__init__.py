@@ -6,6 +6,8 @@ asked for: rooms of this package are used without them.
 
 from typing import TYPE_CHECKING, Any
 
+from sparsejax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sparsejax.api import evaluate as evaluate
     from sparsejax.api import load_model as load_model

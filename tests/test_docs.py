@@ -9,6 +9,7 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _PAGES = sorted((_ROOT / "docs").glob("*.md"))
+_LINKING = [*_PAGES, _ROOT / "CONTRIBUTING.md", _ROOT / "CHANGELOG.md"]
 _EXAMPLES = [
     (page.name, example)
     for page in _PAGES
@@ -25,7 +26,18 @@ def test_example_runs(page, example):
     assert floats and all(bool(jnp.isfinite(value).all()) for value in floats)
 
 
-@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert "://" in target or (page.parent / target).is_file(), target
+def _list_anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", _LINKING, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        found = page.parent / name if name else page
+        assert found.is_file(), target
+        assert not heading or heading in _list_anchors(found), target

@@ -29,18 +29,20 @@ from pallas_kernels.verdict_files import cache_folder, file_name
 # JAX for CUDA 13 begins with Turing.
 _LEAST_CAPABILITY = (7, 5)
 _DEFAULT_SECONDS = 90.0
+_PROGRAM = "python -m pallas_kernels.doctor"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = _PROGRAM) -> int:
     """Run the doctor.
 
     Args:
       arguments: `sys.argv[1:]` if None.
+      program: how the user calls it.
 
     Returns:
       Exit code.
     """
-    parser = _make_parser()
+    parser = _make_parser(program)
     options, rest = parser.parse_known_args(arguments)
     config = [argument for argument in rest if argument.startswith("--config")]
     unknown = [argument for argument in rest if argument not in config]
@@ -74,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _visit(gpu, trials, path, only_missing=goes_on, limit_seconds=limit)
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _make_parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.doctor",
+        prog=program,
         description="Prove the kernels on the GPU of this machine, and keep the verdicts.",
         epilog="--config=FILE, with --config.KEY=VALUE, tries what a run of that config needs.",
         allow_abbrev=False,

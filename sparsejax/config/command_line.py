@@ -1,4 +1,4 @@
-"""What flags leave open: names of GPUs, settings that are cleared, and errors in one line."""
+"""What flags leave open: names of GPUs and configs, settings that are cleared, one-line errors."""
 
 import ast
 import contextlib
@@ -11,6 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sparsejax.config.shipped import extend_path, find_config
+
+_CONFIG_FLAG = ("--config", "-config")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
 
 # Read as a file: importing anything of pallas_kernels imports JAX, and --help would wait for it.
@@ -70,6 +73,31 @@ def clear_settings(config: ConfigDict, keys: Sequence[str]) -> None:
             setattr(section, name, None)
 
 
+def name_files(argv: Sequence[str]) -> list[str]:
+    """Replace the name of a shipped config after --config by its file.
+
+    Args:
+      argv: sequence of str.
+
+    Raises:
+      ValueError: if there is no such config.
+
+    Example:
+      >>> name_files(["train.py", "--config", "mine.py", "--config.seed=1"])
+      ['train.py', '--config=mine.py', '--config.seed=1']
+    """
+    named, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in _CONFIG_FLAG and rest:
+            argument = f"{argument}={rest.pop(0)}"
+        flag, equals, value = argument.partition("=")
+        if flag in _CONFIG_FLAG and equals:
+            argument = f"{flag}={find_config(value)}"
+        named.append(argument)
+    return named
+
+
 def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
     """Parse a command line, and change the settings of a config file as it says.
 
@@ -84,13 +112,18 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
     Raises:
       ValueError: if a flag, file, key or value is wrong, in one line.
     """
-    argv, cleared = take_cleared(argv)
+    argv, cleared = take_cleared(name_files(argv))
+    extend_path()
     try:
         rest = flags(argv)
         config.value.to_dict()  # a missing file shows only when the settings are read
         clear_settings(config.value, cleared)
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
+        # Without a config there are no settings to change, and absl does not know --config.KEY.
+        if not any(argument.partition("=")[0] in _CONFIG_FLAG for argument in argv):
+            expected = "--config must be the name of a config or a .py file, got none"
+            raise ValueError(expected) from error
         raise ValueError(describe_error(error)) from error
     return rest
 
@@ -107,7 +140,7 @@ def describe_error(error: Exception) -> str:
     """
     text = str(error)
     if isinstance(error, KeyError) and re.fullmatch(r"'\w+'", text):
-        return f"there is no setting named {text}; `python -m configs.base` lists them all"
+        return f"there is no setting named {text}; `python -m sparsejax settings` lists them all"
     if "Traceback" in text:  # of a config that refuses its argument
         text = text.strip().splitlines()[-1]
     # An unknown key arrives as the text of a KeyError, which is a quoted string.

@@ -42,7 +42,6 @@ def main(argv: list[str]) -> int:
 
 def _read_config(argv: list[str]) -> dict[str, Any]:
     config = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
-    flags.mark_flags_as_required(["config"])
     read_settings(argv, flags.FLAGS, config)
     return config.value.to_dict()
 

@@ -4,7 +4,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("pallas_kernels", "sparsejax", "benchmarks", "configs")
-FOLDERS = (*PACKAGES, "tests", "docs", "requirements", ".ci")
+FOLDERS = (*PACKAGES, "tests", "docs", "requirements", ".ci", ".github")
 
 
 def list_files() -> list[pathlib.Path]:

@@ -122,7 +122,7 @@ ARROWS = {
         "sparsejax.report",
         "pallas_kernels",
     ),
-    "sparsejax": ("sparsejax.api",),
+    "sparsejax": ("sparsejax.api", "sparsejax.version"),
     # What the package itself offers.
     "sparsejax.api": (
         "sparsejax.checkpoint",
@@ -133,14 +133,29 @@ ARROWS = {
         "sparsejax.tools",
         "sparsejax.training",
     ),
+    "sparsejax.version": (),
+    # What `train.py` and the command `sparsejax` share.
+    "sparsejax.command": (
+        "sparsejax.config",
+        "sparsejax.training",
+        "sparsejax.tools",
+        "sparsejax.checkpoint",
+    ),
+    # One of its commands is the doctor's own.
+    "sparsejax.__main__": (
+        "sparsejax.command",
+        "sparsejax.config",
+        "sparsejax.version",
+        "pallas_kernels",
+    ),
     "configs": ("sparsejax.config",),
-    "train": ("sparsejax.config", "sparsejax.training", "sparsejax.tools", "sparsejax.checkpoint"),
+    "train": ("sparsejax.command",),
     "benchmarks": ("pallas_kernels", "sparsejax", "configs"),
 }
 
 # Where each package from outside may be imported.
 HOMES = {
-    "jax": ("pallas_kernels", "sparsejax", "train", "benchmarks"),
+    "jax": ("pallas_kernels", "sparsejax", "benchmarks"),
     # Instructions that Pallas does not have are written with the compiler that JAX brings along.
     "jaxlib": (
         "pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel",
@@ -162,11 +177,11 @@ HOMES = {
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
         "configs",
-        "train",
+        "sparsejax.command",
         "sparsejax.config.command_line",
         "sparsejax.tools.kernel_calls",
     ),
-    "absl": ("train", "sparsejax.tools.kernel_calls"),
+    "absl": ("train", "sparsejax.command", "sparsejax.tools.kernel_calls"),
     "tensorboardX": ("sparsejax.report.metrics",),
     "matplotlib": ("sparsejax.report.plots", "benchmarks"),
     "torch": ("benchmarks.attention_torch", "benchmarks.nm_matmul_torch"),
@@ -291,6 +306,7 @@ def test_importing_the_kernels_does_not_import_triton():
         ("sparsejax.training.loop", "from . import step"),
         ("sparsejax.training.loop", "from pallas_kernels import aot"),
         ("sparsejax.tools.plan", "from pallas_kernels import dispatch"),
+        ("sparsejax.command", "from pallas_kernels.doctor import visit"),
         ("train", "from sparsejax import masks"),
     ],
 )

@@ -8,9 +8,9 @@ import sys
 import jax
 import pytest
 
-import train
 from pallas_kernels import aot
 from pallas_kernels.dispatch import make_abstract_gpu
+from sparsejax import command
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.data import describe_data, make_data
 from sparsejax.tools.plan import (
@@ -187,7 +187,7 @@ def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, m
             "--target=v100: value should be one of <h200|h100|",
             marks=pytest.mark.ci,
         ),
-        (["--mode=eval"], "--workdir must be a folder for --mode=eval, got none"),
+        (["--mode=eval"], "--workdir must be a folder, got none"),
     ],
     ids=["target", "workdir"],
 )
@@ -204,7 +204,7 @@ def test_command_refuses_with_one_line_and_code_2(arguments, message):
 
 
 def test_command_knows_the_targets_and_lists_them_without_jax():
-    assert list(aot.TARGETS) == train.flags.FLAGS["target"].parser.enum_values
+    assert list(aot.TARGETS) == command.flags.FLAGS["target"].parser.enum_values
     help_and_modules = (
         "import runpy, sys; sys.argv = ['train.py', '--help']\n"
         "try: runpy.run_path('train.py', run_name='__main__')\n"

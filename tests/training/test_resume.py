@@ -10,9 +10,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import app
 
-import train as train_py
+from sparsejax import command
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
@@ -113,7 +112,7 @@ def test_the_command_resumes_bit_for_bit(settings, uninterrupted, tmp_path, caps
     workdir = copy_until(uninterrupted[0], 6, tmp_path / "run")
     _, *argv = _write_command(settings, workdir)
     with pytest.raises(SystemExit) as end:
-        app.run(train_py.main, argv=argv, flags_parser=train_py._parse_flags)
+        command.run(argv, resume_command="the same command")
     assert end.value.code == 0
     assert f"resuming {workdir} at step 6" in capsys.readouterr().out
     _assert_same_end(settings, workdir, uninterrupted[0])

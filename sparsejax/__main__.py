@@ -1,0 +1,117 @@
+"""The command `sparsejax`, or `python -m sparsejax`: the modes of `train.py`, and the doctor."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sparsejax.config.shipped import describe_settings, suggest
+from sparsejax.version import __version__
+
+
+class _Command(NamedTuple):
+    meaning: str
+    # Flags of `sparsejax.command` that it takes; None for a command that is no mode of it.
+    options: tuple[str, ...] | None = None
+
+
+_COMMANDS = {
+    "train": _Command("train a model, or resume its run", ("config", "workdir", "doctor")),
+    "eval": _Command("evaluate the newest checkpoint of a run", ("config", "workdir")),
+    "plan": _Command(
+        "memory, largest batch and kernels on a GPU that need not be here", ("config", "target")
+    ),
+    "find-decay": _Command("find the decay rate that recipe fst needs", ("config", "workdir")),
+    "settings": _Command("list the settings, or those of some sections"),
+    "doctor": _Command("prove the kernels on this machine's GPU, and keep the verdicts"),
+}
+_USAGES = {
+    "config": "--config=CONFIG [--config.KEY=VALUE ...]",
+    "workdir": "--workdir=FOLDER",
+    "target": "[--target=GPU]",
+    "doctor": "[--doctor=off]",
+}
+_HELP = ("--help", "-help", "-h")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      arguments: `sys.argv[1:]` if None.
+
+    Returns:
+      Exit code; 2 if an argument has to be changed. A mode of `train.py` exits by itself.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    if name in _HELP:
+        print(_describe_commands())
+        return 0
+    if name == "--version":
+        print(f"sparsejax {__version__}")
+        return 0
+    if name not in _COMMANDS:
+        given = f"got {name!r}" if name else "got none; see sparsejax --help"
+        expected = f"the command must be one of {', '.join(_COMMANDS)}"
+        return _fail(f"{expected}, {given}{suggest(name, list(_COMMANDS))}")
+    if name == "doctor":
+        from pallas_kernels.doctor.__main__ import main as run_doctor
+
+        return run_doctor(rest, program="sparsejax doctor")
+    if name == "settings":
+        return _list_settings(rest)
+    return _run_mode(name, rest)
+
+
+def _run_mode(name: str, arguments: list[str]) -> int:
+    from sparsejax import command
+
+    options = _COMMANDS[name].options or ()
+    if not set(_HELP).isdisjoint(arguments):
+        print(f"usage: sparsejax {name} {' '.join(_USAGES[option] for option in options)}\n")
+        print(f"{_COMMANDS[name].meaning[0].upper()}{_COMMANDS[name].meaning[1:]}.\n")
+        print(command.describe_options(options))
+        print("\n`sparsejax settings` lists what --config.KEY=VALUE can change.")
+        return 0
+    for argument in arguments:
+        option = re.match(r"--?(\w*)", argument)
+        if option and option[1] in {"mode", *_USAGES} - {*options}:
+            own = ", ".join(f"--{each}" for each in options)
+            return _fail(f"options of sparsejax {name} are {own}, got {argument!r}")
+    resume = shlex.join([sys.executable, "-m", "sparsejax", name, *arguments])
+    mode = f"--mode={name.replace('-', '_')}"
+    command.run([f"sparsejax {name}", mode, *arguments], resume_command=resume)
+
+
+def _list_settings(sections: list[str]) -> int:
+    if not set(_HELP).isdisjoint(sections):
+        print("usage: sparsejax settings [SECTION ...], such as optimizer or recipe.fst")
+        return 0
+    for section in sections:
+        if not describe_settings([section]):
+            return _fail(f"a section must be that of a setting, such as optimizer, got {section!r}")
+    print(describe_settings(sections))
+    return 0
+
+
+def _describe_commands() -> str:
+    return "\n".join(
+        [
+            "usage: sparsejax COMMAND [OPTION ...]\n",
+            "Sparse transformer training in JAX.\n",
+            *(f"  {name:<11} {command.meaning}" for name, command in _COMMANDS.items()),
+            "\n  sparsejax train --config=quickstart --workdir=runs/quickstart",
+            "\nsparsejax COMMAND --help lists the options of one command, sparsejax --version says",
+            "which version this is.",
+        ]
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

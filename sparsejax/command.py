@@ -1,0 +1,125 @@
+"""The command line that `train.py` and the command `sparsejax` share: from flags to a run."""
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sparsejax.config.command_line import list_targets, read_settings
+
+DATA_PACKAGES = {
+    "PIL",
+    "array_record",
+    "importlib_resources",
+    "tensorflow_datasets",
+    "tokenizers",
+    "tqdm",
+}
+"""What the extra `data` installs, by the names that are imported."""
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Settings: the name of a config, such as quickstart, or a .py file.",
+    lock_config=True,
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
+_DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
+_TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU to plan for.")
+
+
+def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
+    """Do what a command line says, and exit.
+
+    Args:
+      argv: program and arguments.
+      resume_command: shown when a signal stops a run.
+
+    Raises:
+      SystemExit: always, with the exit code: 0 done (or stopped by a signal and saved), 1 loss not
+        finite or a file not written, 2 a setting has to be changed, 130 interrupted before it
+        could save.
+    """
+    main = functools.partial(_main, resume_command=resume_command)
+    app.run(main, argv=list(argv), flags_parser=_parse_flags)
+    raise AssertionError("app.run exits")
+
+
+def describe_options(names: Sequence[str]) -> str:
+    """Write options for a person, a line for each.
+
+    Args:
+      names: of flags.
+    """
+    lines = []
+    for name in names:
+        flag = flags.FLAGS[name]
+        default = "" if flag.default is None else f" Default: {flag.default}."
+        lines.append(f"  --{name:<9} {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _main(argv: list[str], *, resume_command: str) -> int:
+    import jax  # not before, so that --help does not wait for it
+
+    workdir = _WORKDIR.value or ""
+    if len(argv) > 1:
+        return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+    if _MODE.value == "plan":
+        # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    elif not workdir:
+        return _fail("--workdir must be a folder, got none")
+    from sparsejax.checkpoint.save import CheckpointError
+    from sparsejax.config.parse import ConfigError, parse_config
+    from sparsejax.tools.evaluate import evaluate
+    from sparsejax.tools.find_decay import find_decay
+    from sparsejax.tools.plan import format_plan, make_plan
+    from sparsejax.tools.prove import prove_kernels
+    from sparsejax.training.loop import NonFiniteError, train_and_evaluate
+
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+    try:
+        config = parse_config(_CONFIG.value.to_dict())
+        if _MODE.value == "plan":
+            print(format_plan(make_plan(config, target=_TARGET.value)))
+        elif _MODE.value == "find_decay":
+            find_decay(config, workdir)
+        elif _MODE.value == "eval":
+            for name, value in evaluate(config, workdir).items():
+                print(f"{name}: {value}")
+        else:
+            if _DOCTOR.value == "auto":
+                prove_kernels(config)
+            train_and_evaluate(config, workdir, resume_command=resume_command)
+    except ConfigError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in DATA_PACKAGES:
+            raise
+        source = _CONFIG.value.data.source
+        return _fail(f"data.source={source!r} needs {error.name}: install sparsejax[data]")
+    except (NonFiniteError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return read_settings(argv, flags.FLAGS, _CONFIG)
+    except ValueError as error:
+        sys.exit(_fail(str(error)))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,89 @@
+"""Configs are found by name, and their settings changed, as by the path of their file."""
+
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from sparsejax.config import shipped
+from sparsejax.config.command_line import name_files, read_settings
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Return a function from arguments to settings, read with flags of its own."""
+
+    def read(*arguments):
+        # Where ml_collections looks for settings that are changed.
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        values = flags.FlagValues()
+        options = {"lock_config": True, "flag_values": values}
+        config = config_flags.DEFINE_config_file("config", None, **options)
+        read_settings(sys.argv, values, config)
+        return config.value.to_dict()
+
+    return read
+
+
+def test_every_config_that_is_a_run_has_a_name():
+    files = {path.stem for path in (_ROOT / "configs").glob("*.py")}
+    assert set(shipped.list_configs()) == files - {"__init__", "base", "lra"}
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    "by_name, by_file",
+    [
+        (["--config=quickstart"], "--config=configs/quickstart.py"),
+        (["--config", "spion:image"], "--config=configs/spion.py:image"),
+        (["-config=spion:image"], "--config=configs/spion.py:image"),
+    ],
+)
+def test_a_name_gives_the_settings_of_its_file(by_name, by_file, read):
+    by_file = by_file.replace("configs/", f"{_ROOT}/configs/")
+    changes = ["--config.optimizer.learning_rate=0.5", "--config.optimizer.clip_norm=None"]
+    settings = read(*by_name, *changes)
+    assert settings == read(by_file, *changes)
+    assert settings["optimizer"]["learning_rate"] == 0.5
+    assert settings["optimizer"]["clip_norm"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--config.num_steps=3"]],
+    ids=["nothing", "only a setting"],
+)
+def test_a_missing_config_is_asked_for(arguments, read):
+    with pytest.raises(ValueError, match="^--config must be the name of a config or a .py file"):
+        read(*arguments)
+
+
+@pytest.mark.parametrize("value", ["configs/quickstart", "lra", "base", "", "zzz"])
+def test_an_unknown_name_is_refused_with_those_there_are(value):
+    with pytest.raises(ValueError, match=rf"one of dense_small, .*, got '{value}'"):
+        name_files(["train.py", f"--config={value}"])
+
+
+def test_an_installed_package_looks_for_configs_inside_itself(tmp_path, monkeypatch):
+    inside = tmp_path / "sparsejax" / "shipped" / "configs"
+    inside.mkdir(parents=True)
+    (inside / "mine.py").write_text('"""Ours.\n\nCommand:   sparsejax train --config=mine\n"""')
+    (inside / "shared.py").write_text('"""Not a run."""')
+    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path / "sparsejax")
+    assert shipped.list_configs() == ["mine"]
+    assert shipped.find_config("mine:x") == f"{inside / 'mine.py'}:x"
+
+
+def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = str(shipped.find_root())
+    # Not first: another project's `configs` may be in the way.
+    for before in (["elsewhere"], ["elsewhere", root]):
+        monkeypatch.setattr(sys, "path", [*before])
+        shipped.extend_path()
+        shipped.extend_path()
+        assert sys.path == [root, *before, str(tmp_path)]
