@@ -176,15 +176,15 @@ def test_a_recipe_is_a_class_a_function_and_a_row(monkeypatch):
 
     def make(config):
         made.append(config)
-        return Recipe("own", (Phase("own"),))
+        return Recipe("toy", (Phase("toy"),))
 
-    monkeypatch.setitem(RECIPES, "own", RecipeEntry("own", _OwnConfig, make, ("num_steps",)))
+    monkeypatch.setitem(RECIPES, "toy", RecipeEntry("toy", _OwnConfig, make, ("num_steps",)))
     settings = base.get_config()
     settings.num_steps = 700
-    settings.recipe.name = "own"
-    settings.recipe.own.strength = 2  # an int, where a float is expected
-    assert "how much" in base.describe_settings(["recipe.own"])
+    settings.recipe.name = "toy"
+    settings.recipe.toy.strength = 2  # an int, where a float is expected
+    assert "how much" in base.describe_settings(["recipe.toy"])
     config = parse_config(settings.to_dict())
     assert made == [_OwnConfig(strength=2.0, num_steps=700)]
-    assert config.to_dict()["recipe"] == {"name": "own", "own": {"strength": 2.0}}
+    assert config.to_dict()["recipe"] == {"name": "toy", "toy": {"strength": 2.0}}
     assert parse_config(config.to_dict()) == config
