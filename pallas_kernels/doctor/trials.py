@@ -142,7 +142,7 @@ def list_all_calls() -> list[tuple[str, Any]]:
             dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
         )
         for options in varied:
-            facts = base(**options)
+            facts = base(**options) if callable(base) else dataclasses.replace(base, **options)
             if facts is not None:
                 calls.append((op, facts))
     return calls

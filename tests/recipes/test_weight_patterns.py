@@ -16,7 +16,7 @@ from sparsejax.recipes import (
     make_rigl,
     make_set,
 )
-from sparsejax.recipes.weight_masks import set_gradient_masks
+from sparsejax.recipes.weight_masks import apply_weight_masks, set_gradient_masks
 from tests.recipes.two_weights import make_update
 
 L, K, N, V = 2, 24, 16, 20
@@ -110,7 +110,7 @@ def test_layers_and_the_head_drop_and_grow_by_their_pattern(blocks):
             m, m_before = (np.asarray(leaves(x["mu"])[name][layer]) for x in (new_moments, moments))
             np.testing.assert_array_equal(m, np.where(kept & ~kept_before, 0, m_before))
 
-    masked = recipe.mask_gradients({"model": grads, "recipe": {}}, after, recipe.phases[0])
+    masked = apply_weight_masks(after.masks, grads)
     for name, mask in new.items():
         kept = expand(mask, leaves(grads)[name])
         expected = np.where(kept, leaves(grads)[name], 0)
