@@ -14,16 +14,18 @@ _EXAMPLES = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
 
 
 def test_readme_has_the_examples_it_announces():
-    assert len(_EXAMPLES) == 3
+    assert len(_EXAMPLES) == 4
 
 
-@pytest.mark.parametrize("example", _EXAMPLES, ids=["op", "linen", "masks"])
+@pytest.mark.parametrize("example", _EXAMPLES, ids=["first", "op", "linen", "masks"])
 def test_example_runs(example):
     attention = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 256, 256)))
     names = {"attention_maps": attention, "x": jnp.ones((2, 256, 64))}
     exec(compile(example, "README.md", "exec"), names)
     if "pattern" in names:
         assert names["pattern"].shape == (2, 4, 4)
+    elif "out" in names:
+        assert names["out"].shape == (1, 256, 4, 64) and jnp.isfinite(names["out"]).all()
     else:
         assert names["y"].shape == names["x"].shape
         assert jnp.isfinite(names["y"]).all()

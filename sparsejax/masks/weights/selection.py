@@ -79,8 +79,8 @@ def random_mask(
     Args:
       key: PRNG key; equal keys give equal masks, and larger counts contain smaller ones.
       shape: one layer; map over layers with `jax.vmap` and one key each.
-      num_kept: integer[], clamped to 0 and the number of candidates; a traced value does not
-        recompile.
+      num_kept: integer[], how many: of a share, round(share * size). Clamped to 0 and the number of
+        candidates; a traced value does not recompile.
       among: bool[shape], candidates; None = everything.
 
     Returns:
@@ -113,7 +113,8 @@ def check_count(name: str, count: jax.typing.ArrayLike) -> jax.Array:
     count = jnp.asarray(count)
     if not jnp.issubdtype(count.dtype, jnp.integer) or count.shape != ():
         raise ValueError(
-            f"{name} must be an integer scalar (one layer; map over layers with jax.vmap), got "
+            f"{name} must be an integer scalar, the number of entries (of a share: round(share * "
+            "size); of many layers: map with jax.vmap), got "
             f"{count.dtype}{list(count.shape)}"
         )
     return count.astype(jnp.int32)
