@@ -9,6 +9,7 @@ from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
+from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
 from sparsejax.tools import evaluate as evaluation
 from sparsejax.tools.load import TrainedModel as TrainedModel
@@ -22,6 +23,7 @@ def train(
     *,
     recipe: Callable[[RecipeFacts], Recipe] | None = None,
     data: Callable[[DataConfig], Source] | None = None,
+    model: type[Transformer] | None = None,
 ) -> dict[str, Any] | None:
     """Train to the last step, from where the folder's newest checkpoint stands.
 
@@ -32,6 +34,7 @@ def train(
       recipe: function at the top of a module, which makes the recipe; the run records its name.
         None = what `config.recipe.name` says.
       data: function at the top of a module, which makes the source of the data, likewise.
+      model: subclass of Transformer at the top of a module, which takes its place, likewise.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
@@ -45,6 +48,8 @@ def train(
         if recipe is not None:
             mapping["recipe"] = {"own": {"sparse_weights": ""}} | mapping["recipe"]
             mapping["recipe"]["name"] = name_function(recipe, "recipe")
+        if model is not None:
+            mapping["model"]["own_class"] = name_function(model, "model")
         if data is not None:
             mapping["data"]["source"] = f"own:{name_function(data, 'data')}"
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Functions of a user's own, by the names that settings can hold: "package.module:function"."""
+"""Functions and classes of a user's own, by names that settings can hold: "module:function"."""
 
 import importlib
 import sys

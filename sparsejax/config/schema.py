@@ -10,6 +10,7 @@ from sparsejax.models import (
     Implementation,
     TransformerConfig,
     TransformerOptions,
+    find_model_class,
     list_backends,
     sparse_weight_patterns,
 )
@@ -213,6 +214,7 @@ def make_transformer_config(
     """
     model, source = config.model, config.data.source
     check = make_check("model", model)
+    find_model_class(model.own_class)
     check(
         model.vocab_size == 0 or model.vocab_size >= vocab_size,
         "vocab_size",

@@ -24,4 +24,6 @@ from sparsejax.models.linear import SparseLinear as SparseLinear
 from sparsejax.models.mlp import MLP as MLP
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer
+from sparsejax.models.transformer import find_model_class as find_model_class
+from sparsejax.models.transformer import make_transformer as make_transformer
 from sparsejax.models.variables import SparsityMask as SparsityMask

@@ -47,6 +47,8 @@ class TransformerOptions:
       embedding_norm: normalise the sum of embedding and position.
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one block and scan it; False unrolls the same stacked parameters.
+      own_class: "module:class" of a subclass of `Transformer` that takes its place; "" = itself.
+        FLOPs are counted as those of `Transformer`.
     """
 
     num_layers: int
@@ -63,6 +65,7 @@ class TransformerOptions:
     embedding_norm: bool = False
     remat: bool = False
     scan_layers: bool = True
+    own_class: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

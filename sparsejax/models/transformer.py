@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import make_block_schedule
+from sparsejax.dotted import find_function
 from sparsejax.models.attention import SPARSE, AttentionOptions, BlockSparseAttention
 from sparsejax.models.block_lists import BlockLists
 from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
@@ -95,6 +96,38 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
         branch = self.mlp(self.mlp_norm(x_BTD), options=linear_options, pruning_key=pruning_key)
         return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
+
+
+def make_transformer(config: TransformerConfig, *, rngs: nnx.Rngs) -> "Transformer":
+    """Make the model of a config: a Transformer, or what `config.own_class` names.
+
+    Args:
+      rngs: nnx.Rngs with a `params` stream.
+
+    Raises:
+      ValueError: if there is no such class, or it is no subclass of Transformer.
+    """
+    return find_model_class(config.own_class)(config, rngs=rngs)
+
+
+def find_model_class(name: str) -> "type[Transformer]":
+    """Return the class of a model.
+
+    Args:
+      name: "module:class" of a subclass of Transformer, or "" for Transformer itself.
+
+    Raises:
+      ValueError: if there is no such class, or it is no subclass of Transformer.
+    """
+    if not name:
+        return Transformer
+    found = find_function(name, "model.own_class")
+    if not (isinstance(found, type) and issubclass(found, Transformer)):
+        raise ValueError(
+            "model.own_class must be a subclass of sparsejax.models.Transformer, "
+            f"got {name!r}, which is {found!r}"
+        )
+    return found
 
 
 class Transformer(nnx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sparsejax.models import SparsityMask, Transformer, TransformerConfig
+from sparsejax.models import SparsityMask, Transformer, TransformerConfig, make_transformer
 from sparsejax.optimizer import Optimizer
 from sparsejax.recipes import Phase, Recipe, Sparsity, list_begun
 from sparsejax.types import PyTree
@@ -51,7 +51,7 @@ def make_graphdef(config: TransformerConfig) -> nnx.GraphDef:
     Returns:
       nnx.GraphDef for `nnx.merge(graphdef, params, masks)`.
     """
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make_transformer(config, rngs=nnx.Rngs(0)))
     return nnx.split(model, nnx.Param, SparsityMask)[0]
 
 
@@ -66,7 +66,7 @@ def create_train_state(
     Returns:
       TrainState at step 0 in the recipe's first phase.
     """
-    model = Transformer(config, rngs=nnx.Rngs(params=jax.random.fold_in(key, 0)))
+    model = make_transformer(config, rngs=nnx.Rngs(params=jax.random.fold_in(key, 0)))
     _, params, masks = nnx.split(model, nnx.Param, SparsityMask)
     params, masks = nnx.to_pure_dict(params), nnx.to_pure_dict(masks)
     sparsity = recipe.init(masks, params, jax.random.fold_in(key, 1))

@@ -61,6 +61,7 @@ ARROWS = {
     "sparsejax.models": (
         "pallas_kernels",
         "sparsejax.checks",
+        "sparsejax.dotted",
         "sparsejax.patterns",
         "sparsejax.types",
     ),
@@ -129,6 +130,7 @@ ARROWS = {
         "sparsejax.config",
         "sparsejax.data",
         "sparsejax.dotted",
+        "sparsejax.models",
         "sparsejax.recipes",
         "sparsejax.tools",
         "sparsejax.training",

@@ -10,7 +10,7 @@ import sparsejax
 from sparsejax.checkpoint.save import find_checkpoints
 from sparsejax.config.parse import ConfigError
 from sparsejax.data import Contents, Example, Source
-from sparsejax.models import AttentionOptions, LinearOptions
+from sparsejax.models import AttentionOptions, LinearOptions, Transformer
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.strict_json import load_json
 from sparsejax.training.setup import prepare_run
@@ -136,9 +136,33 @@ def test_own_recipe_and_own_source_from_python(tmp_path):
     assert model(tokens).logits.shape == (1, 8, 256)
 
 
+class Sharper(Transformer):
+    """A model of one's own: its logits are twice as large."""
+
+    def __call__(self, tokens, **options):
+        output = super().__call__(tokens, **options)
+        return output._replace(logits=2 * output.logits)
+
+
+@pytest.mark.ci
+def test_own_model_from_python(tmp_path):
+    settings = make_settings(tmp_path, **_SHORT | {"num_steps": 2, "eval_every_steps": 2})
+    settings["recipe"]["name"] = "dense"
+    sparsejax.train(settings, tmp_path / "run", model=Sharper)
+    recorded = load_json((tmp_path / "run" / "checkpoints" / "run.json").read_text())
+    assert recorded["config"]["model"]["own_class"] == f"{__name__}:Sharper"
+    model, _, _ = sparsejax.load_model(tmp_path / "run")
+    assert isinstance(model, Sharper)
+    tokens = jnp.ones((1, 8), jnp.int32)
+    np.testing.assert_array_equal(
+        model(tokens).logits, 2 * Transformer.__call__(model, tokens).logits
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"model": make_source}, "must be a subclass of sparsejax.models.Transformer, got "),
         ({"recipe": lambda facts: None}, "recipe must be a function at the top of a module"),
         ({"data": "text:/x"}, "data must be a function at the top of a module.*got 'text:/x'"),
         ({"data": make_no_source}, "returns a sparsejax.data.source.Source, got <class 'str'>"),
