@@ -5,12 +5,14 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import tomllib
+from typing import Any
 
 import jax
 
 from pallas_kernels.dispatch import target_platform, targets_gpu
 from pallas_kernels.machine import find_gpu
 from pallas_kernels.triton.interpretation import find_interpretation
+from pallas_kernels.triton.tile_tables import find_row
 
 # The pair that was tried; `pyproject.toml` pins the same.
 VERSIONS = {"jax_triton": "0.4.1", "triton": "3.9.0"}
@@ -41,6 +43,7 @@ def check_device() -> tuple[int, int]:
             "implementation='triton' needs compute capability 8.0 or newer, found "
             f"{major}.{minor}; 'xla' runs on every device"
         )
+    _check_shared_memory(capability)
     return capability
 
 
@@ -75,12 +78,34 @@ def find_capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _check_shared_memory(capability: tuple[int, int]) -> None:
+    """Raise if a block gets less than on the devices that the tiles were made for."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return
+    found = getattr(jax.devices("gpu")[0], "shared_memory_per_block_optin", None)
+    least = {
+        tuple(gpu["compute_capability"]): gpu["shared_memory_per_block_bytes"]
+        for gpu in _read_targets()
+    }
+    needed = find_row(least, capability)
+    if found is not None and found < needed:
+        raise NotImplementedError(
+            f"implementation='triton' needs {needed} bytes of shared memory for a block on compute "
+            f"capability {capability[0]}.{capability[1]}, found {found}; 'xla' runs on every device"
+        )
+
+
+@functools.cache
+def _read_targets() -> tuple[dict[str, Any], ...]:
+    """Figures of the GPUs that programs can be compiled for."""
+    path = pathlib.Path(__file__).parents[1] / "gpu_targets.toml"
+    return tuple(tomllib.loads(path.read_text()).values())
+
+
 @functools.cache
 def _read_capabilities() -> dict[str, str]:
     """Name of a GPU -> compute capability, of those that programs can be compiled for."""
-    path = pathlib.Path(__file__).parents[1] / "gpu_targets.toml"
-    targets = tomllib.loads(path.read_text()).values()
-    return {gpu["name"]: ".".join(map(str, gpu["compute_capability"])) for gpu in targets}
+    return {gpu["name"]: ".".join(map(str, gpu["compute_capability"])) for gpu in _read_targets()}
 
 
 @functools.cache

@@ -67,6 +67,30 @@ def test_a_vendors_build_of_the_version_is_taken(installed):
     assert _check() == (8, 0)
 
 
+class _Device:
+    platform, device_kind = "gpu", "NVIDIA GB10"
+
+    def __init__(self, capability, shared):
+        self.compute_capability, self.shared_memory_per_block_optin = capability, shared
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "needed"),
+    # Of the newest row that is not above: 12.0, 8.9 and 9.0.
+    [("12.1", 101_376, None), ("12.1", 65_536, 101_376), ("8.9", 101_375, 101_376),
+     ("9.0", 101_376, 232_448)],
+)  # fmt: skip
+def test_too_little_shared_memory_is_refused(capability, shared, needed, installed, monkeypatch):
+    monkeypatch.setattr(device, "targets_gpu", lambda: True)
+    monkeypatch.setattr(device.jax, "devices", lambda platform: [_Device(capability, shared)])
+    if needed is None:
+        assert device.check_device() == tuple(map(int, capability.split(".")))
+        return
+    message = f"needs {needed} bytes of shared memory for a block on compute capability"
+    with pytest.raises(NotImplementedError, match=f"{message} {capability}, found {shared}; "):
+        device.check_device()
+
+
 def test_a_device_that_no_table_has_is_asked_of_the_driver(installed, monkeypatch):
     for kind, capability in (("NVIDIA A40", "8.6"), ("Tesla T4", "7.5")):
         gpu = Gpu(kind, "580.65.06", capability, 1)
