@@ -47,7 +47,7 @@ def test_masks_of_arrays():
 
 
 def test_a_share_in_place_of_a_count_is_told_what_to_pass():
-    with pytest.raises(ValueError, match=r"number of entries \(of a share: round\(share \* size\)"):
+    with pytest.raises(ValueError, match=r"number of entries: of a share, round\(share \* size\)"):
         random_mask(jax.random.key(0), (4, 4), 0.3)
 
 
