@@ -113,8 +113,8 @@ def check_count(name: str, count: jax.typing.ArrayLike) -> jax.Array:
     count = jnp.asarray(count)
     if not jnp.issubdtype(count.dtype, jnp.integer) or count.shape != ():
         raise ValueError(
-            f"{name} must be an integer scalar (a number of entries: of a share, round(share * size); "
-            "one layer: map over layers with jax.vmap), got "
+            f"{name} must be an integer scalar (a number of entries: of a share, round(share * "
+            "size); one layer: map over layers with jax.vmap), got "
             f"{count.dtype}{list(count.shape)}"
         )
     return count.astype(jnp.int32)
