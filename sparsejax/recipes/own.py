@@ -49,7 +49,13 @@ def make_own_recipe(name: str, facts: RecipeFacts) -> Recipe:
       ValueError: if there is no such function, it does not return a Recipe, or the phases of the
         recipe are not what a run needs.
     """
-    recipe = find_function(name, "recipe.name")(facts)
+    try:
+        recipe = find_function(name, "recipe.name")(facts)
+    except TypeError as error:
+        # What a Recipe says that lacks a field.
+        raise ValueError(
+            f"recipe.name={name!r} must return a sparsejax.recipes.Recipe, got TypeError: {error}"
+        ) from error
     if not isinstance(recipe, Recipe):
         raise ValueError(
             f"recipe.name={name!r} must return a sparsejax.recipes.Recipe, got {type(recipe)}"

@@ -133,6 +133,11 @@ def make_attention_recipe(facts):
 _NO_RECIPE, make_nothing = "text", lambda facts: None
 
 
+def make_incomplete(facts):
+    """Forget the phases."""
+    return Recipe("incomplete")  # pyright: ignore[reportCallIssue]
+
+
 def make_twice(facts):
     """Return a recipe whose phases cannot be told apart."""
     return Recipe("twice", (Phase("x", last_step=2), Phase("x")))
@@ -160,6 +165,7 @@ def test_a_recipe_of_ones_own_trains_and_the_run_says_so(tmp_path):
         (f"{__name__}:_NO_RECIPE", "has no function '_NO_RECIPE'"),
         (":make", "the module and name of a function"),
         (f"{__name__}:make_nothing", "must return a sparsejax.recipes.Recipe, got <class 'None"),
+        (f"{__name__}:make_incomplete", "TypeError: .* missing .* 'phases'"),
         (f"{__name__}:make_twice", r"phases of different names, got \['x', 'x'\]"),
     ],
 )
