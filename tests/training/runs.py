@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import jax
+import pytest
 
 from configs import base
 from sparsejax.checkpoint.save import find_checkpoints, restore
@@ -61,6 +62,25 @@ def make_settings(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
 def train(settings: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any] | None:
     """Train in this process."""
     return train_and_evaluate(parse_config(settings), workdir, resume_command="the same command")
+
+
+def train_and_listen(
+    settings: dict[str, Any], workdir: pathlib.Path
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Train in this process; return the summary, and what it said and when JAX compiled, in order."""
+    events: list[str] = []
+
+    def note_compilation(event, _seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append("compiled")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsejax.training.loop.say", events.append)
+        jax.monitoring.register_event_duration_secs_listener(note_compilation)
+        try:
+            return train(settings, workdir), events
+        finally:
+            jax.monitoring.unregister_event_duration_listener(note_compilation)
 
 
 def load_end(settings: dict[str, Any], workdir: pathlib.Path) -> tuple[TrainState, Any]:

@@ -8,7 +8,14 @@ from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.report.metrics import read_metrics
 from sparsejax.strict_json import load_json
-from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
+from tests.training.runs import (
+    NUM_STEPS,
+    copy_until,
+    load_end,
+    make_settings,
+    train,
+    train_and_listen,
+)
 
 # Attention switches after step 6, the dense finish begins after step 8.
 _CHAINED = {
@@ -28,19 +35,8 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
     """A run of both, and how often programs were compiled between two of its lines."""
-    workdir, events = tmp_path_factory.mktemp("chained"), []
-
-    def note(event, _seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append("compiled")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsejax.training.loop.say", events.append)
-        jax.monitoring.register_event_duration_secs_listener(note)
-        try:
-            summary = train(settings, workdir)
-        finally:
-            jax.monitoring.unregister_event_duration_listener(note)
+    workdir = tmp_path_factory.mktemp("chained")
+    summary, events = train_and_listen(settings, workdir)
     return workdir, summary, events
 
 

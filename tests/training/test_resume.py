@@ -17,7 +17,7 @@ from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.setup import prepare_run
-from tests.training.runs import NUM_STEPS, copy_until, make_settings, train
+from tests.training.runs import NUM_STEPS, copy_until, make_settings, train, train_and_listen
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _KEEP = {"checkpoint__keep_last": NUM_STEPS}
@@ -32,19 +32,7 @@ def settings(tmp_path_factory):
 def recorded(settings, tmp_path_factory):
     """An uninterrupted run, its summary, and in order what it said and when JAX compiled."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    events = []
-
-    def note_compilation(event, _seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append("compiled")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsejax.training.loop.say", events.append)
-        jax.monitoring.register_event_duration_secs_listener(note_compilation)
-        try:
-            summary = train(settings, workdir)
-        finally:
-            jax.monitoring.unregister_event_duration_listener(note_compilation)
+    summary, events = train_and_listen(settings, workdir)
     return workdir, summary, events
 
 
