@@ -67,7 +67,7 @@ def train(settings: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any] | N
 def train_and_listen(
     settings: dict[str, Any], workdir: pathlib.Path
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Train in this process; return the summary, and what it said and when JAX compiled, in order."""
+    """Train; return the summary, and in order what the run said and when JAX compiled."""
     events: list[str] = []
 
     def note_compilation(event, _seconds, **_):
