@@ -44,8 +44,9 @@ def block_sparse_matmul(
       bias: float[N] or None, dtype of x.
       implementation: "xla", a loop over the kept blocks; "reference", dense products of the masked
         weight in f32; "mosaic_sm90", tensor cores of a Hopper GPU, for bf16 and f16 and blocks
-        whose sides are 64 or 128; or None: the kernel where it was proven and is faster, else
-        "xla". A named one runs or raises.
+        whose sides are 64 or 128; "triton", any NVIDIA GPU since Ampere (extra `triton`), blocks
+        whose sides are multiples of 16; or None: the fastest kernel that was proven, where it is
+        faster, else "xla". A named one runs or raises.
 
     Returns:
       float[..., N], typed like x; 0 and the bias where nothing of a column is kept.
@@ -58,7 +59,7 @@ def block_sparse_matmul(
     Numerics:
       Products accumulate in f32, block after block; the bias is added in f32, before the one
       rounding to the dtype of x. So it is with gradients. Products of f32 follow
-      `jax_default_matmul_precision`, but for "reference", which computes in full f32.
+      `jax_default_matmul_precision`, but for "reference" and "triton", which compute in full f32.
 
     References:
       Gray, Radford, Kingma, GPU kernels for block-sparse weights, 2017.

@@ -14,6 +14,7 @@ from sparsejax.recipes import (
     Phase,
     Recipe,
     SpionConfig,
+    chain,
     make_spion,
 )
 from sparsejax.training.state import (
@@ -244,6 +245,25 @@ def test_entering_a_phase(reset):
     assert state.sparsity.phase_start_step == 9 and state.sparsity.statistics == {}
     assert state.opt_state["updates"] == (0 if reset else 9)
     assert state.params is before.params and state.step == 9
+
+
+def test_a_part_that_goes_on_keeps_its_learning_rate_and_its_moments():
+    fresh = {"learning_rate": "restart", "reset_optimizer": True}
+    attention = Recipe("a", (Phase("one", last_step=4), Phase("two", **fresh)))
+    recipe = chain(attention, Recipe("w", (Phase("x", last_step=8), Phase("y"))))
+    first, second, third = recipe.phases
+
+    def enter(phase, previous, step):
+        before = make_state(recipe, step=step)
+        sparsity = dataclasses.replace(before.sparsity, phase_start_step=jnp.int32(4))
+        before = dataclasses.replace(
+            before, sparsity=sparsity, opt_state={"updates": jnp.int32(step)}
+        )
+        after = enter_phase(before, recipe, phase, DESCENT, previous=previous)
+        return int(after.sparsity.phase_start_step), int(after.opt_state["updates"])
+
+    assert enter(second, first, 5) == (5, 0)
+    assert enter(third, second, 8) == (4, 8)
 
 
 def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
