@@ -1,6 +1,9 @@
 """From Python: train, evaluate, and load what was trained."""
 
+import importlib.machinery
 import shutil
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ import sparsejax
 from sparsejax.checkpoint.save import find_checkpoints
 from sparsejax.config.parse import ConfigError
 from sparsejax.data import Contents, Example, Source
+from sparsejax.dotted import name_function
 from sparsejax.models import AttentionOptions, LinearOptions, Transformer
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.strict_json import load_json
@@ -142,6 +146,17 @@ class Sharper(Transformer):
     def __call__(self, tokens, **options):
         output = super().__call__(tokens, **options)
         return output._replace(logits=2 * output.logits)
+
+
+def test_a_function_of_a_script_has_no_name_and_one_of_python_m_has(monkeypatch):
+    function = types.FunctionType(make_source.__code__, {}, "make_source")
+    function.__module__ = "__main__"
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    with pytest.raises(ValueError, match="at the top of a module that can be imported"):
+        name_function(function, "data")
+    main.__spec__ = importlib.machinery.ModuleSpec("package.sums", None)
+    assert name_function(function, "data") == "package.sums:make_source"
 
 
 @pytest.mark.ci
