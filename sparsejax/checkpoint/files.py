@@ -220,21 +220,6 @@ def check_files(folder: Path, files: dict[str, list[int]], *, verify_checksums: 
             raise ValueError(f"{file} has changed since it was saved: its checksum differs")
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Put a file in place in one step, its bytes on disk before its name.
-
-    Args:
-      path: Path of the file, replaced if it exists.
-      text: str, written as UTF-8.
-    """
-    replacement = path.with_name(path.name + ".new")
-    with replacement.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
-
-
 def _compute_checksum(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:

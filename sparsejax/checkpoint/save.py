@@ -35,8 +35,8 @@ from sparsejax.checkpoint.files import (
     parse_order,
     read_manifest,
     seal_manifest,
-    write_durably,
 )
+from sparsejax.durable import write_durably
 from sparsejax.strict_json import dump_json, load_json
 from sparsejax.types import PyTree
 

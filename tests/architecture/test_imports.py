@@ -20,6 +20,7 @@ RUN = (
     "sparsejax.accounting",
     "sparsejax.checks",
     "sparsejax.dotted",
+    "sparsejax.durable",
     "sparsejax.report",
     "sparsejax.report.plots",
     "sparsejax.strict_json",
@@ -66,7 +67,13 @@ ARROWS = {
         "sparsejax.types",
     ),
     "sparsejax.optimizer": ("sparsejax.checks", "sparsejax.recipes", "sparsejax.types"),
-    "sparsejax.data": ("sparsejax.batch", "sparsejax.dotted"),
+    "sparsejax.data": (
+        "sparsejax.batch",
+        "sparsejax.dotted",
+        "sparsejax.durable",
+        "sparsejax.strict_json",
+    ),
+    "sparsejax.durable": (),
     "sparsejax.strict_json": (),
     "sparsejax.config": (
         "sparsejax.checks",
@@ -85,11 +92,13 @@ ARROWS = {
     "sparsejax.checkpoint": (
         "sparsejax.config",
         "sparsejax.data",
+        "sparsejax.durable",
         "sparsejax.strict_json",
         "sparsejax.types",
     ),
     "sparsejax.report": (
         "sparsejax.accounting",
+        "sparsejax.durable",
         "sparsejax.report.plots",
         "sparsejax.strict_json",
     ),
