@@ -129,6 +129,10 @@ class TrainConfig:
     Attributes:
       seed: decides initial weights, order of the data and everything drawn.
       num_steps: optimizer steps of the whole run.
+      schedule_steps: the steps that every share of the run is a share of, and over which the
+        learning rate moves; 0 = num_steps. Fewer steps end the run before its schedule does; more
+        go on at the schedule's last rate and leave phases and masks as they are. A run that is
+        resumed keeps those it was started with.
       num_micro_batches: parts that a batch is split into to save memory.
       eval_every_steps: steps between two validations.
       num_eval_batches: batches of a validation; 0 = the whole validation split.
@@ -140,6 +144,7 @@ class TrainConfig:
 
     seed: int = 0
     num_steps: int = 1000
+    schedule_steps: int = 0
     num_micro_batches: int = 1
     eval_every_steps: int = 100
     num_eval_batches: int = 8
@@ -155,7 +160,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("num_steps", "eval_every_steps", "log_every_steps", "num_micro_batches"):
             check_setting(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_eval_batches", "max_consecutive_skips", "seed"):
+        for name in ("schedule_steps", "num_eval_batches", "max_consecutive_skips", "seed"):
             check_setting(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check_setting(
             0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)"
@@ -166,7 +171,12 @@ class TrainConfig:
             self.num_micro_batches,
             f"a divisor of data.batch_size={self.data.batch_size}",
         )
-        make_optimizer(self.optimizer, num_steps=self.num_steps)
+        make_optimizer(self.optimizer, num_steps=self.schedule_length)
+
+    @property
+    def schedule_length(self) -> int:
+        """Steps of the schedule, whichever setting says them."""
+        return self.schedule_steps or self.num_steps
 
     @property
     def step_options(self) -> dict[str, Any]:
@@ -270,7 +280,7 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
         num_blocks=model.max_length // block,
         causal=model.causal,
         head_dim=model.head_dim,
-        num_steps=config.num_steps,
+        num_steps=config.schedule_length,
         patterns=sparse_weight_patterns(model),
     )
     recipes = [_make_method(config.recipe, name, facts) for name in config.recipe.methods]
@@ -318,9 +328,9 @@ def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe)
     )
     for phase in phases[:-1]:
         check_setting(
-            phase.last_step is None or phase.last_step < config.num_steps,
-            "num_steps",
-            config.num_steps,
+            phase.last_step is None or phase.last_step < config.schedule_length,
+            "schedule_steps" if config.schedule_steps else "num_steps",
+            config.schedule_length,
             f"above {phase.last_step}, the step at which phase {phase.name!r} ends",
         )
     check = make_check("model", config.model)

@@ -154,7 +154,7 @@ def prepare_run(config: TrainConfig) -> Run:
         model_config=model_config,
         graphdef=make_graphdef(model_config),
         recipe=recipe,
-        optimizer=make_optimizer(config.optimizer, num_steps=config.num_steps),
+        optimizer=make_optimizer(config.optimizer, num_steps=config.schedule_length),
         state_sharding=NamedSharding(mesh, PartitionSpec()),
         batch_sharding=NamedSharding(mesh, PartitionSpec("data")),
     )

@@ -43,7 +43,7 @@ def test_every_setting_has_a_meaning():
         (
             {
                 "recipe__name": "static_attention",
-                "recipe__static_attention__dense_steps": 1000,
+                "recipe__static_attention__dense_fraction": 0.9999,
             },
             r"num_steps must be above 1000, the step at which phase 'dense' ends, got 1000",
         ),

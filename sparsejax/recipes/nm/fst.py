@@ -28,6 +28,7 @@ from sparsejax.recipes.weight_masks import (
     map_sparse_weights,
     map_weight_masks,
 )
+from sparsejax.shares import count_share
 
 _FINISH = "dense finish"
 
@@ -88,7 +89,7 @@ class FSTConfig:
     @property
     def sparse_steps(self) -> int:
         """Steps before the dense finish."""
-        return self.num_steps - round(self.num_steps * self.dense_fraction)
+        return self.num_steps - count_share(self.dense_fraction, self.num_steps)
 
 
 def make_fst(config: FSTConfig) -> Recipe:
