@@ -122,6 +122,17 @@ class RecipeSettings:
         return self.sections.get(self.name, {})
 
 
+WATCHING = (
+    "num_steps",
+    "eval_every_steps",
+    "num_eval_batches",
+    "log_every_steps",
+    "max_consecutive_skips",
+    "checkpoint",
+)
+"""Settings that say how long a run goes on and how it is watched; all others define it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a run.
@@ -320,6 +331,15 @@ def _find_sparse_weights(settings: RecipeSettings) -> tuple[str, str]:
 
 def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe) -> None:
     phases, name = recipe.phases, config.recipe.name
+    length, schedule = config.schedule_length, config.optimizer.schedule
+    if config.num_steps > length and phases[-1].learning_rate == "schedule":
+        optimizer = make_optimizer(config.optimizer, num_steps=length)
+        check_setting(
+            float(optimizer.schedule(length)) > 0,
+            "num_steps",
+            config.num_steps,
+            f"at most schedule_steps={length}, at whose end the rate of {schedule!r} is 0",
+        )
     check_setting(
         model.num_decoder_layers == 0 or not any(p.sparse_attention for p in phases),
         "recipe.name",

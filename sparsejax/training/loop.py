@@ -14,7 +14,12 @@ from sparsejax.accounting.density import compute_density, describe_density
 from sparsejax.accounting.ledger import FlopsLedger
 from sparsejax.checkpoint.files import CheckpointInfo, find_checkpoints
 from sparsejax.checkpoint.save import Checkpointer
-from sparsejax.checkpoint.workdir import claim_workdir, describe_run, find_newest_checkpoint
+from sparsejax.checkpoint.workdir import (
+    claim_workdir,
+    describe_run,
+    find_newest_checkpoint,
+    keep_schedule,
+)
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
@@ -65,6 +70,7 @@ def train_and_evaluate(
       NonFiniteError: if too many steps in a row were skipped.
     """
     with claim_workdir(workdir) as path:
+        config = keep_schedule(config, path / "checkpoints")
         run = prepare_run(config)
         description = describe_run(config, run.data.fingerprint, run.data.spec)
         start = open_or_resume(run, path, description)

@@ -47,6 +47,11 @@ def test_every_setting_has_a_meaning():
             },
             r"num_steps must be above 1000, the step at which phase 'dense' ends, got 1000",
         ),
+        (
+            {"num_steps": 1200, "schedule_steps": 1000, "optimizer__schedule": "triangle"},
+            r"num_steps must be at most schedule_steps=1000, at whose end the rate of 'triangle' is"
+            " 0, got 1200",
+        ),
         ({"model__dtype": "float64"}, r"model.dtype must be one of .*, got 'float64'"),
         ({"model__dropout_rate": 1.0}, r"model.dropout_rate must be in \[0, 1\), got 1.0"),
         (

@@ -62,7 +62,11 @@ def test_set_grows_at_random_and_without_gradients():
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (rigl, {"end_fraction": 1.5}, r"recipe.rigl: end_fraction must be in \(0, 1\] .* got .*1.5"),
+        (
+            rigl,
+            {"end_fraction": 1.5},
+            r"recipe.rigl: end_fraction must be in \(0, 1\] .* got .*1.5",
+        ),
         (rigl, {"update_fraction": 2.0}, r"fraction must be in \[0, 1\], got fraction=2.0"),
         (
             gradual_set,
