@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.checks import make_check
+from sparsejax.checks import check_used, make_check
 from sparsejax.recipes import Phase
 from sparsejax.shares import count_share
 from sparsejax.types import PyTree
@@ -78,6 +78,17 @@ class OptimizerConfig:
         check(0 <= self.b2 < 1, "b2", "in [0, 1)")
         check(self.eps > 0, "eps", "positive")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive or None")
+        check_used(
+            "optimizer",
+            self,
+            {
+                "final_fraction": ("schedule", ("cosine", "wsd")),
+                "decay_fraction": ("schedule", ("wsd",)),
+                "initial_fraction": ("schedule", ("triangle",)),
+                "b2": ("name", ("adamw", "lion")),
+                "eps": ("name", ("adamw",)),
+            },
+        )
         check(self.clip_value is None or self.clip_value > 0, "clip_value", "positive or None")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -21,6 +22,7 @@ from sparsejax.recipes.registry import RECIPES, RecipeEntry
 
 _SECTIONS = ("model", "data", "optimizer", "recipe", "checkpoint")
 _OWN = "own"
+_FLOAT32_LIMIT = float(2**128)
 
 
 class ConfigError(ValueError):
@@ -260,9 +262,14 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be one of {known}, got {value!r}")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**31 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
+    # Devices compute in these types. Others have no bound: text and bools.
+    if hint is float and not abs(value) < _FLOAT32_LIMIT:
+        raise ConfigError(f"{name} must be a finite number of float32, got {value!r}")
+    if hint is int and not -(2**31) <= value < (2**32 if name == "seed" else 2**31):
+        raise ConfigError(f"{name} must be below 2^31 in size, got {value!r}")
     return value
 
 

@@ -107,6 +107,9 @@ def test_shipped_configs_are_valid(name):
     settings = importlib.import_module(f"configs.{module}").get_config(*filter(None, [size]))
     settings = settings.to_dict()
     assert parse_config(settings).recipe.name == settings["recipe"]["name"]
+    # The number of steps alone makes a run short.
+    for num_steps in (10, 100):
+        parse_config(settings | {"num_steps": num_steps})
 
 
 @pytest.mark.parametrize("weights", ["embedding=unstructured", ".*/.*=8x8; embedding=4x8"])

@@ -16,7 +16,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from sparsejax.checks import make_check
+from sparsejax.checks import check_used, make_check
 from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
 from sparsejax.recipes.attention.layer_masks import (
     check_attention_sizes,
@@ -89,6 +89,8 @@ class SpionConfig:
             check(self.density is None, "density", f"None for variant {self.variant!r}")
             in_range = self.quantile is not None and 0 < self.quantile < 1
             check(in_range, "quantile", f"in (0, 1) for variant {self.variant!r}")
+        check(self.variant != "c" or self.quantile is None, "quantile", "None for variant 'c'")
+        check_used("recipe.spion", self, {"filter_size": ("variant", ("cf", "c"))})
         check(self.filter_size % 2 == 1 and self.filter_size > 0, "filter_size", "odd and positive")
         check(self.max_change_percent > 0, "max_change_percent", "positive")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")

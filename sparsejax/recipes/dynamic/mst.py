@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.checks import prefix_errors
+from sparsejax.checks import check_used, prefix_errors
 from sparsejax.masks import hybrid_blocks, hybrid_mask
 from sparsejax.masks.weights.topology import Growth
 from sparsejax.recipes.attention.layer_masks import (
@@ -84,6 +84,7 @@ class MSTConfig(RegrowthConfig):
     causal: bool
 
     def __post_init__(self):
+        check_used("recipe.mst", self, {"mix": ("growth", ("mixed",))})
         with prefix_errors("recipe.mst"):
             check_patterns(self.patterns)
             self.make_topology_config()

@@ -31,6 +31,7 @@ from sparsejax.recipes.weight_masks import (
 from sparsejax.shares import count_share
 
 _FINISH = "dense finish"
+_SEARCHED = NMPattern(2, 4, transposable=True)
 
 type FSTVariant = Literal["fst", "ste", "sr_ste", "dense"]
 
@@ -84,6 +85,8 @@ class FSTConfig:
         check(bool(self.patterns), "patterns", "that of at least one weight")
         structured = all(isinstance(pattern, NMPattern) for pattern in self.patterns.values())
         check(structured, "patterns", "n:m for every weight")
+        transposable = {pattern for pattern in self.patterns.values() if pattern.transposable}
+        check(transposable <= {_SEARCHED}, "patterns", f"'{_SEARCHED}' where transposable")
         check(self.sparse_steps >= 1, "dense_fraction", "small enough to leave a sparse step")
 
     @property
