@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from sparsejax.config.schema import (
     RecipeSettings,
     TrainConfig,
+    list_sparse_weights,
     make_recipe,
     make_transformer_config,
 )
 from sparsejax.data import DataConfig
+from sparsejax.patterns import WeightBlocks
 from sparsejax.recipes.own import is_own
 from sparsejax.recipes.registry import RECIPES, RecipeEntry
 
@@ -208,19 +210,23 @@ def _get_hints(entry: RecipeEntry) -> dict[str, Any]:
 def _refuse_early(config: TrainConfig) -> None:
     """Build model and recipe for data that is not read yet: what no data could make valid.
 
-    The model is an encoder, because a causal pattern has fewer blocks to choose from.
+    The model is an encoder, because a causal pattern has fewer blocks to choose from; its
+    vocabulary has as many ids as blocks of an embedding can divide.
     """
     patches = bool(config.data.patch_size)
     tasks = {"classification": 2, "masked_language_model": 0}
     if config.data.kind == "pairs":
         tasks = {"translation": 0}
+    blocks = [pattern for _, pattern in list_sparse_weights(config.recipe)]
+    rows = [pattern.rows for pattern in blocks if isinstance(pattern, WeightBlocks)]
+    vocab_size = 1 if config.model.vocab_size else math.lcm(*rows)
     refused = None
     for task, num_classes in tasks.items():
         try:
             model = make_transformer_config(
                 config,
                 task=task,
-                vocab_size=int(not patches),
+                vocab_size=0 if patches else vocab_size,
                 num_classes=num_classes,
                 patch_values=int(patches),
             )

@@ -15,7 +15,7 @@ from sparsejax.models import (
     sparse_weight_patterns,
 )
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
-from sparsejax.patterns import BlockPattern, parse_pattern_list
+from sparsejax.patterns import BlockPattern, WeightPattern, parse_pattern_list
 from sparsejax.recipes import Recipe, chain
 from sparsejax.recipes.own import RecipeFacts, is_own, make_own_recipe
 from sparsejax.recipes.registry import RECIPES
@@ -253,7 +253,6 @@ def make_transformer_config(
         "block_size",
         f"a positive divisor of data.sequence_length={length}",
     )
-    section, text = _find_sparse_weights(config.recipe)
     shared = {
         field.name: getattr(model, field.name) for field in dataclasses.fields(TransformerOptions)
     }
@@ -268,7 +267,7 @@ def make_transformer_config(
             "patch_values": patch_values,
             "num_towers": 2 if task == "matching" else 1,
             "block": BlockPattern(block_q=size, block_kv=size),
-            "sparse_weights": parse_pattern_list(text, f"recipe.{section}.sparse_weights"),
+            "sparse_weights": list_sparse_weights(config.recipe),
         }
     )
 
@@ -321,12 +320,19 @@ def _make_method(settings: RecipeSettings, name: str, facts: RecipeFacts) -> Rec
     return entry.make(entry.config_class(**section, **needs))
 
 
-def _find_sparse_weights(settings: RecipeSettings) -> tuple[str, str]:
-    """Return the section that says which weights are sparse, and what it says."""
+def list_sparse_weights(settings: RecipeSettings) -> tuple[tuple[str, WeightPattern], ...]:
+    """List the regular expressions of the weights that a method prunes, and their patterns.
+
+    Args:
+      settings: of the recipe, of whose sections at most one names weights.
+
+    Raises:
+      ValueError: if the section says something else.
+    """
     for name, section in settings.sections.items():
-        if section.get("sparse_weights"):
-            return name, section["sparse_weights"]
-    return settings.name, ""
+        if text := section.get("sparse_weights"):
+            return parse_pattern_list(text, f"recipe.{name}.sparse_weights")
+    return ()
 
 
 def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import math
 import pathlib
+import re
 
 import pytest
 
@@ -89,11 +91,59 @@ def test_every_setting_has_a_meaning():
             r"recipe.static_attention.density must be in .*, got 0.0",
         ),
         ({"checkpoint__keep_last": 0}, r"checkpoint.keep_last must be at least 1, got 0"),
+        (
+            {"recipe__name": "fst", "model__mlp_dim": 510},
+            r"'mlp/up' with the pattern '2:4 transposable' must be a multiple of 4 by .*, 510\]",
+        ),
+        (
+            {"recipe__name": "sste", "model__mlp_dim": 510},
+            r"'mlp/down' with the pattern '2:4' must be a multiple of 4 by .* got \[510, 128\]",
+        ),
+        (
+            {"recipe__name": "fst", "recipe__fst__sparse_weights": "mlp/.*=2:5"},
+            r"'mlp/up' with the pattern '2:5' must be a multiple of 5 by .* got \[128, 512\]",
+        ),
+        (
+            {"recipe__name": "fst", "recipe__fst__sparse_weights": "mlp/.*=1:4 transposable"},
+            r"recipe.fst.patterns must be '2:4 transposable' where transposable",
+        ),
+        (
+            {"recipe__name": "mst", "recipe__mst__sparse_weights": "mlp/.*=24x24"},
+            r"'mlp/up' with the pattern '24x24' must be a multiple of 24 by a multiple of 24",
+        ),
+        (
+            {"optimizer__initial_fraction": 0.5},
+            r"initial_fraction must be 0.0 with schedule='cosine', which has no use for it",
+        ),
+        ({"optimizer__name": "sgd", "optimizer__b2": 0.5}, r"b2 must be 0.95 with name='sgd'"),
+        (
+            {"recipe__name": "spion", "recipe__spion__variant": "f", "recipe__spion__quantile": 0.9}
+            | {"recipe__spion__filter_size": 5},
+            r"recipe.spion.filter_size must be 31 with variant='f', which has no use for it, got 5",
+        ),
+        (
+            {"recipe__name": "mst", "recipe__mst__growth": "random", "recipe__mst__mix": 5},
+            r"recipe.mst.mix must be 3 with growth='random', which has no use for it, got 5",
+        ),
     ],
 )
 def test_value_out_of_range_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(_settings(**changes))
+
+
+def test_no_number_is_infinite_or_too_large_for_a_device():
+    numbers = [setting for setting in list_settings() if setting.type in (int, float)]
+    assert len(numbers) > 60
+    for name, kind, *_ in numbers:
+        section, _, rest = name.partition(".")
+        method = rest.partition(".")[0] if section == "recipe" else "dense"
+        for value in (2**63,) if kind is int else (math.inf, math.nan, 1e39):
+            changes = {"recipe__name": method, name.replace(".", "__"): value}
+            with pytest.raises(
+                ConfigError, match=rf"{name}.*got {re.escape(repr(value))}|{name}={value}"
+            ):
+                parse_config(_settings(**changes))
 
 
 _CONFIGS = {path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py")}
@@ -126,8 +176,7 @@ def test_clipping_may_be_off():
 
 def test_published_densities_of_encoders_are_accepted():
     config = spion.get_config("image")
-    config.recipe.spion.variant = "c"
-    config.recipe.spion.density = 0.04
+    config.recipe.spion.update(variant="c", density=0.04, quantile=None)
     parse_config(config.to_dict())
 
 
