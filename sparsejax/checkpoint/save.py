@@ -28,9 +28,13 @@ from sparsejax.checkpoint.files import (
     CheckpointInfo,
     choose_folder,
     delete_checkpoint,
+    delete_leftover,
+    describe_checkpoint,
     describe_leaves,
     find_checkpoints,
     find_leftovers,
+    get_unfinished,
+    is_saved,
     measure_files,
     parse_order,
     read_manifest,
@@ -55,7 +59,7 @@ class Checkpointer:
 
     Args:
       directory: folder for the checkpoints, made if absent.
-      keep_last: int >= 1, checkpoints kept by step.
+      keep_last: int >= 1, periodic checkpoints kept by step.
       keep_best: int >= 0, checkpoints kept by their metric besides.
       best_metric: str, name of the metric that ranks them; lower is better.
       run_metadata: JSON dict kept for the whole run (config, data fingerprint, versions).
@@ -86,14 +90,14 @@ class Checkpointer:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for leftover in find_leftovers(self._directory):
-                shutil.rmtree(leftover)
+                delete_leftover(leftover)
             write_durably(self._directory / _RUN, run_text)
         except OSError as error:
             raise ValueError(f"directory={directory} must be a writable folder: {error}") from error
-        found = find_checkpoints(self._directory, verify_checksums=False)
-        self._whole = [info for info in found if info.problem is None]
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: concurrent.futures.Future[None] | None = None
+        self._whole: list[CheckpointInfo] = []
+        # Every byte is read; meanwhile training begins.
+        self._pending = self._executor.submit(self._find_whole)
 
     def save(
         self,
@@ -103,6 +107,8 @@ class Checkpointer:
         *,
         metadata: dict[str, Any],
         metrics: dict[str, float] | None = None,
+        good: bool = True,
+        periodic: bool = True,
         block: bool = False,
     ) -> None:
         """Save the state; return once it is copied to the host, before it is on disk.
@@ -110,12 +116,18 @@ class Checkpointer:
         The state's buffers may be donated as soon as this returns. Saving a step again
         replaces its checkpoint once the new one is whole.
 
+        What is kept besides the newest of all: of the good ones the last periodic ones, and the
+        best.
+
         Args:
           step: int, optimiser steps done.
           state: tree of jax.Array and None.
           data_state: JSON dict, the position of the data iterator.
           metadata: JSON dict about this checkpoint, such as {"phase": "sparse"}.
           metrics: floats by name, or None if not evaluated; ranked by `best_metric`.
+          good: bool, False if training from this state does not go well; such a one pushes no
+            other out, and goes with the next save.
+          periodic: bool, False if it is saved for its metrics alone.
           block: bool, return only when the checkpoint is whole on disk.
 
         Raises:
@@ -132,13 +144,15 @@ class Checkpointer:
             "data_state": data_state,
             "metadata": metadata,
             "metrics": metrics or {},
+            "good": good,
+            "periodic": periodic,
             "leaves": describe_leaves(leaves),
         }
         # As it is now: the caller's dicts may change before it is written.
         manifest = load_json(dump_json(manifest, "checkpoint"))
         arrays = {name: _check_storable(name, leaf) for name, leaf in leaves.items()}
         final = choose_folder(self._directory, step)
-        unfinished = final.with_name(final.name + ".tmp")
+        unfinished = get_unfinished(final)
         with _reporting_failure(final):
             write = ocp.save_async(
                 str(unfinished), {k: v for k, v in arrays.items() if v is not None}
@@ -146,6 +160,20 @@ class Checkpointer:
         self._pending = self._executor.submit(self._finish, write, unfinished, final, manifest)
         if block:
             self.wait()
+
+    def ranks_among_best(self, metrics: dict[str, float]) -> bool:
+        """Tell whether a checkpoint with these metrics would be kept for them.
+
+        Args:
+          metrics: floats by name, `best_metric` among them.
+
+        Raises:
+          CheckpointError: if the save under way failed.
+        """
+        self.wait()
+        rank = metrics[self._best_metric]
+        as_good = [info for info in self._whole if info.good and self._rank(info) <= rank]
+        return math.isfinite(rank) and len(as_good) < self._keep_best
 
     def describe_run(self, run_metadata: dict[str, Any]) -> None:
         """Replace what is kept for the whole run.
@@ -204,20 +232,23 @@ class Checkpointer:
             manifest["files"] = measure_files(unfinished)
             write_durably(unfinished / MANIFEST, seal_manifest(manifest))
             unfinished.rename(final)
-            self._drop_old(
-                CheckpointInfo(manifest["step"], final, manifest["metadata"], manifest["metrics"])
-            )
+            self._drop_old(describe_checkpoint(final, manifest))
+
+    def _find_whole(self) -> None:
+        found = find_checkpoints(self._directory)
+        self._whole = [info for info in found if info.problem is None]
 
     def _drop_old(self, new: CheckpointInfo) -> None:
-        earlier = [info for info in self._whole if info.step < new.step]
-        last = [new, *earlier][: self._keep_last]
-        ranked = [x for x in [new, *earlier] if math.isfinite(self._rank(x))]
+        known = [new, *(info for info in self._whole if info.step < new.step)]
+        good = [info for info in known if info.good]
+        last = [info for info in good if info.periodic][: self._keep_last]
+        ranked = [info for info in good if math.isfinite(self._rank(info))]
         best = sorted(ranked, key=self._rank)[: self._keep_best]
-        kept = {info.path for info in [*last, *best]}
-        self._whole = [info for info in [new, *earlier] if info.path in kept]
+        kept = {info.path for info in [new, *last, *best]}
+        self._whole = [info for info in known if info.path in kept]
         for path in self._directory.iterdir():
             order = parse_order(path)
-            if order and order[0] <= new.step and path not in kept:
+            if order and order[0] <= new.step and path not in kept and is_saved(path):
                 delete_checkpoint(path)
 
     def _rank(self, info: CheckpointInfo) -> float:
