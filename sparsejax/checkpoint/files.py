@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def _inspect(step: int, path: Path, verify_checksums: bool) -> CheckpointInfo:
     try:
         manifest = read_manifest(path)
         check_files(path, manifest["files"], verify_checksums=verify_checksums)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return CheckpointInfo(step, path, problem=str(error))
     return describe_checkpoint(path, manifest)
 
@@ -133,11 +132,9 @@ def choose_folder(directory: Path, step: int) -> Path:
     """
     orders = [order for path in directory.iterdir() if (order := parse_order(path))]
     first = 1 + max((attempt for other, attempt in orders if other == step), default=-1)
-    for attempt in itertools.count(first):
-        path = directory / (f"{step:08d}-{attempt}" if attempt else f"{step:08d}")
-        if not os.path.lexists(get_unfinished(path)):
-            return path
-    raise AssertionError("count has no end")
+    names = (f"{step:08d}-{n}" if n else f"{step:08d}" for n in itertools.count(first))
+    paths = (directory / name for name in names)
+    return next(path for path in paths if not os.path.lexists(get_unfinished(path)))
 
 
 def get_unfinished(path: Path) -> Path:
@@ -262,21 +259,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is garbled: {error}") from error
     return content
-
-
-def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Describe each leaf by its dtype and shape.
-
-    Args:
-      leaves: arrays, jax.ShapeDtypeStruct or None by name.
-
-    Returns:
-      dict of str by name, such as "float32[2, 3]" or "None".
-    """
-    return {
-        name: "None" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
-        for name, leaf in leaves.items()
-    }
 
 
 def measure_files(folder: Path) -> dict[str, list[int]]:

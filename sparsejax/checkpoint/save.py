@@ -8,10 +8,17 @@ A folder of checkpoints holds `run.json`, which describes the run, and one folde
 
 A save is written under a temporary name and renamed when its manifest is complete, so a folder
 with its final name was whole when it was written. `find_checkpoints` tells if it still is.
+
+Orbax writes and reads the arrays; names, order and deletion are decided here. Its own
+`training.Checkpointer` (0.12.8) overwrites a step by deleting it first, deletes a folder `2/` and a
+file `5` that are not its own, forgets the older checkpoints once a save has failed, and keeps no
+checksums. Its policies could decide what is kept, but `BestN` takes a loss that is NaN for a rank,
+and checkpoints without a loss for the best while there are few.
 """
 
 import concurrent.futures
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -30,7 +37,6 @@ from sparsejax.checkpoint.files import (
     delete_checkpoint,
     delete_leftover,
     describe_checkpoint,
-    describe_leaves,
     find_checkpoints,
     find_leftovers,
     get_unfinished,
@@ -39,6 +45,13 @@ from sparsejax.checkpoint.files import (
     parse_order,
     read_manifest,
     seal_manifest,
+)
+from sparsejax.checkpoint.leaves import (
+    check_storable,
+    compare_leaves,
+    describe_leaves,
+    is_none,
+    name_leaves,
 )
 from sparsejax.durable import write_durably
 from sparsejax.strict_json import dump_json, load_json
@@ -94,6 +107,7 @@ class Checkpointer:
             write_durably(self._directory / _RUN, run_text)
         except OSError as error:
             raise ValueError(f"directory={directory} must be a writable folder: {error}") from error
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._whole: list[CheckpointInfo] = []
         # Every byte is read; meanwhile training begins.
@@ -138,7 +152,7 @@ class Checkpointer:
         self.wait()
         if metrics is not None and self._keep_best and self._best_metric not in metrics:
             raise ValueError(f"metrics must contain {self._best_metric!r}, got {sorted(metrics)}")
-        leaves = _name_leaves(state)
+        leaves = name_leaves(state)
         manifest = {
             "step": step,
             "data_state": data_state,
@@ -150,7 +164,7 @@ class Checkpointer:
         }
         # As it is now: the caller's dicts may change before it is written.
         manifest = load_json(dump_json(manifest, "checkpoint"))
-        arrays = {name: _check_storable(name, leaf) for name, leaf in leaves.items()}
+        arrays = {name: check_storable(name, leaf) for name, leaf in leaves.items()}
         final = choose_folder(self._directory, step)
         unfinished = get_unfinished(final)
         with _reporting_failure(final):
@@ -207,6 +221,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._executor.shutdown()
+            logging.getLogger("absl").removeFilter(_is_not_from_orbax)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -273,9 +288,9 @@ def restore(info: CheckpointInfo, abstract_state: PyTree) -> tuple[PyTree, dict[
     if info.problem:
         raise ValueError(f"info must be a whole checkpoint: {info.problem}")
     manifest = read_manifest(info.path)
-    leaves = _name_leaves(abstract_state)
+    leaves = name_leaves(abstract_state)
     # Orbax casts to the dtype asked for without a word, so the comparison must come first.
-    _compare_leaves(info.path, manifest["leaves"], describe_leaves(leaves))
+    compare_leaves(info.path, manifest["leaves"], describe_leaves(leaves))
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
@@ -283,7 +298,7 @@ def restore(info: CheckpointInfo, abstract_state: PyTree) -> tuple[PyTree, dict[
         if leaf is not None
     }
     arrays = ocp.load(str(info.path.absolute()), abstract)
-    treedef = jax.tree.structure(abstract_state, is_leaf=_is_none)
+    treedef = jax.tree.structure(abstract_state, is_leaf=is_none)
     state = jax.tree.unflatten(treedef, [arrays.get(name) for name in leaves])
     return state, manifest["data_state"]
 
@@ -343,42 +358,6 @@ def check_free_space(directory: str | os.PathLike, needed_bytes: int) -> None:
         )
 
 
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
-def _name_leaves(tree: PyTree) -> dict[str, Any]:
-    paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in paths_and_leaves
-    }
-    if len(named) < len(paths_and_leaves):
-        raise ValueError("state must give each leaf its own path; some key contains a '/'")
-    return named
-
-
-def _check_storable(name: str, leaf: Any) -> jax.Array | None:
-    if leaf is None or (isinstance(leaf, jax.Array) and leaf.size):
-        return leaf
-    raise ValueError(f"state leaf {name} must be a jax.Array with elements, or None, got {leaf!r}")
-
-
-def _compare_leaves(path: Path, on_disk: dict[str, str], asked: dict[str, str]) -> None:
-    differences = [
-        f"{name}: {on_disk.get(name, 'nothing')} on disk, {asked.get(name, 'nothing')} asked for"
-        for name in on_disk | asked
-        if on_disk.get(name) != asked.get(name)
-    ]
-    if differences:
-        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise ValueError(
-            f"abstract_state must match the checkpoint {path}, but "
-            + "; ".join(differences[:5])
-            + more
-        )
-
-
 @contextlib.contextmanager
 def _reporting_failure(path: Path) -> Iterator[None]:
     try:
@@ -386,4 +365,10 @@ def _reporting_failure(path: Path) -> Iterator[None]:
     except Exception as error:
         for leftover in find_leftovers(path.parent):
             shutil.rmtree(leftover, ignore_errors=True)
-        raise CheckpointError(f"saving {path} failed: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"saving {path} failed: {reason}") from error
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    # Each of its threads logs a failure's traceback, hundreds of lines before the one that counts.
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -86,23 +86,22 @@ def train_and_evaluate(
         else:
             where = f"at step {start.step} in phase {start.phase.name!r}"
             say(f"resuming {path} {where} from {start.checkpoint.path}")
-        try:
-            loop = _run_steps(run, start, path, description)
-        except NonFiniteError as error:
-            # Asked after the save under way has ended, so that it counts.
-            good = find_last_good(path / "checkpoints", before_step=error.after_step)
-            where = good.path if good else "none"
-            raise NonFiniteError(
-                f"{error}; last good checkpoint: {where}", error.after_step
-            ) from error
-        # Of the last step: a newer folder may be a damaged one that this run did not start from.
-        saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
-        newest = next(info for info in saved if info.step == loop.step)
-        if loop.stopped_by is not None:
+        with StopRequest() as stop:
+            try:
+                loop = _run_steps(run, start, path, description, stop)
+            except NonFiniteError as error:
+                # Asked after the save under way has ended, so that it counts.
+                good = find_last_good(path / "checkpoints", before_step=error.after_step)
+                message = f"{error}; last good checkpoint: {good.path if good else 'none'}"
+                raise NonFiniteError(message, error.after_step) from error
+            # Of the last step: a newer one may be damaged, so that this run did not start from it.
+            saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
+            newest = next(info for info in saved if info.step == loop.step)
+            if loop.stopped_by is None:
+                return _finish(run, path, newest)
             say(f"stopped by {loop.stopped_by}; step {newest.step} is saved in {newest.path}")
             say(f"resume with: {resume_command}")
             return None
-        return _finish(run, path, newest)
 
 
 def describe_model(run: Run, state: TrainState) -> str:
@@ -121,7 +120,9 @@ def describe_model(run: Run, state: TrainState) -> str:
     )
 
 
-def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any]) -> "_Loop":
+def _run_steps(
+    run: Run, start: Start, workdir: Path, description: dict[str, Any], stop: StopRequest
+) -> "_Loop":
     """Train to the last step or to a signal, and save there."""
     kept = run.config.checkpoint
     resume_step = None if start.checkpoint is None else start.step
@@ -135,7 +136,7 @@ def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any
         writer = MetricsWriter(workdir, resume_step=resume_step)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with checkpointer, writer, StopRequest() as stop:
+    with checkpointer, writer:
 
         def record_choices() -> None:
             checkpointer.describe_run(description | {"implementations": run.choices})
