@@ -175,6 +175,7 @@ def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
     _assert_same_end(settings, workdir, uninterrupted[0])
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_an_interrupt_before_training_ends_at_once(settings, tmp_path, monkeypatch, capsys):
     _send_signal_in(monkeypatch, loop, "prepare_run", signal.SIGINT)
     _, *argv = _write_command(settings, tmp_path / "run")
