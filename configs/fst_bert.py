@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "triangle"
     config.optimizer.initial_fraction = 0.25
-    config.optimizer.warmup_steps = 7_031  # three quarters
+    config.optimizer.warmup_fraction = 0.75
     config.optimizer.weight_decay = 0.01
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-12

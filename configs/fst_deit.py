@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer.name = "lion"
     config.optimizer.learning_rate = 2e-4
-    config.optimizer.warmup_steps = 3_125
+    config.optimizer.warmup_fraction = 5 / 300
     config.optimizer.final_fraction = 1e-6 / 2e-4
     config.optimizer.weight_decay = 0.5
     config.optimizer.b2 = 0.99

@@ -52,7 +52,7 @@ def get_config(size="124m") -> ConfigDict:
     config.data.num_reading_threads = 1
 
     config.optimizer.learning_rate = 1.5e-4
-    config.optimizer.warmup_steps = 3_000
+    config.optimizer.warmup_fraction = 0.01
     config.optimizer.final_fraction = 1e-5 / 1.5e-4
 
     config.checkpoint.every_steps = 1_000

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = gpt2.get_config()
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.8
-    config.recipe.spion.probe_every_steps = 1_000
+    config.recipe.spion.probe_interval_fraction = 1 / 300
     # A second warm-up in the middle of a cosine schedule is not what this model is trained with.
     config.recipe.spion.restart_learning_rate = False
     return config

@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     config.model.use_bias = False
 
     config.optimizer.learning_rate = 6e-4
-    config.optimizer.warmup_steps = 2_000
+    config.optimizer.warmup_fraction = 1 / 300
     config.optimizer.final_fraction = 0.1
 
     config.recipe.name = "mst"
-    config.recipe.mst.update_interval = 100
+    config.recipe.mst.update_interval_fraction = 1 / 6000
     config.recipe.mst.attention_stride = 128
     return config

@@ -53,7 +53,7 @@ def image() -> ConfigDict:
     config.data.batch_size = 512
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 175
+    config.optimizer.warmup_fraction = 175 / 10_000
     return config
 
 
@@ -78,7 +78,7 @@ def nature() -> ConfigDict:
     config.data.batch_size = 512
 
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 800
+    config.optimizer.warmup_fraction = 800 / 10_000
     return config
 
 
@@ -100,7 +100,7 @@ def news() -> ConfigDict:
     config.data.truncate = True
 
     config.optimizer.learning_rate = 9e-4
-    config.optimizer.warmup_steps = 80
+    config.optimizer.warmup_fraction = 80 / 30_000
     return config
 
 
@@ -121,7 +121,7 @@ def yelp() -> ConfigDict:
     config.data.truncate = True
 
     config.optimizer.learning_rate = 7e-4
-    config.optimizer.warmup_steps = 80
+    config.optimizer.warmup_fraction = 80 / 30_000
     return config
 
 
@@ -142,7 +142,7 @@ def listops() -> ConfigDict:
     config.data.batch_size = 128
 
     config.optimizer.learning_rate = 8e-4
-    config.optimizer.warmup_steps = 1_000
+    config.optimizer.warmup_fraction = 1_000 / 30_000
     return config
 
 
@@ -164,7 +164,7 @@ def retrieval() -> ConfigDict:
     config.data.truncate = True
 
     config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 800
+    config.optimizer.warmup_fraction = 800 / 40_000
     return config
 
 

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 16
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 60
+    config.optimizer.warmup_fraction = 0.1
 
     config.recipe.name = "sat"
     config.recipe.sat.density = 0.15

@@ -75,9 +75,9 @@ def get_config(name: str = "listops") -> ConfigDict:
     config.data.truncate = task.truncate
 
     config.optimizer.learning_rate = task.learning_rate
-    config.optimizer.warmup_steps = task.warmup_steps
+    config.optimizer.warmup_fraction = task.warmup_steps / task.num_steps
 
     config.recipe.name = "spion"
     config.recipe.spion.quantile = task.quantile
-    config.recipe.spion.probe_every_steps = task.interval
+    config.recipe.spion.probe_interval_fraction = task.interval / task.num_steps
     return config

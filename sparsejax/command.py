@@ -72,8 +72,8 @@ def _main(argv: list[str], *, resume_command: str) -> int:
         # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    elif not workdir:
-        return _fail("--workdir must be a folder, got none")
+    elif not workdir or workdir.startswith("--"):
+        return _fail(f"--workdir must be a folder, got {workdir or 'none'}")
     from sparsejax.checkpoint.save import CheckpointError
     from sparsejax.config.parse import ConfigError, parse_config
     from sparsejax.tools.evaluate import evaluate

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.checks import make_check
+from sparsejax.checks import check_used, make_check
 from sparsejax.recipes import Phase
+from sparsejax.shares import count_share
 from sparsejax.types import PyTree
 
 type Schedule = Literal["cosine", "one_cycle", "inverse_sqrt", "wsd", "constant", "triangle"]
@@ -30,7 +31,7 @@ class OptimizerConfig:
       schedule: "cosine", "one_cycle" (linear up, linear down), "inverse_sqrt" (as one over the
         root of the step), "wsd" (the peak, then linear down at the end) or "constant", each after a
         linear warm-up; or "triangle", linear up and linear down to 0.
-      warmup_steps: int, steps from the initial to the peak rate.
+      warmup_fraction: float in [0, 1), share of the run from the initial to the peak rate.
       final_fraction: float in [0, 1], last rate of "cosine" and "wsd" relative to the peak.
       decay_fraction: float in (0, 1], share of the run, at its end, in which "wsd" falls.
       initial_fraction: float in [0, 1], first rate of "triangle" relative to the peak.
@@ -48,7 +49,7 @@ class OptimizerConfig:
     name: Literal["adamw", "lion", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
-    warmup_steps: int = 100
+    warmup_fraction: float = 0.1
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
     initial_fraction: float = 0.0
@@ -65,8 +66,10 @@ class OptimizerConfig:
         check(self.learning_rate > 0, "learning_rate", "positive")
         schedules = get_args(Schedule.__value__)
         check(self.schedule in schedules, "schedule", f"one of {schedules}")
-        least = 1 if self.schedule == "inverse_sqrt" else 0
-        check(self.warmup_steps >= least, "warmup_steps", f"at least {least}")
+        if self.schedule == "inverse_sqrt":
+            check(0 < self.warmup_fraction < 1, "warmup_fraction", "in (0, 1)")
+        else:
+            check(0 <= self.warmup_fraction < 1, "warmup_fraction", "in [0, 1)")
         check(0 <= self.final_fraction <= 1, "final_fraction", "in [0, 1]")
         check(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]")
         check(0 <= self.initial_fraction <= 1, "initial_fraction", "in [0, 1]")
@@ -75,6 +78,17 @@ class OptimizerConfig:
         check(0 <= self.b2 < 1, "b2", "in [0, 1)")
         check(self.eps > 0, "eps", "positive")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive or None")
+        check_used(
+            "optimizer",
+            self,
+            {
+                "final_fraction": ("schedule", ("cosine", "wsd")),
+                "decay_fraction": ("schedule", ("wsd",)),
+                "initial_fraction": ("schedule", ("triangle",)),
+                "b2": ("name", ("adamw", "lion")),
+                "eps": ("name", ("adamw",)),
+            },
+        )
         check(self.clip_value is None or self.clip_value > 0, "clip_value", "positive or None")
 
 
@@ -105,9 +119,11 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
     Raises:
       ValueError: if the warm-up is as long as the run, or reaches into the decay of "wsd".
     """
-    if config.schedule != "constant" and config.warmup_steps >= num_steps:
+    warmup_steps = count_share(config.warmup_fraction, num_steps)
+    if config.schedule != "constant" and warmup_steps >= num_steps:
         raise ValueError(
-            f"optimizer.warmup_steps must be below num_steps={num_steps}, got {config.warmup_steps}"
+            f"optimizer.warmup_fraction must leave a step of {num_steps}, got "
+            f"{config.warmup_fraction}, which is {warmup_steps} steps"
         )
     clips = []
     if config.clip_value is not None:
@@ -143,7 +159,7 @@ def _is_matrix(params: PyTree) -> PyTree:
 
 
 def _make_schedule(config: OptimizerConfig, num_steps: int):
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate, count_share(config.warmup_fraction, num_steps)
     if config.schedule == "constant":
         return optax.join_schedules(
             [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)],
@@ -159,11 +175,11 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
         )
     if config.schedule == "wsd":
         # Hu et al., MiniCPM, arXiv:2404.06395; its end is linear here.
-        decay_step = num_steps - round(config.decay_fraction * num_steps)
+        decay_step = num_steps - count_share(config.decay_fraction, num_steps)
         if warmup > decay_step:
             raise ValueError(
-                "optimizer.warmup_steps must end before optimizer.decay_fraction begins, at step "
-                f"{decay_step} of {num_steps}, got {warmup}"
+                "optimizer.warmup_fraction must end before optimizer.decay_fraction begins, at "
+                f"step {decay_step} of {num_steps}, got {config.warmup_fraction}: {warmup} steps"
             )
         return optax.join_schedules(
             [

@@ -47,7 +47,7 @@ def make_optimizer_config(**changes: Any) -> OptimizerConfig:
         "name": "adamw",
         "learning_rate": 1e-2,
         "schedule": "constant",
-        "warmup_steps": 0,
+        "warmup_fraction": 0.0,
         "final_fraction": 0.1,
         "weight_decay": 0.1,
         "b1": 0.9,

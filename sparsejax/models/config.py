@@ -1,12 +1,13 @@
 """What a transformer is made of, as one frozen and checked value."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Literal, get_args
 
 from sparsejax.checks import check_setting, make_check
-from sparsejax.patterns import BlockPattern, NMPattern, WeightPattern
+from sparsejax.patterns import BlockPattern, NMPattern, WeightBlocks, WeightPattern
 
 type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
 
@@ -139,6 +140,28 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern
     return found
 
 
+def list_weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """Return the shape of one layer's weight, by the names that patterns are given to.
+
+    Returns:
+      dict from names out of `LINEAR_LAYERS`, `DECODER_LINEAR_LAYERS` and `EMBEDDING` to (K, N), or
+      to (tokens, width) of the embedding.
+    """
+    width, hidden = config.model_dim, config.mlp_dim
+    heads = config.num_heads + 2 * config.num_kv_heads
+    gates = 2 if config.mlp_activation in GATED_ACTIVATIONS else 1
+    shapes = {
+        "attention/qkv": (width, heads * config.head_dim),
+        "attention/out": (width, width),
+        "mlp/up": (width, gates * hidden),
+        "mlp/down": (hidden, width),
+        EMBEDDING: (config.vocab_size, width),
+    }
+    for name in DECODER_LINEAR_LAYERS:
+        shapes[name] = shapes[name.removeprefix("decoder/")]
+    return shapes
+
+
 def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
     names = LINEAR_LAYERS
     if config.num_decoder_layers:
@@ -196,10 +219,29 @@ def _check_sparse_weights(config: TransformerConfig) -> None:
             raise ValueError(
                 f"model.sparse_weights must match some of {layers}, but {regex!r} matches none"
             )
-    embedding = sparse_weight_patterns(config).get(EMBEDDING)
+    patterns, shapes = sparse_weight_patterns(config), list_weight_shapes(config)
+    embedding = patterns.get(EMBEDDING)
     check_setting(
         not isinstance(embedding, NMPattern),
         "model.sparse_weights",
         f"{embedding}",
         f"'unstructured' or blocks such as '64x64' for {EMBEDDING!r}",
+    )
+    for name, pattern in patterns.items():
+        _check_shape(name, pattern, shapes[name])
+
+
+def _check_shape(name: str, pattern: WeightPattern, shape: tuple[int, int]) -> None:
+    """Refuse a weight that its pattern does not fill, or whose entries an int32 cannot count."""
+    sides = (1, 1)
+    if isinstance(pattern, NMPattern):
+        sides = (pattern.m, pattern.m if pattern.transposable else 1)
+    elif isinstance(pattern, WeightBlocks):
+        sides = (pattern.rows, pattern.columns)
+    fits = all(size % side == 0 for size, side in zip(shape, sides, strict=True))
+    check_setting(
+        fits and math.prod(shape) < 2**31,
+        f"the weight {name!r} with the pattern '{pattern}'",
+        list(shape),
+        f"a multiple of {sides[0]} by a multiple of {sides[1]}, of fewer than 2^31 entries",
     )

@@ -14,7 +14,7 @@ from sparsejax.accounting.density import compute_density, describe_density
 from sparsejax.accounting.ledger import FlopsLedger
 from sparsejax.checkpoint.files import CheckpointInfo, find_checkpoints, find_last_good
 from sparsejax.checkpoint.save import Checkpointer
-from sparsejax.checkpoint.workdir import claim_workdir, describe_run
+from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_schedule
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
@@ -73,6 +73,7 @@ def train_and_evaluate(
       NonFiniteError: if too many steps in a row were skipped, or the last validation is not finite.
     """
     with claim_workdir(workdir) as path:
+        config = keep_schedule(config, path / "checkpoints")
         run = prepare_run(config)
         description = describe_run(config, run.data.fingerprint, run.data.spec)
         start = open_or_resume(run, path, description)

@@ -16,7 +16,7 @@ BLOCKS = LENGTH // BLOCK
 
 def make(**changes):
     options = {"density": 0.3, "num_layers": LAYERS, "length": LENGTH, "block_size": BLOCK}
-    return make_sat(SatConfig(**options | {"head_dim": 8} | changes))
+    return make_sat(SatConfig(**options | {"head_dim": 8, "num_steps": 10} | changes))
 
 
 def begin(recipe):
@@ -134,7 +134,7 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
     sparse = recipe.phases[1]
     assert (sparse.learning_rate, sparse.learning_rate_scale) == ("constant", 0.5)
     assert sparse.reset_optimizer and sparse.pruned_logits == "zero"
-    goes_on = make(continue_schedule=True, latest_switch_step=7).phases
+    goes_on = make(continue_schedule=True, latest_switch_fraction=0.7).phases
     assert (goes_on[1].learning_rate, goes_on[1].reset_optimizer) == ("schedule", False)
     assert goes_on[0].last_step == 7
 
@@ -150,7 +150,7 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
         ({"probe_every_steps": 0}, "probe_every_steps must be positive, got 0"),
         ({"pattern_dim": 0}, "pattern_dim must be positive or None, got 0"),
         ({"pruned_logits": "none"}, "pruned_logits must be 'masked' or 'zero', got 'none'"),
-        ({"latest_switch_step": 0}, "latest_switch_step must be positive or None, got 0"),
+        ({"latest_switch_fraction": 0}, r"latest_switch_fraction must be in \(0, 1\) or None, got"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

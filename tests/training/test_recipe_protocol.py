@@ -312,7 +312,13 @@ def test_new_masks_and_statistics_do_not_compile_again():
 def test_a_step_keeps_the_structure_of_its_phase():
     config = make_config(max_length=32, block=BlockPattern(block_q=16, block_kv=16))
     spion = SpionConfig(
-        block_size=16, probe_every_steps=5, quantile=0.5, num_layers=2, length=32, causal=True
+        block_size=16,
+        probe_interval_fraction=0.5,
+        quantile=0.5,
+        num_layers=2,
+        length=32,
+        num_steps=10,
+        causal=True,
     )
     recipe = make_spion(spion)
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)

@@ -68,7 +68,7 @@ def _start(settings, workdir, stop_after_step, number):
 
 def _final_state(settings, workdir):
     info = find_checkpoints(workdir / "checkpoints")[0]
-    assert (info.step, info.problem) == (NUM_STEPS, None)
+    assert (info.step, info.problem) == (settings["num_steps"], None)
     run = prepare_run(parse_config(settings))
     return restore(info, run.make_abstract_state(info.metadata["phase"]))
 
@@ -191,6 +191,27 @@ def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys
     assert train(settings, workdir) == summary
     assert f"{workdir} is finished" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.ci
+def test_an_extended_run_ends_like_one_that_was_planned_so_long(
+    settings, uninterrupted, tmp_path, capsys
+):
+    extended, planned = tmp_path / "extended", tmp_path / "planned"
+    shutil.copytree(uninterrupted[0], extended)
+    longer = settings | {"num_steps": NUM_STEPS + 4, "log_every_steps": 7}
+    train(longer, extended)
+    said = capsys.readouterr().out
+    assert f"note: changed from here: num_steps: {NUM_STEPS} -> {NUM_STEPS + 4}" in said
+    assert f"note: the schedule ends at step {NUM_STEPS}; the steps after it train" in said
+    train(longer | {"schedule_steps": NUM_STEPS}, planned)
+    _assert_same_end(longer, extended, planned)
+
+
+def test_a_run_cannot_become_shorter_than_it_is(settings, uninterrupted):
+    message = rf"num_steps must be at least {NUM_STEPS}, the step that .* has reached, got 4"
+    with pytest.raises(ConfigError, match=message):
+        train(settings | {"num_steps": 4}, uninterrupted[0])
 
 
 def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):

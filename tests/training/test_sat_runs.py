@@ -7,7 +7,7 @@ import pytest
 from sparsejax.masks import count_kept_blocks
 from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
-from tests.training.runs import copy_until, load_end, make_settings, train
+from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
 pytestmark = pytest.mark.ci
 
@@ -15,7 +15,7 @@ _SWITCH = 6
 _SAT = {
     "recipe__name": "sat",
     "recipe__sat__density": 0.5,
-    "recipe__sat__latest_switch_step": _SWITCH,
+    "recipe__sat__latest_switch_fraction": _SWITCH / NUM_STEPS,
     # The maps of so small a model are never that skewed: only the latest step ends the phase.
     "recipe__sat__min_skewness": 1e9,
     "checkpoint__keep_last": 10,
@@ -87,7 +87,7 @@ def test_resuming_is_bit_exact(step, trained, tmp_path):
 
 
 def test_a_switch_that_does_not_come_is_spoken_of(tmp_path, capsys):
-    changes = {"recipe__sat__latest_switch_step": None, "recipe__sat__probe_every_steps": 4}
+    changes = {"recipe__sat__latest_switch_fraction": None, "recipe__sat__probe_every_steps": 4}
     settings = make_settings(tmp_path, **_SAT | changes, recipe__sat__map_decay=0.5)
     summary = train(settings, tmp_path / "run")
     shown = capsys.readouterr().out

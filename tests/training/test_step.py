@@ -27,7 +27,7 @@ _CHANGES = {"max_length": 32, "num_kv_heads": 1}
 # Two of its steps are golden ones, compiled in tests/golden as well.
 _MODEL = make_config(**_CHANGES, dropout_rate=0.1)
 _STILL = make_config(**_CHANGES)
-_OPTIMIZER = make_small_optimizer(schedule="cosine", warmup_steps=2)
+_OPTIMIZER = make_small_optimizer(schedule="cosine", warmup_fraction=0.02)
 _batch = functools.partial(make_batch, length=32)
 
 
@@ -163,7 +163,7 @@ def test_learning_rate_follows_the_phase():
 
 def test_one_cycle_rises_and_falls_linearly():
     schedule = make_optimizer(
-        make_optimizer_config(schedule="one_cycle", warmup_steps=10), num_steps=110
+        make_optimizer_config(schedule="one_cycle", warmup_fraction=1 / 11), num_steps=110
     ).schedule
     assert float(schedule(0)) == pytest.approx(1e-2 / 25, rel=1e-4)
     assert float(schedule(10)) == pytest.approx(1e-2)
@@ -173,14 +173,14 @@ def test_one_cycle_rises_and_falls_linearly():
 
 def test_inverse_sqrt_rises_linearly_and_falls_with_the_root_of_the_step():
     schedule = make_optimizer(
-        make_optimizer_config(schedule="inverse_sqrt", warmup_steps=10), num_steps=110
+        make_optimizer_config(schedule="inverse_sqrt", warmup_fraction=1 / 11), num_steps=110
     ).schedule
     expected = {0: 0, 5: 0.5e-2, 10: 1e-2, 40: 0.5e-2, 90: 1e-2 / 3}
     assert {step: float(schedule(jnp.int32(step))) for step in expected} == pytest.approx(expected)
 
 
 def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
-    settings = {"schedule": "triangle", "warmup_steps": 30}
+    settings = {"schedule": "triangle", "warmup_fraction": 0.75}
     for first in (0.0, 0.25):
         config = make_optimizer_config(**settings, initial_fraction=first)
         schedule = make_optimizer(config, num_steps=40).schedule
@@ -189,12 +189,12 @@ def test_a_triangle_rises_from_its_first_rate_and_falls_to_zero():
 
 
 def test_wsd_stays_at_the_peak_and_falls_linearly_at_the_end():
-    config = make_optimizer_config(schedule="wsd", warmup_steps=10, decay_fraction=0.25)
+    config = make_optimizer_config(schedule="wsd", warmup_fraction=0.1, decay_fraction=0.25)
     schedule = make_optimizer(config, num_steps=100).schedule
     rates = [float(schedule(step)) / 1e-2 for step in (0, 5, 10, 75, 85, 100)]
     np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 0.64, 0.1], rtol=1e-5)
-    with pytest.raises(ValueError, match=r"at step 75 of 100, got 80"):
-        make_optimizer(dataclasses.replace(config, warmup_steps=80), num_steps=100)
+    with pytest.raises(ValueError, match=r"at step 75 of 100, got 0.8, which is 80"):
+        make_optimizer(dataclasses.replace(config, warmup_fraction=0.8), num_steps=100)
 
 
 def test_adamw_is_that_of_optax():

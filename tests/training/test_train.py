@@ -38,8 +38,7 @@ _MORE_ERRORS = {
         ["--config.model.block_size=100"],
         "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
     ),
-    "type": (["--config.num_steps=many"], "--config.num_steps=many"),
-    "file": (["--config=configs/missing.py"], "configs/missing.py"),
+    "file": (["--config=configs/missing.py"], "an existing .py file, got 'configs/missing.py'"),
     "argument": (["num_steps=3"], "unknown argument 'num_steps=3'"),
     "cleared": (
         ["--config.optimizer.clip_norm=None", "--config.num_steps=None"],

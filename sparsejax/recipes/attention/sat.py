@@ -36,6 +36,7 @@ from sparsejax.recipes.attention.layer_masks import (
     set_attention_masks,
 )
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
+from sparsejax.shares import count_share
 
 _LOSS_SCALE = 0.01
 
@@ -57,14 +58,15 @@ class SatConfig:
         W, which nothing reads any more. False as the released code: W is frozen, and a fresh
         optimizer trains at a constant half of the peak rate.
       pruned_logits: how pruned blocks count in the softmax, "zero" as published, or "masked".
-      latest_switch_step: switch after this many steps even if the condition does not hold. Ours;
-        None as published.
+      latest_switch_fraction: switch after this share of the run even if the condition does not
+        hold. Ours; None as published.
       block_size: side of a block, positions.
       causal: fit and keep blocks on and below the diagonal only. Our extension: the published
         models are encoders.
       num_layers: layers of the model.
       length: positions T.
       head_dim: width of a head.
+      num_steps: steps of the run.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -78,16 +80,18 @@ class SatConfig:
     pattern_dim: int | None = None
     continue_schedule: bool = False
     pruned_logits: Literal["masked", "zero"] = "zero"
-    latest_switch_step: int | None = None
+    latest_switch_fraction: float | None = None
     block_size: int
     causal: bool = False
     num_layers: int
     length: int
     head_dim: int
+    num_steps: int
 
     def __post_init__(self):
         check = make_check("recipe.sat", self)
         check_attention_sizes(check, self)
+        check(self.probe_every_steps > 0, "probe_every_steps", "positive")
         check(self.head_dim > 0, "head_dim", "positive")
         try:
             count_kept_blocks(self.num_blocks, density=self.density, causal=self.causal)
@@ -98,10 +102,16 @@ class SatConfig:
         check(self.pattern_dim is None or self.pattern_dim > 0, "pattern_dim", "positive or None")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
         check(
-            self.latest_switch_step is None or self.latest_switch_step > 0,
-            "latest_switch_step",
-            "positive or None",
+            self.latest_switch_fraction is None or 0 < self.latest_switch_fraction < 1,
+            "latest_switch_fraction",
+            "in (0, 1) or None",
         )
+
+    @property
+    def latest_switch_step(self) -> int | None:
+        """The last step of the dense phase, if there is one."""
+        fraction = self.latest_switch_fraction
+        return None if fraction is None else count_share(fraction, self.num_steps)
 
     @property
     def num_blocks(self) -> int:

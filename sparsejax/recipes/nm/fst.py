@@ -28,8 +28,10 @@ from sparsejax.recipes.weight_masks import (
     map_sparse_weights,
     map_weight_masks,
 )
+from sparsejax.shares import count_share
 
 _FINISH = "dense finish"
+_SEARCHED = NMPattern(2, 4, transposable=True)
 
 type FSTVariant = Literal["fst", "ste", "sr_ste", "dense"]
 
@@ -83,12 +85,14 @@ class FSTConfig:
         check(bool(self.patterns), "patterns", "that of at least one weight")
         structured = all(isinstance(pattern, NMPattern) for pattern in self.patterns.values())
         check(structured, "patterns", "n:m for every weight")
+        transposable = {pattern for pattern in self.patterns.values() if pattern.transposable}
+        check(transposable <= {_SEARCHED}, "patterns", f"'{_SEARCHED}' where transposable")
         check(self.sparse_steps >= 1, "dense_fraction", "small enough to leave a sparse step")
 
     @property
     def sparse_steps(self) -> int:
         """Steps before the dense finish."""
-        return self.num_steps - round(self.num_steps * self.dense_fraction)
+        return self.num_steps - count_share(self.dense_fraction, self.num_steps)
 
 
 def make_fst(config: FSTConfig) -> Recipe:
