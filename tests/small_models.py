@@ -99,6 +99,7 @@ def make_state(model: TransformerConfig, recipe: Recipe, optimizer: Optimizer) -
     opt_state = optimizer.init(trainable(params, sparsity))
     return TrainState(
         step=jnp.int32(0),
+        num_skipped=jnp.int32(0),
         params=params,
         sparsity=sparsity,
         opt_state=opt_state,

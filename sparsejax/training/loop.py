@@ -12,14 +12,9 @@ import numpy as np
 
 from sparsejax.accounting.density import compute_density, describe_density
 from sparsejax.accounting.ledger import FlopsLedger
-from sparsejax.checkpoint.files import CheckpointInfo, find_checkpoints
+from sparsejax.checkpoint.files import CheckpointInfo, find_checkpoints, find_last_good
 from sparsejax.checkpoint.save import Checkpointer
-from sparsejax.checkpoint.workdir import (
-    claim_workdir,
-    describe_run,
-    find_newest_checkpoint,
-    keep_schedule,
-)
+from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_schedule
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
@@ -45,11 +40,19 @@ from sparsejax.training.setup import (
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.start import Start, open_or_resume
 from sparsejax.training.state import TrainState
-from sparsejax.training.step import STEP_METRICS, Batch
+from sparsejax.training.step import STEP_METRICS, Batch, explain_skip
 
 
 class NonFiniteError(FloatingPointError):
-    """Loss or gradient was not finite for too many steps in a row."""
+    """Too many steps in a row were skipped, or the last validation is not finite.
+
+    Attributes:
+      after_step: int, the state after this step is the first that does not train.
+    """
+
+    def __init__(self, message: str, after_step: int):
+        super().__init__(message)
+        self.after_step = after_step
 
 
 def train_and_evaluate(
@@ -67,7 +70,7 @@ def train_and_evaluate(
 
     Raises:
       ConfigError: if the settings, the data or the folder cannot be used.
-      NonFiniteError: if too many steps in a row were skipped.
+      NonFiniteError: if too many steps in a row were skipped, or the last validation is not finite.
     """
     with claim_workdir(workdir) as path:
         config = keep_schedule(config, path / "checkpoints")
@@ -84,22 +87,22 @@ def train_and_evaluate(
         else:
             where = f"at step {start.step} in phase {start.phase.name!r}"
             say(f"resuming {path} {where} from {start.checkpoint.path}")
-        try:
-            loop = _run_steps(run, start, path, description)
-        except NonFiniteError as error:
-            # Asked after the save under way has ended, so that it counts.
-            good, _ = find_newest_checkpoint(path / "checkpoints")
-            raise NonFiniteError(
-                f"{error}; last good checkpoint: {good.path if good else 'none'}"
-            ) from error
-        # Of the last step: a newer folder may be a damaged one that this run did not start from.
-        saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
-        newest = next(info for info in saved if info.step == loop.step)
-        if loop.stopped_by is not None:
+        with StopRequest() as stop:
+            try:
+                loop = _run_steps(run, start, path, description, stop)
+            except NonFiniteError as error:
+                # Asked after the save under way has ended, so that it counts.
+                good = find_last_good(path / "checkpoints", before_step=error.after_step)
+                message = f"{error}; last good checkpoint: {good.path if good else 'none'}"
+                raise NonFiniteError(message, error.after_step) from error
+            # Of the last step: a newer one may be damaged, so that this run did not start from it.
+            saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
+            newest = next(info for info in saved if info.step == loop.step)
+            if loop.stopped_by is None:
+                return _finish(run, path, newest)
             say(f"stopped by {loop.stopped_by}; step {newest.step} is saved in {newest.path}")
             say(f"resume with: {resume_command}")
             return None
-        return _finish(run, path, newest)
 
 
 def describe_model(run: Run, state: TrainState) -> str:
@@ -118,7 +121,9 @@ def describe_model(run: Run, state: TrainState) -> str:
     )
 
 
-def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any]) -> "_Loop":
+def _run_steps(
+    run: Run, start: Start, workdir: Path, description: dict[str, Any], stop: StopRequest
+) -> "_Loop":
     """Train to the last step or to a signal, and save there."""
     kept = run.config.checkpoint
     resume_step = None if start.checkpoint is None else start.step
@@ -132,7 +137,7 @@ def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any
         writer = MetricsWriter(workdir, resume_step=resume_step)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with checkpointer, writer, StopRequest() as stop:
+    with checkpointer, writer:
 
         def record_choices() -> None:
             checkpointer.describe_run(description | {"implementations": run.choices})
@@ -142,12 +147,9 @@ def _run_steps(run: Run, start: Start, workdir: Path, description: dict[str, Any
             loop.advance()
             # Asked once: a signal that comes later must not end the loop before a save.
             last, loop.stopped_by = loop.step == run.config.num_steps, stop.signal_name
-            ends = last or loop.stopped_by is not None
-            metrics = None
-            if last or loop.step % run.config.eval_every_steps == 0:
-                metrics = loop.validate()
-            if ends or loop.step % kept.every_steps == 0:
-                loop.save(checkpointer, metrics, block=ends)
+            validates = last or loop.step % run.config.eval_every_steps == 0
+            metrics = loop.validate() if validates else None
+            loop.save(checkpointer, metrics, ends=last or loop.stopped_by is not None)
     if loop.step == run.config.num_steps:
         loop.stopped_by = None
     return loop
@@ -175,7 +177,7 @@ class _Loop:
         self.block_lists = run.make_block_lists(self.state, self.phase)
         self.stopped_by: str | None = None
         self.step_seconds: float | None = None
-        self.num_skipped = 0
+        self.num_skipped = int(start.state.num_skipped)
         self.last_known: dict[str, float] = {}
 
     def advance(self) -> None:
@@ -203,20 +205,33 @@ class _Loop:
         row = {"kind": "validation", "phase": self.phase.name, **values}
         self.writer.write(self.step, row)
         say(f"       | step {self.step} | validation loss {values['validation_loss']:.4f}")
+        if self.step == self.run.config.num_steps and not _is_finite(values):
+            raise NonFiniteError(f"step {self.step}: the last validation is not finite", self.step)
         return values
 
     def save(
-        self, checkpointer: Checkpointer, metrics: dict[str, float] | None, *, block: bool
+        self, checkpointer: Checkpointer, metrics: dict[str, float] | None, *, ends: bool
     ) -> None:
-        """Save a checkpoint of the state as it is now."""
+        """Save a checkpoint if it is time, or if its validation is among the best.
+
+        One that is not good is saved at the end alone.
+        """
+        periodic = ends or self.step % self.run.config.checkpoint.every_steps == 0
+        if not periodic and (metrics is None or not checkpointer.ranks_among_best(metrics)):
+            return
         self.flush()
+        good = not self.num_skipped and (metrics is None or _is_finite(metrics))
+        if not (good or ends):
+            return
         checkpointer.save(
             self.step,
             self.state,
             self.run.data.train.get_state(),
             metadata={"phase": self.phase.name, "flops": self.ledger.totals},
             metrics=metrics,
-            block=block,
+            good=good,
+            periodic=periodic,
+            block=ends,
         )
 
     def flush(self) -> None:
@@ -328,13 +343,12 @@ class _Loop:
         }
         self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
-            say(
-                f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient"
-            )
+            say(f"warning: step {step} skipped: {explain_skip(values)}")
         if self.num_skipped > self.run.config.max_consecutive_skips:
             raise NonFiniteError(
-                f"step {step}: loss or gradient was not finite for {self.num_skipped} steps in a "
-                f"row (max_consecutive_skips={self.run.config.max_consecutive_skips})"
+                f"step {step} skipped, as were {self.num_skipped} in a row: {explain_skip(values)} "
+                f"(max_consecutive_skips={self.run.config.max_consecutive_skips})",
+                step - self.num_skipped,
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
             line = format_progress(
@@ -344,6 +358,10 @@ class _Loop:
                 shown=self.last_known,
             )
             say(line)
+
+
+def _is_finite(metrics: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in metrics.values())
 
 
 def _finish(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends in the same bits as one that is not."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -16,6 +17,7 @@ from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
+from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
 from tests.training.runs import NUM_STEPS, copy_until, make_settings, train, train_and_listen
 
@@ -131,6 +133,56 @@ def test_sigterm_saves_and_exits_cleanly(settings, uninterrupted, tmp_path):
     assert 4 <= saved.step < NUM_STEPS
     train(settings, tmp_path)
     _assert_same_end(settings, tmp_path, uninterrupted[0])
+
+
+def _send_signal_in(monkeypatch, owner, name, number):
+    """Let a signal arrive whenever a function is entered; the second in a row would kill."""
+    function = getattr(owner, name)
+
+    def receive_signal(*arguments, **options):
+        if signal.getsignal(number) != signal.SIG_DFL:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, receive_signal)
+
+
+@pytest.mark.ci
+def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
+    settings, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    moments = [
+        (loop, "compile_phase", signal.SIGTERM, 1),
+        (loop._Loop, "_report", signal.SIGINT, 2),
+        (loop.Checkpointer, "save", signal.SIGHUP, 4),
+        (loop, "compute_validation", signal.SIGTERM, 6),
+        (loop._Loop, "_enter_phase", signal.SIGHUP, 6),
+    ]
+    workdir = tmp_path / "run"
+    for owner, name, number, step in moments:
+        with monkeypatch.context() as patch:
+            _send_signal_in(patch, owner, name, number)
+            assert train(settings, workdir) is None
+        newest = find_checkpoints(workdir / "checkpoints")[0]
+        assert (newest.step, newest.problem) == (step, None)
+        said = f"stopped by {signal.Signals(number).name}; step {step} is saved in {newest.path}"
+        assert said in capsys.readouterr().out
+        if name == "compute_validation":
+            # So that the run comes to the end of its phase once more.
+            shutil.rmtree(newest.path)
+    _send_signal_in(monkeypatch, loop, "_finish", signal.SIGTERM)
+    assert train(settings, workdir) is not None, "what is trained is finished"
+    _assert_same_end(settings, workdir, uninterrupted[0])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_an_interrupt_before_training_ends_at_once(settings, tmp_path, monkeypatch, capsys):
+    _send_signal_in(monkeypatch, loop, "prepare_run", signal.SIGINT)
+    _, *argv = _write_command(settings, tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        command.run([*argv, "--doctor=off"], resume_command="the same command")
+    assert end.value.code == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys):

@@ -105,6 +105,7 @@ def make_state(recipe, step=0):
     sparsity = recipe.init({"kept": jnp.ones((VOCAB, VOCAB), bool)}, params, jax.random.key(1))
     return TrainState(
         step=jnp.int32(step),
+        num_skipped=jnp.int32(0),
         params=params,
         sparsity=sparsity,
         opt_state=DESCENT.init(trainable(params, sparsity)),
