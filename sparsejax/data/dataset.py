@@ -19,12 +19,13 @@ from sparsejax.data.tokenizer import (
     byte_tokenizer,
     count_ids,
     load_bpe,
+    name_bpe,
     train_bpe,
     value_tokenizer,
 )
 
 # Changes whenever the files of a cache are written differently.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _make_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
         train_bpe(temporary, show_progress(texts, "Training the tokenizer"), vocab_size)
 
     digest = cached_folder(folder, build)
-    return load_bpe(folder, f"{config.tokenizer}:{digest[:16]}")
+    return load_bpe(folder, name_bpe(config.tokenizer, digest))
 
 
 def _open_examples(
