@@ -58,9 +58,14 @@ def make_spec(config: DataConfig, contents: Contents) -> DataSpec:
       The spec.
 
     Raises:
-      ValueError: Examples with labels cannot be masked.
+      ValueError: Examples with labels cannot be masked, those without cannot be cut.
     """
     task = contents.task
+    if config.truncate and task == "language_model":
+        raise ValueError(
+            f"truncate=True does not apply to {config.source}: texts without labels are one "
+            "stream; leave it at False"
+        )
     if config.mask_fraction:
         if task != "language_model":
             raise ValueError(
