@@ -2,12 +2,16 @@
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
+import io
+import logging
 import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,6 +205,34 @@ def read_examples(
 
 
 def _make_builder(config: DataConfig, **options: str) -> Any:
+    tfds = _import_tfds()
+    try:
+        if tfds.core.naming.parse_builder_name_kwargs(config.rest)[0].namespace:
+            # TFDS would ask the registries of others, with retries, and then need TensorFlow.
+            raise ValueError("sets of other registries are not read")
+        # What TFDS says of TensorFlow it prints.
+        with contextlib.redirect_stdout(io.StringIO()):
+            return tfds.builder(config.rest, data_dir=config.data_path, try_gcs=False, **options)
+    # The code of a set and the readers of its files raise anything.
+    except Exception as error:
+        lines = (line for line in str(error).splitlines() if line)
+        # TFDS puts its own call before what went wrong, and a list of variants after it.
+        reason = next(lines, type(error).__name__).rpartition('}": ')[2].partition(" Here are")[0]
+        name = config.rest.partition("/")[0]
+        state = "no such set is prepared"
+        if Path(config.data_path, name).is_dir():
+            state = "the set cannot be read"
+        raise ValueError(
+            f"source={config.source!r}: {state} in data_dir={str(config.data_path)!r}, and TFDS "
+            f"cannot prepare it here ({reason}{_guess_name(config)}); expected a name that TFDS "
+            "knows without TensorFlow, or a set prepared elsewhere with "
+            "file_format='array_record' and copied into data_dir; prepare it where TFDS can by: "
+            f"{make_prepare_command(config)}"
+        ) from error
+
+
+@functools.cache
+def _import_tfds() -> Any:
     # Imported on demand: it takes a second.
     import tensorflow_datasets as tfds
 
@@ -208,16 +240,29 @@ def _make_builder(config: DataConfig, **options: str) -> Any:
     # and those of text come after it.
     with contextlib.suppress(ImportError):
         importlib.import_module("tensorflow_datasets.text")
-    try:
-        return tfds.builder(config.rest, data_dir=config.data_path, try_gcs=False, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"source={config.source!r}: no such set is prepared in data_dir="
-            f"{str(config.data_path)!r}, and TFDS cannot prepare it here "
-            f"({str(error).splitlines()[0]}); expected a name that TFDS knows without TensorFlow, "
-            "or a set prepared elsewhere with file_format='array_record' and copied into data_dir; "
-            f"prepare it where TFDS can by: {make_prepare_command(config)}"
-        ) from error
+    # It warns of what is none of a reader's business, OpenCV and folders being made for two.
+    folder = str(Path(tfds.__file__).parent)
+    logging.getLogger("absl").addFilter(
+        lambda record: record.levelno >= logging.ERROR or not record.pathname.startswith(folder)
+    )
+    return tfds
+
+
+def _guess_name(config: DataConfig) -> str:
+    """Return the question whether names like that of the set were meant; empty if none is."""
+    tfds = _import_tfds()
+    folder = config.data_path
+    prepared = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    name, _, variant = config.rest.partition("/")
+    known = {*tfds.list_builders(with_community_datasets=False), *prepared}
+    if name not in known:
+        close = difflib.get_close_matches(name, known)
+    elif variant and name in tfds.core.registered.list_imported_builders():
+        variants = tfds.builder_cls(name).builder_configs
+        close = [f"{name}/{match}" for match in difflib.get_close_matches(variant, variants)]
+    else:
+        close = []
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _find_builder(config: DataConfig) -> Any:
