@@ -143,12 +143,10 @@ class DataConfig:
 
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, expected = getattr(self, field.name), type(field.default)
             # A whole number is a share too.
-            types = (float, int) if field.type is float else (field.type,)
-            if type(value) not in types:
-                expected = " or ".join(known.__name__ for known in types)
-                raise ValueError(f"{field.name}={value!r}: expected {expected}")
+            if type(value) is not expected and (type(value), expected) != (int, float):
+                raise ValueError(f"{field.name}={value!r}: expected {expected.__name__}")
             if isinstance(value, str) and "\0" in value:
                 raise ValueError(f"{field.name}={value!r}: expected text without the byte 0")
 

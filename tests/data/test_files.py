@@ -227,7 +227,7 @@ def test_broken_pairs_are_refused_by_line(pairs, tmp_path):
         ({"source": None}, "source=None: expected str"),
         ({"data_dir": "a\0b"}, r"data_dir='a\\x00b': expected text without the byte 0"),
         ({"validation_fraction": float("nan")}, r"validation_fraction=nan: expected a number in"),
-        ({"validation_fraction": "0.5"}, "validation_fraction='0.5': expected float or int"),
+        ({"validation_fraction": "0.5"}, "validation_fraction='0.5': expected float"),
         ({"mask_fraction": float("inf")}, r"mask_fraction=inf: expected a number in \[0, 1\)"),
         ({"tokenizer": "bpe:0300"}, "tokenizer='bpe:0300': expected 'bytes' or 'bpe:N'"),
         ({"tokenizer": "bpe:" + "9" * 5000}, "9': expected between 257 .* and 65536 entries"),

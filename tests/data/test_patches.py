@@ -20,7 +20,7 @@ from sparsejax.data.patches import (
     read_patches,
 )
 from sparsejax.data.prepare import main
-from sparsejax.data.sources.tfds import make_prepare_command
+from sparsejax.data.tfds_builders import make_prepare_command
 
 GRID = PatchGrid(rows=2, columns=3, side=4, channels=3)
 IMAGE = np.random.default_rng(0).integers(0, 256, GRID.image_shape, np.uint8)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sparsejax.data import DataConfig, describe_data, keep_tokenizer, load_tokenizer, make_data
+from sparsejax.data.prepare import main
 from sparsejax.data.sources import text
 from sparsejax.data.sources.stdlib import open_stdlib
 from sparsejax.data.sources.text import open_text
@@ -231,7 +232,7 @@ def test_a_byte_order_mark_is_no_text(folder, tmp_path):
     assert train.startswith("One\ufefftwo.\n\ufeffOne".encode())
 
 
-def test_a_file_may_have_any_name(folder, tmp_path):
+def test_a_file_may_have_any_name(folder, tmp_path, capsys):
     name = os.fsdecode(b"caf\xe9 \xff\n.txt")
     root = tmp_path / os.fsdecode(b"corpus-\xe9")
     folder.rename(root)
@@ -246,6 +247,8 @@ def test_a_file_may_have_any_name(folder, tmp_path):
     assert load_tokenizer(data.tokenizer.name, folder).vocab_size == 270
     again = make_text_data(root, root / ".data", **settings)
     assert again.fingerprint == data.fingerprint
+    main([f"--source=text:{root}", f"--data_dir={root / '.data'}"])
+    assert "is ready in" in capsys.readouterr().out
     (root / name).write_bytes(b"\xff" * 9)
     with pytest.raises(ValueError, match=r"caf\\udce9 \\udcff\\n\.txt' is not text: no") as refused:
         make_text_data(root, root / ".data")
