@@ -102,6 +102,10 @@ class DataConfig:
         _check_tokenizer(self.tokenizer)
         if not self.data_dir:
             raise ValueError(f"data_dir={self.data_dir!r}: expected the path of a folder")
+        if os.path.expanduser(self.data_dir).startswith("~"):
+            raise ValueError(
+                f"data_dir={self.data_dir!r}: expected ~ or the name of a user after it"
+            )
         _check_integer("sequence_length", self.sequence_length, 1, _MOST_ITEMS)
         _check_integer("batch_size", self.batch_size, 1, _MOST_ITEMS)
         if self.batch_size * self.sequence_length > _MOST_ITEMS:
@@ -181,7 +185,7 @@ class DataConfig:
     @property
     def data_path(self) -> Path:
         """Return `data_dir` with `~` expanded."""
-        return Path(self.data_dir).expanduser()
+        return Path(os.path.expanduser(self.data_dir))
 
 
 def _check_tokenizer(tokenizer: str) -> None:

@@ -24,7 +24,7 @@ from sparsejax.data.pathfinder_pictures import SIZE, draw_pathfinder
 from sparsejax.data.progress import show_progress
 from sparsejax.data.source import Contents, Example, Source, Split
 from sparsejax.data.sources.tfds import read_examples
-from sparsejax.data.tfds_builders import silence_tfds
+from sparsejax.data.tfds_builders import check_data_dir, silence_tfds
 
 _SPLITS = ("train", "validation", "test")
 
@@ -177,6 +177,7 @@ def open_generated(
     Raises:
       ValueError: `validation_split` is not a split.
     """
+    check_data_dir(config)
     silence_tfds()
     validation = config.validation_split or "validation"
     if validation not in _SPLITS[1:]:

@@ -41,6 +41,7 @@ def make_builder(config: DataConfig, **options: str) -> Any:
     Raises:
       ValueError: Neither is so, or the files of the set are damaged.
     """
+    check_data_dir(config)
     tfds = _import_tfds()
     try:
         if tfds.core.naming.parse_builder_name_kwargs(config.rest)[0].namespace:
@@ -63,6 +64,24 @@ def make_builder(config: DataConfig, **options: str) -> Any:
             "knows without TensorFlow, or a set prepared elsewhere with "
             "file_format='array_record' and copied into data_dir; prepare it where TFDS can by: "
             f"{make_prepare_command(config)}"
+        ) from error
+
+
+def check_data_dir(config: DataConfig) -> None:
+    """Refuse a folder that ArrayRecord, in whose files TFDS sets are, cannot open.
+
+    Args:
+      config: Settings of such a set.
+
+    Raises:
+      ValueError: The name of the folder is not UTF-8.
+    """
+    try:
+        str(config.data_path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"data_dir={config.data_dir!r}: expected a name in UTF-8 for {config.source!r}, which "
+            "is kept in ArrayRecord files"
         ) from error
 
 

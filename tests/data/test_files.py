@@ -141,6 +141,19 @@ def test_idx_files_are_read_block_by_block(tmp_path):
     np.testing.assert_array_equal(np.concatenate(blocks), labels)
 
 
+@pytest.mark.parametrize("split", ["**", "/etc", "[a-z]", "*"])
+def test_names_of_splits_are_no_patterns(split, images, tmp_path):
+    with pytest.raises(ValueError, match=r"found \[\]; expected one file whose name begins with"):
+        make_files(tmp_path, "idx", train_split=split)
+
+
+@pytest.mark.parametrize("kind", ["text", "idx", "aan", "pairs"])
+def test_what_the_system_cannot_open_is_refused(kind, tmp_path):
+    source = f"{kind}:{'a' * 5000}"
+    with pytest.raises(ValueError, match="source='.*a' cannot be read: File name too long"):
+        make_files(tmp_path, kind, source=source)
+
+
 @pytest.fixture
 def pairs(tmp_path):
     (tmp_path / "aan").mkdir()
@@ -225,6 +238,10 @@ def test_broken_pairs_are_refused_by_line(pairs, tmp_path):
         ({"truncate": "no"}, "truncate='no': expected bool"),
         ({"seed": True}, "seed=True: expected int"),
         ({"source": None}, "source=None: expected str"),
+        (
+            {"data_dir": "~nobody_at_all/x"},
+            "data_dir='~nobody_at_all/x': expected ~ or the name of",
+        ),
         ({"data_dir": "a\0b"}, r"data_dir='a\\x00b': expected text without the byte 0"),
         ({"validation_fraction": float("nan")}, r"validation_fraction=nan: expected a number in"),
         ({"validation_fraction": "0.5"}, "validation_fraction='0.5': expected float"),

@@ -198,9 +198,6 @@ def test_a_set_that_is_not_prepared_is_refused_with_the_command(tmp_path):
         ("imdb_reviews:9.9.9", r"cannot be loaded at version 9\.9\.9, only: 1\.0\.0"),
         ("huggingface:imdb", r"\(sets of other registries are not read\)"),
         ("../up", r"Parsing builder name string \.\./up failed"),
-        # Its code needs TensorFlow, or it needs pandas.
-        ("coco", r"\(No module named 'tensorflow'\)"),
-        ("dices", r"\(No module named 'pandas'\)"),
     ],
 )
 def test_a_wrong_name_is_answered_in_one_line_without_network(
@@ -214,6 +211,18 @@ def test_a_wrong_name_is_answered_in_one_line_without_network(
     with pytest.raises(ValueError, match=message) as refused:
         describe_data(config)
     assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_the_code_of_a_set_lacks_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    def fail(*_, **__):
+        print("*** Failed to import TensorFlow. ***")
+        raise ModuleNotFoundError("\nNo module named 'pandas'\nInstall it.")
+
+    monkeypatch.setattr(tfds, "builder", fail)
+    config = DataConfig(source="tfds:dices", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"prepare it here \(No module named 'pandas'\); expected"):
+        describe_data(config)
     assert capfd.readouterr() == ("", "")
 
 
@@ -256,6 +265,13 @@ def test_what_fails_while_a_set_is_prepared_is_told_in_one_line(tmp_path, online
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(ValueError, match=r"preparing the set .* fails \(.*No space left on device"):
         make_tfds("cifar10", tmp_path, download=True)
+
+
+@pytest.mark.parametrize("source", ["tfds:opinions/text", "listops:short", "pathfinder"])
+def test_a_folder_that_array_record_cannot_open_is_refused(source, tmp_path):
+    data_dir = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(ValueError, match=rf"udce9': expected a name in UTF-8 for '{source}'"):
+        make_data(DataConfig(source=source, data_dir=data_dir))
 
 
 def test_a_stream_of_texts_cannot_be_cut(tmp_path):

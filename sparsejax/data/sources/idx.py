@@ -198,14 +198,15 @@ def _find_files(config: DataConfig) -> dict[Split, tuple[Path, Path]]:
 
 
 def _find_file(folder: Path, prefix: str) -> Path:
+    source = f"idx:{folder}"
     if not folder.is_dir():
-        raise ValueError(f"source='idx:{folder}': no such folder")
-    found = sorted(folder.glob(f"{prefix}*"))
+        raise ValueError(f"source={source!r}: no such folder")
+    found = sorted(file for file in folder.iterdir() if file.name.startswith(prefix))
     if len(found) != 1:
         raise ValueError(
-            f"source='idx:{folder}': found {[file.name for file in found]}; expected one file "
-            f"whose name begins with {prefix!r}"
+            f"source={source!r}: found {[file.name for file in found]}; expected one file whose "
+            f"name begins with {prefix!r}"
         )
     if not found[0].is_file():
-        raise ValueError(f"{found[0]} must be a file")
+        raise ValueError(f"source={source!r}: {found[0].name} must be a file")
     return found[0]
