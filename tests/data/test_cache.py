@@ -244,8 +244,9 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_cache(
     source = f"text:{text}" if source == "text:" else source
     command = [sys.executable, "-c", FULL_DISK, str(limit), source, str(tmp_path), tokenizer]
     found = subprocess.run(command, capture_output=True, text=True)
-    (line,) = found.stderr.splitlines()
-    assert found.returncode == 1
+    # Before it, lines of progress where a machine is slow.
+    *_, line = found.stderr.splitlines()
+    assert found.returncode == 1 and "Traceback" not in found.stderr
     assert line.startswith(f"data_dir: cannot build the cache {tmp_path}/{kind}/"), line
     assert line.endswith("File too large")
     assert not list((tmp_path / kind).rglob("manifest.json"))

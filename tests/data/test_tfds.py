@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import urllib.error
@@ -12,7 +13,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from sparsejax.data import DataConfig, describe_data, make_data
+from sparsejax.data import DataConfig, describe_data, make_data, progress
 from sparsejax.data.patches import scale_middle
 from sparsejax.data.tfds_builders import make_prepare_command
 
@@ -248,7 +249,11 @@ def test_a_garbled_set_is_refused_in_one_line(file, case, prepared, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_tfds_does_not_warn_of_what_concerns_no_reader(prepared, tmp_path, caplog, capfd):
+def test_tfds_does_not_warn_of_what_concerns_no_reader(
+    prepared, tmp_path, monkeypatch, caplog, capfd
+):
+    # Of what takes long, a line of progress tells, however slow the machine.
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", math.inf)
     data_dir = shutil.copytree(prepared, tmp_path / "data")
     next(make_tfds("opinions/image", data_dir, label_key="grade").train)
     with pytest.raises(ValueError, match="is not prepared in"):
