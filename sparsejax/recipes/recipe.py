@@ -22,10 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.recipes import hooks
+from sparsejax.recipes.phases import Measured as Measured
+from sparsejax.recipes.phases import Metric as Metric
 from sparsejax.recipes.phases import Observation as Observation
 from sparsejax.recipes.phases import Phase as Phase
 from sparsejax.recipes.phases import Sparsity as Sparsity
 from sparsejax.recipes.phases import StepAccount as StepAccount
+from sparsejax.recipes.phases import keep_where as keep_where
 from sparsejax.types import PyTree
 
 
@@ -72,9 +75,7 @@ def _update_nothing(
     return sparsity, params, opt_state
 
 
-def _measure_nothing(
-    sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
-) -> dict[str, jax.Array]:
+def _measure_nothing(sparsity: Sparsity, /, *, step: jax.Array, phase: Phase) -> Mapping[str, Metric]:
     del sparsity, step, phase
     return {}
 

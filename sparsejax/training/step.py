@@ -20,7 +20,13 @@ from sparsejax.models import (
     ModelOutput,
 )
 from sparsejax.optimizer import Optimizer, compute_learning_rate
-from sparsejax.recipes import Phase, Recipe, apply_weight_masks
+from sparsejax.recipes import (
+    Observation,
+    Phase,
+    Recipe,
+    apply_weight_masks,
+    keep_where,
+)
 from sparsejax.training.block_lists import BlockLists
 from sparsejax.training.state import TrainState, trainable
 
@@ -67,8 +73,8 @@ def make_train_step(
       Function (state, batch, block_lists=None) -> (state, metrics), to be jitted with the state
       donated; of a step that probes, (state, metrics, Observation). Without `block_lists`, those of
       the state's masks, the model builds them. Metrics are f32[]: those of `STEP_METRICS`, whose
-      loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
-      for the next phase.
+      loss is the smoothed one that is trained; and those of the recipe, Measured, which a skipped
+      step does not know. A skipped step does not ask for the next phase.
     """
     options = make_options(phase, implementation, weight_implementation)
 
@@ -114,8 +120,10 @@ def make_train_step(
         observed, observation = state.sparsity, None
         if probes:
             observed, observation = recipe.observe(observed, attention_maps, phase)
-            change = observation.change_phase & finite
-            observation = observation._replace(change_phase=change)
+            observation = Observation(
+                change_phase=observation.change_phase & finite,
+                metrics=_report(observation.metrics, finite),
+            )
         grads = recipe.mask_gradients(dense_grads, observed, phase)
         if phase.masked_gradients:
             grads = grads | {"model": apply_weight_masks(observed.masks, grads["model"])}
@@ -144,9 +152,7 @@ def make_train_step(
         sparsity, params, opt_state = _select(finite, new, old)
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        # A skipped step did nothing that could be reported.
-        for name, value in recipe.metrics(sparsity, step=state.step, phase=phase).items():
-            metrics[name] = jnp.where(finite, value, jnp.nan)
+        metrics |= _report(recipe.metrics(sparsity, step=state.step, phase=phase), finite)
         new_state = TrainState(
             step=state.step + 1,
             params=params,
@@ -299,6 +305,11 @@ def _sum_over_parts(function, batch, key, num_parts):
         return jax.tree.map(jnp.add, total, function(*part)), None
 
     return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def _report(metrics, finite):
+    """Make a recipe's metrics unknown in a skipped step, which did nothing to report."""
+    return {name: keep_where(finite, metric) for name, metric in metrics.items()}
 
 
 def _select(condition, if_true, if_false):
