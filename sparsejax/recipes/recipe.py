@@ -75,7 +75,9 @@ def _update_nothing(
     return sparsity, params, opt_state
 
 
-def _measure_nothing(sparsity: Sparsity, /, *, step: jax.Array, phase: Phase) -> Mapping[str, Metric]:
+def _measure_nothing(
+    sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
+) -> Mapping[str, Metric]:
     del sparsity, step, phase
     return {}
 

@@ -69,7 +69,7 @@ def test_flops_of_both_add_up(finished):
     )
     share = {
         name: sum(sum(entry[p].values()) for p in ("forward", "backward", "update"))
-        / sum(entry["dense"].values())
+        / sum(entry["dense_equivalent"].values())
         for name, entry in totals.items()
     }
     dense_attention, both, dense_weights = (share[name] for name in _PHASES)

@@ -105,8 +105,8 @@ def test_decay_and_refresh_in_one_compiled_step():
     assert step._cache_size() == 1, "new masks compiled a new program"
     up = state.params["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(before["mlp/up"], transposable_mask(up))
-    flips = [metrics[f"flip_rate/{name}"].mean() for name in ("mlp/up", "mlp/down")]
-    np.testing.assert_allclose(metrics["flip_rate"], np.mean(flips), rtol=1e-5)
+    flips = [metrics[f"flip_rate/{name}"].value.mean() for name in ("mlp/up", "mlp/down")]
+    np.testing.assert_allclose(metrics["flip_rate"].value, np.mean(flips), rtol=1e-5)
 
     undecayed = dataclasses.replace(
         state,
