@@ -1,5 +1,6 @@
 """Record metrics as JSON lines, fetched from the device one step late."""
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,8 @@ def _iterate_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             return
         try:
             row = load_json(line)
-            row["step"]
-        except (ValueError, TypeError, KeyError) as error:
+            operator.index(row["step"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}, must be a JSON object with a step, got {line[:80]!r}"
             ) from error

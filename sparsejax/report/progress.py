@@ -105,10 +105,10 @@ def summarise(
 
     Returns:
       dict of scalars: last and best validation loss; those of `summarise_flops`; and for each phase
-      that ran its median step time in seconds, tokens per second, mean densities, and memory of a
-      step.
+      that ran its first step, median seconds of a step, tokens per second, densities (attention's
+      at its beginning, the mean of weights'), and memory of a step. `docs/metrics.md` names them.
     """
-    validations = [row for row in rows if row["kind"] == "validation"]
+    validations = [row for row in rows if row.get("kind") == "validation"]
     summary: dict[str, Any] = {}
     if validations:
         last = validations[-1]
@@ -132,15 +132,15 @@ def summarise(
 
 def _summarise_phase(rows: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    steps = [row for row in rows if row["kind"] == "train"]
+    steps = [row for row in rows if row.get("kind") == "train"]
     for row in rows:
-        if row["kind"] == "phase":
+        if "attention_density" in row:
+            summary.setdefault("attention_density", row["attention_density"])
+        if row.get("kind") == "phase":
             summary["first_step"] = row["step"]
             summary["step_memory_bytes"] = row["step_memory_bytes"]
-            summary["attention_density"] = row["attention_density"]
-    for name in ("attention_density", "weight_density"):
-        if densities := [row[name] for row in steps if name in row]:
-            summary[name] = statistics.fmean(densities)
+    if densities := [row["weight_density"] for row in steps if "weight_density" in row]:
+        summary["weight_density"] = statistics.fmean(densities)
     if seconds := [row["step_seconds"] for row in steps if "step_seconds" in row]:
         summary["step_seconds"] = statistics.median(seconds)
         summary["tokens_per_second"] = tokens_per_step / summary["step_seconds"]

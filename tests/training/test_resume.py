@@ -73,7 +73,7 @@ def _final_state(settings, workdir):
 
 def _numbers(workdir):
     """Everything in the metrics that does not depend on the clock."""
-    clock = ("step_seconds", "probing_step_seconds", "compile_seconds")
+    clock = ("step_seconds", "tokens_per_second", "probing_step_seconds", "compile_seconds")
     rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: row[name] for name in row if name not in clock} for row in rows]
 

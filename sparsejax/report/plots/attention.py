@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from sparsejax.report.plots.style import BLUE, GREY, save_figure
+from sparsejax.report.plots.style import BLUE, GREY, make_figure, save_figure
 
 _PRUNED, _INVISIBLE = "#F2F2F2", "#C4C4C4"
 
@@ -60,8 +59,7 @@ def plot_attention_patterns(
     layers_per_row = min(layers, 4 if pooled_LIJ is None else 3 if layers > 4 else 2)
     grid_rows = math.ceil(layers / layers_per_row)
     width = max(2.3 * panels_per_layer * layers_per_row + 0.6, 4.5)
-    figure = Figure(figsize=(width, 2.45 * grid_rows + 1.2), layout="constrained")
-    figure.suptitle(title)
+    figure = make_figure(width, 2.45 * grid_rows + 1.2, title=title)
     if note:
         figure.supxlabel(note)
     grid = figure.subplots(grid_rows, panels_per_layer * layers_per_row, squeeze=False)

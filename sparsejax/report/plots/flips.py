@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from sparsejax.report.plots.style import BLUE, GREEN, ORANGE, save_figure, tidy
+from sparsejax.report.plots.style import BLUE, GREEN, ORANGE, make_figure, save_figure, tidy
 
 _PREFIX = "flip_rate/"
 
@@ -34,8 +33,7 @@ def plot_flip_rates(
     steps = [row["step"] for row in searches]
     # A search tells of the steps since the one before.
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
-    figure = Figure(figsize=(8, 3.5 + 1.8 * len(names)), layout="constrained")
-    figure.suptitle(title)
+    figure = make_figure(8, 3.5 + 1.8 * len(names), title=title)
     ratios = [3] + [2] * len(names)
     panels = figure.subplots(len(ratios), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[
         :, 0
@@ -84,7 +82,7 @@ def plot_decay_search(
     """
     if not relative_rates:
         raise ValueError("relative_rates must not be empty")
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = make_figure(7, 4)
     panel = figure.subplots()
     panel.axhspan(*accepted, color=GREEN, alpha=0.15, label="accepted")
     panel.plot(*zip(*relative_rates.items(), strict=True), "o-", color=BLUE, linewidth=1)

@@ -14,12 +14,25 @@ from sparsejax.durable import write_durably
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
-DPI = 150
-
+_DPI = 150
 _POINTS = 72
 _ROW_POINTS = 11
 # Of a letter of "small" text, on the safe side.
 _LETTER_POINTS = 5.5
+
+
+def make_figure(width: float, height: float, *, title: str = "") -> Figure:
+    """Return an empty picture.
+
+    Args:
+      width: inches.
+      height: inches.
+      title: str above it.
+    """
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
@@ -33,7 +46,7 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
       OSError: if it cannot be written.
     """
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI)
+    figure.savefig(content, format="png")
     write_durably(Path(path), content.getvalue())
 
 

@@ -4,13 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from sparsejax.report.plots.style import (
     BLUE,
     GREEN,
     ORANGE,
     list_phases,
+    make_figure,
     mark_phases,
     plot_smoothed,
     save_figure,
@@ -41,9 +40,8 @@ def plot_topology(
     if not updates:
         raise ValueError("rows must contain 'mask_density'")
     steps = [row["step"] for row in updates]
-    train = [row for row in rows if row["kind"] == "train"]
-    figure = Figure(figsize=(8, 9.5), layout="constrained")
-    figure.suptitle(title)
+    train = [row for row in rows if row.get("kind") == "train"]
+    figure = make_figure(8, 9.5, title=title)
     panels = figure.subplots(4, 1, sharex=True)
     sparsity, fraction, loss, flops = panels
 

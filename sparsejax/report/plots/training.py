@@ -4,13 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from sparsejax.report.plots.style import (
     BLUE,
     GREEN,
     ORANGE,
     list_phases,
+    make_figure,
     mark_phases,
     plot_smoothed,
     save_figure,
@@ -38,8 +37,7 @@ def plot_training(
         raise ValueError(f"rows must contain 'loss' or 'validation_loss', got {len(rows)} rows")
     speed = select(rows, "tokens_per_second")
     ratios = [2, 1] if speed[0] else [1]
-    figure = Figure(figsize=(8, 3 * len(ratios) + 0.5), layout="constrained")
-    figure.suptitle(title)
+    figure = make_figure(8, 3 * len(ratios) + 0.5, title=title)
     panels = list(
         figure.subplots(
             len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios}
