@@ -142,6 +142,7 @@ ARROWS = {
         "sparsejax.dotted",
         "sparsejax.models",
         "sparsejax.recipes",
+        "sparsejax.report",
         "sparsejax.tools",
         "sparsejax.training",
     ),

@@ -10,6 +10,7 @@ from sparsejax.report.metrics import read_metrics
 from sparsejax.strict_json import load_json
 from tests.training.runs import (
     NUM_STEPS,
+    assert_documented,
     copy_until,
     load_end,
     make_settings,
@@ -48,6 +49,7 @@ def _assert_same(left, right):
 @pytest.mark.ci
 def test_phases_interleave_and_each_is_compiled_once(finished):
     workdir, summary, events = finished
+    assert_documented(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     begun = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase"}
     assert begun == dict(zip(_PHASES, (0, 6, 8), strict=True))

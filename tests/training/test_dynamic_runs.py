@@ -49,7 +49,14 @@ from tests.small_models import (
     make_state,
     make_step,
 )
-from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    load_end,
+    make_settings,
+    train,
+)
 
 _MODEL = make_config(sparse_weights=(("attention/out|mlp/up", Unstructured()),))
 _KNOWN = {"num_steps": 100, "patterns": sparse_weight_patterns(_MODEL)}
@@ -221,7 +228,8 @@ _MST = {
 def _trained(tmp_path_factory):
     settings = make_settings(tmp_path_factory.mktemp("corpus"), **_MST)
     workdir = tmp_path_factory.mktemp("mst")
-    return settings, workdir, train(settings, workdir)
+    with jax.debug_nans(True):
+        return settings, workdir, train(settings, workdir)
 
 
 def _load(settings, workdir, step):
@@ -265,6 +273,7 @@ def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
 @pytest.mark.ci
 def test_a_run_shows_phases_densities_and_flops(trained):
     settings, workdir, summary = trained
+    assert_documented(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     steps = {row["step"]: row for row in rows if row["kind"] == "train"}
     names = ["warm-up"] * 3 + ["ultra-sparse"] * 4 + ["restoration"] * 3

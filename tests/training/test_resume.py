@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends in the same bits as one that is not."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -17,7 +18,14 @@ from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training.setup import prepare_run
-from tests.training.runs import NUM_STEPS, copy_until, make_settings, train, train_and_listen
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    make_settings,
+    train,
+    train_and_listen,
+)
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _KEEP = {"checkpoint__keep_last": NUM_STEPS}
@@ -52,10 +60,17 @@ def _write_command(settings, workdir):
 
 
 def _start(settings, workdir, stop_after_step, number):
-    """Start train.py and send it a signal once it has shown a step."""
+    """Start train.py and send it a signal once it has shown a step.
+
+    A NaN in a healthy run would be an error.
+    """
     lines = []
     with subprocess.Popen(
-        _write_command(settings, workdir), cwd=_ROOT, stdout=subprocess.PIPE, text=True
+        _write_command(settings, workdir),
+        cwd=_ROOT,
+        env=os.environ | {"JAX_DEBUG_NANS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout:
             lines.append(line)
@@ -141,6 +156,36 @@ def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(
+    settings, uninterrupted, tmp_path, capsys
+):
+    workdir = copy_until(uninterrupted[0], NUM_STEPS, tmp_path / "run")
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"dense"' not in line))
+    summary = train(settings, workdir)
+    assert "warning: " in (output := capsys.readouterr().out) and "lacks steps 1-6;" in output
+    assert summary["training_flops"] == uninterrupted[1]["training_flops"]
+    assert "dense_first_step" not in summary and summary["sparse_first_step"] == 6
+    path.unlink()
+    train(settings, workdir)
+    output = capsys.readouterr().out
+    assert f"{path} lacks steps 1-{NUM_STEPS};" in output and "never began" not in output
+    path.write_text("garbage\n" + "".join(lines))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 1, must be .* got b'garbage"):
+        train(settings, workdir)
+
+
+def test_a_run_whose_metrics_were_deleted_says_so_and_ends(
+    settings, uninterrupted, tmp_path, capsys
+):
+    workdir = copy_until(uninterrupted[0], 9, tmp_path / "run")
+    (workdir / "metrics.jsonl").unlink()
+    summary = train(settings, workdir)
+    assert "lacks steps 1-9, and goes on after them" in capsys.readouterr().out
+    assert summary["validation_loss"] == uninterrupted[1]["validation_loss"]
+
+
 def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):
     changed = make_settings(tmp_path, **_KEEP, optimizer__learning_rate=5e-4)
     changed["data"]["source"] = settings["data"]["source"]
@@ -199,6 +244,7 @@ def test_evaluation_restores_masks(settings, uninterrupted):
 
 def test_run_leaves_pictures_summary_and_one_compilation_per_phase(uninterrupted):
     workdir, summary = uninterrupted
+    assert_documented(workdir)
     for name in ("training.png", "attention_patterns.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((workdir / "summary.json").read_text())["num_steps"] == NUM_STEPS
