@@ -189,7 +189,9 @@ def fetch_metrics(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     values = {}
     for name, metric in metrics.items():
         value, known = metric if isinstance(metric, Measured) else (metric, True)
-        if not np.any(known):
+        # NumPy would ask a device array itself, which compiles a program for the answer.
+        known = np.asarray(known)
+        if not known.any():
             continue
         value = value.tolist()
         if isinstance(value, list):

@@ -176,6 +176,7 @@ def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(
         train(settings, workdir)
 
 
+@pytest.mark.ci
 def test_a_run_whose_metrics_were_deleted_says_so_and_ends(
     settings, uninterrupted, tmp_path, capsys
 ):
