@@ -39,7 +39,9 @@ def fraction_of_colour(path, colour):
 
 
 def assert_texts_do_not_overlap(figure):
-    texts = figure.texts + [
+    texts = figure.texts + [legend.get_title() for legend in figure.legends]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    texts += [
         text
         for panel in figure.axes
         if panel.axison
@@ -72,9 +74,11 @@ def test_training_picture_shows_every_row_its_mean_and_the_phases(tmp_path, figu
     losses, speed = figures[0].axes
     raw, mean, validation, *lines = losses.get_lines()
     np.testing.assert_array_equal(raw.get_ydata(), [row["loss"] for row in rows if "loss" in row])
-    # A fiftieth of 200 steps: two before and two after.
+    # A fiftieth of 200 steps: two before and two after, of the same phase.
     expected = [5 / step for step in (48, 49, 51, 52)]
     np.testing.assert_allclose(mean.get_ydata()[49], (50 + sum(expected)) / 5)
+    expected = [np.mean([5 / 28, 5 / 29, 5 / 30]), np.mean([5 / 31, 5 / 32, 5 / 33])]
+    np.testing.assert_allclose(mean.get_ydata()[[29, 30]], expected)
     np.testing.assert_allclose(mean.get_ydata()[[0, -1]], [55 / 18, 5 / 199], rtol=1e-3)
     assert raw.get_alpha() < 1 and mean.get_label() == "training"
     assert list(validation.get_xdata()) == [200]
@@ -101,10 +105,10 @@ def test_a_short_run_is_drawn_as_it_is_and_nothing_is_marked_in_a_single_phase(t
 
 
 def test_a_mean_leaves_out_what_is_not_finite():
-    values = [1.0] * 50 + [math.nan, math.inf] + [3.0] * 48 + [math.nan] * 200
-    means = smooth_values(values)
+    values = np.array([1.0] * 50 + [math.nan, math.inf] + [3.0] * 48 + [math.nan] * 200)
+    means = smooth_values(values, half=3)
     np.testing.assert_allclose(means[[0, 49, 50, 51, 99, 101]], [1, 1.4, 1.8, 2.2, 3, 3])
-    assert np.isnan(means[-1]) and smooth_values(values[:99]) is None
+    assert np.isnan(means[-1])
 
 
 def test_phases_are_found_where_their_own_rows_are_missing():
@@ -185,7 +189,9 @@ def test_every_layer_is_drawn_with_its_density(tmp_path, figures, layers, with_a
         masks_LIJ[layer].flat[: layer + 1] = True
     pooled_LIJ = np.random.default_rng(0).random((layers, 4, 4)) if with_attention else None
     path = tmp_path / "patterns.png"
-    plot_attention_patterns(masks_LIJ, pooled_LIJ, path=path, title="SPION-CF")
+    plot_attention_patterns(
+        masks_LIJ, pooled_LIJ, path=path, title="SPION-CF", note="What the\ntitle leaves out."
+    )
     titles = [panel.get_title() for panel in figures[0].axes if "kept" in panel.get_title()]
     assert [float(title.split()[-1]) for title in titles] == [
         round((layer + 1) / 16, 2) for layer in range(layers)

@@ -37,7 +37,7 @@ def plot_attention_patterns(
       path: PNG file to write.
       title: str above the picture.
       causal: bool, whether blocks wholly above the diagonal cannot be seen.
-      note: str under the title, in smaller letters.
+      note: str under the panels, in smaller letters.
 
     Raises:
       OSError: if the file cannot be written.
@@ -60,8 +60,6 @@ def plot_attention_patterns(
     grid_rows = math.ceil(layers / layers_per_row)
     width = max(2.3 * panels_per_layer * layers_per_row + 0.6, 4.5)
     figure = make_figure(width, 2.45 * grid_rows + 1.2, title=title)
-    if note:
-        figure.supxlabel(note)
     grid = figure.subplots(grid_rows, panels_per_layer * layers_per_row, squeeze=False)
     panels_of_layer = grid.reshape(-1, panels_per_layer)
     for panel in panels_of_layer[layers:].flat:
@@ -86,6 +84,8 @@ def plot_attention_patterns(
         loc="outside lower center",
         ncols=len(names),
         frameon=False,
+        title=note or None,
+        title_fontsize="small",
     )
     save_figure(figure, path)
 

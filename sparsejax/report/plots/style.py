@@ -107,43 +107,51 @@ def mark_phases(panels: Sequence[Axes], phases: Sequence[tuple[str, int]]) -> No
 
 
 def plot_smoothed(
-    panel: Axes, steps: Sequence[int], values: Sequence[float], *, color: str, label: str
+    panel: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    *,
+    phases: Sequence[tuple[str, int]],
+    color: str,
+    label: str,
 ) -> None:
-    """Draw a noisy curve faintly, and over it its running mean.
+    """Draw a noisy curve faintly, and over it its running mean in each phase.
+
+    A mean is over a fiftieth of all values; fewer than 100 values are drawn as they are.
 
     Args:
       panel: where.
       steps: along x.
       values: along y.
+      phases: (name, step before the first), in order; no mean crosses into another phase.
       color: of both.
-      label: of the mean, or of the curve itself where it is too short for a mean.
+      label: of the mean, or of the curve itself where there is none.
     """
-    smooth = smooth_values(values)
-    if smooth is None:
+    if len(values) < 100:
         panel.plot(steps, values, color=color, linewidth=1, label=label)
         return
     panel.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-    panel.plot(steps, smooth, color=color, linewidth=1.5, label=label)
+    bounds = np.searchsorted(steps, [first for _, first in phases[1:]], side="right")
+    parts = np.split(np.asarray(values, np.float64), bounds)
+    mean = np.concatenate([smooth_values(part, half=len(values) // 100) for part in parts])
+    panel.plot(steps, mean, color=color, linewidth=1.5, label=label)
 
 
-def smooth_values(values: Sequence[float]) -> np.ndarray | None:
-    """Average each value with its neighbours, a fiftieth of all values.
+def smooth_values(values: np.ndarray, *, half: int) -> np.ndarray:
+    """Average each value with its neighbours.
 
     Args:
-      values: in order; those that are not finite are left out of the means.
+      values: f64[n], in order; those that are not finite are left out of the means.
+      half: neighbours on each side; the ends have fewer.
 
     Returns:
-      f64[n], NaN where no neighbour is finite; None for fewer than 100 values.
+      f64[n], NaN where no neighbour is finite.
     """
-    if len(values) < 100:
-        return None
-    array = np.asarray(values, np.float64)
-    finite = np.isfinite(array)
-    half = len(array) // 100
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    ends = np.arange(len(array))
-    low, high = np.maximum(ends - half, 0), np.minimum(ends + half + 1, len(array))
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     number = counts[high] - counts[low]
     means = (sums[high] - sums[low]) / np.maximum(number, 1)
     return np.where(number > 0, means, np.nan)

@@ -60,7 +60,8 @@ def plot_topology(
     fraction.set_ylabel("fraction replaced")
     fraction.set_ylim(bottom=0)
 
-    plot_smoothed(loss, *select(train, "loss"), color=BLUE, label="training")
+    phases = list_phases(rows)
+    plot_smoothed(loss, *select(train, "loss"), phases=phases, color=BLUE, label="training")
     validation = select(rows, "validation_loss")
     loss.plot(*validation, "o-", color=ORANGE, ms=4, label="validation")
     loss.set_ylabel("loss (nats)")
@@ -76,5 +77,5 @@ def plot_topology(
 
     for panel in panels:
         tidy(panel)
-    mark_phases(panels, list_phases(rows))
+    mark_phases(panels, phases)
     save_figure(figure, path)

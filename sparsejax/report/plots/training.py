@@ -35,7 +35,7 @@ def plot_training(
     train, validation = select(rows, "loss"), select(rows, "validation_loss")
     if not (train[0] or validation[0]):
         raise ValueError(f"rows must contain 'loss' or 'validation_loss', got {len(rows)} rows")
-    speed = select(rows, "tokens_per_second")
+    speed, phases = select(rows, "tokens_per_second"), list_phases(rows)
     ratios = [2, 1] if speed[0] else [1]
     figure = make_figure(8, 3 * len(ratios) + 0.5, title=title)
     panels = list(
@@ -44,13 +44,13 @@ def plot_training(
         )[:, 0]
     )
     if train[0]:
-        plot_smoothed(panels[0], *train, color=BLUE, label="training")
+        plot_smoothed(panels[0], *train, phases=phases, color=BLUE, label="training")
     if validation[0]:
         panels[0].plot(*validation, "o-", color=ORANGE, markersize=4, label="validation")
     panels[0].set_ylabel("loss (nats)")
     panels[0].legend(frameon=False)
     if speed[0]:
-        plot_smoothed(panels[1], *speed, color=GREEN, label="tokens per second")
+        plot_smoothed(panels[1], *speed, phases=phases, color=GREEN, label="speed")
         panels[1].set_ylabel("tokens per second")
         panels[1].set_ylim(bottom=0)
         panels[1].yaxis.set_major_formatter("{x:,g}")
@@ -58,5 +58,5 @@ def plot_training(
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     for panel in panels:
         tidy(panel)
-    mark_phases(panels, list_phases(rows))
+    mark_phases(panels, phases)
     save_figure(figure, path)
