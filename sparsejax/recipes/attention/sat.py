@@ -227,8 +227,8 @@ def make_sat(config: SatConfig) -> Recipe:
             "sat",
             config.causal,
             note=(
-                "SAT keeps the largest blocks of W Wᵀ, its model of attention during the dense\n"
-                "phase, and not those where the last map, shown here, is largest."
+                "SAT keeps the largest blocks of W Wᵀ, its symmetric fit to the maps of the dense\n"
+                "phase, and not those where the last map alone, shown here, is largest."
             ),
         ),
     )
