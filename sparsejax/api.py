@@ -1,7 +1,7 @@
 """Train, evaluate and load from Python; `sparsejax` itself offers all three."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparsejax.checkpoint.workdir import read_run
@@ -11,6 +11,7 @@ from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
 from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
+from sparsejax.report.writers import RowWriter
 from sparsejax.tools import evaluate as evaluation
 from sparsejax.tools.load import TrainedModel as TrainedModel
 from sparsejax.tools.load import load_model as load_model
@@ -24,6 +25,7 @@ def train(
     recipe: Callable[[RecipeFacts], Recipe] | None = None,
     data: Callable[[DataConfig], Source] | None = None,
     model: type[Transformer] | None = None,
+    writers: Sequence[RowWriter] = (),
 ) -> dict[str, Any] | None:
     """Train to the last step, from where the folder's newest checkpoint stands.
 
@@ -35,6 +37,8 @@ def train(
         None = what `config.recipe.name` says.
       data: function at the top of a module, which makes the source of the data, likewise.
       model: subclass of Transformer at the top of a module, which takes its place, likewise.
+      writers: told of every row of `metrics.jsonl`, and closed at the end: a tracking service, say.
+        Training goes on without one that fails.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
@@ -55,7 +59,9 @@ def train(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     command = f"sparsejax.train(config, {str(workdir)!r})"
-    return train_and_evaluate(parse_config(mapping), workdir, resume_command=command)
+    return train_and_evaluate(
+        parse_config(mapping), workdir, resume_command=command, writers=writers
+    )
 
 
 def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -22,10 +22,13 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.recipes import hooks
+from sparsejax.recipes.phases import Measured as Measured
+from sparsejax.recipes.phases import Metric as Metric
 from sparsejax.recipes.phases import Observation as Observation
 from sparsejax.recipes.phases import Phase as Phase
 from sparsejax.recipes.phases import Sparsity as Sparsity
 from sparsejax.recipes.phases import StepAccount as StepAccount
+from sparsejax.recipes.phases import keep_where as keep_where
 from sparsejax.types import PyTree
 
 
@@ -74,7 +77,7 @@ def _update_nothing(
 
 def _measure_nothing(
     sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
-) -> dict[str, jax.Array]:
+) -> Mapping[str, Metric]:
     del sparsity, step, phase
     return {}
 

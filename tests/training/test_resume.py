@@ -19,7 +19,14 @@ from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
-from tests.training.runs import NUM_STEPS, copy_until, make_settings, train, train_and_listen
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    make_settings,
+    train,
+    train_and_listen,
+)
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _KEEP = {"checkpoint__keep_last": NUM_STEPS}
@@ -54,10 +61,17 @@ def _write_command(settings, workdir):
 
 
 def _start(settings, workdir, stop_after_step, number):
-    """Start train.py and send it a signal once it has shown a step."""
+    """Start train.py and send it a signal once it has shown a step.
+
+    A NaN in a healthy run would be an error.
+    """
     lines = []
     with subprocess.Popen(
-        _write_command(settings, workdir), cwd=_ROOT, stdout=subprocess.PIPE, text=True
+        _write_command(settings, workdir),
+        cwd=_ROOT,
+        env=os.environ | {"JAX_DEBUG_NANS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout:
             lines.append(line)
@@ -75,7 +89,7 @@ def _final_state(settings, workdir):
 
 def _numbers(workdir):
     """Everything in the metrics that does not depend on the clock."""
-    clock = ("step_seconds", "probing_step_seconds", "compile_seconds")
+    clock = ("step_seconds", "tokens_per_second", "probing_step_seconds", "compile_seconds")
     rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: row[name] for name in row if name not in clock} for row in rows]
 
@@ -214,6 +228,37 @@ def test_a_run_cannot_become_shorter_than_it_is(settings, uninterrupted):
         train(settings | {"num_steps": 4}, uninterrupted[0])
 
 
+def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(
+    settings, uninterrupted, tmp_path, capsys
+):
+    workdir = copy_until(uninterrupted[0], NUM_STEPS, tmp_path / "run")
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"dense"' not in line))
+    summary = train(settings, workdir)
+    assert "warning: " in (output := capsys.readouterr().out) and "lacks steps 1-6;" in output
+    assert summary["training_flops"] == uninterrupted[1]["training_flops"]
+    assert "dense_first_step" not in summary and summary["sparse_first_step"] == 6
+    path.unlink()
+    train(settings, workdir)
+    output = capsys.readouterr().out
+    assert f"{path} lacks steps 1-{NUM_STEPS};" in output and "never began" not in output
+    path.write_text("garbage\n" + "".join(lines))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 1, must be .* got b'garbage"):
+        train(settings, workdir)
+
+
+@pytest.mark.ci
+def test_a_run_whose_metrics_were_deleted_says_so_and_ends(
+    settings, uninterrupted, tmp_path, capsys
+):
+    workdir = copy_until(uninterrupted[0], 9, tmp_path / "run")
+    (workdir / "metrics.jsonl").unlink()
+    summary = train(settings, workdir)
+    assert "lacks steps 1-9, and goes on after them" in capsys.readouterr().out
+    assert summary["validation_loss"] == uninterrupted[1]["validation_loss"]
+
+
 def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):
     changed = make_settings(tmp_path, **_KEEP, optimizer__learning_rate=5e-4)
     changed["data"]["source"] = settings["data"]["source"]
@@ -272,6 +317,7 @@ def test_evaluation_restores_masks(settings, uninterrupted):
 
 def test_run_leaves_pictures_summary_and_one_compilation_per_phase(uninterrupted):
     workdir, summary = uninterrupted
+    assert_documented(workdir)
     for name in ("training.png", "attention_patterns.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((workdir / "summary.json").read_text())["num_steps"] == NUM_STEPS

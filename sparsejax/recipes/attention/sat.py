@@ -35,7 +35,7 @@ from sparsejax.recipes.attention.layer_masks import (
     draw_attention_patterns,
     set_attention_masks,
 )
-from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
+from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity, keep_where
 from sparsejax.shares import count_share
 
 _LOSS_SCALE = 0.01
@@ -123,7 +123,8 @@ def make_sat(config: SatConfig) -> Recipe:
     """Return SAT with the phases "dense" and "sparse".
 
     Its own parameters are "pattern", f32[L, I, P], drawn uniformly from [0, 1). The metrics of a
-    probe are f32[L]: "skewness", "distance" and "change_percent", NaN before the third probe.
+    probe are f32[L]: "skewness", "distance" from the second probe on, "change_percent" from the
+    third on.
 
     References:
       Yoon, Lee, Kim, Moon, Exploring Attention Sparsity to Accelerate Transformer Training on
@@ -190,8 +191,8 @@ def make_sat(config: SatConfig) -> Recipe:
             change_phase=ripe.all(),
             metrics={
                 "skewness": skewness,
-                "distance": distance,
-                "change_percent": jnp.where(check >= 3, change_percent, jnp.nan),
+                "distance": keep_where(check > 1, distance),
+                "change_percent": keep_where((check > 2) & (old["distance"] > 0), change_percent),
             },
         )
         return dataclasses.replace(sparsity, statistics=statistics), observation
@@ -231,5 +232,13 @@ def make_sat(config: SatConfig) -> Recipe:
         auxiliary_loss=auxiliary_loss,
         observe=observe,
         enter_phase=enter_phase,
-        draw_phase=functools.partial(draw_attention_patterns, "sat", config.causal),
+        draw_phase=functools.partial(
+            draw_attention_patterns,
+            "sat",
+            config.causal,
+            note=(
+                "SAT keeps the largest blocks of W Wᵀ, its symmetric fit to the maps of the dense\n"
+                "phase, and not those where the last map alone, shown here, is largest."
+            ),
+        ),
     )
