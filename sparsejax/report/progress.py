@@ -92,7 +92,7 @@ def summarise(
     Returns:
       dict of scalars: last and best validation loss; those of `summarise_flops`; and for each phase
       that ran its median step time in seconds, tokens per second, mean densities, and memory of a
-      step.
+      step. "phase_metrics" is a dict, phase -> metrics of the recipe as it began, if it has any.
     """
     validations = [row for row in rows if row["kind"] == "validation"]
     summary: dict[str, Any] = {}
@@ -106,6 +106,8 @@ def summarise(
             summary[f"{row['phase']}_first_step"] = row["step"]
             summary[f"{row['phase']}_attention_density"] = row["density"]
             summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
+            if row.get("recipe"):
+                summary.setdefault("phase_metrics", {})[row["phase"]] = row["recipe"]
     summary |= summarise_flops(totals)
     for phase in phases:
         steps = [row for row in rows if row["kind"] == "train" and row["phase"] == phase]
@@ -158,6 +160,9 @@ def format_summary(
             f"  sparse phase       from step {summary['sparse_first_step']},"
             f" a step is {summary['sparse_step_speedup']:.2f}x faster than in the dense phase"
         )
+    for phase, metrics in summary.get("phase_metrics", {}).items():
+        known = (f"{name.replace('_', ' ')} {_format_layers(x)}" for name, x in metrics.items())
+        lines.append(f"  {phase + ' phase':<18} began with {', '.join(known)}")
     lines += [f"  {line}" for line in format_flops(totals)]
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
@@ -169,6 +174,10 @@ def _format_density(summary: Mapping[str, Any], phase: str) -> str:
     if f"{phase}_weight_density" in summary:
         text += f", weight density {summary[f'{phase}_weight_density']:.3f}"
     return text
+
+
+def _format_layers(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in values) + "]"
 
 
 def _format_rate(rate: float) -> str:

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,7 @@ class _Loop:
             "step_memory_bytes": programs.step_memory_bytes,
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
+            "recipe": _to_lists(self.run.recipe.phase_metrics(self.state.sparsity, self.phase)),
         }
         say(
             f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
@@ -289,8 +290,7 @@ class _Loop:
         return programs
 
     def _report(self, observation: Observation, step: int, began: float) -> bool:
-        change, metrics = jax.device_get((observation.change_phase, observation.metrics))
-        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        change, values = jax.device_get(observation.change_phase), _to_lists(observation.metrics)
         row = {"kind": "probe", "phase": self.phase.name, **values}
         self.writer.write(step, row | {"probing_step_seconds": time.perf_counter() - began})
         every_steps = max(self.phase.probe_every_steps or 1, self.run.config.log_every_steps)
@@ -364,6 +364,10 @@ def _finish(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str, A
     run.recipe.draw_run(rows, folder=workdir)
     say(format_summary(summary, totals, phases=phases))
     return summary
+
+
+def _to_lists(metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+    return {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics).items()}
 
 
 def _format(value: Any) -> str:

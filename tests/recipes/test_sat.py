@@ -129,7 +129,7 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
     np.testing.assert_array_equal(
         after.masks["blocks"]["attention"]["block_mask"][:, 0, 0], expected
     )
-    assert set(after.statistics) == {"pooled"}, "the maps are gone"
+    assert set(after.statistics) == {"pooled", "untrained_share"}, "the maps are gone"
     np.testing.assert_array_equal(after.params["pattern"], sparsity.params["pattern"])
     sparse = recipe.phases[1]
     assert (sparse.learning_rate, sparse.learning_rate_scale) == ("constant", 0.5)
