@@ -58,14 +58,16 @@ def test_a_patch_is_the_look_up_of_its_linear_image():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("config", [MASKED_LM, PATCHES], ids=["tokens", "patches"])
-def test_without_biases_a_model_is_one_whose_biases_are_zero(config):
-    plain = dataclasses.replace(config, use_bias=False)
+@pytest.mark.parametrize(
+    ("config", "norms_too"), [(MASKED_LM, True), (PATCHES, False)], ids=["tokens", "patches"]
+)
+def test_without_biases_a_model_is_one_whose_biases_are_zero(config, norms_too):
+    plain = dataclasses.replace(config, use_bias=False, use_norm_bias=not norms_too)
     params, masks = make_weights(config)
 
     def is_bias(path):
         names = [part.key for part in path]
-        return names[-1] == "bias" and not any("norm" in name for name in names)
+        return names[-1] == "bias" and (norms_too or not any("norm" in name for name in names))
 
     zeroed = jax.tree.map_with_path(lambda path, x: x * (not is_bias(path)), params)
     names = {path for path, _ in jax.tree.leaves_with_path(split_abstract(plain)[1])}

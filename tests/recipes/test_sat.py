@@ -139,6 +139,37 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
     assert goes_on[0].last_step == 7
 
 
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.ci)])
+def test_the_sparse_phase_says_how_much_of_its_pattern_is_that_of_the_untrained_w(causal):
+    recipe = make(causal=causal)
+    sparsity, _ = walk(recipe, [0.1])
+    dense, sparse = recipe.phases
+    assert recipe.phase_metrics(sparsity, dense) == {}
+    untrained = sparsity.params["pattern"]
+    # The first layer has not moved, the second has learned the blocks that it had not kept.
+    learned = untrained.at[1].set(np.random.default_rng(1).normal(size=untrained.shape[1:]))
+    moved = dataclasses.replace(sparsity, params={"pattern": learned})
+    after = recipe.enter_phase(moved, sparse, previous=dense)
+    before, now = (
+        np.asarray(sat_pattern(w, density=0.3, causal=causal)) for w in (untrained, learned)
+    )
+    shares = recipe.phase_metrics(after, sparse)["untrained_share"]
+    np.testing.assert_allclose(shares, (before & now).sum((1, 2)) / now.sum((1, 2)), rtol=1e-6)
+    assert shares[0] == 1 and shares[1] < 1
+
+
+def test_w_may_begin_small_and_learn_at_a_rate_of_its_own():
+    published, ours = make(), make(pattern_init_scale=0.25, pattern_rate_scale=8.0)
+    pattern = begin(published).params["pattern"]
+    np.testing.assert_array_equal(begin(ours).params["pattern"], 0.25 * pattern)
+    updates = {"model": {"kernel": jnp.ones(2)}, "recipe": {"pattern": jnp.full(3, -0.5)}}
+    same = published.transform_updates(updates, begin(published), published.phases[0])
+    assert same is updates
+    scaled = ours.transform_updates(updates, begin(ours), ours.phases[0])
+    np.testing.assert_array_equal(scaled["recipe"]["pattern"], np.full(3, -4.0))
+    np.testing.assert_array_equal(scaled["model"]["kernel"], np.ones(2))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -149,6 +180,8 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
         ({"map_decay": 1.0}, r"map_decay must be in \[0, 1\), got 1.0"),
         ({"probe_every_steps": 0}, "probe_every_steps must be positive, got 0"),
         ({"pattern_dim": 0}, "pattern_dim must be positive or None, got 0"),
+        ({"pattern_init_scale": 0.0}, "pattern_init_scale must be positive, got 0.0"),
+        ({"pattern_rate_scale": -1.0}, "pattern_rate_scale must be positive, got -1.0"),
         ({"pruned_logits": "none"}, "pruned_logits must be 'masked' or 'zero', got 'none'"),
         ({"latest_switch_step": 0}, "latest_switch_step must be positive or None, got 0"),
     ],

@@ -123,6 +123,33 @@ def test_decay_and_refresh_in_one_compiled_step():
 
 
 @pytest.mark.ci
+def test_the_decay_of_sr_ste_is_clipped_with_the_gradient():
+    recipe = _make(variant="sr_ste", sr_ste_decay="gradients", decay_rate=0.5)
+    clipping = make_small_optimizer(
+        name="sgd", b1=0.0, weight_decay=0.0, learning_rate=1.0, clip_norm=0.1
+    )
+    plain = make_small_optimizer(
+        name="sgd", b1=0.0, weight_decay=0.0, learning_rate=1.0, clip_norm=None
+    )
+    state = make_state(_MODEL, recipe, plain)
+    statistics = state.sparsity.statistics | {"decay_rate": jnp.float32(0)}
+    sparsity = dataclasses.replace(state.sparsity, statistics=statistics)
+    undecayed = dataclasses.replace(state, sparsity=sparsity)
+    moved, _ = make_step(_MODEL, recipe, plain)(undecayed, make_batch())
+    got, metrics = make_step(_MODEL, recipe, clipping)(state, make_batch())
+
+    def decay(name, mask, grad, w):
+        return grad + 0.5 * jnp.where(mask, 0, w)
+
+    grads = jax.tree.map(jnp.subtract, state.params, moved.params)
+    grads = map_sparse_weights(decay, state.sparsity.masks, grads, state.params)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    expected = jax.tree.map(lambda w, g: w - 0.1 / norm * g, state.params, grads)
+    assert_same(got.params, expected, atol=1e-6)
+
+
+@pytest.mark.ci
 def test_pruned_gradients_differ_by_step_and_micro_batch():
     recipe = _make(grad_pruning="mvue")
     state = _state(recipe)

@@ -46,6 +46,10 @@ def test_every_dense_step_is_probed_and_the_sparse_phase_has_the_density(trained
     np.testing.assert_array_equal(kept, count_kept_blocks(4, density=0.5, causal=True))
     assert summary["sparse_first_step"] == _SWITCH
     assert summary["sparse_attention_density"] == pytest.approx(0.5)
+    began = [row["recipe"] for row in _rows(workdir, "phase")]
+    assert began[0] == {} and summary["phase_metrics"] == {"sparse": began[1]}
+    assert len(began[1]["untrained_share"]) == 2
+    assert all(0 <= share <= 1 for share in began[1]["untrained_share"])
     # Dense steps are timed although each of them probes.
     timed = [row for row in _rows(workdir, "train") if "step_seconds" in row]
     assert {row["phase"] for row in timed} == {"dense", "sparse"}
