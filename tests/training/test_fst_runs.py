@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax.config.parse import ConfigError, parse_config
-from sparsejax.masks import soft_threshold_mask, transposable_mask
+from sparsejax.masks import decay_in_backward, soft_threshold_mask, transposable_mask
 from sparsejax.models import sparse_weight_patterns
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes import (
@@ -32,6 +32,7 @@ from tests.small_models import (
     make_state,
     make_step,
 )
+from tests.training import toy
 from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
 
 _MODEL = make_config(use_bias=False, sparse_weights=(("mlp/.*", NMPattern(transposable=True)),))
@@ -122,31 +123,20 @@ def test_decay_and_refresh_in_one_compiled_step():
     assert moved[~np.asarray(before["mlp/up"])].mean() > 0.9
 
 
-@pytest.mark.ci
-def test_the_decay_of_sr_ste_is_clipped_with_the_gradient():
-    recipe = _make(variant="sr_ste", sr_ste_decay="gradients", decay_rate=0.5)
-    clipping = make_small_optimizer(
-        name="sgd", b1=0.0, weight_decay=0.0, learning_rate=1.0, clip_norm=0.1
-    )
-    plain = make_small_optimizer(
-        name="sgd", b1=0.0, weight_decay=0.0, learning_rate=1.0, clip_norm=None
-    )
-    state = make_state(_MODEL, recipe, plain)
-    statistics = state.sparsity.statistics | {"decay_rate": jnp.float32(0)}
-    sparsity = dataclasses.replace(state.sparsity, statistics=statistics)
-    undecayed = dataclasses.replace(state, sparsity=sparsity)
-    moved, _ = make_step(_MODEL, recipe, plain)(undecayed, make_batch())
-    got, metrics = make_step(_MODEL, recipe, clipping)(state, make_batch())
+def test_what_a_backward_pass_decays_is_clipped_with_the_gradient():
+    kept = np.random.default_rng(1).random(toy.TABLE.shape) < 0.5
 
-    def decay(name, mask, grad, w):
-        return grad + 0.5 * jnp.where(mask, 0, w)
+    def decay(params, sparsity, phase):
+        return {"table": decay_in_backward(params["table"], jnp.asarray(kept), 0.5)}
 
-    grads = jax.tree.map(jnp.subtract, state.params, moved.params)
-    grads = map_sparse_weights(decay, state.sparsity.masks, grads, state.params)
-    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
-    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
-    expected = jax.tree.map(lambda w, g: w - 0.1 / norm * g, state.params, grads)
-    assert_same(got.params, expected, atol=1e-6)
+    clipping = toy.DESCENT._replace(clip=lambda grads: jax.tree.map(lambda g: 0.1 * g, grads))
+    recipe = toy.make_recipe(transform_params=decay)
+    state, metrics = toy.run_step(recipe, optimizer=clipping)
+    loss, gradient = toy.loss_and_gradient(toy.TABLE)
+    gradient = gradient + 0.5 * np.where(kept, 0, toy.TABLE)
+    toy.assert_close(metrics["loss"], loss)
+    toy.assert_close(metrics["grad_norm"], np.sqrt((gradient**2).sum()))
+    toy.assert_close(state.params["table"], toy.TABLE - 0.1 * gradient)
 
 
 @pytest.mark.ci
