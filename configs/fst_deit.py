@@ -4,9 +4,9 @@ Command:   python train.py --config=configs/fst_deit.py --workdir=runs/fst_deit
            after python -m sparsejax.data.prepare --source=tfds:imagenet2012
            --data_dir=... --patch_size=16 --image_size=224; TFDS has to be given the archives, and
            the cache takes 200 GB
-Hardware:  one H100 or H200; compiled for an H100, a step takes 40.8 GB sparse and 51.6 GB dense.
-           Its images take one core of an AMD EPYC 2.8 s, or 0.5 s with random_crop=False: the GPU
-           will wait for the one thread that reads
+Hardware:  one H100 or H200; compiled for an H100 with GELU in its tanh form, a step takes 40.8 GB
+           sparse and 51.6 GB dense. Its images take one core of an AMD EPYC 2.8 s, or 0.5 s with
+           random_crop=False: the GPU will wait for the one thread that reads
 Source:    arXiv:2404.01847 and its released code on that of DeiT (arXiv:2012.12877): 300 epochs of
            625 batches of 2,048; Lion with the script's rate of 5e-5 scaled by batch / 512, as the
            script does, to 2e-4, falling to 1e-6; warm-up of 5 epochs; masks are searched for every

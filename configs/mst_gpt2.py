@@ -10,7 +10,8 @@ Source:    arXiv:2408.11746 and its released script: data, batch, steps, optimiz
            R = 3, stride 128
 Ours:      the schedule of the sparsity, which is neither in the paper's abstract nor in the script
 FLOPs:     22.5 % of dense training by the schedule, the head counted, of attention the visible half
-Memory:    16.6 GB a step, compiled for an H200 (make plan); unstructured masks spare none
+Memory:    16.6 GB a step, compiled for an H200 (make plan) when norms had biases; unstructured
+           masks spare none
 Expected:  not yet run
 """
 

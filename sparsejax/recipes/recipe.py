@@ -8,10 +8,11 @@ has a default that does nothing (below), so a method states only what it does:
                            mask_gradients -> clip -> transform_gradients -> skip_optimizer ->
                            optimizer -> transform_updates -> update -> metrics
   in a step that probes    observe, before transform_gradients; it may ask for the next phase
-  between two phases       enter_phase, phase_metrics
+  between two phases       enter_phase
 
 A recipe also owns its reports: what a step means for the ledger of FLOPs (account), the metrics in
-progress lines (progress_metrics), and the pictures of a phase and of a run (draw_phase, draw_run).
+progress lines (progress_metrics), what is worth saying of a phase as it begins (phase_metrics), and
+the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
 from collections.abc import Mapping, Sequence
