@@ -6,7 +6,7 @@ clipping, and a phase may restart, scale or hold the learning rate without touch
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ class Optimizer(NamedTuple):
     init: Callable[[PyTree], optax.OptState]
     update: Callable[..., tuple[PyTree, optax.OptState]]
     schedule: optax.Schedule
-    b1_schedule: Callable[[jax.Array], float | jax.Array]
+    b1_schedule: optax.Schedule
     base_learning_rate: float
     base_b1: float
     late_schedule: bool
@@ -163,7 +163,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
         clips.append(optax.clip_by_global_norm(config.clip_norm))
     clip = optax.chain(*clips) if clips else optax.identity()
 
-    def make_descent(b1: float | jax.Array):
+    def make_descent(b1: Any):
         direction = {
             "adamw": lambda: optax.scale_by_adam(b1=b1, b2=config.b2, eps=config.eps),
             "lion": lambda: optax.scale_by_lion(b1=b1, b2=config.b2),
@@ -285,7 +285,7 @@ def compute_learning_rate(
 
 def compute_b1(
     optimizer: Optimizer, phase: Phase, step: jax.Array, phase_start_step: jax.Array
-) -> float | jax.Array:
+) -> jax.typing.ArrayLike:
     """Return the decay of the first moment of one step, as its phase wants it.
 
     Args:

@@ -375,38 +375,6 @@ def test_initialisation():
     assert all(mask.all() for mask in jax.tree.leaves(masks))
 
 
-@pytest.mark.ci
-def test_initialisation_of_torch_is_uniform_within_the_root_of_the_inputs():
-    config = dataclasses.replace(
-        ENCODER, linear_init="torch", positions="learned", model_dim=64, mlp_dim=96, num_towers=2
-    )
-
-    @jit
-    def init(key):
-        model = Transformer(config, rngs=nnx.Rngs(params=key))
-        return nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1])
-
-    params = init(jax.random.key(0))
-    layers = {
-        "qkv": (params["blocks"]["attention"]["qkv"], 64),
-        "out": (params["blocks"]["attention"]["out"], 64),
-        "up": (params["blocks"]["mlp"]["up"], 64),
-        "down": (params["blocks"]["mlp"]["down"], 96),
-        "hidden": (params["hidden"], 4 * 64),
-        "classifier": (params["classifier"], 96),
-    }
-    for name, (layer, inputs) in layers.items():
-        bound = inputs**-0.5
-        assert np.abs(layer["kernel"]).max() == pytest.approx(bound, rel=0.02), name
-        assert layer["kernel"].std() == pytest.approx(bound / 3**0.5, rel=0.05), name
-        # Three classes have three biases.
-        size = np.abs(layer["bias"])
-        assert size.min() > 0 and size.max() <= bound, name
-        assert size.max() > 0.9 * bound or size.size < 10, name
-    for table in (params["embedding"]["embedding"], params["position"]):
-        assert table.std() == pytest.approx(0.02, rel=0.05)
-
-
 @pytest.mark.parametrize("shape", [(LENGTH,), (1, 2, LENGTH), (1, LENGTH + 1)])
 def test_tokens_of_another_shape_are_refused(shape):
     params, masks = make_weights(DECODER)
