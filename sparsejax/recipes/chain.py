@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity, StepAccount
@@ -63,6 +64,7 @@ def chain(attention: Recipe, weights: Recipe) -> Recipe:
         metrics=functools.partial(_metrics, recipes),
         observe=functools.partial(_observe, recipes),
         enter_phase=functools.partial(_enter_phase, recipes),
+        phase_metrics=functools.partial(_phase_metrics, recipes),
         account=functools.partial(_account, recipes),
         progress_metrics=attention.progress_metrics + weights.progress_metrics,
         draw_phase=functools.partial(_draw_phase, recipes),
@@ -254,13 +256,26 @@ def _update(recipes, sparsity, params, opt_state, grads, *, phase, **context: An
 
 
 def _metrics(recipes, sparsity, *, step, phase):
+    return _merge_metrics(
+        recipe.metrics(_view(sparsity, part), step=step, phase=own)
+        for part, recipe, own in _each(recipes, phase)
+    )
+
+
+def _phase_metrics(recipes, sparsity, phase):
+    return _merge_metrics(
+        recipe.phase_metrics(_view(sparsity, part), own)
+        for part, recipe, own in _each(recipes, phase)
+    )
+
+
+def _merge_metrics(found: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     metrics = {}
-    for part, recipe, own in _each(recipes, phase):
-        found = recipe.metrics(_view(sparsity, part), step=step, phase=own)
-        both = metrics.keys() & found.keys()
+    for more in found:
+        both = metrics.keys() & more.keys()
         if both:
             raise ValueError(f"metrics of chained recipes must have different names, got {both}")
-        metrics |= found
+        metrics |= more
     return metrics
 
 

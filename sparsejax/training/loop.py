@@ -34,6 +34,7 @@ from sparsejax.report.progress import (
 from sparsejax.report.tensorboard import TensorBoardWriter
 from sparsejax.report.writers import RowWriter
 from sparsejax.training.finish import finish_run, make_title
+from sparsejax.training.profile import StepProfiler, StepRange
 from sparsejax.training.setup import (
     Programs,
     Run,
@@ -65,6 +66,7 @@ def train_and_evaluate(
     *,
     resume_command: str,
     writers: Sequence[RowWriter] = (),
+    profile_steps: StepRange | None = None,
 ) -> dict[str, Any] | None:
     """Train to the last step, from where the folder's newest checkpoint stands.
 
@@ -73,6 +75,7 @@ def train_and_evaluate(
       workdir: folder of the run: checkpoints, metrics, pictures, summary.
       resume_command: shown when a signal stops the run.
       writers: told of every row of metrics, and closed at the end.
+      profile_steps: what JAX's profiler traces, None for nothing.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
@@ -98,7 +101,7 @@ def train_and_evaluate(
             say(f"resuming {path} {where} from {start.checkpoint.path}")
         with StopRequest() as stop:
             try:
-                loop = _run_steps(run, start, path, description, writers, stop)
+                loop = _run_steps(run, start, path, description, writers, profile_steps, stop)
             except NonFiniteError as error:
                 # Asked after the save under way has ended, so that it counts.
                 good = find_last_good(path / "checkpoints", before_step=error.after_step)
@@ -136,6 +139,7 @@ def _run_steps(
     workdir: Path,
     description: dict[str, Any],
     writers: Sequence[RowWriter],
+    profile_steps: StepRange | None,
     stop: StopRequest,
 ) -> "_Loop":
     """Train to the last step or to a signal, and save there."""
@@ -158,14 +162,19 @@ def _run_steps(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with checkpointer, writer:
+    if profile_steps is not None:
+        profile_steps.check_within(start.step + 1, run.config.num_steps)
+    profiler = StepProfiler(workdir, profile_steps)
+    with checkpointer, writer, profiler:
 
         def record_choices() -> None:
             checkpointer.describe_run(description | {"implementations": run.choices})
 
         loop = _Loop(run, start, writer, workdir, record_choices)
         while loop.stopped_by is None and loop.step < run.config.num_steps:
+            profiler.begin_step(loop.step + 1)
             loop.advance()
+            profiler.end_step(loop.step, loop.state)
             # Asked once: a signal that comes later must not end the loop before a save.
             last, loop.stopped_by = loop.step == run.config.num_steps, stop.signal_name
             validates = last or loop.step % run.config.eval_every_steps == 0
@@ -316,6 +325,9 @@ class _Loop:
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
+        begun = self.run.recipe.phase_metrics(self.state.sparsity, self.phase)
+        if begun:
+            row["phase_metrics"] = fetch_metrics(begun)
         say(
             f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
             f"{format_quantity(flops, 'FLOPs')} per step ({flops / dense_flops:.0%} of dense), "

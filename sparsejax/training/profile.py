@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from sparsejax.checks import check_setting
+from sparsejax.config.parse import ConfigError
 
 
 class StepRange(NamedTuple):
@@ -29,18 +29,34 @@ class StepRange(NamedTuple):
           text: two whole numbers.
 
         Raises:
-          ValueError: if it is anything else.
+          ConfigError: if it is anything else.
 
         Example:
           >>> StepRange.parse("10:12")
           StepRange(first=10, last=12)
         """
         match = re.fullmatch(r"(\d+):(\d+)", text)
-        steps = cls(*map(int, match.groups())) if match else None
-        fits = steps is not None and 1 <= steps.first <= steps.last
-        check_setting(fits, "--profile_steps", text, "FIRST:LAST with 1 <= FIRST <= LAST")
-        assert steps is not None
-        return steps
+        if match and 1 <= int(match[1]) <= int(match[2]):
+            return cls(int(match[1]), int(match[2]))
+        raise ConfigError(
+            f"--profile_steps must be FIRST:LAST with 1 <= FIRST <= LAST, got {text!r}"
+        )
+
+    def check_within(self, first: int, last: int) -> None:
+        """Refuse steps of which a run trains none.
+
+        Args:
+          first: the first step that it trains.
+          last: the last one.
+
+        Raises:
+          ConfigError: if no step is both traced and trained.
+        """
+        if self.last < first or last < self.first:
+            raise ConfigError(
+                f"--profile_steps must name some of the steps {first} to {last} that are trained, "
+                f"got {self.first}:{self.last}"
+            )
 
 
 class StepProfiler:

@@ -20,7 +20,7 @@ from sparsejax.models import (
     LinearOptions,
     ModelOutput,
 )
-from sparsejax.optimizer import Optimizer, compute_learning_rate
+from sparsejax.optimizer import Optimizer, compute_b1, compute_learning_rate
 from sparsejax.recipes import (
     Observation,
     Phase,
@@ -129,8 +129,9 @@ def make_train_step(
         # If pruned weights alone had gradients that are not finite, this tells.
         grad_norm = jnp.where(jnp.isfinite(dense_norm), optax.tree.norm(grads), dense_norm)
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
-        rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        when = (phase, state.step, state.sparsity.phase_start_step)
+        rate, b1 = compute_learning_rate(optimizer, *when), compute_b1(optimizer, *when)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights, b1=b1)
         updates = recipe.transform_updates(updates, observed, phase)
         new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
         skip = recipe.skip_optimizer(state.step, phase)

@@ -7,6 +7,7 @@ import pytest
 from sparsejax.masks import count_kept_blocks
 from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
+from sparsejax.report.progress import format_summary
 from tests.training.runs import (
     NUM_STEPS,
     assert_documented,
@@ -55,6 +56,13 @@ def test_every_dense_step_is_probed_and_the_sparse_phase_has_the_density(trained
     np.testing.assert_array_equal(kept, count_kept_blocks(4, density=0.5, causal=True))
     assert summary["sparse_first_step"] == _SWITCH
     assert summary["sparse_attention_density"] == pytest.approx(0.5)
+    began = [row.get("phase_metrics", {}) for row in _rows(workdir, "phase")]
+    assert began[0] == {} and summary["phase_metrics"] == {"sparse": began[1]}
+    assert len(began[1]["untrained_share"]) == 2
+    assert all(0 <= share <= 1 for share in began[1]["untrained_share"])
+    shown = ", ".join(f"{share:.2f}" for share in began[1]["untrained_share"])
+    lines = format_summary(summary, {}, phases=("dense", "sparse")).splitlines()
+    assert f"  sparse phase       began with untrained share [{shown}]" in lines
     # Dense steps are timed although each of them probes.
     timed = [row for row in _rows(workdir, "train") if "step_seconds" in row]
     assert {row["phase"] for row in timed} == {"dense", "sparse"}
