@@ -341,7 +341,7 @@ def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe)
     if config.num_steps > length and phases[-1].learning_rate == "schedule":
         optimizer = make_optimizer(config.optimizer, num_steps=length)
         check_setting(
-            float(optimizer.schedule(length)) > 0,
+            bool(optimizer.schedule(length) > 0),
             "num_steps",
             config.num_steps,
             f"at most schedule_steps={length}, at whose end the rate of {schedule!r} is 0",

@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from sparsejax.recipes.phases import Metric
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity, StepAccount
 from sparsejax.types import PyTree
 
@@ -269,8 +269,8 @@ def _phase_metrics(recipes, sparsity, phase):
     )
 
 
-def _merge_metrics(found: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    metrics = {}
+def _merge_metrics(found: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
     for more in found:
         both = metrics.keys() & more.keys()
         if both:
