@@ -63,7 +63,7 @@ MOMENTS = {
     "a save begins": Moment("sparsejax.checkpoint.save:Checkpointer.save"),
     "a save goes on": Moment("sparsejax.checkpoint.save:Checkpointer.save", after=True),
     "the run is described": Moment("sparsejax.durable:os.fsync"),
-    "pictures are drawn": Moment("sparsejax.training.loop:plot_training"),
+    "pictures are drawn": Moment("sparsejax.training.finish:plot_training"),
 }
 """By what a table calls them."""
 
@@ -252,7 +252,7 @@ def describe(settings: Mapping[str, Any], workdir: pathlib.Path, target: pathlib
 
 
 def _hash(leaf: jax.Array) -> str:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
     return f"{array.dtype}{array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"

@@ -170,7 +170,7 @@ class PhaseMetrics(Protocol):
     SAT: what its switch has chosen does not change any more.
     """
 
-    def __call__(self, sparsity: Sparsity, phase: Phase, /) -> dict[str, jax.Array]:
+    def __call__(self, sparsity: Sparsity, phase: Phase, /) -> Mapping[str, Metric]:
         """Return the metrics."""
         ...
 
