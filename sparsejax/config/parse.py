@@ -267,16 +267,20 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
         if value not in known:
             raise ConfigError(f"{name} must be one of {known}, got {value!r}")
         return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Devices compute in float32 and int32.
-    if is_number and hint is float:
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, (float, int) if hint is float else hint) or is_bool != (hint is bool):
+        raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
+    return _check_size(value, hint, name)
+
+
+def _check_size(value: Any, hint: Any, name: str) -> Any:
+    """Return a number as its type, if devices have room for it; anything else as it is."""
+    if hint is float:
         if not abs(value) < _FLOAT32_LIMIT:
             raise ConfigError(f"{name} must be a finite number of float32, got {value!r}")
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
     limit = 2**32 if name == "seed" else 2**31
-    if is_number and not -limit <= value < limit:
+    if hint is int and not -limit <= value < limit:
         raise ConfigError(f"{name} must be below {limit} in size, got {value!r}")
     return value
 
