@@ -49,6 +49,8 @@ def folder(tmp_path):
     for i in range(20):
         (root / ("sub" if i % 2 else ".") / f"{i}.txt").write_text(f"Text number {i}.\n" * (3 + i))
     (root / ".hidden").write_text("not part of the corpus")
+    (root / ".git").mkdir()
+    (root / ".git" / "config").write_text("not part of the corpus")
     return root
 
 
@@ -207,6 +209,18 @@ def test_text_that_cannot_be_read_is_refused_with_its_path(tmp_path):
     loop.symlink_to(loop)
     with pytest.raises(ValueError, match="split has no text; 1 files were found"):
         make_text_data(tmp_path / "folder", tmp_path / "data")
+
+
+def test_an_unreadable_folder_is_named(folder, tmp_path, monkeypatch):
+    def refuse(path):
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot read '.*/sub': Permission denied"):
+        open_text(make_config(folder, tmp_path))
 
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
