@@ -194,7 +194,7 @@ def test_the_update_may_change_masks_weights_and_moments():
         return changed, {"table": table}, {"updates": opt_state["updates"] + 10}
 
     recipe = make_recipe(update=regrow)
-    before = make_state(recipe, step=4)
+    before = dataclasses.replace(make_state(recipe, step=4), num_skipped=jnp.int32(3))
     step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
     state, metrics = step(before, BATCH)
     _, gradient = loss_and_gradient(TABLE)
@@ -204,11 +204,11 @@ def test_the_update_may_change_masks_weights_and_moments():
     assert_close(state.params["table"][:, 2:], (TABLE - gradient)[:, 2:])
     assert not state.sparsity.masks["kept"][:, 0].any() and state.sparsity.masks["kept"][:, 1].all()
     assert (state.opt_state["updates"], state.sparsity.statistics["updates"]) == (11, 104)
-    assert metrics["skipped"] == 0
+    assert (metrics["skipped"], state.num_skipped) == (0, 0)
 
     broken = dataclasses.replace(before, params={"table": before.params["table"] * jnp.nan})
     after, metrics = step(broken, BATCH)
-    assert metrics["skipped"] == 1 and after.step == 5
+    assert (metrics["skipped"], after.num_skipped, after.step) == (1, 4, 5)
     assert after.sparsity.masks["kept"].all() and after.opt_state["updates"] == 0
     assert after.sparsity.statistics["updates"] == 0
 
@@ -276,7 +276,7 @@ def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
     probe = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT, probes=True))
     before = make_state(recipe)
     state, metrics, observation = probe(before, BATCH)
-    assert not observation.change_phase and observation.metrics["updates"] == 8
+    assert not observation.change_phase and observation.metrics["updates"] == (8, True)
     expected, expected_metrics = run_step(recipe)
     assert (state.params["table"] == expected.params["table"]).all() and state.step == 1
     assert metrics["loss"] == expected_metrics["loss"]
@@ -284,6 +284,7 @@ def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
     broken = dataclasses.replace(state, params={"table": state.params["table"] * jnp.nan})
     after, _, observation = probe(broken, BATCH)
     assert not observation.change_phase, "a skipped step asks for nothing"
+    assert observation.metrics["updates"] == (0, False), "and found nothing"
     assert after.sparsity.statistics["updates"] == state.sparsity.statistics["updates"]
 
 
@@ -312,7 +313,13 @@ def test_new_masks_and_statistics_do_not_compile_again():
 def test_a_step_keeps_the_structure_of_its_phase():
     config = make_config(max_length=32, block=BlockPattern(block_q=16, block_kv=16))
     spion = SpionConfig(
-        block_size=16, probe_every_steps=5, quantile=0.5, num_layers=2, length=32, causal=True
+        block_size=16,
+        probe_interval_fraction=0.5,
+        quantile=0.5,
+        num_layers=2,
+        length=32,
+        num_steps=10,
+        causal=True,
     )
     recipe = make_spion(spion)
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
@@ -358,9 +365,10 @@ def test_update_learns_the_rate_and_metrics_tell_of_their_step():
     before = make_state(recipe, step=4)
     state, metrics = run_step(recipe, before)
     np.testing.assert_allclose(state.params["table"], metrics["learning_rate"])
-    np.testing.assert_allclose(metrics["found"], [0, 4])
+    np.testing.assert_allclose(metrics["found"].value, [0, 4])
+    assert metrics["found"].known
     broken = dataclasses.replace(before, params={"table": before.params["table"] * jnp.nan})
-    assert np.isnan(run_step(recipe, broken)[1]["found"]).all(), "skipped: nothing was found"
+    assert not run_step(recipe, broken)[1]["found"].known, "skipped: nothing was found"
 
 
 @pytest.mark.parametrize("grad_pruning", ["none", "mvue"])
