@@ -219,9 +219,7 @@ def _parse_verdict(entry: Any) -> Verdict:
     )
     options = tuple(sorted(entry["options"].items()))
     if not all(isinstance(value, str | int | None) for _, value in options):
-        raise ValueError(
-            f"options must be texts, whole numbers or null, got {entry['options']!r:.80}"
-        )
+        raise ValueError(f"options must be texts, whole numbers or null, got {options!r:.80}")
     key = KernelKey(**values, options=options)
     sizes = tuple(map(_parse_count, entry["sizes"]))
     state = {found[1]: found[2]} if found else {}

@@ -218,7 +218,11 @@ def load_tokenizer(name: str, folder: Path) -> Tokenizer:
     file = folder / _FILE
     if not file.is_file():
         raise ValueError(f"{folder} must hold the {_FILE} of tokenizer {name!r}, found none")
-    if hash_json(describe_files(folder, [_FILE]))[:_NUM_DIGITS] != found[1]:
+    try:
+        digest = hash_json(describe_files(folder, [_FILE]))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    if digest[:_NUM_DIGITS] != found[1]:
         raise ValueError(f"{file} must be tokenizer {name!r}, but is another one or damaged")
     return load_bpe(folder, name)
 

@@ -49,6 +49,8 @@ def folder(tmp_path):
     for i in range(20):
         (root / ("sub" if i % 2 else ".") / f"{i}.txt").write_text(f"Text number {i}.\n" * (3 + i))
     (root / ".hidden").write_text("not part of the corpus")
+    (root / ".git").mkdir()
+    (root / ".git" / "config").write_text("not part of the corpus")
     return root
 
 
@@ -150,6 +152,41 @@ def test_bpe_is_cached_and_named_by_its_contents(folder, tmp_path):
     assert make_text_data(folder, data_dir, tokenizer="bpe:265").fingerprint["tokenizer"] != first
 
 
+@pytest.mark.parametrize(
+    "name", ["", "words", "bytes:", "bpe:300", "bpe:x:0123456789abcdef", "values:", "values:-3"]
+)
+def test_a_run_has_no_tokenizer_of_another_name(name, tmp_path):
+    with pytest.raises(ValueError, match="must be 'bytes', 'values:N' or 'bpe:N:HASH', got "):
+        load_tokenizer(name, tmp_path)
+    with pytest.raises(ValueError, match="got 'values:9"):
+        load_tokenizer("values:" + "9" * 5_000, tmp_path)
+
+
+@pytest.mark.parametrize("contents", [b"", b"[" * 200_000, b"\xff", b'{"version": "1.0"}'])
+def test_a_kept_tokenizer_is_the_one_it_was(contents, folder, tmp_path):
+    tokenizer = make_text_data(folder, tmp_path / "data", tokenizer="bpe:258").tokenizer
+    file, victim = tmp_path / "tokenizer.json", tmp_path / "victim"
+    victim.write_text("precious")
+    file.symlink_to(victim)
+    keep_tokenizer(tokenizer, tmp_path)
+    assert victim.read_text() == "precious"
+    loaded = load_tokenizer(tokenizer.name, tmp_path)
+    assert loaded.decode(loaded.encode([b"Text"])[0]) == b"Text"
+    file.write_bytes(contents)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json must be tokenizer 'bpe:258:\w+', but is"
+    ):
+        load_tokenizer(tokenizer.name, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json must be readable by tokenizers \d"
+    ) as bad:
+        load_bpe(tmp_path, "bpe")
+    assert "\n" not in str(bad.value)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"must hold the tokenizer\.json of tokenizer .* none"):
+        load_tokenizer(tokenizer.name, tmp_path)
+
+
 def test_bpe_does_not_take_spelled_out_separators_for_real_ones(tmp_path):
     text = b"a b c <|endoftext|> d e f"
     train_bpe(tmp_path, [text], 257)
@@ -172,6 +209,18 @@ def test_text_that_cannot_be_read_is_refused_with_its_path(tmp_path):
     loop.symlink_to(loop)
     with pytest.raises(ValueError, match="split has no text; 1 files were found"):
         make_text_data(tmp_path / "folder", tmp_path / "data")
+
+
+def test_an_unreadable_folder_is_named(folder, tmp_path, monkeypatch):
+    def refuse(path):
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot read '.*/sub': Permission denied"):
+        open_text(make_config(folder, tmp_path))
 
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):

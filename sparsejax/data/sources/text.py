@@ -105,12 +105,11 @@ def _list_files(root: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"cannot read {error.filename!r}: {error.strerror}") from error
 
-    files = [folder / name for folder, _, names in root.walk(on_error=refuse) for name in names]
-    return [
-        file
-        for file in sorted(files)
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
-    ]
+    files = []
+    for folder, folders, names in root.walk(on_error=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [folder / name for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
 
 
 def _open_file(config: DataConfig, path: Path) -> Source:
