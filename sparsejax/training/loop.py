@@ -18,6 +18,7 @@ from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_sched
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
+from sparsejax.durable import write_durably
 from sparsejax.recipes import Observation, Phase
 from sparsejax.report.metrics import DeferredMetrics, Fetched, MetricsWriter, read_metrics
 from sparsejax.report.plots.training import plot_training
@@ -381,8 +382,8 @@ def _finish(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str, A
     phase = find_phase(run.recipe, last.metadata["phase"])
     if phase is not run.recipe.phases[-1]:
         summary["waited_until"] = phase.ends_when
-    (workdir / "summary.json").write_text(dump_json(summary) + "\n")
-    (workdir / "flops.json").write_text(dump_json(totals) + "\n")
+    write_durably(workdir / "summary.json", dump_json(summary) + "\n")
+    write_durably(workdir / "flops.json", dump_json(totals) + "\n")
     switches = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase" and row["step"]}
     plot_training(rows, switch_steps=switches, path=workdir / "training.png")
     run.recipe.draw_run(rows, folder=workdir)

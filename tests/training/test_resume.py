@@ -19,6 +19,7 @@ from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
+from tests.checkpoint.saves import fill_disk_for
 from tests.training.runs import NUM_STEPS, copy_until, make_settings, train, train_and_listen
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -212,6 +213,29 @@ def test_a_run_cannot_become_shorter_than_it_is(settings, uninterrupted):
     message = rf"num_steps must be at least {NUM_STEPS}, the step that .* has reached, got 4"
     with pytest.raises(ConfigError, match=message):
         train(settings | {"num_steps": 4}, uninterrupted[0])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", ["summary.json", "flops.json"])
+def test_a_full_disk_at_the_end_is_named_and_the_same_command_ends_the_run(
+    name, settings, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    (workdir / name).unlink()
+    _, *argv = _write_command(settings, workdir)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        fill_disk_for(name, patch)
+        command.run([*argv, "--doctor=off"], resume_command="the same command")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        f"error: [Errno 28] No space left on device: '{workdir / name}'\n"
+    )
+    assert not (workdir / name).exists()
+    train(settings, workdir)
+    assert (workdir / name).read_text() == (uninterrupted[0] / name).read_text().replace(
+        str(uninterrupted[0]), str(workdir)
+    )
 
 
 def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):
