@@ -2,7 +2,8 @@
 
 Command:   python train.py --config=configs/gpt2_124m_spion.py --workdir=runs/gpt2_124m_spion
            with --config.data.source=text:/path/to/openwebtext
-Hardware:  one H100 or H200; compiled for an H200, a step takes 12.7 GB
+Hardware:  one H100 or H200; compiled for an H200 with biases and GELU in its tanh form, a step
+           takes 12.7 GB
 Source:    configs/gpt2.py; the sparsity settings are ours
 Expected:  not yet run
 """

@@ -1,7 +1,7 @@
 """Train, evaluate and load from Python; `sparsejax` itself offers all three."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparsejax.checkpoint.workdir import read_run
@@ -11,9 +11,11 @@ from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
 from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
+from sparsejax.report.writers import RowWriter
 from sparsejax.tools import evaluate as evaluation
 from sparsejax.tools.load import TrainedModel as TrainedModel
 from sparsejax.tools.load import load_model as load_model
+from sparsejax.training.compilation_cache import use_compilation_cache
 from sparsejax.training.loop import train_and_evaluate
 
 
@@ -24,6 +26,7 @@ def train(
     recipe: Callable[[RecipeFacts], Recipe] | None = None,
     data: Callable[[DataConfig], Source] | None = None,
     model: type[Transformer] | None = None,
+    writers: Sequence[RowWriter] = (),
 ) -> dict[str, Any] | None:
     """Train to the last step, from where the folder's newest checkpoint stands.
 
@@ -35,6 +38,8 @@ def train(
         None = what `config.recipe.name` says.
       data: function at the top of a module, which makes the source of the data, likewise.
       model: subclass of Transformer at the top of a module, which takes its place, likewise.
+      writers: told of every row of `metrics.jsonl`, and closed at the end: a tracking service, say.
+        Training goes on without one that fails.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
@@ -54,8 +59,11 @@ def train(
             mapping["data"]["source"] = f"own:{name_function(data, 'data')}"
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    use_compilation_cache()
     command = f"sparsejax.train(config, {str(workdir)!r})"
-    return train_and_evaluate(parse_config(mapping), workdir, resume_command=command)
+    return train_and_evaluate(
+        parse_config(mapping), workdir, resume_command=command, writers=writers
+    )
 
 
 def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 
 from sparsejax.accounting.density import Density, PhaseFlops, make_dense, split_phase_flops
+from sparsejax.accounting.units import choose_prefix
 from sparsejax.models import TransformerConfig
 from sparsejax.recipes import Phase, StepAccount
 
 _PASSES = PhaseFlops._fields
-_DENSE = "dense"
+_DENSE = "dense_equivalent"
 
 type FlopsByPhase = dict[str, dict[str, Any]]
-"""Phase -> "steps", int, and "forward", "backward", "update" and "dense", part -> FLOPs.
+"""Phase -> "steps", int, and "forward", "backward", "update" and "dense_equivalent", part -> FLOPs.
 
-"dense" is what as many steps of dense training take. See `PhaseFlops` for the others."""
+"dense_equivalent" is what as many steps of dense training take. See `PhaseFlops` for the others."""
 
 
 class FlopsLedger:
@@ -77,10 +78,10 @@ class FlopsLedger:
         """Return what a row of metrics tells of the next step.
 
         Returns:
-          "density", mean over layers of attention's, "weight_density" if weights are sparse, and
+          "attention_density", mean over layers, "weight_density" if weights are sparse, and
           "step_flops".
         """
-        row = {"density": float(self.density.attention.mean())}
+        row = {"attention_density": float(self.density.attention.mean())}
         if (mean := self.density.mean_weights) is not None:
             row["weight_density"] = mean
         return row | {"step_flops": self.step_flops}
@@ -115,6 +116,24 @@ class FlopsLedger:
         return PhaseFlops(
             *({part: x * self._batch_size for part, x in parts.items()} for parts in flops)
         )
+
+
+def check_totals(totals: FlopsByPhase) -> None:
+    """Refuse a ledger whose columns have other names.
+
+    Args:
+      totals: of a checkpoint.
+
+    Raises:
+      ValueError: if it is one of an earlier version.
+    """
+    names = {"steps", *_PASSES, _DENSE}
+    for phase, entry in totals.items():
+        if entry.keys() != names:
+            raise ValueError(
+                f"the FLOPs of phase {phase!r} must be by {sorted(names)}, got {sorted(entry)}, as "
+                "an earlier version counted them"
+            )
 
 
 def summarise_flops(totals: FlopsByPhase) -> dict[str, float]:
@@ -153,7 +172,7 @@ def format_flops(totals: FlopsByPhase) -> list[str]:
     Example:
       >>> entry = {"forward": {"layer 0": 1e12, "head": 2e12}, "update": {"layer 0": 0, "head": 0}}
       >>> entry |= {"backward": {"layer 0": 2e12, "head": 4e12}, "steps": 5}
-      >>> entry |= {"dense": {"layer 0": 6e12, "head": 6e12}}
+      >>> entry |= {"dense_equivalent": {"layer 0": 6e12, "head": 6e12}}
       >>> print("\\n".join(format_flops({"sparse": entry})))
       TFLOPs                 forward    backward      update   of dense
         sparse                 3.000       6.000       0.000      75.0%
@@ -162,13 +181,15 @@ def format_flops(totals: FlopsByPhase) -> list[str]:
     """
     if not totals:
         return []
-    lines = [f"{'TFLOPs':<18}" + "".join(f"{name:>12}" for name in _PASSES) + "   of dense"]
     whole: dict[str, Any] = {}
     for entry in totals.values():
         _add(whole, entry)
+    scale, prefix = choose_prefix(_sum_passes(whole))
+    unit = f"{prefix}FLOPs"
+    lines = [f"{unit:<18}" + "".join(f"{name:>12}" for name in _PASSES) + "   of dense"]
     for name, entry in {**totals, "whole run": whole}.items():
         share = _sum_passes(entry) / sum(entry[_DENSE].values())
-        passes = "".join(f"{sum(entry[n].values()) / 1e12:>12,.3f}" for n in _PASSES)
+        passes = "".join(f"{sum(entry[n].values()) / scale:>12,.3f}" for n in _PASSES)
         lines.append(f"  {name:<16}{passes}{share:>11.1%}")
     parts = [
         f"{part} {sum(whole[n][part] for n in _PASSES) / dense:.1%}"

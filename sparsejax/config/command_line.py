@@ -128,7 +128,7 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
         rest = flags(argv)
         config.value.to_dict()  # a missing file shows only when the settings are read
         clear_settings(config.value, cleared)
-        _refuse_unused(argv, config.value)
+        _refuse_unused(argv, config.value.recipe["name"])
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
         # Without a config there are no settings to change, and absl does not know --config.KEY.
@@ -139,9 +139,8 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
     return rest
 
 
-def _refuse_unused(argv: Sequence[str], config: ConfigDict) -> None:
-    """Refuse flags that set a method which does not train."""
-    name = config.recipe.name
+def _refuse_unused(argv: Sequence[str], name: str) -> None:
+    """Refuse flags that set another method than the recipe of this name."""
     used = {"own" if ":" in method else method for method in name.split("+")}
     for argument in argv:
         match = _SET_RECIPE.match(argument)

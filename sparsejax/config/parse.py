@@ -267,15 +267,17 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
         if value not in known:
             raise ConfigError(f"{name} must be one of {known}, got {value!r}")
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**31 else math.inf
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Devices compute in float32 and int32.
+    if is_number and hint is float:
+        if not abs(value) < _FLOAT32_LIMIT:
+            raise ConfigError(f"{name} must be a finite number of float32, got {value!r}")
+        return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
-    # Devices compute in these types. Others have no bound: text and bools.
-    if hint is float and not abs(value) < _FLOAT32_LIMIT:
-        raise ConfigError(f"{name} must be a finite number of float32, got {value!r}")
-    if hint is int and not -(2**31) <= value < (2**32 if name == "seed" else 2**31):
-        raise ConfigError(f"{name} must be below 2^31 in size, got {value!r}")
+    limit = 2**32 if name == "seed" else 2**31
+    if is_number and not -limit <= value < limit:
+        raise ConfigError(f"{name} must be below {limit} in size, got {value!r}")
     return value
 
 

@@ -9,7 +9,9 @@ from typing import Literal, get_args
 from sparsejax.checks import check_setting, make_check
 from sparsejax.patterns import BlockPattern, NMPattern, WeightBlocks, WeightPattern
 
-type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
+type MLPActivation = Literal["gelu", "gelu_exact", "relu", "geglu", "swiglu"]
+
+type LinearInit = Literal["lecun_normal", "torch"]
 
 GATED_ACTIVATIONS = ("geglu", "swiglu")
 """Activations that compute twice as many values, half of them gates."""
@@ -36,15 +38,20 @@ class TransformerOptions:
         half of them gates.
       num_decoder_layers: blocks of a decoder that attends to the output of the `num_layers` blocks
         before it, those of a bidirectional encoder; 0 = no decoder.
-      mlp_activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
+      mlp_activation: "gelu" (tanh form, which sparse kernels fuse), "gelu_exact" (by the error
+        function) or "relu", or the gated "geglu" (tanh form) or "swiglu".
       positions: "learned" table or "rotary" embedding.
       dropout_rate: in [0, 1), applied to embeddings and residual branches.
+      mlp_dropout_rate: in [0, 1), applied after the activation of the feed-forward layer.
       init_std: standard deviation of weight matrices; residual outputs get it divided by
-        sqrt(2 num_layers) as in GPT-2, in a decoder by sqrt(3 num_decoder_layers). None takes
-        LeCun-normal kernels.
+        sqrt(2 num_layers) as in GPT-2, in a decoder by sqrt(3 num_decoder_layers). None leaves it
+        to `linear_init`.
+      linear_init: without `init_std`, what linear layers begin as: "lecun_normal" kernels and zero
+        biases; or "torch", both uniform within 1 / sqrt(inputs), as torch.nn.Linear.
       dtype: "float32", "bfloat16" or "float16", type of activations and matrix products.
         Parameters are always float32.
-      use_bias: add biases in linear layers; norms keep theirs.
+      use_bias: add biases in linear layers.
+      use_norm_bias: add biases in norms.
       embedding_norm: normalise the sum of embedding and position.
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one block and scan it; False unrolls the same stacked parameters.
@@ -60,9 +67,12 @@ class TransformerOptions:
     mlp_activation: MLPActivation = "gelu"
     positions: Literal["learned", "rotary"] = "learned"
     dropout_rate: float = 0.0
+    mlp_dropout_rate: float = 0.0
     init_std: float | None = None
+    linear_init: LinearInit = "lecun_normal"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     use_bias: bool = True
+    use_norm_bias: bool = True
     embedding_norm: bool = False
     remat: bool = False
     scan_layers: bool = True
@@ -187,6 +197,7 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
     yield c.model_dim % c.num_heads == 0, "model_dim", f"a multiple of {heads}"
     yield c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"a divisor of {heads}"
     yield 0 <= c.dropout_rate < 1, "dropout_rate", "in [0, 1)"
+    yield 0 <= c.mlp_dropout_rate < 1, "mlp_dropout_rate", "in [0, 1)"
     yield c.positions in ("learned", "rotary"), "positions", "'learned' or 'rotary'"
     pairs = c.positions == "learned" or c.head_dim % 2 == 0
     yield pairs, "model_dim", f"an even multiple of {heads} with rotary positions"
@@ -202,6 +213,10 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
     one_class = c.num_classes != 0 and c.num_classes <= 1
     yield not one_class, "num_classes", "at least 2, or 0 in a language model"
     yield c.init_std is None or c.init_std > 0, "init_std", "positive"
+    inits = get_args(LinearInit.__value__)
+    yield c.linear_init in inits, "linear_init", f"one of {inits}"
+    drawn = c.init_std is None or c.linear_init == "lecun_normal"
+    yield drawn, "linear_init", f"'lecun_normal' with init_std={c.init_std}"
     activations = get_args(MLPActivation.__value__)
     yield c.mlp_activation in activations, "mlp_activation", f"one of {activations}"
 

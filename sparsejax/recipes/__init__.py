@@ -34,11 +34,14 @@ from sparsejax.recipes.nm.fst import make_fst as make_fst
 from sparsejax.recipes.nm.sste import SSTEConfig as SSTEConfig
 from sparsejax.recipes.nm.sste import make_sste as make_sste
 from sparsejax.recipes.own import RecipeFacts as RecipeFacts
+from sparsejax.recipes.recipe import Measured as Measured
+from sparsejax.recipes.recipe import Metric as Metric
 from sparsejax.recipes.recipe import Observation as Observation
 from sparsejax.recipes.recipe import Phase as Phase
 from sparsejax.recipes.recipe import Recipe as Recipe
 from sparsejax.recipes.recipe import Sparsity as Sparsity
 from sparsejax.recipes.recipe import StepAccount as StepAccount
+from sparsejax.recipes.recipe import keep_where as keep_where
 from sparsejax.recipes.weight_masks import apply_weight_masks as apply_weight_masks
 from sparsejax.recipes.weight_masks import compute_weight_density as compute_weight_density
 from sparsejax.recipes.weight_masks import get_weight_masks as get_weight_masks

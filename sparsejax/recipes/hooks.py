@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
-from sparsejax.recipes.phases import Observation, Phase, Sparsity, StepAccount
+from sparsejax.recipes.phases import Metric, Observation, Phase, Sparsity, StepAccount
 from sparsejax.types import PyTree
 
 
@@ -130,11 +130,15 @@ class Update(Protocol):
 
 
 class Metrics(Protocol):
-    """f32 arrays by name, logged after every step; those that are all NaN are left out."""
+    """Arrays by name, f32[] or f32[L], logged after every step.
+
+    A metric that has no value in some steps, or for some layers, is a `Measured`; `keep_where`
+    makes it.
+    """
 
     def __call__(
         self, sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
-    ) -> dict[str, jax.Array]:
+    ) -> Mapping[str, Metric]:
         """Return the metrics; `step` is that of `update`."""
         ...
 
@@ -157,6 +161,17 @@ class EnterPhase(Protocol):
 
     def __call__(self, sparsity: Sparsity, phase: Phase, /, *, previous: Phase) -> Sparsity:
         """Return what the recipe keeps in the phase that begins."""
+        ...
+
+
+class PhaseMetrics(Protocol):
+    """f32 arrays by name, logged when a phase begins, and in the summary of the run.
+
+    SAT: what its switch has chosen does not change any more.
+    """
+
+    def __call__(self, sparsity: Sparsity, phase: Phase, /) -> Mapping[str, Metric]:
+        """Return the metrics."""
         ...
 
 

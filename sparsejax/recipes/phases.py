@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sparsejax.types import PyTree
 
@@ -75,16 +76,53 @@ class Sparsity:
     phase_start_step: jax.Array
 
 
+class Measured(NamedTuple):
+    """A metric that has a value in some steps, or in some layers, only.
+
+    Rows of metrics leave out what has no value, and write null for a layer that has none.
+
+    Attributes:
+      value: f32[], or f32[L] with an entry for each layer; 0 where it is not known.
+      known: bool[], or bool[L] like the value.
+    """
+
+    value: jax.Array
+    known: jax.Array
+
+
+type Metric = jax.Array | Measured
+"""What is logged under one name; an array is known everywhere."""
+
+
+def keep_where(known: jax.Array, metric: Metric) -> Measured:
+    """Return a metric that is known only where a condition holds too.
+
+    A NaN would say "no value" as well, and stop a healthy run under `JAX_DEBUG_NANS`.
+
+    Args:
+      known: bool[], or bool[L].
+      metric: f32[] or f32[L], whatever its values are where the condition does not hold.
+
+    Example:
+      >>> distance = jnp.array([0.0, 2.0])
+      >>> keep_where(distance > 0, 1 / distance)
+      Measured(value=Array([0. , 0.5], dtype=float32), known=Array([False,  True], dtype=bool))
+    """
+    value, before = metric if isinstance(metric, Measured) else (metric, True)
+    known = known & jnp.asarray(before)
+    return Measured(jnp.where(known, value, 0), known)
+
+
 class Observation(NamedTuple):
     """What `observe` concluded.
 
     Attributes:
       change_phase: bool[], enter the next phase after this step.
-      metrics: arrays for the log, by name.
+      metrics: for the log, by name.
     """
 
     change_phase: jax.Array
-    metrics: dict[str, jax.Array]
+    metrics: Mapping[str, Metric]
 
 
 class StepAccount(NamedTuple):

@@ -11,7 +11,8 @@ has a default that does nothing (below), so a method states only what it does:
   between two phases       enter_phase
 
 A recipe also owns its reports: what a step means for the ledger of FLOPs (account), the metrics in
-progress lines (progress_metrics), and the pictures of a phase and of a run (draw_phase, draw_run).
+progress lines (progress_metrics), what is worth saying of a phase as it begins (phase_metrics), and
+the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.recipes import hooks
+from sparsejax.recipes.phases import Measured as Measured
+from sparsejax.recipes.phases import Metric as Metric
 from sparsejax.recipes.phases import Observation as Observation
 from sparsejax.recipes.phases import Phase as Phase
 from sparsejax.recipes.phases import Sparsity as Sparsity
 from sparsejax.recipes.phases import StepAccount as StepAccount
+from sparsejax.recipes.phases import keep_where as keep_where
 from sparsejax.types import PyTree
 
 
@@ -74,7 +78,7 @@ def _update_nothing(
 
 def _measure_nothing(
     sparsity: Sparsity, /, *, step: jax.Array, phase: Phase
-) -> dict[str, jax.Array]:
+) -> Mapping[str, Metric]:
     del sparsity, step, phase
     return {}
 
@@ -89,6 +93,11 @@ def _observe_nothing(
 def _enter_unchanged(sparsity: Sparsity, phase: Phase, /, *, previous: Phase) -> Sparsity:
     del phase, previous
     return sparsity
+
+
+def _measure_no_phase(sparsity: Sparsity, phase: Phase, /) -> dict[str, jax.Array]:
+    del sparsity, phase
+    return {}
 
 
 def _account_for_nothing(values: Mapping[str, Any], /) -> StepAccount:
@@ -130,6 +139,7 @@ class Recipe(NamedTuple):
     metrics: hooks.Metrics = _measure_nothing
     observe: hooks.Observe = _observe_nothing
     enter_phase: hooks.EnterPhase = _enter_unchanged
+    phase_metrics: hooks.PhaseMetrics = _measure_no_phase
     account: hooks.Account = _account_for_nothing
     progress_metrics: tuple[tuple[str, str], ...] = ()
     draw_phase: hooks.DrawPhase = _draw_no_phase

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.masks import expand_mask, flip_rate, total_flip_rate
+from sparsejax.recipes.phases import Measured, keep_where
 from sparsejax.types import PyTree
 
 _WEIGHTS = {"kernel_mask": "kernel", "embedding_mask": "embedding"}
@@ -190,7 +191,7 @@ def compare_weight_masks(
     }
 
 
-def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax.Array]:
+def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, Measured]:
     """Return the flip rates of `compare_weight_masks` as metrics.
 
     Args:
@@ -198,24 +199,26 @@ def flip_metrics(statistics: dict[str, Any], *, due: jax.Array) -> dict[str, jax
       due: bool[], whether masks have just been compared.
 
     Returns:
-      dict with "flip_rate", f32[], and "flip_rate/NAME", f32[L]; NaN if nothing was compared.
+      dict with "flip_rate", f32[], and "flip_rate/NAME", f32[L]; known if masks were compared.
     """
     rates = {f"flip_rate/{name}": rate for name, rate in statistics["flip_rates"].items()}
     rates["flip_rate"] = statistics["flip_rate"]
-    return {name: jnp.where(due, rate, jnp.nan) for name, rate in rates.items()}
+    return {name: keep_where(due, rate) for name, rate in rates.items()}
 
 
-def draw_flip_rates(rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
+def draw_flip_rates(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
     """Draw the flip rates of a run, as `Recipe.draw_run`.
 
     Args:
+      name: of the recipe, for the title.
       rows: lines of `metrics.jsonl`.
       folder: where `flip_rates.png` is written; nothing is, if no row has a flip rate.
     """
     if any("flip_rate" in row for row in rows):
         from sparsejax.report.plots.flips import plot_flip_rates
 
-        plot_flip_rates(rows, path=folder / "flip_rates.png")
+        title = f"{name}: how fast the masks of weights change"
+        plot_flip_rates(rows, path=folder / "flip_rates.png", title=title)
 
 
 def _layer_name(path: tuple[Any, ...]) -> str:

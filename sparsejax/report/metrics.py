@@ -1,13 +1,16 @@
-"""Record metrics as JSON lines and TensorBoard events, fetched from the device one step late."""
+"""Record metrics as JSON lines, fetched from the device one step late."""
 
+import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from tensorboardX import SummaryWriter
+import numpy as np
 
+from sparsejax.durable import write_durably
+from sparsejax.recipes import Measured, Metric
+from sparsejax.report.writers import OptionalWriter, RowWriter
 from sparsejax.strict_json import dump_json, load_json
 
 
@@ -28,55 +31,105 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [row for _, row in _iterate_lines(Path(path))]
 
 
+def find_missing_steps(rows: Iterable[Mapping[str, Any]], *, num_steps: int) -> list[int]:
+    """List the steps that were trained and have no row.
+
+    Args:
+      rows: lines of `metrics.jsonl`.
+      num_steps: int, steps done.
+    """
+    told = {row["step"] for row in rows if row.get("kind") == "train"}
+    return [step for step in range(1, num_steps + 1) if step not in told]
+
+
+def format_steps(steps: Iterable[int]) -> str:
+    """Write steps as ranges.
+
+    Args:
+      steps: int, in ascending order.
+
+    Example:
+      >>> format_steps([3, 4, 5, 9])
+      '3-5, 9'
+    """
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
 def _iterate_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             return
         try:
             row = load_json(line)
-            row["step"]
-        except (ValueError, TypeError, KeyError) as error:
+            operator.index(row["step"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}, must be a JSON object with a step, got {line[:80]!r}"
             ) from error
+        if row.get("kind") == "phase" and "attention_density" not in row:
+            raise ValueError(
+                f"{path}, line {number}, must name its 'attention_density', got {line[:80]!r}, as "
+                "an earlier version wrote it"
+            )
         yield line, row
 
 
-def _rewind(path: Path, resume_step: int | None) -> None:
+def _rewind(path: Path, resume_step: int | None) -> list[dict[str, Any]]:
     """Drop the lines after `resume_step`, so that the steps run again write them anew."""
-    kept = b""
+    kept = []
     if resume_step is not None and path.exists():
-        kept = b"".join(line for line, row in _iterate_lines(path) if row["step"] <= resume_step)
-    replacement = path.with_name(path.name + ".new")
-    replacement.write_bytes(kept)
-    replacement.replace(path)
+        kept = [(line, row) for line, row in _iterate_lines(path) if row["step"] <= resume_step]
+    write_durably(path, b"".join(line for line, _ in kept))
+    return [row for _, row in kept]
 
 
 class MetricsWriter:
-    """Append metrics to `metrics.jsonl` and to TensorBoard events under `tensorboard/`.
+    """Append metrics to `metrics.jsonl`, and tell other writers of them.
 
-    Each line is flushed as it is written. On resume the lines after the checkpoint's step
-    are dropped in one atomic replacement (and hidden in TensorBoard), so the file reads like
-    that of an uninterrupted run; for this, whatever is still deferred must be written
-    before a checkpoint is saved.
+    A line is in the file when `write` returns. On resume the lines after the checkpoint's step are
+    dropped in one atomic replacement, so the file reads like that of an uninterrupted run; for
+    this, whatever is still deferred must be written before a checkpoint is saved. Lines that it
+    lacks are named, and it goes on.
+
+    A run needs its file. It does without another writer from that one's first failure on.
 
     Args:
       workdir: folder of the run; it must exist.
       resume_step: int, step of the checkpoint that training goes on from, or None to begin
         an empty file.
+      writers: told of every row when the file has it, and closed with it.
+      warn: told, in one line each, of missing lines and of writers that fail.
+
+    Raises:
+      ValueError: if a line of the file is not a row of metrics.
+      OSError: if the file cannot be written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None,
+        writers: Sequence[RowWriter] = (),
+        warn: Callable[[str], None] = print,
+    ):
         self._path = Path(workdir) / "metrics.jsonl"
-        _rewind(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        first_step = 0 if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=first_step, flush_secs=10
-        )
+        missing = find_missing_steps(_rewind(self._path, resume_step), num_steps=resume_step or 0)
+        if missing:
+            warn(
+                f"warning: {self._path} lacks steps {format_steps(missing)}, and goes on after them"
+            )
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._writers = [OptionalWriter(writer, warn) for writer in writers]
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line; its numbers also become TensorBoard scalars.
+        """Append one line, and tell the other writers.
 
         Args:
           step: int, optimiser steps done.
@@ -84,20 +137,25 @@ class MetricsWriter:
 
         Raises:
           ValueError: if a value is not JSON (an array, say) or `values` has its own "step".
+          OSError: if the line cannot be written, with the name of the file.
         """
         if "step" in values:
             raise ValueError(f"values must not contain 'step', got {values['step']!r}")
-        line = dump_json({"step": step, **values}, "metrics")
-        self._file.write(line + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
+        line = dump_json({"step": step, **values}, "metrics").encode() + b"\n"
+        try:
+            # A disk that is nearly full takes a part first.
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        for writer in self._writers:
+            writer.write(step, values)
 
     def close(self) -> None:
-        """Flush the TensorBoard events and close both files."""
-        self._file.close()
-        self._events.close()
+        """Close the file and the other writers."""
+        os.close(self._descriptor)
+        for writer in self._writers:
+            writer.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -109,13 +167,47 @@ class MetricsWriter:
 type Fetched = tuple[int, dict[str, Any]]
 
 
+def fetch_metrics(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Wait for metrics and turn them into JSON values.
+
+    Args:
+      metrics: scalars by name, or vectors with an entry for each layer.
+
+    Returns:
+      dict of Python numbers and lists of them. A metric that nothing is known of is left out; in a
+      list, None stands where it is not known.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fetch_metrics({
+      ...     "loss": jnp.float32(2.5),
+      ...     "change": Measured(jnp.array([0.0, 0.5]), jnp.array([False, True])),
+      ...     "flips": Measured(jnp.float32(0), jnp.array(False)),
+      ... })
+      {'loss': 2.5, 'change': [None, 0.5]}
+    """
+    values = {}
+    for name, metric in metrics.items():
+        value, known = metric if isinstance(metric, Measured) else (metric, True)
+        # NumPy would ask a device array itself, which compiles a program for the answer.
+        known = np.asarray(known)
+        if not known.any():
+            continue
+        value = value.tolist()
+        if isinstance(value, list):
+            kept = np.broadcast_to(known, len(value))
+            value = [x if keep else None for x, keep in zip(value, kept, strict=True)]
+        values[name] = value
+    return values
+
+
 class DeferredMetrics:
     """Fetch small arrays one step late, so that the host never waits for the running step."""
 
     def __init__(self):
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Mapping[str, Metric]] | None = None
 
-    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> Fetched | None:
+    def push(self, step: int, metrics: Mapping[str, Metric]) -> Fetched | None:
         """Start copying this step's metrics to the host and return those of the step before.
 
         Args:
@@ -123,18 +215,19 @@ class DeferredMetrics:
           metrics: scalars by name, or vectors with an entry for each layer.
 
         Returns:
-          (step, values) of the previous call, as Python numbers and lists of them, or None if
-          there was none.
+          (step, values) of the previous call, values as of `fetch_metrics`, or None if there was
+          none.
 
         Raises:
           ValueError: if an array has more than one axis.
         """
-        for name, array in metrics.items():
-            if len(array.shape) > 1:
-                raise ValueError(
-                    f"metrics[{name!r}] must be a scalar or a vector, got shape {array.shape}"
-                )
-            array.copy_to_host_async()
+        for name, metric in metrics.items():
+            for array in metric if isinstance(metric, Measured) else (metric,):
+                if len(array.shape) > 1:
+                    raise ValueError(
+                        f"metrics[{name!r}] must be a scalar or a vector, got shape {array.shape}"
+                    )
+                array.copy_to_host_async()
         previous, self._pending = self._pending, (step, metrics)
         return _fetch(previous)
 
@@ -148,8 +241,5 @@ class DeferredMetrics:
         return _fetch(previous)
 
 
-def _fetch(pending: tuple[int, Mapping[str, jax.Array]] | None) -> Fetched | None:
-    if pending is None:
-        return None
-    step, metrics = pending
-    return step, {name: array.tolist() for name, array in metrics.items()}
+def _fetch(pending: tuple[int, Mapping[str, Metric]] | None) -> Fetched | None:
+    return None if pending is None else (pending[0], fetch_metrics(pending[1]))

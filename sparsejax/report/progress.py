@@ -1,11 +1,15 @@
 """What a run tells the person who watches it: progress lines and the closing summary."""
 
+import collections
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparsejax.accounting.ledger import FlopsByPhase, format_flops, summarise_flops
+from sparsejax.accounting.units import format_quantity
+
+_RECENT_STEPS = 50
 
 
 def say(text: str) -> None:
@@ -22,6 +26,7 @@ class StepTimer:
 
     def __init__(self):
         self._last: float | None = None
+        self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT_STEPS)
 
     def interrupt(self) -> None:
         """Forget the last step's end."""
@@ -36,41 +41,50 @@ class StepTimer:
         now = time.perf_counter()
         seconds = None if self._last is None else now - self._last
         self._last = now
+        if seconds is not None:
+            self._recent.append(seconds)
         return seconds
+
+    @property
+    def typical_seconds(self) -> float | None:
+        """Median of the recent steps, which one slow step does not move; None before the first."""
+        return statistics.median(self._recent) if self._recent else None
 
 
 def format_progress(
     row: Mapping[str, Any],
     *,
     num_steps: int,
+    tokens_per_step: int,
     step_seconds: float | None,
     shown: Mapping[str, float] | None = None,
 ) -> str:
     """Write one progress line.
 
     Args:
-      row: metrics of a training step: step, phase, loss, tokens_per_second, density; the
-        weight_density of a phase that has sparse weights.
+      row: metrics of a training step: step, phase, loss, attention_density; the weight_density of
+        a phase that has sparse weights.
       num_steps: steps of the whole run.
+      tokens_per_step: positions of a batch.
       step_seconds: recent seconds per step, if known.
       shown: further numbers by label.
 
     Example:
-      >>> row = {"step": 20, "phase": "dense", "loss": 2.5, "density": 1.0}
-      >>> format_progress(row, num_steps=100, step_seconds=None)
-      'dense  | step   20/100 | loss 2.5000 | attention density 1.000'
+      >>> row = {"step": 20, "phase": "dense", "loss": 2.5, "attention_density": 1.0}
+      >>> format_progress(row, num_steps=100, tokens_per_step=800, step_seconds=0.2)
+      'dense  | step   20/100 | loss 2.5000 | attention density 1.000 | 4.00k tokens/s | 0m16s left'
     """
     parts = [
         f"{row['phase']:<6}",
         f"step {row['step']:>{len(str(num_steps)) + 1}}/{num_steps}",
         f"loss {row['loss']:.4f}",
-        f"attention density {row['density']:.3f}",
+        f"attention density {row['attention_density']:.3f}",
     ]
     if "weight_density" in row:
         parts.append(f"weight density {row['weight_density']:.3f}")
     parts += [f"{label} {value:.4f}" for label, value in (shown or {}).items()]
     if step_seconds:
-        parts.append(f"{_format_rate(row['tokens_per_step'] / step_seconds)} tokens/s")
+        parts.append(f"{format_quantity(tokens_per_step / step_seconds)} tokens/s")
         parts.append(f"{_format_duration((num_steps - row['step']) * step_seconds)} left")
     return " | ".join(parts)
 
@@ -91,10 +105,11 @@ def summarise(
 
     Returns:
       dict of scalars: last and best validation loss; those of `summarise_flops`; and for each phase
-      that ran its median step time in seconds, tokens per second, mean densities, and memory of a
-      step.
+      that ran its first step, median seconds of a step, tokens per second, densities (attention's
+      at its beginning, the mean of weights'), and memory of a step. "phase_metrics" is a dict,
+      phase -> metrics of the recipe as it began, if it has any. `docs/metrics.md` names them.
     """
-    validations = [row for row in rows if row["kind"] == "validation"]
+    validations = [row for row in rows if row.get("kind") == "validation"]
     summary: dict[str, Any] = {}
     if validations:
         last = validations[-1]
@@ -102,24 +117,37 @@ def summarise(
         summary["validation_accuracy"] = last["validation_accuracy"]
         summary["best_validation_loss"] = min(row["validation_loss"] for row in validations)
     for row in rows:
-        if row["kind"] == "phase":
-            summary[f"{row['phase']}_first_step"] = row["step"]
-            summary[f"{row['phase']}_attention_density"] = row["density"]
-            summary[f"{row['phase']}_step_memory_bytes"] = row["step_memory_bytes"]
+        if "phase_metrics" in row:
+            summary.setdefault("phase_metrics", {})[row["phase"]] = row["phase_metrics"]
     summary |= summarise_flops(totals)
     for phase in phases:
-        steps = [row for row in rows if row["kind"] == "train" and row["phase"] == phase]
-        densities = [row["weight_density"] for row in steps if "weight_density" in row]
-        if densities:
-            summary[f"{phase}_weight_density"] = statistics.fmean(densities)
-        seconds = [row["step_seconds"] for row in steps if "step_seconds" in row]
-        if seconds:
-            summary[f"{phase}_step_seconds"] = statistics.median(seconds)
-            summary[f"{phase}_tokens_per_second"] = tokens_per_step / statistics.median(seconds)
+        summary |= {
+            f"{phase}_{name}": value
+            for name, value in _summarise_phase(
+                [row for row in rows if row.get("phase") == phase], tokens_per_step
+            ).items()
+        }
     if {"dense_step_seconds", "sparse_step_seconds"} <= set(summary):
         summary["sparse_step_speedup"] = (
             summary["dense_step_seconds"] / summary["sparse_step_seconds"]
         )
+    return summary
+
+
+def _summarise_phase(rows: Sequence[Mapping[str, Any]], tokens_per_step: int) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    steps = [row for row in rows if row.get("kind") == "train"]
+    for row in rows:
+        if "attention_density" in row:
+            summary.setdefault("attention_density", row["attention_density"])
+        if row.get("kind") == "phase":
+            summary["first_step"] = row["step"]
+            summary["step_memory_bytes"] = row["step_memory_bytes"]
+    if densities := [row["weight_density"] for row in steps if "weight_density" in row]:
+        summary["weight_density"] = statistics.fmean(densities)
+    if seconds := [row["step_seconds"] for row in steps if "step_seconds" in row]:
+        summary["step_seconds"] = statistics.median(seconds)
+        summary["tokens_per_second"] = tokens_per_step / summary["step_seconds"]
     return summary
 
 
@@ -143,36 +171,49 @@ def format_summary(
             f" (accuracy {summary['validation_accuracy']:.3f})"
         )
     for phase in phases:
-        if f"{phase}_step_seconds" in summary:
-            lines.append(
-                f"  {phase + ' phase':<18} {_format_rate(summary[f'{phase}_tokens_per_second'])}"
-                f" tokens/s, {summary[f'{phase}_step_seconds'] * 1e3:.0f} ms/step,"
-                f" {_format_density(summary, phase)},"
-                f" {summary[f'{phase}_step_memory_bytes'] / 1e6:,.0f} MB per step"
-            )
-        elif f"{phase}_first_step" not in summary:
+        if figures := _format_phase(summary, phase):
+            lines.append(f"  {phase + ' phase':<18} {', '.join(figures)}")
+        elif phase not in totals and f"{phase}_first_step" not in summary:
             reason = f": it waited until {w}" if (w := summary.get("waited_until")) else ""
             lines.append(f"  {phase + ' phase':<18} never began{reason}")
-    if "sparse_step_speedup" in summary:
+    if {"sparse_step_speedup", "sparse_first_step"} <= summary.keys():
         lines.append(
-            f"  sparse phase       from step {summary['sparse_first_step']},"
-            f" a step is {summary['sparse_step_speedup']:.2f}x faster than in the dense phase"
+            f"  sparse phase       from step {summary['sparse_first_step']}, a step is"
+            f" {format_speedup(summary['sparse_step_speedup'])} than in the dense phase"
         )
+    for phase, metrics in summary.get("phase_metrics", {}).items():
+        known = (f"{name.replace('_', ' ')} {_format_layers(x)}" for name, x in metrics.items())
+        lines.append(f"  {phase + ' phase':<18} began with {', '.join(known)}")
     lines += [f"  {line}" for line in format_flops(totals)]
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
     return "\n".join(lines)
 
 
-def _format_density(summary: Mapping[str, Any], phase: str) -> str:
-    text = f"attention density {summary[f'{phase}_attention_density']:.3f}"
-    if f"{phase}_weight_density" in summary:
-        text += f", weight density {summary[f'{phase}_weight_density']:.3f}"
-    return text
+def format_speedup(speedup: float) -> str:
+    """Write a ratio of speeds, so that the number is not below 1.
+
+    Example:
+      >>> format_speedup(3.734), format_speedup(0.847)
+      ('3.73x faster', '1.18x slower')
+    """
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
-def _format_rate(rate: float) -> str:
-    return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
+def _format_phase(summary: Mapping[str, Any], phase: str) -> list[str]:
+    formats: dict[str, Callable[[float], str]] = {
+        "tokens_per_second": lambda x: f"{format_quantity(x)} tokens/s",
+        "step_seconds": lambda x: f"{x * 1e3:.{0 if x >= 0.01 else 2}f} ms/step",
+        "attention_density": lambda x: f"attention density {x:.3f}",
+        "weight_density": lambda x: f"weight density {x:.3f}",
+        "step_memory_bytes": lambda x: f"{format_quantity(x, 'B')} per step",
+    }
+    found = {name: summary.get(f"{phase}_{name}") for name in formats}
+    return [formats[name](value) for name, value in found.items() if value is not None]
+
+
+def _format_layers(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in values) + "]"
 
 
 def _format_duration(seconds: float) -> str:

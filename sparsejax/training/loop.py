@@ -3,45 +3,49 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparsejax.accounting.density import compute_density, describe_density
-from sparsejax.accounting.ledger import FlopsLedger
-from sparsejax.checkpoint.files import CheckpointInfo, find_checkpoints, find_last_good
+from sparsejax.accounting.ledger import FlopsLedger, check_totals
+from sparsejax.accounting.units import format_quantity
+from sparsejax.checkpoint.files import find_checkpoints, find_last_good
 from sparsejax.checkpoint.save import Checkpointer
 from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_schedule
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
-from sparsejax.durable import write_durably
 from sparsejax.recipes import Observation, Phase
-from sparsejax.report.metrics import DeferredMetrics, Fetched, MetricsWriter, read_metrics
-from sparsejax.report.plots.training import plot_training
+from sparsejax.report.live import TrainingPicture
+from sparsejax.report.metrics import (
+    DeferredMetrics,
+    Fetched,
+    MetricsWriter,
+    fetch_metrics,
+)
 from sparsejax.report.progress import (
     StepTimer,
     format_progress,
-    format_summary,
     say,
-    summarise,
 )
-from sparsejax.strict_json import dump_json
+from sparsejax.report.tensorboard import TensorBoardWriter
+from sparsejax.report.writers import RowWriter
+from sparsejax.training.finish import finish_run, make_title
+from sparsejax.training.profile import StepProfiler, StepRange
 from sparsejax.training.setup import (
     Programs,
     Run,
     compile_phase,
     compute_validation,
-    find_phase,
     prepare_run,
 )
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.start import Start, open_or_resume
 from sparsejax.training.state import TrainState
-from sparsejax.training.step import STEP_METRICS, Batch, explain_skip
+from sparsejax.training.step import Batch, explain_skip
 
 
 class NonFiniteError(FloatingPointError):
@@ -57,7 +61,12 @@ class NonFiniteError(FloatingPointError):
 
 
 def train_and_evaluate(
-    config: TrainConfig, workdir: str | os.PathLike, *, resume_command: str
+    config: TrainConfig,
+    workdir: str | os.PathLike,
+    *,
+    resume_command: str,
+    writers: Sequence[RowWriter] = (),
+    profile_steps: StepRange | None = None,
 ) -> dict[str, Any] | None:
     """Train to the last step, from where the folder's newest checkpoint stands.
 
@@ -65,6 +74,8 @@ def train_and_evaluate(
       config: settings, recorded with the checkpoints.
       workdir: folder of the run: checkpoints, metrics, pictures, summary.
       resume_command: shown when a signal stops the run.
+      writers: told of every row of metrics, and closed at the end.
+      profile_steps: what JAX's profiler traces, None for nothing.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
@@ -82,7 +93,7 @@ def train_and_evaluate(
         keep_tokenizer(run.data.tokenizer, path)
         if start.state is None:
             say(f"{path} is finished: {start.step} steps were trained")
-            return _finish(run, path, start.checkpoint)
+            return finish_run(run, path, start.checkpoint)
         if start.checkpoint is None:
             say(f"training {path}: {describe_model(run, start.state)}")
         else:
@@ -90,7 +101,7 @@ def train_and_evaluate(
             say(f"resuming {path} {where} from {start.checkpoint.path}")
         with StopRequest() as stop:
             try:
-                loop = _run_steps(run, start, path, description, stop)
+                loop = _run_steps(run, start, path, description, writers, profile_steps, stop)
             except NonFiniteError as error:
                 # Asked after the save under way has ended, so that it counts.
                 good = find_last_good(path / "checkpoints", before_step=error.after_step)
@@ -100,7 +111,7 @@ def train_and_evaluate(
             saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
             newest = next(info for info in saved if info.step == loop.step)
             if loop.stopped_by is None:
-                return _finish(run, path, newest)
+                return finish_run(run, path, newest)
             say(f"stopped by {loop.stopped_by}; step {newest.step} is saved in {newest.path}")
             say(f"resume with: {resume_command}")
             return None
@@ -116,36 +127,54 @@ def describe_model(run: Run, state: TrainState) -> str:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     model = run.model_config
     return (
-        f"{run.recipe.name}, {num_params / 1e6:.2f}M parameters, {model.num_layers} layers, "
+        f"{run.recipe.name}, {format_quantity(num_params)} parameters, {model.num_layers} layers, "
         f"{model.max_length} positions, {run.config.data.source} on "
         f"{run.state_sharding.num_devices} x {jax.devices()[0].device_kind}"
     )
 
 
 def _run_steps(
-    run: Run, start: Start, workdir: Path, description: dict[str, Any], stop: StopRequest
+    run: Run,
+    start: Start,
+    workdir: Path,
+    description: dict[str, Any],
+    writers: Sequence[RowWriter],
+    profile_steps: StepRange | None,
+    stop: StopRequest,
 ) -> "_Loop":
     """Train to the last step or to a signal, and save there."""
     kept = run.config.checkpoint
     resume_step = None if start.checkpoint is None else start.step
+    own_writers = (
+        TensorBoardWriter(workdir, resume_step=resume_step, settings=run.config.to_dict()),
+        TrainingPicture(workdir, make_title(run, workdir)),
+    )
     try:
+        check_totals(start.totals or {})
         checkpointer = Checkpointer(
             workdir / "checkpoints",
             keep_last=kept.keep_last,
             keep_best=kept.keep_best,
             run_metadata=description | {"implementations": run.choices},
         )
-        writer = MetricsWriter(workdir, resume_step=resume_step)
+        writer = MetricsWriter(
+            workdir, resume_step=resume_step, writers=[*own_writers, *writers], warn=say
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with checkpointer, writer:
+    if profile_steps is not None:
+        profile_steps.check_within(start.step + 1, run.config.num_steps)
+    profiler = StepProfiler(workdir, profile_steps)
+    with checkpointer, writer, profiler:
 
         def record_choices() -> None:
             checkpointer.describe_run(description | {"implementations": run.choices})
 
         loop = _Loop(run, start, writer, workdir, record_choices)
         while loop.stopped_by is None and loop.step < run.config.num_steps:
+            profiler.begin_step(loop.step + 1)
             loop.advance()
+            profiler.end_step(loop.step, loop.state)
             # Asked once: a signal that comes later must not end the loop before a save.
             last, loop.stopped_by = loop.step == run.config.num_steps, stop.signal_name
             validates = last or loop.step % run.config.eval_every_steps == 0
@@ -177,7 +206,6 @@ class _Loop:
         self.programs: Programs | None = None
         self.block_lists = run.make_block_lists(self.state, self.phase)
         self.stopped_by: str | None = None
-        self.step_seconds: float | None = None
         self.num_skipped = int(start.state.num_skipped)
         self.last_known: dict[str, float] = {}
 
@@ -280,7 +308,8 @@ class _Loop:
                 )
 
     def _begin_phase(self, batch: Batch, *, record: bool) -> Programs:
-        self.last_known = {}
+        self.last_known, self.timer = {}, StepTimer()
+        say(f"compiling phase {self.phase.name!r} ...")
         programs = compile_phase(self.run, self.phase, batch)
         self.record_choices()
         density = compute_density(self.run.model_config, self.state.sparsity.masks, self.phase)
@@ -290,54 +319,50 @@ class _Loop:
             "kind": "phase",
             "phase": self.phase.name,
             **self.ledger.describe_step(),
-            "layer_density": density.attention.tolist(),
+            "layer_attention_density": density.attention.tolist(),
             "layer_weight_density": {n: x.tolist() for n, x in density.weights.items()},
             "step_memory_bytes": programs.step_memory_bytes,
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
+        begun = self.run.recipe.phase_metrics(self.state.sparsity, self.phase)
+        if begun:
+            row["phase_metrics"] = fetch_metrics(begun)
         say(
             f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
-            f"{flops / 1e9:,.1f} GFLOPs per step ({flops / dense_flops:.0%} of dense), "
-            f"{programs.step_memory_bytes / 1e6:,.0f} MB per step, compiled once in "
+            f"{format_quantity(flops, 'FLOPs')} per step ({flops / dense_flops:.0%} of dense), "
+            f"{format_quantity(programs.step_memory_bytes, 'B')} per step, compiled once in "
             f"{programs.compile_seconds:.1f} s"
         )
         if record:
-            self.writer.write(self.step, row)
+            # Drawn first: TensorBoard shows the pictures beside the row.
             self.run.recipe.draw_phase(
                 self.state.sparsity, self.phase, step=self.step, folder=self.workdir
             )
-        self.timer.interrupt()
+            self.writer.write(self.step, row)
         return programs
 
     def _report(self, observation: Observation, step: int, began: float) -> bool:
-        change, metrics = jax.device_get((observation.change_phase, observation.metrics))
-        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        values, change = fetch_metrics(observation.metrics), bool(observation.change_phase)
         row = {"kind": "probe", "phase": self.phase.name, **values}
         self.writer.write(step, row | {"probing_step_seconds": time.perf_counter() - began})
         every_steps = max(self.phase.probe_every_steps or 1, self.run.config.log_every_steps)
-        if step % every_steps and not change:
-            return False
-        # A metric that does not exist yet is NaN throughout.
-        known = {name: value for name, value in values.items() if not np.isnan(value).all()}
-        shown = ", ".join(f"{name} {_format(value)}" for name, value in known.items())
-        say(f"       | step {step} | attention probe: {shown}")
-        return bool(change)
+        # Nothing is known of a step that was skipped.
+        if values and (change or step % every_steps == 0):
+            shown = ", ".join(f"{name} {_format(value)}" for name, value in values.items())
+            say(f"       | step {step} | attention probe: {shown}")
+        return change
 
     def _record(self, fetched: Fetched | None) -> None:
         if fetched is None:
             return
         step, values = fetched
-        values = {
-            name: value
-            for name, value in values.items()
-            if name in STEP_METRICS or not np.isnan(value).all()
-        }
         seconds, recipe = self.timer.lap(), self.run.recipe
         flops = self.ledger.record_step(recipe.account(values))
         row = {"kind": "train", "phase": self.phase.name, **values, **flops}
         if seconds is not None:
-            self.step_seconds = row["step_seconds"] = seconds
+            row["step_seconds"] = seconds
+            row["tokens_per_second"] = self.run.tokens_per_step / seconds
         self.writer.write(step, row)
         self.last_known |= {
             label: row[name] for name, label in recipe.progress_metrics if name in row
@@ -353,9 +378,10 @@ class _Loop:
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
             line = format_progress(
-                row | {"step": step, "tokens_per_step": self.run.tokens_per_step},
+                row | {"step": step},
                 num_steps=self.run.config.num_steps,
-                step_seconds=self.step_seconds,
+                tokens_per_step=self.run.tokens_per_step,
+                step_seconds=self.timer.typical_seconds,
                 shown=self.last_known,
             )
             say(line)
@@ -365,33 +391,9 @@ def _is_finite(metrics: dict[str, float]) -> bool:
     return all(math.isfinite(value) for value in metrics.values())
 
 
-def _finish(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str, Any]:
-    assert last is not None, "a run that has ended has a checkpoint"
-    totals = last.metadata["flops"]
-    rows = read_metrics(workdir / "metrics.jsonl")
-    phases = [phase.name for phase in run.recipe.phases]
-    summary = {
-        "recipe": run.recipe.name,
-        "seed": run.config.seed,
-        "num_steps": run.config.num_steps,
-        **summarise(rows, totals, phases=phases, tokens_per_step=run.tokens_per_step),
-        "workdir": str(workdir),
-        "checkpoint": str(last.path),
-        "device": jax.devices()[0].device_kind,
-    }
-    phase = find_phase(run.recipe, last.metadata["phase"])
-    if phase is not run.recipe.phases[-1]:
-        summary["waited_until"] = phase.ends_when
-    write_durably(workdir / "summary.json", dump_json(summary) + "\n")
-    write_durably(workdir / "flops.json", dump_json(totals) + "\n")
-    switches = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase" and row["step"]}
-    plot_training(rows, switch_steps=switches, path=workdir / "training.png")
-    run.recipe.draw_run(rows, folder=workdir)
-    say(format_summary(summary, totals, phases=phases))
-    return summary
-
-
 def _format(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_format(item) for item in value) + "]"
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -20,8 +20,14 @@ from sparsejax.models import (
     LinearOptions,
     ModelOutput,
 )
-from sparsejax.optimizer import Optimizer, compute_learning_rate
-from sparsejax.recipes import Phase, Recipe, apply_weight_masks
+from sparsejax.optimizer import Optimizer, compute_b1, compute_learning_rate
+from sparsejax.recipes import (
+    Observation,
+    Phase,
+    Recipe,
+    apply_weight_masks,
+    keep_where,
+)
 from sparsejax.training.block_lists import BlockLists
 from sparsejax.training.state import TrainState, trainable
 
@@ -69,8 +75,8 @@ def make_train_step(
       Function (state, batch, block_lists=None) -> (state, metrics), to be jitted with the state
       donated; of a step that probes, (state, metrics, Observation). Without `block_lists`, those of
       the state's masks, the model builds them. Metrics are f32[]: those of `STEP_METRICS`, whose
-      loss is the smoothed one that is trained; and those of the recipe. A skipped step does not ask
-      for the next phase.
+      loss is the smoothed one that is trained; and those of the recipe, Measured, which a skipped
+      step does not know. A skipped step does not ask for the next phase.
     """
     options = make_options(phase, implementation, weight_implementation)
 
@@ -123,8 +129,9 @@ def make_train_step(
         # If pruned weights alone had gradients that are not finite, this tells.
         grad_norm = jnp.where(jnp.isfinite(dense_norm), optax.tree.norm(grads), dense_norm)
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
-        rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        when = (phase, state.step, state.sparsity.phase_start_step)
+        rate, b1 = compute_learning_rate(optimizer, *when), compute_b1(optimizer, *when)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights, b1=b1)
         updates = recipe.transform_updates(updates, observed, phase)
         new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
         skip = recipe.skip_optimizer(state.step, phase)
@@ -147,9 +154,7 @@ def make_train_step(
         sparsity, params, opt_state = _select(finite, new, old)
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate}
         metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
-        # A skipped step did nothing that could be reported.
-        for name, value in recipe.metrics(sparsity, step=state.step, phase=phase).items():
-            metrics[name] = jnp.where(finite, value, jnp.nan)
+        metrics |= _report(recipe.metrics(sparsity, step=state.step, phase=phase), finite)
         new_state = TrainState(
             step=state.step + 1,
             num_skipped=jnp.where(finite, 0, state.num_skipped + 1),
@@ -160,8 +165,11 @@ def make_train_step(
         )
         if observation is None:
             return new_state, metrics
-        change = observation.change_phase & finite
-        return new_state, metrics, observation._replace(change_phase=change)
+        observation = Observation(
+            change_phase=observation.change_phase & finite,
+            metrics=_report(observation.metrics, finite),
+        )
+        return new_state, metrics, observation
 
     return train_step
 
@@ -328,6 +336,11 @@ def _sum_over_parts(function, batch, key, num_parts):
 def _all_finite(tree):
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def _report(metrics, finite):
+    """Make a recipe's metrics unknown in a skipped step, which did nothing to report."""
+    return {name: keep_where(finite, metric) for name, metric in metrics.items()}
 
 
 def _select(condition, if_true, if_false):

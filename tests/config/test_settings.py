@@ -69,7 +69,7 @@ def test_every_setting_has_a_meaning():
             r"model.weight_implementation must be one of .*'reference', 'xla'\), got 'dense'",
         ),
         ({"data__source": "wikipedia"}, r"data.source='wikipedia': expected one of"),
-        ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer >= 1"),
+        ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer in \[1, 2147"),
         (
             {"num_micro_batches": 3},
             r"num_micro_batches must be a divisor of data.batch_size=8, got 3",

@@ -42,7 +42,7 @@ def test_top_kast_trains_more_weights_than_it_shows(tmp_path):
     whole = {
         p: sum(v for n, v in entry[p].items() if "layer" in n) for p in ("forward", "backward")
     }
-    dense = sum(v for n, v in entry["dense"].items() if "layer" in n)
+    dense = sum(v for n, v in entry["dense_equivalent"].items() if "layer" in n)
     saved = 2 * layer * ((1 - 0.2) + (1 - 0.2) + (1 - 0.4))
     np.testing.assert_allclose(dense - sum(whole.values()), saved, rtol=2e-3)
 

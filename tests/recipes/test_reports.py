@@ -23,6 +23,7 @@ from sparsejax.recipes import (
     make_sste,
     make_static_attention,
 )
+from sparsejax.report.metrics import fetch_metrics
 from tests.recipes.two_weights import (
     INTERVAL,
     begin,
@@ -43,8 +44,7 @@ MASKS = {"blocks": {"attention": {"block_mask": jnp.ones((L, 1, 1, 4, 4), bool)}
 def read_values(recipe, sparsity, step):
     """Return the metrics of a step as the loop passes them on."""
     metrics = recipe.metrics(sparsity, step=jnp.int32(step), phase=recipe.phases[0])
-    values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-    return {name: value for name, value in values.items() if not np.isnan(value).all()}
+    return fetch_metrics(metrics)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_flip_rates_are_shown_and_drawn(make, tmp_path):
 
 def test_the_topology_is_drawn_if_masks_change(tmp_path):
     rows = [{"kind": "phase", "phase": "sparse", "step": 0, "dense_step_flops": 8.0}]
-    for step in range(1, 10):
-        rows.append({"kind": "train", "step": step, "loss": 2.0, "step_flops": 4.0})
+    train = {"kind": "train", "phase": "sparse", "loss": 2.0, "step_flops": 4.0}
+    rows += [train | {"step": step} for step in range(1, 10)]
     static_weights().draw_run(rows, folder=tmp_path)
     assert not list(tmp_path.iterdir())
     for row in rows[1::INTERVAL]:
@@ -130,9 +130,9 @@ ATTENTION = {
 def test_attention_patterns_are_drawn_when_a_phase_is_sparse(name, tmp_path, monkeypatch):
     titles, save = [], Figure.savefig
 
-    def note(figure, path):
+    def note(figure, *args, **options):
         titles.append((figure.get_suptitle(), len(figure.axes)))
-        save(figure, path)
+        save(figure, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", note)
     recipe = ATTENTION[name]()

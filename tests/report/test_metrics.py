@@ -2,21 +2,21 @@
 
 import json
 import math
-from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
-from sparsejax.report.metrics import DeferredMetrics, MetricsWriter, read_metrics
+from sparsejax.recipes import Measured, keep_where
+from sparsejax.report.metrics import DeferredMetrics, MetricsWriter, fetch_metrics, read_metrics
 from sparsejax.strict_json import dump_json, load_json
 
 
 def write_steps(workdir, steps, resume_step=None):
     with MetricsWriter(workdir, resume_step=resume_step) as writer:
         for step in steps:
-            writer.write(step, {"phase": "dense", "loss": 1 / (step + 1)})
+            writer.write(step, {"kind": "train", "phase": "dense", "loss": 1 / (step + 1)})
             if step % 10 == 0:
                 writer.write(step, {"phase": "dense", "validation_loss": 2 / (step + 1)})
 
@@ -35,8 +35,8 @@ def test_rows_come_back_as_written(tmp_path):
 def test_a_resumed_file_equals_that_of_an_uninterrupted_run(tmp_path, resume_step, torn):
     for name in ("straight", "resumed"):
         (tmp_path / name).mkdir()
-    write_steps(tmp_path / "straight", range(40))
-    write_steps(tmp_path / "resumed", range(27))
+    write_steps(tmp_path / "straight", range(1, 40))
+    write_steps(tmp_path / "resumed", range(1, 27))
     killed = tmp_path / "resumed" / "metrics.jsonl"
     killed.write_bytes(killed.read_bytes() + torn)
     assert [row["step"] for row in read_metrics(killed)][-1] == 26
@@ -50,10 +50,44 @@ def test_a_run_that_begins_anew_begins_an_empty_file(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("line", [b"garbage\n", b'{"loss": 1.0}\n', b"3\n"])
+def test_steps_without_a_row_are_named_and_the_file_goes_on(tmp_path):
+    write_steps(tmp_path, [1, 2, 3, 6])
+    said = []
+    with MetricsWriter(tmp_path, resume_step=9, warn=said.append) as writer:
+        writer.write(10, {"kind": "train", "loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    assert said == [f"warning: {path} lacks steps 4-5, 7-9, and goes on after them"]
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 6, 10]
+    path.unlink()
+    MetricsWriter(tmp_path, resume_step=2, warn=said.append).close()
+    assert "lacks steps 1-2," in said[1]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.new"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    other = tmp_path / "other"
+    other.write_text("somebody else's\n")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / name).symlink_to(other)
+    write_steps(workdir, [1])
+    assert other.read_text() == "somebody else's\n"
+    assert not (workdir / "metrics.jsonl").is_symlink()
+    assert len(read_metrics(workdir / "metrics.jsonl")) == 1
+
+
+def test_a_file_of_an_earlier_version_is_refused_and_names_are_not_mixed(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kind": "phase", "density": 1.0}\n')
+    with pytest.raises(ValueError, match=r"line 1, must name its 'attention_density'"):
+        MetricsWriter(tmp_path, resume_step=3)
+
+
+@pytest.mark.parametrize(
+    "line", [b"garbage", b'{"loss": 1.0}', b"3", b'{"step": "1"}', b"\xff", b"[" * 100_000]
+)
 def test_a_garbled_line_is_named_and_nothing_is_lost(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    content = b'{"step": 1}\n' + line + b'{"step": 2}\n'
+    content = b'{"step": 1}\n' + line + b'\n{"step": 2}\n'
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, must be"):
         read_metrics(path)
@@ -104,31 +138,6 @@ def test_a_bad_row_is_refused_and_leaves_no_trace(tmp_path, values):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 2, "loss": 1.0}]
 
 
-def read_events(workdir: Path) -> list[Event]:
-    """Unframe the records: 8 bytes length, 4 checksum, the event, 4 checksum."""
-    events = []
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        content = path.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            events.append(Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return events
-
-
-def test_tensorboard_gets_the_numbers_and_forgets_the_steps_run_again(tmp_path):
-    with MetricsWriter(tmp_path, resume_step=None) as writer:
-        writer.write(3, {"phase": "dense", "loss": 0.5, "tokens": 7})
-    events = read_events(tmp_path)
-    scalars = {v.tag: v.simple_value for event in events for v in event.summary.value}
-    assert scalars == {"loss": 0.5, "tokens": 7.0}
-    assert [event.step for event in events if event.summary.value] == [3, 3]
-
-    MetricsWriter(tmp_path, resume_step=2).close()
-    starts = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
-    assert starts[-1] == 3
-
-
 def test_scalars_come_one_step_late_as_python_numbers():
     deferred = DeferredMetrics()
     assert deferred.flush() is None
@@ -138,6 +147,28 @@ def test_scalars_come_one_step_late_as_python_numbers():
     assert type(values["loss"]) is float and type(values["skipped"]) is bool
     assert deferred.flush() == (2, {"loss": float(np.float32(0.2))})
     assert deferred.flush() is None
+
+
+def test_what_has_no_value_is_absent_and_null_in_a_list():
+    def fetch(known, value):
+        return fetch_metrics({"x": keep_where(jnp.array(known), value), "loss": jnp.float32(2)})
+
+    rates = jnp.array([jnp.nan, 0.5])
+    assert fetch([False, True], rates) == {"x": [None, 0.5], "loss": 2.0}
+    assert fetch(True, jnp.float32(3)) == {"x": 3.0, "loss": 2.0}
+    for nothing in (fetch(False, jnp.float32(3)), fetch(False, rates), fetch([False] * 2, rates)):
+        assert nothing == {"loss": 2.0}
+    # What a skipped step leaves of it.
+    assert fetch(False, keep_where(jnp.array([False, True]), rates)) == {"loss": 2.0}
+    assert fetch(True, keep_where(jnp.array([False, True]), rates))["x"] == [None, 0.5]
+    # A loss that is not finite is a value, and reported.
+    assert math.isnan(fetch(True, jnp.float32(jnp.nan))["x"])
+
+
+def test_no_value_is_no_nan():
+    with jax.debug_nans(True):
+        measured = jax.jit(lambda x: keep_where(x > 0, 1 / x - 1 / x))(jnp.array([0.0, 2.0]))
+        assert measured == Measured(pytest.approx([0, 0]), pytest.approx([False, True]))
 
 
 class RunningScalar:

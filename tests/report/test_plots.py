@@ -1,6 +1,7 @@
 """Pictures show what they are given, with legible text."""
 
 import itertools
+import math
 
 import matplotlib.image
 import numpy as np
@@ -9,9 +10,12 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from sparsejax.report.live import TrainingPicture
 from sparsejax.report.plots.attention import plot_attention_patterns
+from sparsejax.report.plots.style import list_phases, smooth_values
 from sparsejax.report.plots.topology import plot_topology
 from sparsejax.report.plots.training import plot_training
+from sparsejax.strict_json import dump_json
 
 BLUE, GREY = "#0072B2", "#C4C4C4"
 
@@ -35,7 +39,9 @@ def fraction_of_colour(path, colour):
 
 
 def assert_texts_do_not_overlap(figure):
-    texts = figure.texts + [
+    texts = figure.texts + [legend.get_title() for legend in figure.legends]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    texts += [
         text
         for panel in figure.axes
         if panel.axison
@@ -50,63 +56,123 @@ def assert_texts_do_not_overlap(figure):
         assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
-def make_rows(steps):
-    rows = [{"step": s, "phase": "dense", "loss": 5 / s, "tokens_per_second": 9e3} for s in steps]
-    return rows + [{"step": steps[-1], "validation_loss": float("nan")}]
+def make_rows(num_steps, phases=(("dense", 0),)):
+    """Rows of a run whose loss is 5 / step, with a spike at step 50."""
+    rows = [{"kind": "phase", "phase": name, "step": step} for name, step in phases]
+    for step in range(1, num_steps + 1):
+        phase = [name for name, first in phases if first < step][-1]
+        loss = 50.0 if step == 50 else 5 / step
+        row = {"kind": "train", "step": step, "phase": phase, "loss": loss}
+        rows.append(row | {"tokens_per_second": 9e3})
+    return [*rows, {"kind": "validation", "step": num_steps, "validation_loss": float("nan")}]
 
 
-def test_training_picture_shows_every_row_and_the_switches(tmp_path, figures):
-    rows = make_rows(range(1, 101))
-    switches = {"sparse": 30, "dense finish": 35}
-    plot_training(rows, switch_steps=switches, path=tmp_path / "loss.png")
+def test_training_picture_shows_every_row_its_mean_and_the_phases(tmp_path, figures):
+    rows = make_rows(200, [("dense", 0), ("sparse", 30), ("dense finish", 35), ("last", 36)])
+    plot_training(rows, path=tmp_path / "loss.png", title="run 1: dense")
+    assert figures[0].get_suptitle() == "run 1: dense"
     losses, speed = figures[0].axes
-    training, validation, *lines = losses.get_lines()
-    np.testing.assert_array_equal(training.get_ydata(), [5 / s for s in range(1, 101)])
-    assert list(validation.get_xdata()) == [100]
-    assert [line.get_xdata()[0] for line in lines] == [30, 35]
-    assert losses.texts[0].get_text() == "sparse from step 30"
-    assert (losses.get_ylabel(), speed.get_ylabel()) == ("loss (nats)", "throughput (tokens/s)")
+    raw, mean, validation, *lines = losses.get_lines()
+    np.testing.assert_array_equal(raw.get_ydata(), [row["loss"] for row in rows if "loss" in row])
+    # A fiftieth of 200 steps: two before and two after, of the same phase.
+    expected = [5 / step for step in (48, 49, 51, 52)]
+    np.testing.assert_allclose(mean.get_ydata()[49], (50 + sum(expected)) / 5)
+    expected = [np.mean([5 / 28, 5 / 29, 5 / 30]), np.mean([5 / 31, 5 / 32, 5 / 33])]
+    np.testing.assert_allclose(mean.get_ydata()[[29, 30]], expected)
+    np.testing.assert_allclose(mean.get_ydata()[[0, -1]], [55 / 18, 5 / 199], rtol=1e-3)
+    assert raw.get_alpha() < 1 and mean.get_label() == "training"
+    assert list(validation.get_xdata()) == [200]
+    assert [line.get_xdata()[0] for line in lines] == [30, 35, 36]
+    texts = [text.get_text() for text in losses.texts]
+    assert texts == [
+        "dense",
+        "sparse from step 30",
+        "dense finish from step 35",
+        "last from step 36",
+    ]
+    assert (losses.get_ylabel(), speed.get_ylabel()) == ("loss (nats)", "tokens per second")
     assert speed.get_xlabel() == "optimiser step"
     assert_texts_do_not_overlap(figures[0])
     assert fraction_of_colour(tmp_path / "loss.png", BLUE) > 1e-4
 
 
-def test_training_picture_shows_the_step_time_or_the_loss_alone(tmp_path, figures):
-    rows = [{"step": 1, "loss": 1.0, "step_seconds": 0.5}, {"step": 2, "loss": 1.0}]
-    plot_training(rows, switch_steps={}, path=tmp_path / "a.png")
-    plot_training(rows[1:], switch_steps={}, path=tmp_path / "b.png")
-    assert [panel.get_ylabel() for panel in figures[0].axes] == ["loss (nats)", "time per step (s)"]
-    assert [panel.get_ylabel() for panel in figures[1].axes] == ["loss (nats)"]
+def test_a_short_run_is_drawn_as_it_is_and_nothing_is_marked_in_a_single_phase(tmp_path, figures):
+    rows = [{"kind": "train", "phase": "dense", "step": s, "loss": 1.0} for s in (1, 2)]
+    plot_training(rows, path=tmp_path / "a.png", title="")
+    (panel,) = figures[0].axes
+    assert panel.get_ylabel() == "loss (nats)" and len(panel.get_lines()) == 1
+    assert not panel.texts
+
+
+def test_a_mean_leaves_out_what_is_not_finite():
+    values = np.array([1.0] * 50 + [math.nan, math.inf] + [3.0] * 48 + [math.nan] * 200)
+    means = smooth_values(values, half=3)
+    np.testing.assert_allclose(means[[0, 49, 50, 51, 99, 101]], [1, 1.4, 1.8, 2.2, 3, 3])
+    assert np.isnan(means[-1])
+
+
+def test_phases_are_found_where_their_own_rows_are_missing():
+    rows = make_rows(9, [("dense", 0), ("sparse", 4)])
+    assert list_phases(rows) == [("dense", 0), ("sparse", 4)]
+    assert list_phases(rows[2:]) == [("dense", 0), ("sparse", 4)]
+
+
+def test_a_run_is_drawn_at_validations_and_costs_it_a_hundredth(tmp_path):
+    now = 0.0
+    writer = TrainingPicture(tmp_path, "a run", clock=lambda: now)
+    row = {"step": 1, "kind": "train", "phase": "dense", "loss": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(dump_json(row) + "\n")
+    picture = tmp_path / "training.png"
+
+    def tell(seconds, kind):
+        nonlocal now
+        now = seconds
+        picture.unlink(missing_ok=True)
+        writer.write(1, {"kind": kind})
+        return picture.exists()
+
+    assert not tell(10, "validation"), "so short a run is drawn at its end"
+    assert not tell(70, "train")
+    assert tell(71, "validation")
 
 
 def test_topology_picture_shows_sparsity_updates_loss_and_flops(tmp_path, figures):
     rows = [{"kind": "phase", "phase": "warm-up", "step": 0, "dense_step_flops": 8.0}]
-    rows.append({"kind": "phase", "phase": "ultra-sparse", "step": 40, "dense_step_flops": 8.0})
+    rows.append({"kind": "phase", "phase": "ultra-sparse", "step": 4, "dense_step_flops": 8.0})
+    rows.append({"kind": "phase", "phase": "restoration", "step": 40, "dense_step_flops": 8.0})
     for step in range(1, 101):
-        row = {"kind": "train", "step": step, "loss": 5 / step, "step_flops": 8 - step / 20}
+        row = {"kind": "train", "step": step, "phase": "restoration"}
+        row |= {"loss": 5 / step, "step_flops": 8 - step / 20}
         if step % 10 == 0:
             row |= {"mask_density": 1 - step / 125, "update_fraction": 0.3 - step / 1000}
             row["mask_density/mlp/up"] = [1 - step / 100, 1.0]
         rows.append(row)
     rows.append({"kind": "validation", "step": 100, "validation_loss": 0.2})
-    plot_topology(rows, path=tmp_path / "topology.png")
+    plot_topology(rows, path=tmp_path / "topology.png", title="mst: weights")
     sparsity, fraction, loss, flops = figures[0].axes
     layer, overall, *bounds = sparsity.get_lines()
     np.testing.assert_allclose(layer.get_ydata(), [step / 200 for step in range(10, 101, 10)])
     np.testing.assert_allclose(overall.get_ydata(), [step / 125 for step in range(10, 101, 10)])
-    assert [line.get_xdata()[0] for line in bounds] == [40]
-    assert [text.get_text() for text in sparsity.texts] == ["warm-up", "ultra-sparse"]
+    assert [line.get_xdata()[0] for line in bounds] == [4, 40]
+    assert [text.get_text() for text in sparsity.texts] == [
+        "warm-up",
+        "ultra-sparse from step 4",
+        "restoration from step 40",
+    ]
     assert len(fraction.get_lines()[0].get_xdata()) == 10
-    assert loss.get_lines()[1].get_ydata() == [0.2]
+    assert loss.get_lines()[2].get_ydata() == [0.2]
     np.testing.assert_allclose(flops.get_lines()[0].get_ydata()[-1], 3 / 8)
     assert_texts_do_not_overlap(figures[0])
     with pytest.raises(ValueError, match="rows must contain 'mask_density'"):
-        plot_topology(rows[:2], path=tmp_path / "none.png")
+        plot_topology(rows[:2], path=tmp_path / "none.png", title="")
+    # What a file lacks that was deleted meanwhile: the rows of phases.
+    plot_topology(rows[3:], path=tmp_path / "later.png", title="")
+    assert not figures[1].axes[3].get_lines()
 
 
 def test_a_run_without_losses_cannot_be_drawn(tmp_path):
     with pytest.raises(ValueError, match="rows must contain 'loss' or .* got 1 rows"):
-        plot_training([{"step": 1, "phase": "dense"}], switch_steps={}, path=tmp_path / "a.png")
+        plot_training([{"step": 1, "phase": "dense"}], path=tmp_path / "a.png", title="")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +189,9 @@ def test_every_layer_is_drawn_with_its_density(tmp_path, figures, layers, with_a
         masks_LIJ[layer].flat[: layer + 1] = True
     pooled_LIJ = np.random.default_rng(0).random((layers, 4, 4)) if with_attention else None
     path = tmp_path / "patterns.png"
-    plot_attention_patterns(masks_LIJ, pooled_LIJ, path=path, title="SPION-CF")
+    plot_attention_patterns(
+        masks_LIJ, pooled_LIJ, path=path, title="SPION-CF", note="What the\ntitle leaves out."
+    )
     titles = [panel.get_title() for panel in figures[0].axes if "kept" in panel.get_title()]
     assert [float(title.split()[-1]) for title in titles] == [
         round((layer + 1) / 16, 2) for layer in range(layers)
@@ -172,5 +240,5 @@ def test_bad_arrays_are_refused(tmp_path, masks_LIJ, pooled_LIJ, message):
 
 
 def test_no_figure_stays_open(tmp_path, figures):
-    plot_training(make_rows(range(1, 3)), switch_steps={}, path=tmp_path / "a.png")
+    plot_training(make_rows(2), path=tmp_path / "a.png", title="")
     assert figures and not Gcf.get_all_fig_managers()

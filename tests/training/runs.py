@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from configs import base
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import parse_config
+from sparsejax.report.metrics import read_metrics
+from sparsejax.strict_json import load_json
 from sparsejax.training.loop import train_and_evaluate
 from sparsejax.training.setup import prepare_run
 from sparsejax.training.state import TrainState
@@ -81,6 +84,24 @@ def train_and_listen(
             return train(settings, workdir), events
         finally:
             jax.monitoring.unregister_event_duration_listener(note_compilation)
+
+
+def assert_documented(workdir: pathlib.Path) -> None:
+    """Find the names of a run's rows, summary and FLOPs in docs/metrics.md, for their kind."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows, rest = page.split("## Summary")
+    kinds = dict(re.findall(r"^\| `(.*?)` \| (.*?) \|", rows, re.MULTILINE))
+    for row in read_metrics(workdir / "metrics.jsonl"):
+        for name in row:
+            found = kinds[re.sub(r"/.*", "/NAME", name)]
+            assert found == "all" or row["kind"] in found.split(", "), (name, row["kind"])
+    book = load_json((workdir / "flops.json").read_text())
+    for name in load_json((workdir / "summary.json").read_text()):
+        phase = next((phase for phase in book if name.startswith(f"{phase}_")), None)
+        own = "PHASE" + name.removeprefix(phase) if phase else name
+        assert f"`{name}`" in rest or f"`{own}`" in rest, name
+    for entry in book.values():
+        assert all(f"`{name}`" in rest for name in entry)
 
 
 def load_end(settings: dict[str, Any], workdir: pathlib.Path) -> tuple[TrainState, Any]:

@@ -16,6 +16,7 @@ from sparsejax.data import Contents, Example, Source
 from sparsejax.dotted import name_function
 from sparsejax.models import AttentionOptions, LinearOptions, Transformer
 from sparsejax.recipes import Phase, Recipe
+from sparsejax.report.metrics import read_metrics
 from sparsejax.strict_json import load_json
 from sparsejax.training.setup import prepare_run
 from tests.training.runs import make_settings, train
@@ -163,7 +164,17 @@ def test_a_function_of_a_script_has_no_name_and_one_of_python_m_has(monkeypatch)
 def test_own_model_from_python(tmp_path):
     settings = make_settings(tmp_path, **_SHORT | {"num_steps": 2, "eval_every_steps": 2})
     settings["recipe"]["name"] = "dense"
-    sparsejax.train(settings, tmp_path / "run", model=Sharper)
+    told = []
+
+    class Listener:
+        def write(self, step, row):
+            told.append({"step": step, **row})
+
+        def close(self):
+            told.append("close")
+
+    sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[Listener()])
+    assert told == [*read_metrics(tmp_path / "run" / "metrics.jsonl"), "close"]
     recorded = load_json((tmp_path / "run" / "checkpoints" / "run.json").read_text())
     assert recorded["config"]["model"]["own_class"] == f"{__name__}:Sharper"
     model, _, _ = sparsejax.load_model(tmp_path / "run")

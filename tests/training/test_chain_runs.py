@@ -10,6 +10,7 @@ from sparsejax.report.metrics import read_metrics
 from sparsejax.strict_json import load_json
 from tests.training.runs import (
     NUM_STEPS,
+    assert_documented,
     copy_until,
     load_end,
     make_settings,
@@ -48,6 +49,7 @@ def _assert_same(left, right):
 @pytest.mark.ci
 def test_phases_interleave_and_each_is_compiled_once(finished):
     workdir, summary, events = finished
+    assert_documented(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     begun = {row["phase"]: row["step"] for row in rows if row["kind"] == "phase"}
     assert begun == dict(zip(_PHASES, (0, 6, 8), strict=True))
@@ -69,7 +71,7 @@ def test_flops_of_both_add_up(finished):
     )
     share = {
         name: sum(sum(entry[p].values()) for p in ("forward", "backward", "update"))
-        / sum(entry["dense"].values())
+        / sum(entry["dense_equivalent"].values())
         for name, entry in totals.items()
     }
     dense_attention, both, dense_weights = (share[name] for name in _PHASES)

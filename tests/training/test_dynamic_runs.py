@@ -49,7 +49,14 @@ from tests.small_models import (
     make_state,
     make_step,
 )
-from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    load_end,
+    make_settings,
+    train,
+)
 
 _MODEL = make_config(sparse_weights=(("attention/out|mlp/up", Unstructured()),))
 _KNOWN = {"num_steps": 100, "patterns": sparse_weight_patterns(_MODEL)}
@@ -115,10 +122,10 @@ def test_an_update_grows_where_the_gradient_of_the_whole_batch_is_largest(keep):
     )
     for seed in range(2):
         state, metrics = step(state, make_batch(seed))
-        assert np.isnan(metrics["mask_density"])
+        assert not metrics["mask_density"].known
     gradient = _dense_gradient(state, make_batch(9))
     after, metrics = step(state, make_batch(9))
-    assert metrics["dense_gradient"] == 1 and metrics["skipped"] == 0
+    assert metrics["dense_gradient"].value == 1 and metrics["skipped"] == 0
     old, new = (get_weight_masks(s.sparsity.masks) for s in (state, after))
     before, weights = (_kernels(s.params, s.sparsity.masks) for s in (state, after))
     for name in old:
@@ -180,7 +187,7 @@ def test_flops_follow_the_masks():
     fewer = dict.fromkeys(weights, [0.25, 0.25])
     row = ledger.record_step(StepAccount(dense_gradient=True, weight_density=fewer))
     assert row == {
-        "density": 1.0,
+        "attention_density": 1.0,
         "weight_density": 0.5,
         "step_flops": rest + linears * (0.5 + 0.5 + 1),
     }
@@ -199,7 +206,7 @@ def test_flops_follow_the_masks():
         expected = passes * (3 * attention + kept * layer)
         assert entry[name]["layer 0"] == entry[name]["layer 1"] == expected
         assert entry[name]["head"] == 3 * passes * 2 * tokens * 16 * 17
-    assert sum(entry["dense"].values()) == 3 * ledger.dense_step_flops
+    assert sum(entry["dense_equivalent"].values()) == 3 * ledger.dense_step_flops
     assert summarise_flops(ledger.totals)["training_flops"] == 3 * rest + linears * (3 * kept + 0.5)
     straight_through = phase._replace(masked_gradients=False)
     flops = 3 * count_phase_flops(model, straight_through, density)
@@ -223,7 +230,8 @@ _MST = {
 def _trained(tmp_path_factory):
     settings = make_settings(tmp_path_factory.mktemp("corpus"), **_MST)
     workdir = tmp_path_factory.mktemp("mst")
-    return settings, workdir, train(settings, workdir)
+    with jax.debug_nans(True):
+        return settings, workdir, train(settings, workdir)
 
 
 def _load(settings, workdir, step):
@@ -251,7 +259,7 @@ def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
     def rows(folder):
         rows = read_metrics(folder / "metrics.jsonl")
         return [
-            {name: value for name, value in row.items() if not name.endswith("seconds")}
+            {name: value for name, value in row.items() if not name.endswith(("seconds", "second"))}
             for row in rows
             if row["kind"] in ("train", "phase")
         ]
@@ -267,6 +275,7 @@ def test_resuming_is_bit_exact_across_updates(step, trained, tmp_path):
 @pytest.mark.ci
 def test_a_run_shows_phases_densities_and_flops(trained):
     settings, workdir, summary = trained
+    assert_documented(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     steps = {row["step"]: row for row in rows if row["kind"] == "train"}
     names = ["warm-up"] * 3 + ["ultra-sparse"] * 4 + ["restoration"] * 3
@@ -277,7 +286,7 @@ def test_a_run_shows_phases_densities_and_flops(trained):
     np.testing.assert_allclose(targets, [0.6, 0.2, 0.2, 1.0], atol=1e-6)
     found = [steps[step]["mask_density"] for step in (3, 5, 7, 9)]
     np.testing.assert_allclose(found, targets, atol=1e-3)
-    assert steps[4]["density"] < 1 and steps[10]["density"] == 1
+    assert steps[4]["attention_density"] < 1 and steps[10]["attention_density"] == 1
     assert "optimizer" not in summary and np.isfinite(summary["validation_loss"])
 
     # The ledger against what each checkpoint holds.

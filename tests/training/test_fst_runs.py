@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax.config.parse import ConfigError, parse_config
-from sparsejax.masks import soft_threshold_mask, transposable_mask
+from sparsejax.masks import decay_in_backward, soft_threshold_mask, transposable_mask
 from sparsejax.models import sparse_weight_patterns
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes import (
@@ -32,7 +32,15 @@ from tests.small_models import (
     make_state,
     make_step,
 )
-from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
+from tests.training import toy
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    load_end,
+    make_settings,
+    train,
+)
 
 _MODEL = make_config(use_bias=False, sparse_weights=(("mlp/.*", NMPattern(transposable=True)),))
 # Plain descent at a rate that does not begin at zero: a step shows its gradient.
@@ -105,8 +113,8 @@ def test_decay_and_refresh_in_one_compiled_step():
     assert step._cache_size() == 1, "new masks compiled a new program"
     up = state.params["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(before["mlp/up"], transposable_mask(up))
-    flips = [metrics[f"flip_rate/{name}"].mean() for name in ("mlp/up", "mlp/down")]
-    np.testing.assert_allclose(metrics["flip_rate"], np.mean(flips), rtol=1e-5)
+    flips = [metrics[f"flip_rate/{name}"].value.mean() for name in ("mlp/up", "mlp/down")]
+    np.testing.assert_allclose(metrics["flip_rate"].value, np.mean(flips), rtol=1e-5)
 
     undecayed = dataclasses.replace(
         state,
@@ -120,6 +128,22 @@ def test_decay_and_refresh_in_one_compiled_step():
     moved = np.asarray(kernel != other)
     assert not moved[np.asarray(before["mlp/up"])].any(), "kept weights feel no decay"
     assert moved[~np.asarray(before["mlp/up"])].mean() > 0.9
+
+
+def test_what_a_backward_pass_decays_is_clipped_with_the_gradient():
+    kept = np.random.default_rng(1).random(toy.TABLE.shape) < 0.5
+
+    def decay(params, sparsity, phase):
+        return {"table": decay_in_backward(params["table"], jnp.asarray(kept), 0.5)}
+
+    clipping = toy.DESCENT._replace(clip=lambda grads: jax.tree.map(lambda g: 0.1 * g, grads))
+    recipe = toy.make_recipe(transform_params=decay)
+    state, metrics = toy.run_step(recipe, optimizer=clipping)
+    loss, gradient = toy.loss_and_gradient(toy.TABLE)
+    gradient = gradient + 0.5 * np.where(kept, 0, toy.TABLE)
+    toy.assert_close(metrics["loss"], loss)
+    toy.assert_close(metrics["grad_norm"], np.sqrt((gradient**2).sum()))
+    toy.assert_close(state.params["table"], toy.TABLE - 0.1 * gradient)
 
 
 @pytest.mark.ci
@@ -152,8 +176,8 @@ _FST = {
 def _trained(tmp_path_factory):
     settings = make_settings(tmp_path_factory.mktemp("corpus"), **_FST)
     workdir = tmp_path_factory.mktemp("fst")
-    summary = train(settings, workdir)
-    return settings, workdir, summary
+    with jax.debug_nans(True):
+        return settings, workdir, train(settings, workdir)
 
 
 @pytest.mark.ci
@@ -178,6 +202,7 @@ def test_resuming_is_bit_exact_across_refresh_and_switch(step, trained, tmp_path
 @pytest.mark.ci
 def test_a_run_shows_its_flip_rates(trained):
     _, workdir, summary = trained
+    assert_documented(workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     phases = {row["step"]: row["phase"] for row in rows if row["kind"] == "train"}
     assert phases[7] == "sparse" and phases[8] == "dense finish"
@@ -197,7 +222,8 @@ def test_a_run_shows_its_flip_rates(trained):
 @pytest.mark.ci
 def test_s_ste_masks_follow_the_weights(tmp_path):
     settings = make_settings(tmp_path, recipe__name="sste", recipe__sste__flip_interval_steps=2)
-    train(settings, tmp_path / "run")
+    with jax.debug_nans(True):
+        train(settings, tmp_path / "run")
     state, _ = load_end(settings, tmp_path / "run")
     masks = get_weight_masks(state.sparsity.masks)
     assert set(masks) == {"mlp/up", "mlp/down"}

@@ -276,7 +276,7 @@ def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
     probe = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT, probes=True))
     before = make_state(recipe)
     state, metrics, observation = probe(before, BATCH)
-    assert not observation.change_phase and observation.metrics["updates"] == 8
+    assert not observation.change_phase and observation.metrics["updates"] == (8, True)
     expected, expected_metrics = run_step(recipe)
     assert (state.params["table"] == expected.params["table"]).all() and state.step == 1
     assert metrics["loss"] == expected_metrics["loss"]
@@ -284,6 +284,7 @@ def test_a_step_that_probes_shows_its_maps_and_is_a_step_otherwise():
     broken = dataclasses.replace(state, params={"table": state.params["table"] * jnp.nan})
     after, _, observation = probe(broken, BATCH)
     assert not observation.change_phase, "a skipped step asks for nothing"
+    assert observation.metrics["updates"] == (0, False), "and found nothing"
     assert after.sparsity.statistics["updates"] == state.sparsity.statistics["updates"]
 
 
@@ -364,9 +365,10 @@ def test_update_learns_the_rate_and_metrics_tell_of_their_step():
     before = make_state(recipe, step=4)
     state, metrics = run_step(recipe, before)
     np.testing.assert_allclose(state.params["table"], metrics["learning_rate"])
-    np.testing.assert_allclose(metrics["found"], [0, 4])
+    np.testing.assert_allclose(metrics["found"].value, [0, 4])
+    assert metrics["found"].known
     broken = dataclasses.replace(before, params={"table": before.params["table"] * jnp.nan})
-    assert np.isnan(run_step(recipe, broken)[1]["found"]).all(), "skipped: nothing was found"
+    assert not run_step(recipe, broken)[1]["found"].known, "skipped: nothing was found"
 
 
 @pytest.mark.parametrize("grad_pruning", ["none", "mvue"])

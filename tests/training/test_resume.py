@@ -20,7 +20,14 @@ from sparsejax.tools.evaluate import evaluate
 from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
 from tests.checkpoint.saves import fill_disk_for
-from tests.training.runs import NUM_STEPS, copy_until, make_settings, train, train_and_listen
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    make_settings,
+    train,
+    train_and_listen,
+)
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _KEEP = {"checkpoint__keep_last": NUM_STEPS}
@@ -55,10 +62,17 @@ def _write_command(settings, workdir):
 
 
 def _start(settings, workdir, stop_after_step, number):
-    """Start train.py and send it a signal once it has shown a step."""
+    """Start train.py and send it a signal once it has shown a step.
+
+    A NaN in a healthy run would be an error.
+    """
     lines = []
     with subprocess.Popen(
-        _write_command(settings, workdir), cwd=_ROOT, stdout=subprocess.PIPE, text=True
+        _write_command(settings, workdir),
+        cwd=_ROOT,
+        env=os.environ | {"JAX_DEBUG_NANS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout:
             lines.append(line)
@@ -76,7 +90,7 @@ def _final_state(settings, workdir):
 
 def _numbers(workdir):
     """Everything in the metrics that does not depend on the clock."""
-    clock = ("step_seconds", "probing_step_seconds", "compile_seconds")
+    clock = ("step_seconds", "tokens_per_second", "probing_step_seconds", "compile_seconds")
     rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: row[name] for name in row if name not in clock} for row in rows]
 
@@ -171,7 +185,7 @@ def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
         if name == "compute_validation":
             # So that the run comes to the end of its phase once more.
             shutil.rmtree(newest.path)
-    _send_signal_in(monkeypatch, loop, "_finish", signal.SIGTERM)
+    _send_signal_in(monkeypatch, loop, "finish_run", signal.SIGTERM)
     assert train(settings, workdir) is not None, "what is trained is finished"
     _assert_same_end(settings, workdir, uninterrupted[0])
 
@@ -216,7 +230,7 @@ def test_a_run_cannot_become_shorter_than_it_is(settings, uninterrupted):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("name", ["summary.json", "flops.json"])
+@pytest.mark.parametrize("name", ["summary.json", "flops.json", "training.png"])
 def test_a_full_disk_at_the_end_is_named_and_the_same_command_ends_the_run(
     name, settings, uninterrupted, tmp_path, monkeypatch, capsys
 ):
@@ -233,9 +247,38 @@ def test_a_full_disk_at_the_end_is_named_and_the_same_command_ends_the_run(
     )
     assert not (workdir / name).exists()
     train(settings, workdir)
-    assert (workdir / name).read_text() == (uninterrupted[0] / name).read_text().replace(
-        str(uninterrupted[0]), str(workdir)
-    )
+    assert (workdir / name).exists()
+
+
+def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(
+    settings, uninterrupted, tmp_path, capsys
+):
+    workdir = copy_until(uninterrupted[0], NUM_STEPS, tmp_path / "run")
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"dense"' not in line))
+    summary = train(settings, workdir)
+    assert "warning: " in (output := capsys.readouterr().out) and "lacks steps 1-6;" in output
+    assert summary["training_flops"] == uninterrupted[1]["training_flops"]
+    assert "dense_first_step" not in summary and summary["sparse_first_step"] == 6
+    path.unlink()
+    train(settings, workdir)
+    output = capsys.readouterr().out
+    assert f"{path} lacks steps 1-{NUM_STEPS};" in output and "never began" not in output
+    path.write_text("garbage\n" + "".join(lines))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 1, must be .* got b'garbage"):
+        train(settings, workdir)
+
+
+@pytest.mark.ci
+def test_a_run_whose_metrics_were_deleted_says_so_and_ends(
+    settings, uninterrupted, tmp_path, capsys
+):
+    workdir = copy_until(uninterrupted[0], 9, tmp_path / "run")
+    (workdir / "metrics.jsonl").unlink()
+    summary = train(settings, workdir)
+    assert "lacks steps 1-9, and goes on after them" in capsys.readouterr().out
+    assert summary["validation_loss"] == uninterrupted[1]["validation_loss"]
 
 
 def test_other_settings_in_the_same_workdir_are_refused(settings, uninterrupted, tmp_path):
@@ -296,6 +339,7 @@ def test_evaluation_restores_masks(settings, uninterrupted):
 
 def test_run_leaves_pictures_summary_and_one_compilation_per_phase(uninterrupted):
     workdir, summary = uninterrupted
+    assert_documented(workdir)
     for name in ("training.png", "attention_patterns.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((workdir / "summary.json").read_text())["num_steps"] == NUM_STEPS

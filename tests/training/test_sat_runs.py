@@ -7,7 +7,15 @@ import pytest
 from sparsejax.masks import count_kept_blocks
 from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
-from tests.training.runs import NUM_STEPS, copy_until, load_end, make_settings, train
+from sparsejax.report.progress import format_summary
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    load_end,
+    make_settings,
+    train,
+)
 
 pytestmark = pytest.mark.ci
 
@@ -27,7 +35,8 @@ _SAT = {
 def _trained(tmp_path_factory):
     settings = make_settings(tmp_path_factory.mktemp("corpus"), **_SAT)
     workdir = tmp_path_factory.mktemp("sat")
-    return settings, workdir, train(settings, workdir)
+    with jax.debug_nans(True):
+        return settings, workdir, train(settings, workdir)
 
 
 def _rows(workdir, kind):
@@ -36,16 +45,24 @@ def _rows(workdir, kind):
 
 def test_every_dense_step_is_probed_and_the_sparse_phase_has_the_density(trained):
     settings, workdir, summary = trained
+    assert_documented(workdir)
     probes = _rows(workdir, "probe")
     assert [row["step"] for row in probes] == list(range(1, _SWITCH + 1))
     assert all(len(row["skewness"]) == 2 for row in probes)
-    assert np.isnan(probes[1]["change_percent"]).all()
+    assert "distance" not in probes[0] and "change_percent" not in probes[1]
     assert np.isfinite(probes[2]["change_percent"]).all()
     state, _ = load_end(settings, workdir)
     kept = np.asarray(get_attention_masks(state.sparsity.masks)).sum((1, 2))
     np.testing.assert_array_equal(kept, count_kept_blocks(4, density=0.5, causal=True))
     assert summary["sparse_first_step"] == _SWITCH
     assert summary["sparse_attention_density"] == pytest.approx(0.5)
+    began = [row.get("phase_metrics", {}) for row in _rows(workdir, "phase")]
+    assert began[0] == {} and summary["phase_metrics"] == {"sparse": began[1]}
+    assert len(began[1]["untrained_share"]) == 2
+    assert all(0 <= share <= 1 for share in began[1]["untrained_share"])
+    shown = ", ".join(f"{share:.2f}" for share in began[1]["untrained_share"])
+    lines = format_summary(summary, {}, phases=("dense", "sparse")).splitlines()
+    assert f"  sparse phase       began with untrained share [{shown}]" in lines
     # Dense steps are timed although each of them probes.
     timed = [row for row in _rows(workdir, "train") if "step_seconds" in row]
     assert {row["phase"] for row in timed} == {"dense", "sparse"}

@@ -79,7 +79,14 @@ def compute_attention_density(masks: PyTree, *, causal: bool) -> jax.Array:
 
 
 def draw_attention_patterns(
-    name: str, causal: bool, sparsity: Sparsity, phase: Phase, *, step: int, folder: Path
+    name: str,
+    causal: bool,
+    sparsity: Sparsity,
+    phase: Phase,
+    *,
+    step: int,
+    folder: Path,
+    note: str = "",
 ) -> None:
     """Draw the blocks that each layer keeps in a phase of sparse attention, as `Recipe.draw_phase`.
 
@@ -93,6 +100,7 @@ def draw_attention_patterns(
       phase: the phase that begins.
       step: steps done.
       folder: where `attention_patterns.png` is written; nothing is, if attention is dense.
+      note: what the title does not say of how blocks are chosen.
     """
     if not phase.sparse_attention:
         return
@@ -105,6 +113,7 @@ def draw_attention_patterns(
         path=folder / "attention_patterns.png",
         causal=causal,
         title=f"{name}: attention blocks from step {step}",
+        note=note,
     )
 
 

@@ -23,7 +23,7 @@ from sparsejax.recipes.attention.layer_masks import (
     draw_attention_patterns,
     set_attention_masks,
 )
-from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity
+from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity, keep_where
 from sparsejax.shares import count_share
 
 
@@ -161,8 +161,8 @@ def make_spion(config: SpionConfig) -> Recipe:
             change_phase=(check >= 3) & settled.all(),
             metrics={
                 "check": check,
-                "distance": statistics["distance"],
-                "change_percent": jnp.where(check >= 3, change_percent, jnp.nan),
+                "distance": keep_where(check > 1, distance),
+                "change_percent": keep_where((check > 2) & (old["distance"] > 0), change_percent),
             },
         )
         return dataclasses.replace(sparsity, statistics=statistics), observation

@@ -37,7 +37,14 @@ from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.masks.weights.topology import Growth
 from sparsejax.patterns import WeightPattern
 from sparsejax.recipes.dynamic.layer_topology import init_mask, prune_mask, update_mask
-from sparsejax.recipes.recipe import Phase, Recipe, Sparsity, StepAccount
+from sparsejax.recipes.recipe import (
+    Measured,
+    Phase,
+    Recipe,
+    Sparsity,
+    StepAccount,
+    keep_where,
+)
 from sparsejax.recipes.weight_masks import (
     apply_weight_masks,
     compute_weight_density,
@@ -161,7 +168,7 @@ def make_dynamic(
         update=functools.partial(_update, topology, patterns),
         metrics=functools.partial(_metrics, topology),
         account=_account,
-        draw_run=_draw_run,
+        draw_run=functools.partial(_draw_run, name),
     )
 
 
@@ -263,13 +270,13 @@ def _update(
 
 def _metrics(
     topology: TopologyConfig, sparsity: Sparsity, *, step: jax.Array, phase: Phase
-) -> dict[str, jax.Array]:
+) -> dict[str, Measured]:
     del phase
     if topology.updates is None:
         return {}
     values = sparsity.statistics | {_DENSE_GRADIENT: float(topology.needs_dense_gradient)}
     due = topology.due(step)
-    return {name: jnp.where(due, value, jnp.nan) for name, value in values.items()}
+    return {name: keep_where(due, value) for name, value in values.items()}
 
 
 def _account(values: Mapping[str, Any]) -> StepAccount:
@@ -284,11 +291,12 @@ def _account(values: Mapping[str, Any]) -> StepAccount:
     )
 
 
-def _draw_run(rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
+def _draw_run(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path) -> None:
     if any(_MASK_DENSITY in row for row in rows):
         from sparsejax.report.plots.topology import plot_topology
 
-        plot_topology(rows, path=folder / "topology.png")
+        title = f"{name}: weights kept, loss and FLOPs"
+        plot_topology(rows, path=folder / "topology.png", title=title)
 
 
 def _update_masks(

@@ -9,6 +9,7 @@ Legend: L layers, K contracted axis, N columns of a weight.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -135,5 +136,5 @@ def make_sste(config: SSTEConfig) -> Recipe:
         update=update,
         metrics=metrics,
         progress_metrics=FLIP_PROGRESS,
-        draw_run=draw_flip_rates,
+        draw_run=functools.partial(draw_flip_rates, "sste"),
     )

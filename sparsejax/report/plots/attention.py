@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-_BLUE, _GREY = "#0072B2", "#6E6E6E"
+from sparsejax.report.plots.style import BLUE, GREY, make_figure, save_figure
+
 _PRUNED, _INVISIBLE = "#F2F2F2", "#C4C4C4"
-_DPI = 150
 
 
 def plot_attention_patterns(
@@ -26,6 +25,7 @@ def plot_attention_patterns(
     path: str | os.PathLike,
     title: str,
     causal: bool = False,
+    note: str = "",
 ) -> None:
     """Draw which attention blocks each layer keeps, beside the pooled attention if given.
 
@@ -37,8 +37,10 @@ def plot_attention_patterns(
       path: PNG file to write.
       title: str above the picture.
       causal: bool, whether blocks wholly above the diagonal cannot be seen.
+      note: str under the panels, in smaller letters.
 
     Raises:
+      OSError: if the file cannot be written.
       ValueError: if an array has another dtype or shape, or attention that is not finite.
     """
     masks_LIJ = np.asarray(masks_LIJ)
@@ -57,8 +59,7 @@ def plot_attention_patterns(
     layers_per_row = min(layers, 4 if pooled_LIJ is None else 3 if layers > 4 else 2)
     grid_rows = math.ceil(layers / layers_per_row)
     width = max(2.3 * panels_per_layer * layers_per_row + 0.6, 4.5)
-    figure = Figure(figsize=(width, 2.45 * grid_rows + 1.2), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure = make_figure(width, 2.45 * grid_rows + 1.2, title=title)
     grid = figure.subplots(grid_rows, panels_per_layer * layers_per_row, squeeze=False)
     panels_of_layer = grid.reshape(-1, panels_per_layer)
     for panel in panels_of_layer[layers:].flat:
@@ -77,14 +78,16 @@ def plot_attention_patterns(
         bar = figure.colorbar(image, ax=list(grid.flat), aspect=15 * grid_rows)
         bar.set_label("attention / its 99th percentile", fontsize="small")
         bar.ax.tick_params(labelsize="x-small")
-    names = {"kept": _BLUE, "pruned": _PRUNED} | ({"not visible": _INVISIBLE} if causal else {})
+    names = {"kept": BLUE, "pruned": _PRUNED} | ({"not visible": _INVISIBLE} if causal else {})
     figure.legend(
-        handles=[Patch(facecolor=c, edgecolor=_GREY, label=name) for name, c in names.items()],
+        handles=[Patch(facecolor=c, edgecolor=GREY, label=name) for name, c in names.items()],
         loc="outside lower center",
         ncols=len(names),
         frameon=False,
+        title=note or None,
+        title_fontsize="small",
     )
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _make_visible(rows_I: int, columns_J: int, causal: bool) -> np.ndarray:
@@ -96,7 +99,7 @@ def _make_visible(rows_I: int, columns_J: int, causal: bool) -> np.ndarray:
 
 def _draw_mask(panel: Axes, mask_IJ: np.ndarray, visible_IJ: np.ndarray) -> None:
     classes_IJ = np.where(visible_IJ, mask_IJ, 2)
-    _draw(panel, classes_IJ, cmap=ListedColormap([_PRUNED, _BLUE, _INVISIBLE]), vmin=0, vmax=2)
+    _draw(panel, classes_IJ, cmap=ListedColormap([_PRUNED, BLUE, _INVISIBLE]), vmin=0, vmax=2)
     panel.set_title(f"kept, density {mask_IJ[visible_IJ].mean():.2f}", fontsize="small")
 
 

@@ -5,22 +5,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from sparsejax.report.plots.style import BLUE, GREEN, ORANGE, make_figure, save_figure, tidy
 
 _PREFIX = "flip_rate/"
-_DPI = 150
 
 
-def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLike) -> None:
+def plot_flip_rates(
+    rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLike, title: str
+) -> None:
     """Draw the flip rate over the steps, and below it that of every layer as a heat map.
 
     Args:
       rows: lines of `read_metrics`; drawn are "flip_rate" and "flip_rate/NAME", a value for each
         layer.
       path: PNG file to write.
+      title: str above the picture.
 
     Raises:
       ValueError: if no row has a flip rate.
+      OSError: if the file cannot be written.
     """
     searches = [row for row in rows if "flip_rate" in row]
     if not searches:
@@ -29,16 +33,15 @@ def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLik
     steps = [row["step"] for row in searches]
     # A search tells of the steps since the one before.
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
-    figure = Figure(figsize=(8, 3 + 1.8 * len(names)), dpi=_DPI, layout="constrained")
+    figure = make_figure(8, 3.5 + 1.8 * len(names), title=title)
     ratios = [3] + [2] * len(names)
     panels = figure.subplots(len(ratios), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[
         :, 0
     ]
-    panels[0].plot(steps, [row["flip_rate"] for row in searches], color="#0072B2", linewidth=1)
+    panels[0].plot(steps, [row["flip_rate"] for row in searches], color=BLUE, linewidth=1)
     panels[0].set_ylabel("flip rate, all weights")
     panels[0].set_ylim(bottom=0)
-    panels[0].grid(alpha=0.3)
-    panels[0].spines[["top", "right"]].set_visible(False)
+    tidy(panels[0])
     highest = max((x for row in searches for name in names for x in row[name]), default=0) or 1
     image = None
     for name, panel in zip(names, panels[1:], strict=True):
@@ -55,7 +58,7 @@ def plot_flip_rates(rows: Sequence[Mapping[str, Any]], *, path: str | os.PathLik
     panels[-1].set_xlabel("optimiser step")
     if image is not None:
         figure.colorbar(image, ax=list(panels[1:]), label="share of a mask that changed")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_decay_search(
@@ -75,20 +78,20 @@ def plot_decay_search(
 
     Raises:
       ValueError: if there is nothing to draw.
+      OSError: if the file cannot be written.
     """
     if not relative_rates:
         raise ValueError("relative_rates must not be empty")
-    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
+    figure = make_figure(7, 4)
     panel = figure.subplots()
-    panel.axhspan(*accepted, color="#009E73", alpha=0.15, label="accepted")
-    panel.plot(*zip(*relative_rates.items(), strict=True), "o-", color="#0072B2", linewidth=1)
+    panel.axhspan(*accepted, color=GREEN, alpha=0.15, label="accepted")
+    panel.plot(*zip(*relative_rates.items(), strict=True), "o-", color=BLUE, linewidth=1)
     if chosen is not None:
-        panel.plot([chosen], [relative_rates[chosen]], "o", color="#D55E00", label="chosen")
+        panel.plot([chosen], [relative_rates[chosen]], "o", color=ORANGE, label="chosen")
     panel.set_xscale("log")
     panel.set_ylim(bottom=0)
     panel.set_xlabel("decay rate")
     panel.set_ylabel("flip rate / that of a dense run")
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
+    tidy(panel)
     panel.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -1,0 +1,63 @@
+"""Who else is told of every row of metrics, and what happens if that fails."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+
+class RowWriter(Protocol):
+    """Something beside `metrics.jsonl` that wants the rows of a run: a tracking service, say."""
+
+    def write(self, step: int, row: Mapping[str, Any], /) -> None:
+        """Take one row.
+
+        Args:
+          step: int, steps done. A resumed run tells the steps after its checkpoint again.
+          row: JSON values by name; `docs/metrics.md` lists them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections: the run ends, or this writer has failed."""
+        ...
+
+
+class OptionalWriter:
+    """A writer that training does without once it has failed.
+
+    Any exception counts: a run of days must not end because a service does not answer.
+
+    Args:
+      writer: told of rows until it fails.
+      warn: told of the failure.
+    """
+
+    def __init__(self, writer: RowWriter, warn: Callable[[str], None]):
+        self._writer: RowWriter | None = writer
+        self._warn = warn
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Pass a row on."""
+        if self._writer is not None:
+            with self._giving_up(self._writer):
+                self._writer.write(step, row)
+
+    def close(self) -> None:
+        """Close the writer, if it has not failed."""
+        if self._writer is not None:
+            with self._giving_up(self._writer):
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _giving_up(self, writer: RowWriter) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._writer = None
+            with contextlib.suppress(Exception):
+                writer.close()
+            reason = " ".join(str(error).split())
+            self._warn(
+                f"warning: {type(writer).__name__} failed, training goes on without it: "
+                f"{type(error).__name__}: {reason}"
+            )
