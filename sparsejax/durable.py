@@ -13,7 +13,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
       content: text is written as UTF-8.
 
     Raises:
-      OSError: if it cannot be written; the file is then as it was.
+      OSError: if it cannot be written, naming the file, which is then as it was.
     """
     replacement = path.with_name(path.name + ".new")
     replacement.unlink(missing_ok=True)
@@ -23,6 +23,6 @@ def write_durably(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(path)
-    except OSError:
+    except OSError as error:
         replacement.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

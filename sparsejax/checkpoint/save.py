@@ -80,6 +80,7 @@ class Checkpointer:
     Raises:
       ValueError: if a count is out of range, the metadata is not JSON, the folder cannot be
         written, or JAX runs with several processes.
+      OSError: if the record of the run cannot be written.
     """
 
     def __init__(
@@ -104,9 +105,9 @@ class Checkpointer:
             self._directory.mkdir(parents=True, exist_ok=True)
             for leftover in find_leftovers(self._directory):
                 delete_leftover(leftover)
-            write_durably(self._directory / _RUN, run_text)
         except OSError as error:
             raise ValueError(f"directory={directory} must be a writable folder: {error}") from error
+        write_durably(self._directory / _RUN, run_text)
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._whole: list[CheckpointInfo] = []

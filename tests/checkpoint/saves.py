@@ -1,6 +1,8 @@
-"""Saves that several tests look at."""
+"""Saves that several tests look at, and what may go wrong with them."""
 
 import dataclasses
+import errno
+import os
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +67,15 @@ def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def fill_disk_for(name, monkeypatch):
+    """Let there be no space when a file of this name is written durably."""
+    sync = os.fsync
+
+    def fail_or_sync(descriptor):
+        if os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")) == f"{name}.new":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_or_sync)

@@ -25,9 +25,11 @@ from sparsejax.checkpoint.save import (
 )
 from tests.checkpoint.saves import (
     assert_identical,
+    fill_disk_for,
     make_abstract,
     make_state,
     open_checkpointer,
+    save_steps,
 )
 
 
@@ -197,6 +199,18 @@ def test_a_failed_background_save_is_raised_and_cleaned_up(
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(2, small, {}, metadata={})
     assert [info.step for info in find_checkpoints(tmp_path)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("run.json", OSError), ("manifest.json", CheckpointError)]
+)
+def test_a_full_disk_is_named_and_older_checkpoints_stay(directory, monkeypatch, name, error):
+    fill_disk_for(name, monkeypatch)
+    with pytest.raises(error, match=f"No space left on device: '[^\n]*{name}'$"):
+        save_steps(directory, [30])
+    found = find_checkpoints(directory)
+    assert [(info.step, info.problem) for info in found] == [(20, None), (10, None)]
+    assert read_run_metadata(directory) == {}
 
 
 def test_a_failed_save_does_not_hide_the_error_that_ended_training(tmp_path, full_disk):

@@ -85,6 +85,7 @@ _GOOD, _BAD, _FOR_ITS_LOSS = {}, {"good": False}, {"periodic": False}
         ([(1, 0.5, _GOOD), (2, 0.6, _BAD), (3, 0.7, _BAD), (4, 0.8, _GOOD)], [4, 1]),
         # Validations between the periodic saves.
         ([(1, 0.1, _FOR_ITS_LOSS), *((i, None, _GOOD) for i in (2, 4, 6))], [6, 4, 1]),
+        ([(2, None, _GOOD), (4, None, _GOOD), (5, 0.5, _FOR_ITS_LOSS)], [5, 4, 2]),
         ([(2, None, _GOOD), (3, 0.5, _FOR_ITS_LOSS), (4, 0.4, _GOOD), (6, None, _GOOD)], [6, 4]),
     ],
 )
@@ -121,10 +122,9 @@ def test_a_loss_ranks_if_it_is_better_than_one_of_the_best(tmp_path):
 
 
 def test_nothing_is_deleted_or_in_the_way_that_no_save_has_made(directory):
-    kept = directory / "kept"
     precious = [
         *("2/notes", "00000005/notes", "backup.deleted/notes", "00000007.deleted/notes"),
-        *("00000030.tmp/notes", "00000010.deleted/notes", "kept/notes"),
+        *("00000030.tmp/notes", "00000010.deleted/notes", "3/_CHECKPOINT_METADATA"),
     ]
     for name in precious:
         (directory / name).parent.mkdir()
@@ -139,7 +139,6 @@ def test_nothing_is_deleted_or_in_the_way_that_no_save_has_made(directory):
     for name in (*precious, *files):
         assert (directory / name).read_text() == name
     assert all((directory / name).is_symlink() for name in links)
-    assert kept.is_dir()
     found = find_checkpoints(directory)
     assert [i.path.name for i in found if i.problem is None] == ["00000040-2"]
 

@@ -135,3 +135,12 @@ def test_a_link_in_the_folder_is_refused_and_left_as_it_is(name, tmp_path):
     (tmp_path / "target").mkdir()
     with claim_workdir(tmp_path / "linked") as path:
         assert path.is_dir()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with claim_workdir(tmp_path):
+        refusal = pytest.raises(ConfigError, match="--workdir=.* is in use by another process$")
+        with refusal, claim_workdir(tmp_path):
+            pass
+    with claim_workdir(tmp_path):
+        pass

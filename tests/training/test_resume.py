@@ -19,6 +19,7 @@ from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
+from tests.checkpoint.saves import fill_disk_for
 from tests.training.runs import (
     NUM_STEPS,
     assert_documented,
@@ -184,7 +185,7 @@ def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
         if name == "compute_validation":
             # So that the run comes to the end of its phase once more.
             shutil.rmtree(newest.path)
-    _send_signal_in(monkeypatch, loop, "_finish", signal.SIGTERM)
+    _send_signal_in(monkeypatch, loop, "finish_run", signal.SIGTERM)
     assert train(settings, workdir) is not None, "what is trained is finished"
     _assert_same_end(settings, workdir, uninterrupted[0])
 
@@ -226,6 +227,34 @@ def test_a_run_cannot_become_shorter_than_it_is(settings, uninterrupted):
     message = rf"num_steps must be at least {NUM_STEPS}, the step that .* has reached, got 4"
     with pytest.raises(ConfigError, match=message):
         train(settings | {"num_steps": 4}, uninterrupted[0])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "summary.json",
+        pytest.param("flops.json", marks=pytest.mark.ci),
+        pytest.param("training.png", marks=pytest.mark.ci),
+    ],
+)
+def test_a_full_disk_at_the_end_is_named_and_the_same_command_ends_the_run(
+    name, settings, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], workdir)
+    (workdir / name).unlink()
+    _, *argv = _write_command(settings, workdir)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        fill_disk_for(name, patch)
+        command.run([*argv, "--doctor=off"], resume_command="the same command")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        f"error: [Errno 28] No space left on device: '{workdir / name}'\n"
+    )
+    assert not (workdir / name).exists()
+    train(settings, workdir)
+    assert (workdir / name).exists()
 
 
 def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(

@@ -43,7 +43,9 @@ _BREAKS = {
     ["weights", *(pytest.param(what, marks=pytest.mark.ci) for what in ("recipe", "moments"))],
 )
 def test_a_step_to_what_is_not_finite_changes_nothing_but_the_counters(what):
-    optimizer = toy.DESCENT._replace(update=lambda grads, state, _: _BREAKS[what](grads, state))
+    optimizer = toy.DESCENT._replace(
+        update=lambda grads, state, *_, **__: _BREAKS[what](grads, state)
+    )
     recipe = toy.make_recipe()
     start = dataclasses.replace(toy.make_state(recipe), opt_state={"moment": jnp.float32(0)})
     step = toy.jit(make_train_step(toy.GRAPHDEF, recipe, toy.PHASE, optimizer))
@@ -121,7 +123,7 @@ def test_best_and_last_are_kept_where_validations_and_saves_do_not_meet(tmp_path
         "compute_validation",
         lambda run, step, state, lists: {"validation_loss": losses[int(state.step)]},
     )
-    monkeypatch.setattr(loop, "_finish", lambda *_: {})
+    monkeypatch.setattr(loop, "finish_run", lambda *_: {})
     settings = make_settings(
         tmp_path,
         recipe__name="dense",
