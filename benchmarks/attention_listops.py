@@ -16,7 +16,7 @@ from benchmarks.experiments import Experiment, Setting, run_named, shorten, stat
 
 _CONFIG = "configs/sat_quickstart.py"
 _DENSITY = 0.15
-_LATEST = 300
+_LATEST = 0.5
 
 
 def _setting(name: str, **overrides) -> Setting:
@@ -24,7 +24,7 @@ def _setting(name: str, **overrides) -> Setting:
     return Setting(config=_CONFIG, overrides={"recipe.name": name, **options})
 
 
-_SPION = {"filter_size": 15, "probe_every_steps": 50, "latest_switch_step": _LATEST}
+_SPION = {"filter_size": 15, "probe_interval_fraction": 1 / 12, "latest_switch_fraction": _LATEST}
 
 _QUALITY = Experiment(
     name="attention_listops",
@@ -33,7 +33,7 @@ _QUALITY = Experiment(
         "dense": Setting(config=_CONFIG, overrides={"recipe.name": "dense"}),
         "SPION-CF": _setting("spion", quantile=0.85, **_SPION),
         "SPION-C": _setting("spion", variant="c", density=0.2, **_SPION),
-        "SAT": _setting("sat", latest_switch_step=_LATEST),
+        "SAT": _setting("sat", latest_switch_fraction=_LATEST),
         "sliding window": static_attention(_CONFIG, "sliding_window", _DENSITY),
         "Longformer": static_attention(_CONFIG, "longformer", _DENSITY),
         "BigBird": static_attention(_CONFIG, "bigbird", _DENSITY),
@@ -50,7 +50,7 @@ _QUALITY = Experiment(
     },
 )
 _TIMED_STEPS = 80
-_SWITCH = _TIMED_STEPS // 2
+_SWITCH = 0.5
 _TIMING = Experiment(
     name="attention_listops_timing",
     kind="timing",
@@ -60,13 +60,13 @@ _TIMING = Experiment(
         "SPION-CF": shorten(
             _QUALITY.settings["SPION-CF"],
             _TIMED_STEPS,
-            recipe__spion__probe_every_steps=_SWITCH,
-            recipe__spion__latest_switch_step=_SWITCH,
+            recipe__spion__probe_interval_fraction=_SWITCH,
+            recipe__spion__latest_switch_fraction=_SWITCH,
         ),
         "SAT": shorten(
             _QUALITY.settings["SAT"],
             _TIMED_STEPS,
-            recipe__sat__latest_switch_step=_SWITCH,
+            recipe__sat__latest_switch_fraction=_SWITCH,
             recipe__sat__min_skewness=1e9,
         ),
         **{

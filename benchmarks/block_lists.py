@@ -60,6 +60,7 @@ def measure(num_layers: int, length: int, block: int) -> dict[str, float]:
             causal=True,
             num_layers=num_layers,
             num_blocks=length // block,
+            num_steps=100,
         )
     )
     optimizer = make_optimizer(OptimizerConfig(schedule="constant"), num_steps=1000)

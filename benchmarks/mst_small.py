@@ -67,7 +67,7 @@ _METHODS = Experiment(
 # Phases long enough to be timed; how long they are does not change what a step of theirs takes.
 _TIMED = {
     "num_steps": 100,
-    "optimizer__warmup_steps": 10,
+    "optimizer__warmup_fraction": 0.1,
     "recipe__mst__warmup": 0.2,
     "recipe__mst__restoration": 0.3,
 }

@@ -33,13 +33,13 @@ class _Run(NamedTuple):
     flags: Mapping[str, Any] = {}
 
 
-_SHORT = {"data.sequence_length": 512, "recipe.spion.probe_every_steps": 10}
+_SHORT = {"data.sequence_length": 512, "recipe.spion.probe_interval_fraction": 0.1}
 _SMALL = {"model.num_layers": 2, "data.sequence_length": 128, "num_eval_batches": 2}
 _MST = {
     "recipe.mst.warmup": 0.1,
     "recipe.mst.stairs": 3,
     "recipe.mst.restoration": 0.3,
-    "recipe.mst.update_interval": 5,
+    "recipe.mst.update_interval_fraction": 0.05,
 }
 _DYNAMIC = {
     "mst_small": _Run("mst_small", _SMALL | _MST),
@@ -53,7 +53,7 @@ _BLOCKS = {
     "num_micro_batches": 2,
 }
 _LISTOPS = {"data.listops_examples": 4800, "data.batch_size": 8, "num_eval_batches": 4}
-_SWITCH = {"recipe.sat.latest_switch_step": 60, "optimizer.warmup_steps": 20}
+_SWITCH = {"recipe.sat.latest_switch_fraction": 0.6, "optimizer.warmup_fraction": 0.2}
 RUNS: dict[str, _Run] = {
     "quickstart": _Run("quickstart"),
     "spion-c": _Run(
@@ -68,7 +68,7 @@ RUNS: dict[str, _Run] = {
         "quickstart",
         {
             "recipe.name": "static_attention",
-            "recipe.static_attention.dense_steps": 50,
+            "recipe.static_attention.dense_fraction": 0.5,
             "recipe.static_attention.pattern": "bigbird",
             "recipe.static_attention.density": 0.3,
             "data.sequence_length": 512,

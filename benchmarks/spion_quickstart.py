@@ -52,8 +52,8 @@ _TIMING = Experiment(
         "SPION-CF": shorten(
             Setting(config=_CONFIG),
             40,
-            recipe__spion__probe_every_steps=20,
-            recipe__spion__latest_switch_step=20,
+            recipe__spion__probe_interval_fraction=0.5,
+            recipe__spion__latest_switch_fraction=0.5,
         ),
     },
     seeds=(0, 1, 2),

@@ -7,7 +7,7 @@ Source:    arXiv:2404.01847 and its released code, bert-c5 and bert-o3 of Crammi
            (arXiv:2212.14034): 300,000 micro-steps of 128 sequences are 9,375 optimizer steps of
            4,096; the rate rises from a quarter of its peak, which it reaches at three quarters of
            the run, and falls to 0; dropout is off; masks are searched for every 40 optimizer steps;
-           the last sixth is dense; gradients are pruned by MVUE
+           the last sixth is dense; gradients are pruned by MVUE; its gate has GELU in the tanh form
 Contradictory: sequences of 128 in the code, of 512 on a page about reproducing it; the code is
            followed
 Departures: the batch is 4,096 throughout, where the code raises it from 128 over the whole run and
@@ -15,8 +15,9 @@ Departures: the batch is 4,096 throughout, where the code raises it from 128 ove
            entries for WordPiece of as many, in which text is lower case without accents; documents
            are neither filtered nor sorted by length; exactly 19 of 128 tokens are chosen, perhaps
            separators, where the code chooses each other token with 15 %; learned positions for
-           scaled sinusoidal ones; norms add 1e-5 to the variance, not 1e-12; residual outputs begin
-           smaller by the root of twice the layers; bfloat16 for float16
+           scaled sinusoidal ones; norms add 1e-5 to the variance, not 1e-12, and their scales do
+           not decay; residual outputs begin smaller by the root of twice the layers; bfloat16 for
+           float16
 Expected:  not yet run
 """
 
@@ -56,7 +57,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "triangle"
     config.optimizer.initial_fraction = 0.25
-    config.optimizer.warmup_steps = 7_031  # three quarters
+    config.optimizer.warmup_fraction = 0.75
     config.optimizer.weight_decay = 0.01
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-12

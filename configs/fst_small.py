@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 8
 
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 40
+    config.optimizer.warmup_fraction = 0.1
 
     config.recipe.name = "fst"
     config.recipe.fst.decay_rate = 6e-5

@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer.learning_rate = 7e-4
     config.optimizer.schedule = "inverse_sqrt"
-    config.optimizer.warmup_steps = 4_000
+    config.optimizer.warmup_fraction = 0.04
     config.optimizer.weight_decay = 0.0
     config.optimizer.b2 = 0.98
     config.optimizer.clip_norm = None

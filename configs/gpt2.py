@@ -3,7 +3,8 @@
 Command:   python train.py --config=configs/gpt2.py:124m --workdir=runs/gpt2_124m
            with --config.data.source=text:/path/to/openwebtext; sizes 124m, 350m, 774m, 1558m
 Hardware:  one H100 or H200
-Source:    schedule, batch and optimizer of arXiv:2404.01847, the same for all sizes
+Source:    released code of arXiv:2404.01847, the same for all sizes: schedule, batch, optimizer,
+           which decays all matrices, learned positions too; exact GELU; no biases, in norms neither
 Expected:  not yet run
 """
 
@@ -41,6 +42,9 @@ def get_config(size="124m") -> ConfigDict:
     config.model.vocab_size = 50_304  # 50,257 rounded up to a multiple of 128
     config.model.num_layers, config.model.num_heads, config.model.model_dim = SIZES[size]
     config.model.mlp_dim = 4 * config.model.model_dim
+    config.model.mlp_activation = "gelu_exact"
+    config.model.use_bias = False
+    config.model.use_norm_bias = False
     config.model.init_std = 0.02
     config.model.dtype = "bfloat16"
     config.model.remat = True
@@ -52,8 +56,9 @@ def get_config(size="124m") -> ConfigDict:
     config.data.num_reading_threads = 1
 
     config.optimizer.learning_rate = 1.5e-4
-    config.optimizer.warmup_steps = 3_000
+    config.optimizer.warmup_fraction = 0.01
     config.optimizer.final_fraction = 1e-5 / 1.5e-4
+    config.optimizer.decay_embeddings = "all"
 
     config.checkpoint.every_steps = 1_000
     return config

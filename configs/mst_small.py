@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     # The best of 1e-3, 1.5e-3 and 2e-3 for the dense model.
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.schedule = "wsd"
-    config.optimizer.warmup_steps = 40
+    config.optimizer.warmup_fraction = 0.04
 
     config.recipe.name = "mst"
     mst = config.recipe.mst
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     mst.keep_optimizer_step = True
     config.recipe.rigl.keep_optimizer_step = True
     for name in ("mst", "rigl", "set", "magnitude"):
-        config.recipe[name].update_interval = 20
+        config.recipe[name].update_interval_fraction = 0.02
     # The released 0.3 replaces more than so short a run can train.
     for name in ("mst", "rigl", "set"):
         config.recipe[name].update_fraction = 0.01

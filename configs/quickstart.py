@@ -30,12 +30,12 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 2
 
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_fraction = 20 / 300
 
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.8
-    config.recipe.spion.probe_every_steps = 20
-    config.recipe.spion.latest_switch_step = 80
+    config.recipe.spion.probe_interval_fraction = 20 / 300
+    config.recipe.spion.latest_switch_fraction = 80 / 300
     # The published restart of the schedule is meant for runs a hundred times as long.
     config.recipe.spion.restart_learning_rate = False
 

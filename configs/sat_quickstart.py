@@ -3,7 +3,8 @@
 Command:   python train.py --config=configs/sat_quickstart.py --workdir=runs/sat_quickstart
 Hardware:  2 CPU cores
 Source:    ours, in the shape of the paper's models: width 64, 2 heads; sequences of 21 to 199
-           symbols in 256 positions
+           symbols in 256 positions. Initial values, activation and schedule are ours, see
+           configs/lra.py
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ from configs import lra
 
 def get_config() -> ConfigDict:
     """Return the settings."""
-    config = lra.get_config()
+    config = lra.get_shape()
     config.num_steps = 600
     config.eval_every_steps = 100
     config.num_eval_batches = 40
@@ -29,7 +30,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 16
 
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 60
+    config.optimizer.warmup_fraction = 0.1
 
     config.recipe.name = "sat"
     config.recipe.sat.density = 0.15

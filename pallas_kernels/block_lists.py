@@ -64,8 +64,39 @@ class Tile:
         """
         start = step * self.width
         visited_RW = jax.lax.dynamic_slice_in_dim(self.visited, start, self.width, axis=1)
-        listed_RW = start + jnp.arange(self.width) < self.counts[:, None]
+        listed_RW = find_listed(self.counts - start, self.width)
         return visited_RW, jnp.repeat(listed_RW, block, axis=1)
+
+
+def find_listed(counts: jax.Array, length: int) -> jax.Array:
+    """Find which positions belong to lists rather than to their padding.
+
+    Args:
+      counts: int[...], length of each list.
+      length: int, P, positions with the padding.
+
+    Returns:
+      bool[..., P].
+
+    Example:
+      >>> find_listed(jnp.array([1, 2]), 2).tolist()
+      [[True, False], [True, True]]
+    """
+    positions = jax.lax.broadcasted_iota(counts.dtype, (*counts.shape, length), counts.ndim)
+    return positions < counts[..., None]
+
+
+def number_entries(x: jax.Array, *, axis: int) -> jax.Array:
+    """Number the entries of an array along an axis.
+
+    Args:
+      x: int[...].
+      axis: negative.
+
+    Returns:
+      array typed and shaped like `x`.
+    """
+    return jax.lax.broadcasted_iota(x.dtype, x.shape, x.ndim + axis)
 
 
 def list_kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:

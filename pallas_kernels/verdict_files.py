@@ -28,6 +28,9 @@ class VerdictsError(ValueError):
     """A file is there and is no file of verdicts; the message names it."""
 
 
+# A file of verdicts has some thousand of them.
+_MOST_CHARACTERS = 64 << 20
+
 SHIPPED = pathlib.Path(__file__).parent / "measured"
 
 _in_force: contextvars.ContextVar[Verdicts | None] = contextvars.ContextVar(
@@ -135,14 +138,16 @@ def read_processors(path: pathlib.Path) -> int | None:
 
 def _read(path: pathlib.Path) -> tuple[int | None, list[Verdict]]:
     try:
-        content = json.loads(path.read_text())
+        with open(path, encoding="utf-8") as file:
+            # One that is longer is cut, and then no JSON.
+            content = json.loads(file.read(_MOST_CHARACTERS))
         processors = content["processors"]
-        if processors is not None and not isinstance(processors, int):
-            raise TypeError(f"processors must be a number, got {processors!r}")
+        if processors is not None:
+            processors = _parse_count(processors)
         return processors, [_parse_verdict(entry) for entry in content["verdicts"]]
     except (FileNotFoundError, NotADirectoryError):
         return None, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VerdictsError(
             f"{path} must be a readable file of verdicts, got {type(error).__name__}: {error}; "
             "delete it and run the doctor again"
@@ -206,13 +211,30 @@ def _parse_verdict(entry: Any) -> Verdict:
         raise ValueError(f"{names} must be texts, got {list(values.values())}")
     timings = tuple(
         Timing(
-            tuple(int(size) for size in timing["sizes"]),
-            float(timing["density"]),
-            {str(name): float(seconds) for name, seconds in timing["seconds"].items()},
+            tuple(map(_parse_count, timing["sizes"])),
+            _parse_number(timing["density"]),
+            {name: _parse_number(seconds) for name, seconds in timing["seconds"].items()},
         )
         for timing in entry.get("timings", ())
     )
-    key = KernelKey(**values, options=tuple(sorted(entry["options"].items())))
-    sizes = tuple(int(size) for size in entry["sizes"])
+    options = tuple(sorted(entry["options"].items()))
+    if not all(isinstance(value, str | int | None) for _, value in options):
+        raise ValueError(
+            f"options must be texts, whole numbers or null, got {entry['options']!r:.80}"
+        )
+    key = KernelKey(**values, options=options)
+    sizes = tuple(map(_parse_count, entry["sizes"]))
     state = {found[1]: found[2]} if found else {}
     return Verdict(key=key, sizes=sizes, timings=timings, **state)
+
+
+def _parse_count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"a count must be a whole number in [0, 2^63), got {value!r:.40}")
+    return value
+
+
+def _parse_number(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1e9:
+        raise ValueError(f"a time or density must be a number in [0, 1e9), got {value!r:.40}")
+    return float(value)

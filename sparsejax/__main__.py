@@ -17,7 +17,9 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
-    "train": _Command("train a model, or resume its run", ("config", "workdir", "doctor")),
+    "train": _Command(
+        "train a model, or resume its run", ("config", "workdir", "doctor", "profile_steps")
+    ),
     "eval": _Command("evaluate the newest checkpoint of a run", ("config", "workdir")),
     "plan": _Command(
         "memory, largest batch and kernels on a GPU that need not be here", ("config", "target")
@@ -31,6 +33,7 @@ _USAGES = {
     "workdir": "--workdir=FOLDER",
     "target": "[--target=GPU]",
     "doctor": "[--doctor=off]",
+    "profile_steps": "[--profile_steps=FIRST:LAST]",
 }
 _HELP = ("--help", "-help", "-h")
 

@@ -15,6 +15,7 @@ from sparsejax.report.writers import RowWriter
 from sparsejax.tools import evaluate as evaluation
 from sparsejax.tools.load import TrainedModel as TrainedModel
 from sparsejax.tools.load import load_model as load_model
+from sparsejax.training.compilation_cache import use_compilation_cache
 from sparsejax.training.loop import train_and_evaluate
 
 
@@ -58,6 +59,7 @@ def train(
             mapping["data"]["source"] = f"own:{name_function(data, 'data')}"
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    use_compilation_cache()
     command = f"sparsejax.train(config, {str(workdir)!r})"
     return train_and_evaluate(
         parse_config(mapping), workdir, resume_command=command, writers=writers

@@ -1,7 +1,8 @@
 """Refusals in one form: the setting as a user wrote it, its value, and what was expected."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 type Check = Callable[[bool, str, str], None]
@@ -42,6 +43,33 @@ def make_check(section: str, settings: Any) -> Check:
         check_setting(ok, f"{section}.{name}", getattr(settings, name), expected)
 
     return check
+
+
+def check_used(section: str, settings: Any, users: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
+    """Refuse settings that another setting leaves without effect, unless they have their default.
+
+    Args:
+      section: name that goes before that of an attribute.
+      settings: dataclass whose fields are the settings.
+      users: setting -> (the other setting, those of its values with which it has an effect).
+
+    Raises:
+      ValueError: with both settings.
+
+    Example:
+      >>> @dataclasses.dataclass
+      ... class Pattern:
+      ...     kind: str = "window"
+      ...     width: int = 3
+      >>> check_used("pattern", Pattern("dense", 5), {"width": ("kind", ("window",))})
+      Traceback (most recent call last):
+      ValueError: pattern.width must be 3 with kind='dense', which has no use for it, got 5
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name, (other, values) in users.items():
+        choice, value, default = getattr(settings, other), getattr(settings, name), defaults[name]
+        expected = f"{default!r} with {other}={choice!r}, which has no use for it"
+        check_setting(choice in values or value == default, f"{section}.{name}", value, expected)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
 _DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
+_PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps to be profiled.")
 _TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU to plan for.")
 
 
@@ -72,18 +73,22 @@ def _main(argv: list[str], *, resume_command: str) -> int:
         # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    elif not workdir:
-        return _fail("--workdir must be a folder, got none")
+    elif not workdir or workdir.startswith("--"):
+        return _fail(f"--workdir must be a folder, got {workdir or 'none'}")
     from sparsejax.checkpoint.save import CheckpointError
     from sparsejax.config.parse import ConfigError, parse_config
     from sparsejax.tools.evaluate import evaluate
     from sparsejax.tools.find_decay import find_decay
     from sparsejax.tools.plan import format_plan, make_plan
     from sparsejax.tools.prove import prove_kernels
+    from sparsejax.training.compilation_cache import use_compilation_cache
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
+    from sparsejax.training.profile import StepRange
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+    if _MODE.value != "plan":  # which reads what the compiler says while it compiles
+        use_compilation_cache()
     try:
         config = parse_config(_CONFIG.value.to_dict())
         if _MODE.value == "plan":
@@ -94,9 +99,10 @@ def _main(argv: list[str], *, resume_command: str) -> int:
             for name, value in evaluate(config, workdir).items():
                 print(f"{name}: {value}")
         else:
+            steps = None if _PROFILE.value is None else StepRange.parse(_PROFILE.value)
             if _DOCTOR.value == "auto":
                 prove_kernels(config)
-            train_and_evaluate(config, workdir, resume_command=resume_command)
+            train_and_evaluate(config, workdir, resume_command=resume_command, profile_steps=steps)
     except ConfigError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:

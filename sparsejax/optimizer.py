@@ -6,18 +6,35 @@ clipping, and a phase may restart, scale or hold the learning rate without touch
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.checks import make_check
+from sparsejax.checks import check_used, make_check
 from sparsejax.recipes import Phase
+from sparsejax.shares import count_share
 from sparsejax.types import PyTree
 
-type Schedule = Literal["cosine", "one_cycle", "inverse_sqrt", "wsd", "constant", "triangle"]
+type Schedule = Literal[
+    "cosine", "one_cycle", "torch_one_cycle", "inverse_sqrt", "wsd", "constant", "triangle"
+]
 """How the learning rate moves, see `OptimizerConfig`."""
+
+type DecayedEmbeddings = Literal["none", "tokens", "all"]
+"""Which embeddings weight decay reaches, see `OptimizerConfig`."""
+
+# What weight decay reaches, by the name of a parameter: its rank tells less, for the biases and
+# norm scales of stacked layers have two axes as well.
+_DECAYED = {
+    "none": ("kernel",),
+    "tokens": ("kernel", "embedding"),
+    "all": ("kernel", "embedding", "position"),
+}
+
+# The momenta of torch's one-cycle policy, by default.
+_HIGHEST_B1, _LOWEST_B1 = 0.95, 0.85
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +46,21 @@ class OptimizerConfig:
       learning_rate: float, peak rate.
       schedule: "cosine", "one_cycle" (linear up, linear down), "inverse_sqrt" (as one over the
         root of the step), "wsd" (the peak, then linear down at the end) or "constant", each after a
-        linear warm-up; or "triangle", linear up and linear down to 0.
-      warmup_steps: int, steps from the initial to the peak rate.
+        linear warm-up; or "triangle", linear up and linear down to 0. "torch_one_cycle" is
+        "one_cycle" as PyTorch counts: the peak comes one step earlier, in the last step of the
+        warm-up, and the last rate in the last step.
+      cycle_momentum: bool, b1 falls from 0.95 to 0.85 while the rate of a one-cycle schedule rises,
+        and rises while it falls, as in PyTorch; a phase at a constant rate has `b1`. "adamw" only.
+      late_schedule: bool, every step has the rate and momentum of the step before, and the first
+        its own. Where a phase restarts the schedule, only its first step is late. As the released
+        loops of SPION-CF and C, which tell their scheduler the step they have done.
+      warmup_fraction: float in [0, 1), share of the run from the initial to the peak rate.
       final_fraction: float in [0, 1], last rate of "cosine" and "wsd" relative to the peak.
       decay_fraction: float in (0, 1], share of the run, at its end, in which "wsd" falls.
       initial_fraction: float in [0, 1], first rate of "triangle" relative to the peak.
-      weight_decay: float, decoupled, on kernels and token embeddings only.
+      weight_decay: float, decoupled, on kernels and embeddings only.
+      decay_embeddings: embeddings that it reaches: "none", "tokens", or "all", learned positions
+        too.
       b1: float, decay of the first moment (momentum of "sgd").
       b2: float, decay of the second moment.
       eps: float, added to the root of the second moment.
@@ -48,11 +74,14 @@ class OptimizerConfig:
     name: Literal["adamw", "lion", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Schedule = "cosine"
-    warmup_steps: int = 100
+    cycle_momentum: bool = False
+    late_schedule: bool = False
+    warmup_fraction: float = 0.1
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
     initial_fraction: float = 0.0
     weight_decay: float = 0.1
+    decay_embeddings: DecayedEmbeddings = "tokens"
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -65,16 +94,36 @@ class OptimizerConfig:
         check(self.learning_rate > 0, "learning_rate", "positive")
         schedules = get_args(Schedule.__value__)
         check(self.schedule in schedules, "schedule", f"one of {schedules}")
-        least = 1 if self.schedule == "inverse_sqrt" else 0
-        check(self.warmup_steps >= least, "warmup_steps", f"at least {least}")
+        if self.schedule == "inverse_sqrt":
+            check(0 < self.warmup_fraction < 1, "warmup_fraction", "in (0, 1)")
+        else:
+            check(0 <= self.warmup_fraction < 1, "warmup_fraction", "in [0, 1)")
+        check(
+            not self.cycle_momentum
+            or (self.name == "adamw" and self.schedule in ("one_cycle", "torch_one_cycle")),
+            "cycle_momentum",
+            f"False for {self.name!r} with schedule {self.schedule!r}",
+        )
         check(0 <= self.final_fraction <= 1, "final_fraction", "in [0, 1]")
         check(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]")
         check(0 <= self.initial_fraction <= 1, "initial_fraction", "in [0, 1]")
         check(self.weight_decay >= 0, "weight_decay", "at least 0")
+        check(self.decay_embeddings in _DECAYED, "decay_embeddings", f"one of {(*_DECAYED,)}")
         check(0 <= self.b1 < 1, "b1", "in [0, 1)")
         check(0 <= self.b2 < 1, "b2", "in [0, 1)")
         check(self.eps > 0, "eps", "positive")
         check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "positive or None")
+        check_used(
+            "optimizer",
+            self,
+            {
+                "final_fraction": ("schedule", ("cosine", "wsd")),
+                "decay_fraction": ("schedule", ("wsd",)),
+                "initial_fraction": ("schedule", ("triangle",)),
+                "b2": ("name", ("adamw", "lion")),
+                "eps": ("name", ("adamw",)),
+            },
+        )
         check(self.clip_value is None or self.clip_value > 0, "clip_value", "positive or None")
 
 
@@ -84,16 +133,23 @@ class Optimizer(NamedTuple):
     Attributes:
       clip: grads -> grads.
       init: params -> opt_state.
-      update: (grads, opt_state, params) -> (updates, opt_state) for a learning rate of 1.
+      update: (grads, opt_state, params, *, b1) -> (updates, opt_state) for a learning rate of 1;
+        b1 is what `compute_b1` returns, by default `base_b1`.
       schedule: i32[] steps done -> f32[] learning rate.
+      b1_schedule: i32[] steps done -> b1, a float where it stays the same, else f32[].
       base_learning_rate: float, the peak rate.
+      base_b1: float, b1 of a phase at a constant rate.
+      late_schedule: bool, steps are scheduled as if they were the one before.
     """
 
     clip: Callable[[PyTree], PyTree]
     init: Callable[[PyTree], optax.OptState]
-    update: Callable[[PyTree, optax.OptState, PyTree], tuple[PyTree, optax.OptState]]
+    update: Callable[..., tuple[PyTree, optax.OptState]]
     schedule: optax.Schedule
+    b1_schedule: optax.Schedule
     base_learning_rate: float
+    base_b1: float
+    late_schedule: bool
 
 
 def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
@@ -105,9 +161,11 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
     Raises:
       ValueError: if the warm-up is as long as the run, or reaches into the decay of "wsd".
     """
-    if config.schedule != "constant" and config.warmup_steps >= num_steps:
+    warmup_steps = count_share(config.warmup_fraction, num_steps)
+    if config.schedule != "constant" and warmup_steps >= num_steps:
         raise ValueError(
-            f"optimizer.warmup_steps must be below num_steps={num_steps}, got {config.warmup_steps}"
+            f"optimizer.warmup_fraction must leave a step of {num_steps}, got "
+            f"{config.warmup_fraction}, which is {warmup_steps} steps"
         )
     clips = []
     if config.clip_value is not None:
@@ -116,34 +174,62 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> Optimizer:
         clips.append(optax.clip_by_global_norm(config.clip_norm))
     clip = optax.chain(*clips) if clips else optax.identity()
 
-    direction = {
-        "adamw": lambda: optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        "lion": lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
-        "sgd": lambda: optax.trace(config.b1) if config.b1 else optax.identity(),
-    }[config.name]()
-    descent = optax.chain(
-        direction,
-        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
-        optax.scale(-1.0),
-    )
+    def make_descent(b1: Any):
+        direction = {
+            "adamw": lambda: optax.scale_by_adam(b1=b1, b2=config.b2, eps=config.eps),
+            "lion": lambda: optax.scale_by_lion(b1=b1, b2=config.b2),
+            "sgd": lambda: optax.trace(config.b1) if config.b1 else optax.identity(),
+        }[config.name]()
+        return optax.chain(
+            direction,
+            optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
+            optax.scale(-1.0),
+        )
+
+    def is_decayed(params):
+        names = _DECAYED[config.decay_embeddings]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: getattr(path[-1], "key", None) in names, params
+        )
+
     return Optimizer(
         clip=lambda grads: clip.update(grads, clip.init(grads))[0],
-        init=descent.init,
-        update=descent.update,
+        init=make_descent(config.b1).init,
+        # As torch's Adam, whose bias correction is that of the step's own b1: 1 - b1 ** step.
+        update=lambda grads, opt_state, params, *, b1=config.b1: make_descent(b1).update(
+            grads, opt_state, params
+        ),
         schedule=_make_schedule(config, num_steps),
+        b1_schedule=_make_b1_schedule(config, num_steps),
         base_learning_rate=config.learning_rate,
+        base_b1=config.b1,
+        late_schedule=config.late_schedule,
     )
 
 
-def _is_matrix(params: PyTree) -> PyTree:
-    # By name, not by rank: biases and norm scales of stacked layers have two axes as well.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) in ("kernel", "embedding"), params
+def _make_b1_schedule(config: OptimizerConfig, num_steps: int):
+    if not config.cycle_momentum:
+        return lambda step: config.b1
+    return _make_one_cycle(config, num_steps, _HIGHEST_B1, _LOWEST_B1, _HIGHEST_B1)
+
+
+def _make_one_cycle(
+    config: OptimizerConfig, num_steps: int, first: float, middle: float, last: float
+):
+    # PyTorch reaches both values a step earlier.
+    early = 1 if config.schedule == "torch_one_cycle" else 0
+    turn = max(count_share(config.warmup_fraction, num_steps) - early, 0)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(first, middle, max(turn, 1)),
+            optax.linear_schedule(middle, last, num_steps - early - turn),
+        ],
+        [turn],
     )
 
 
 def _make_schedule(config: OptimizerConfig, num_steps: int):
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate, count_share(config.warmup_fraction, num_steps)
     if config.schedule == "constant":
         return optax.join_schedules(
             [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)],
@@ -159,11 +245,11 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
         )
     if config.schedule == "wsd":
         # Hu et al., MiniCPM, arXiv:2404.06395; its end is linear here.
-        decay_step = num_steps - round(config.decay_fraction * num_steps)
+        decay_step = num_steps - count_share(config.decay_fraction, num_steps)
         if warmup > decay_step:
             raise ValueError(
-                "optimizer.warmup_steps must end before optimizer.decay_fraction begins, at step "
-                f"{decay_step} of {num_steps}, got {warmup}"
+                "optimizer.warmup_fraction must end before optimizer.decay_fraction begins, at "
+                f"step {decay_step} of {num_steps}, got {config.warmup_fraction}: {warmup} steps"
             )
         return optax.join_schedules(
             [
@@ -185,13 +271,7 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
     first, last = peak / 25, peak / 25e4
     if config.schedule == "triangle":
         first, last = peak * config.initial_fraction, 0.0
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(first, peak, max(warmup, 1)),
-            optax.linear_schedule(peak, last, num_steps - warmup),
-        ],
-        [warmup],
-    )
+    return _make_one_cycle(config, num_steps, first, peak, last)
 
 
 def compute_learning_rate(
@@ -209,8 +289,33 @@ def compute_learning_rate(
     """
     if phase.learning_rate == "constant":
         rate = jnp.float32(optimizer.base_learning_rate)
-    elif phase.learning_rate == "restart":
-        rate = optimizer.schedule(step - phase_start_step)
     else:
-        rate = optimizer.schedule(step)
+        rate = optimizer.schedule(_count_steps(optimizer, phase, step, phase_start_step))
     return jnp.asarray(rate * phase.learning_rate_scale, jnp.float32)
+
+
+def compute_b1(
+    optimizer: Optimizer, phase: Phase, step: jax.Array, phase_start_step: jax.Array
+) -> jax.typing.ArrayLike:
+    """Return the decay of the first moment of one step, as its phase wants it.
+
+    Args:
+      phase: Phase, static.
+      step: i32[], steps done before this one.
+      phase_start_step: i32[], steps done when the phase began.
+
+    Returns:
+      float where it is the same in all steps of the phase, else f32[].
+    """
+    if phase.learning_rate == "constant":
+        return optimizer.base_b1
+    return optimizer.b1_schedule(_count_steps(optimizer, phase, step, phase_start_step))
+
+
+def _count_steps(optimizer, phase, step, phase_start_step):
+    """Return which step of the schedule this one is."""
+    late = jnp.maximum(step - 1, 0) if optimizer.late_schedule else step
+    if phase.learning_rate != "restart":
+        return late
+    begun = step - phase_start_step
+    return jnp.where(begun == 0, late, begun) if optimizer.late_schedule else begun

@@ -47,7 +47,7 @@ def make_optimizer_config(**changes: Any) -> OptimizerConfig:
         "name": "adamw",
         "learning_rate": 1e-2,
         "schedule": "constant",
-        "warmup_steps": 0,
+        "warmup_fraction": 0.0,
         "final_fraction": 0.1,
         "weight_decay": 0.1,
         "b1": 0.9,
@@ -99,6 +99,7 @@ def make_state(model: TransformerConfig, recipe: Recipe, optimizer: Optimizer) -
     opt_state = optimizer.init(trainable(params, sparsity))
     return TrainState(
         step=jnp.int32(0),
+        num_skipped=jnp.int32(0),
         params=params,
         sparsity=sparsity,
         opt_state=opt_state,

@@ -33,6 +33,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import NUM_COMPUTE, ROWS
 from pallas_kernels.dispatch import check_hopper
+from pallas_kernels.mosaic_call import call_mosaic
 
 HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS
@@ -190,8 +191,9 @@ def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
             out_gmem[pl.ds(query + first, ROWS), pl.ds(key, TILE)] = acc * (1 / (B * N))
 
     kernel.__name__ = "mean_attention_map"
-    return plgpu.kernel(
+    return call_mosaic(
         kernel,
+        *arrays.values(),
         out_type=jax.ShapeDtypeStruct((T, S), jnp.float32),
         scratch_types=[*rings, full, free],
         grid=(grid[0] * grid[1],),
@@ -199,4 +201,4 @@ def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
         num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*arrays.values())
+    )

@@ -46,7 +46,8 @@ def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
         scores_BKGRS *= H**-0.5
         visible = None
         if facts.causal:
-            visible = jnp.arange(S) <= start + jnp.arange(rows)[:, None]
+            visible = jnp.arange(S)[None] <= start + jnp.arange(rows)[:, None]
+            visible = visible[None, None, None]
         if kv_mask_BS is not None:
             real_B111S = kv_mask_BS[:, None, None, None]
             visible = real_B111S if visible is None else real_B111S & visible

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_lists import list_kept
+from pallas_kernels.block_lists import find_listed, list_kept, number_entries
 
 
 @jax.tree_util.register_dataclass
@@ -81,8 +81,7 @@ def unpack_block_schedule(schedule: BlockSchedule) -> jax.Array:
       >>> bool((unpack_block_schedule(make_block_schedule(mask)) == mask).all())
       True
     """
-    positions = jnp.arange(schedule.kv_indices.shape[-1])
-    listed = positions < schedule.kv_counts[..., None]
+    listed = find_listed(schedule.kv_counts, schedule.kv_indices.shape[-1])
     position_of_block = jnp.argsort(schedule.kv_indices, axis=-1)
     return jnp.take_along_axis(listed, position_of_block, axis=-1)
 
@@ -110,16 +109,16 @@ def drop_blocks_above_diagonal(
       ([1, 2], [2, 1], [[0, 1], [1, 0]])
     """
     num_q, num_kv = schedule.kv_indices.shape[-2:]
-    row_end = (jnp.arange(num_q) + 1)[:, None] * block_q
-    column_start = jnp.arange(num_kv)[:, None] * block_kv
 
-    listed = jnp.arange(num_kv) < schedule.kv_counts[..., None]
-    seen = listed & (schedule.kv_indices * block_kv < row_end)
+    listed = find_listed(schedule.kv_counts, num_kv)
+    row = number_entries(schedule.kv_indices, axis=-2)
+    seen = listed & (schedule.kv_indices * block_kv < (row + 1) * block_q)
 
-    listed_t = jnp.arange(num_q) < schedule.q_counts[..., None]
-    unseen_t = listed_t & ((schedule.q_indices + 1) * block_q <= column_start)
+    listed_t = find_listed(schedule.q_counts, num_q)
+    column = number_entries(schedule.q_indices, axis=-2)
+    unseen_t = listed_t & ((schedule.q_indices + 1) * block_q <= column * block_kv)
     first_seen = unseen_t.sum(axis=-1, dtype=jnp.int32)
-    rolled = (jnp.arange(num_q) + first_seen[..., None]) % num_q
+    rolled = (number_entries(schedule.q_indices, axis=-1) + first_seen[..., None]) % num_q
     return BlockSchedule(
         kv_counts=seen.sum(axis=-1, dtype=jnp.int32),
         kv_indices=schedule.kv_indices,

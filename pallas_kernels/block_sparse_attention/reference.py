@@ -48,9 +48,9 @@ def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.
     s = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k_BSNH, precision="highest")
     s = s * facts.scale
     s = jnp.where(attended, s, -jnp.inf)
-    num_zeros = jnp.zeros((1, 1, 1))
+    num_zeros = jnp.zeros((1, 1, 1), jnp.int32)
     if facts.pruned_logits == "zero":
-        num_zeros = (visible & ~kept).sum(axis=-1)
+        num_zeros = (visible & ~kept).sum(axis=-1, dtype=jnp.int32)
     top = jnp.maximum(s.max(axis=-1), jnp.where(num_zeros > 0, 0.0, -jnp.inf))
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     e = jnp.exp(s - top[..., None])

@@ -28,7 +28,7 @@ def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
     y = jnp.dot(x32, kept, precision="highest")
     y += jnp.dot(jax.lax.stop_gradient(x32), wanted, precision="highest")
     if bias is not None:
-        y += bias.astype(jnp.float32)
+        y += bias.astype(jnp.float32)[None]
     return y.astype(x.dtype)
 
 

@@ -94,8 +94,7 @@ def compress(w_RC: jax.Array, mask_RC: jax.Array) -> Compressed:
     first, second, nibble = select_two(w, kept)
     values = jnp.stack([first, second], axis=-1).reshape(rows, columns // 2)
     nibble = nibble.reshape(rows // TILE, 4, 2, 8, columns // TILE, 4, 4)
-    bits = jnp.arange(4, dtype=jnp.uint32) * 4
-    halves = (nibble << bits).sum(axis=-1, dtype=jnp.uint32)
+    halves = (nibble << _first_bits(nibble.shape)).sum(axis=-1, dtype=jnp.uint32)
     words = halves[:, :, 0] | (halves[:, :, 1] << 16)  # [R/64, warp, row, C/64, quarter]
     metadata = words.transpose(0, 3, 1, 2, 4).reshape(rows // TILE, columns // TILE, 2 * TILE)
     return Compressed(values, metadata)
@@ -141,10 +140,15 @@ def decompress(compressed: Compressed) -> jax.Array:
     rows, columns = compressed.shape
     words = metadata.reshape(rows // TILE, columns // TILE, 4, 8, 4).transpose(0, 2, 3, 1, 4)
     halves = jnp.stack([words & 0xFFFF, words >> 16], axis=2)  # [R/64, warp, half, row, C/64, q]
-    nibbles = (halves[..., None] >> (jnp.arange(4, dtype=jnp.uint32) * 4)) & 15
+    nibbles = (halves[..., None] >> _first_bits((*halves.shape, 4))) & 15
     nibbles = nibbles.reshape(rows, columns // 4, 1)
     first, second = (values[:, i::2, None] for i in range(2))
-    position = jnp.arange(4, dtype=jnp.uint32)
+    position = jnp.arange(4, dtype=jnp.uint32)[None, None]
     dense = jnp.where((nibbles & 3) == position, first, jnp.zeros_like(first))
     dense = jnp.where((nibbles >> 2) == position, second, dense)
     return dense.reshape(rows, columns)
+
+
+def _first_bits(shape: tuple[int, ...]) -> jax.Array:
+    """uint32, the first bit of each of the four nibbles of a half word, the last axis."""
+    return 4 * jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)

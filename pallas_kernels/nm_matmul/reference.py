@@ -36,7 +36,7 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     straight_through = _dot(jax.lax.stop_gradient(x32), _zeros_with_gradient(w32))
     z = _dot(x32, kept) + jnp.asarray(_prune_gradient(straight_through, key, facts.grad_pruning))
     if bias is not None:
-        z = z + bias.astype(jnp.float32)
+        z = z + bias.astype(jnp.float32)[None]
     if facts.activation == "gelu":
         z = _gelu(z)
     elif facts.activation is not None:

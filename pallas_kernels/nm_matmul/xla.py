@@ -30,7 +30,7 @@ def _mask_weight(w, mask):
 def _forward(x, w, mask, packed, bias, activation, keeps_z):
     z = jnp.einsum("mk,kn->mn", x, _mask_weight(w, mask), preferred_element_type=jnp.float32)
     if bias is not None:
-        z = z + bias.astype(jnp.float32)
+        z = z + bias.astype(jnp.float32)[None]
     out = apply_activation(z, activation).astype(x.dtype)
     return out, z.astype(x.dtype) if keeps_z else None
 

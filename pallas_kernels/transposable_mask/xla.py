@@ -80,8 +80,8 @@ def _search(w_S4N):
         tiles_SiCj.transpose(1, 3, 0, 2).reshape(TILE, TILE, -1)
     )
     bits_T = jax.lax.optimization_barrier(_find_best(*map(list, rows_ijT)))
-    position_4_4 = jnp.arange(TILE**2)[::-1].reshape(TILE, 1, TILE)
-    mask_SiCj = (bits_T.reshape(strips, 1, -1, 1) >> position_4_4) & 1
+    position_1414 = jnp.arange(TILE**2)[::-1].reshape(1, TILE, 1, TILE)
+    mask_SiCj = (bits_T.reshape(strips, 1, -1, 1) >> position_1414) & 1
     return mask_SiCj.astype(bool).reshape(w_S4N.shape)
 
 

@@ -1,15 +1,16 @@
 """The folders and files of checkpoints: their names, their manifests, and what is wrong with them.
 
 A manifest is one JSON object, {"crc32": ..., "content": ...}; the content lists each leaf's
-dtype and shape and each file's size and checksum.
+dtype and shape and each file's size and checksum. Whatever else lies in the folder is left alone:
+only folders are deleted that have a name of ours and a mark of a save.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,21 @@ from sparsejax.strict_json import dump_json, load_json
 
 MANIFEST = "manifest.json"
 # A step saved twice gets a counted suffix: its first checkpoint stays until the second is whole.
-_COMMITTED = re.compile(r"(\d+)(?:-(\d+))?")
-_UNFINISHED = re.compile(r"(\d+)(?:-(\d+))?\.tmp.*")
-_DELETED_SUFFIX = ".deleted"
+_COMMITTED = re.compile(r"(\d{8,})(?:-([1-9]\d*))?")
+_ORBAX_SUFFIX = ".orbax-checkpoint-tmp"
+_UNFINISHED = re.compile(rf"{_COMMITTED.pattern}\.tmp({re.escape(_ORBAX_SUFFIX)}.*)?")
+_DELETED = re.compile(rf"{_COMMITTED.pattern}\.deleted(-[1-9]\d*)?")
+_MARKS = (MANIFEST, "_CHECKPOINT_METADATA")
+_CONTENT = {
+    "step": int,
+    "data_state": dict,
+    "metadata": dict,
+    "metrics": dict,
+    "good": bool,
+    "periodic": bool,
+    "leaves": dict,
+    "files": dict,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +44,8 @@ class CheckpointInfo:
       path: Path of the folder.
       metadata: dict given to `Checkpointer.save`; empty if there is a problem.
       metrics: dict of floats given to `Checkpointer.save`; empty if there is a problem.
+      good: bool given to `Checkpointer.save`; False if there is a problem.
+      periodic: bool given to `Checkpointer.save`; False if there is a problem.
       problem: str that names the folder, the file and what is wrong, or None if it is whole.
     """
 
@@ -38,6 +53,8 @@ class CheckpointInfo:
     path: Path
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    good: bool = False
+    periodic: bool = False
     problem: str | None = None
 
 
@@ -59,6 +76,8 @@ def find_checkpoints(
     found = {}
     directory = Path(directory)
     for path in directory.iterdir() if directory.is_dir() else ():
+        if not path.is_dir():
+            continue
         if order := parse_order(path):
             found[order] = _inspect(order[0], path, verify_checksums)
         elif match := _UNFINISHED.fullmatch(path.name):
@@ -72,9 +91,33 @@ def _inspect(step: int, path: Path, verify_checksums: bool) -> CheckpointInfo:
     try:
         manifest = read_manifest(path)
         check_files(path, manifest["files"], verify_checksums=verify_checksums)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return CheckpointInfo(step, path, problem=str(error))
-    return CheckpointInfo(step, path, manifest["metadata"], manifest["metrics"])
+    return describe_checkpoint(path, manifest)
+
+
+def describe_checkpoint(path: Path, manifest: dict[str, Any]) -> CheckpointInfo:
+    """Describe a checkpoint that is whole.
+
+    Args:
+      path: Path of the folder.
+      manifest: as `read_manifest` returns it.
+    """
+    names = ("step", "metadata", "metrics", "good", "periodic")
+    return CheckpointInfo(path=path, **{name: manifest[name] for name in names})
+
+
+def find_last_good(directory: str | os.PathLike, *, before_step: int) -> CheckpointInfo | None:
+    """Return the newest checkpoint that is whole and good.
+
+    Args:
+      directory: folder of checkpoints.
+      before_step: int, checkpoints of this step and later ones are left out.
+    """
+    for info in find_checkpoints(directory):
+        if info.problem is None and info.good and info.step < before_step:
+            return info
+    return None
 
 
 def choose_folder(directory: Path, step: int) -> Path:
@@ -85,11 +128,22 @@ def choose_folder(directory: Path, step: int) -> Path:
       step: int, optimiser steps done.
 
     Returns:
-      Path that does not exist yet.
+      Path that does not exist yet, nor does it with ".tmp" behind it.
     """
     orders = [order for path in directory.iterdir() if (order := parse_order(path))]
-    attempt = 1 + max((attempt for other, attempt in orders if other == step), default=-1)
-    return directory / (f"{step:08d}-{attempt}" if attempt else f"{step:08d}")
+    first = 1 + max((attempt for other, attempt in orders if other == step), default=-1)
+    names = (f"{step:08d}-{n}" if n else f"{step:08d}" for n in itertools.count(first))
+    paths = (directory / name for name in names)
+    return next(path for path in paths if not os.path.lexists(get_unfinished(path)))
+
+
+def get_unfinished(path: Path) -> Path:
+    """Return where a checkpoint is written before it gets its name.
+
+    Args:
+      path: Path that the finished checkpoint will have.
+    """
+    return path.with_name(path.name + ".tmp")
 
 
 def parse_order(path: Path) -> tuple[int, int] | None:
@@ -122,19 +176,51 @@ def find_leftovers(directory: Path) -> list[Path]:
     return [
         path
         for path in directory.iterdir()
-        if _UNFINISHED.fullmatch(path.name) or path.name.endswith(_DELETED_SUFFIX)
+        if (_UNFINISHED.fullmatch(path.name) or _DELETED.fullmatch(path.name)) and is_saved(path)
     ]
 
 
+def is_saved(path: Path) -> bool:
+    """Tell whether a save has made a folder, whole or not, and it may be deleted.
+
+    Args:
+      path: Path of any file, folder or link.
+
+    Returns:
+      bool, True for a folder that is marked by a save, or empty; False for a link to one.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = {file.name for file in path.iterdir()}
+    return not names or _ORBAX_SUFFIX in path.name or any(mark in names for mark in _MARKS)
+
+
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint folder.
+    """Delete a checkpoint folder, so that a kill at any moment leaves what can be recognised.
 
     Args:
       path: Path of the folder.
     """
     # Renamed first: a kill in mid-deletion must not leave what looks like a broken checkpoint.
-    doomed = path.rename(path.with_name(path.name + _DELETED_SUFFIX))
-    shutil.rmtree(doomed)
+    attempts = (f"{path.name}.deleted{f'-{n}' if n else ''}" for n in itertools.count())
+    free = (path.with_name(name) for name in attempts)
+    doomed = path.rename(next(name for name in free if not os.path.lexists(name)))
+    delete_leftover(doomed)
+
+
+def delete_leftover(path: Path) -> None:
+    """Delete a folder that `find_leftovers` lists.
+
+    Args:
+      path: Path of the folder.
+    """
+    # The marks go last: without them the rest of it would not be recognised.
+    for part in path.iterdir():
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part)
+        elif part.name not in _MARKS:
+            part.unlink()
+    shutil.rmtree(path)
 
 
 def seal_manifest(content: dict[str, Any]) -> str:
@@ -165,26 +251,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = load_json(text)["content"]
         if seal_manifest(content).encode() != text:
             raise ValueError("its checksum differs")
+        for name, kind in _CONTENT.items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"{name} must be of type {kind.__name__}, as in this version")
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is garbled: {error}") from error
     return content
-
-
-def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Describe each leaf by its dtype and shape.
-
-    Args:
-      leaves: arrays, jax.ShapeDtypeStruct or None by name.
-
-    Returns:
-      dict of str by name, such as "float32[2, 3]" or "None".
-    """
-    return {
-        name: "None" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
-        for name, leaf in leaves.items()
-    }
 
 
 def measure_files(folder: Path) -> dict[str, list[int]]:

@@ -8,10 +8,17 @@ A folder of checkpoints holds `run.json`, which describes the run, and one folde
 
 A save is written under a temporary name and renamed when its manifest is complete, so a folder
 with its final name was whole when it was written. `find_checkpoints` tells if it still is.
+
+Orbax writes and reads the arrays; names, order and deletion are decided here. Its own
+`training.Checkpointer` (0.12.8) overwrites a step by deleting it first, deletes a folder `2/` and a
+file `5` that are not its own, forgets the older checkpoints once a save has failed, and keeps no
+checksums. Its policies could decide what is kept, but `BestN` takes a loss that is NaN for a rank,
+and checkpoints without a loss for the best while there are few.
 """
 
 import concurrent.futures
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -28,13 +35,23 @@ from sparsejax.checkpoint.files import (
     CheckpointInfo,
     choose_folder,
     delete_checkpoint,
-    describe_leaves,
+    delete_leftover,
+    describe_checkpoint,
     find_checkpoints,
     find_leftovers,
+    get_unfinished,
+    is_saved,
     measure_files,
     parse_order,
     read_manifest,
     seal_manifest,
+)
+from sparsejax.checkpoint.leaves import (
+    check_storable,
+    compare_leaves,
+    describe_leaves,
+    is_none,
+    name_leaves,
 )
 from sparsejax.durable import write_durably
 from sparsejax.strict_json import dump_json, load_json
@@ -55,7 +72,7 @@ class Checkpointer:
 
     Args:
       directory: folder for the checkpoints, made if absent.
-      keep_last: int >= 1, checkpoints kept by step.
+      keep_last: int >= 1, periodic checkpoints kept by step.
       keep_best: int >= 0, checkpoints kept by their metric besides.
       best_metric: str, name of the metric that ranks them; lower is better.
       run_metadata: JSON dict kept for the whole run (config, data fingerprint, versions).
@@ -86,14 +103,15 @@ class Checkpointer:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for leftover in find_leftovers(self._directory):
-                shutil.rmtree(leftover)
+                delete_leftover(leftover)
             write_durably(self._directory / _RUN, run_text)
         except OSError as error:
             raise ValueError(f"directory={directory} must be a writable folder: {error}") from error
-        found = find_checkpoints(self._directory, verify_checksums=False)
-        self._whole = [info for info in found if info.problem is None]
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: concurrent.futures.Future[None] | None = None
+        self._whole: list[CheckpointInfo] = []
+        # Every byte is read; meanwhile training begins.
+        self._pending = self._executor.submit(self._find_whole)
 
     def save(
         self,
@@ -103,6 +121,8 @@ class Checkpointer:
         *,
         metadata: dict[str, Any],
         metrics: dict[str, float] | None = None,
+        good: bool = True,
+        periodic: bool = True,
         block: bool = False,
     ) -> None:
         """Save the state; return once it is copied to the host, before it is on disk.
@@ -110,12 +130,18 @@ class Checkpointer:
         The state's buffers may be donated as soon as this returns. Saving a step again
         replaces its checkpoint once the new one is whole.
 
+        What is kept besides the newest of all: of the good ones the last periodic ones, and the
+        best.
+
         Args:
           step: int, optimiser steps done.
           state: tree of jax.Array and None.
           data_state: JSON dict, the position of the data iterator.
           metadata: JSON dict about this checkpoint, such as {"phase": "sparse"}.
           metrics: floats by name, or None if not evaluated; ranked by `best_metric`.
+          good: bool, False if training from this state does not go well; such a one pushes no
+            other out, and goes with the next save.
+          periodic: bool, False if it is saved for its metrics alone.
           block: bool, return only when the checkpoint is whole on disk.
 
         Raises:
@@ -126,19 +152,21 @@ class Checkpointer:
         self.wait()
         if metrics is not None and self._keep_best and self._best_metric not in metrics:
             raise ValueError(f"metrics must contain {self._best_metric!r}, got {sorted(metrics)}")
-        leaves = _name_leaves(state)
+        leaves = name_leaves(state)
         manifest = {
             "step": step,
             "data_state": data_state,
             "metadata": metadata,
             "metrics": metrics or {},
+            "good": good,
+            "periodic": periodic,
             "leaves": describe_leaves(leaves),
         }
         # As it is now: the caller's dicts may change before it is written.
         manifest = load_json(dump_json(manifest, "checkpoint"))
-        arrays = {name: _check_storable(name, leaf) for name, leaf in leaves.items()}
+        arrays = {name: check_storable(name, leaf) for name, leaf in leaves.items()}
         final = choose_folder(self._directory, step)
-        unfinished = final.with_name(final.name + ".tmp")
+        unfinished = get_unfinished(final)
         with _reporting_failure(final):
             write = ocp.save_async(
                 str(unfinished), {k: v for k, v in arrays.items() if v is not None}
@@ -146,6 +174,20 @@ class Checkpointer:
         self._pending = self._executor.submit(self._finish, write, unfinished, final, manifest)
         if block:
             self.wait()
+
+    def ranks_among_best(self, metrics: dict[str, float]) -> bool:
+        """Tell whether a checkpoint with these metrics would be kept for them.
+
+        Args:
+          metrics: floats by name, `best_metric` among them.
+
+        Raises:
+          CheckpointError: if the save under way failed.
+        """
+        self.wait()
+        rank = metrics[self._best_metric]
+        as_good = [info for info in self._whole if info.good and self._rank(info) <= rank]
+        return math.isfinite(rank) and len(as_good) < self._keep_best
 
     def describe_run(self, run_metadata: dict[str, Any]) -> None:
         """Replace what is kept for the whole run.
@@ -179,6 +221,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._executor.shutdown()
+            logging.getLogger("absl").removeFilter(_is_not_from_orbax)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -204,20 +247,23 @@ class Checkpointer:
             manifest["files"] = measure_files(unfinished)
             write_durably(unfinished / MANIFEST, seal_manifest(manifest))
             unfinished.rename(final)
-            self._drop_old(
-                CheckpointInfo(manifest["step"], final, manifest["metadata"], manifest["metrics"])
-            )
+            self._drop_old(describe_checkpoint(final, manifest))
+
+    def _find_whole(self) -> None:
+        found = find_checkpoints(self._directory)
+        self._whole = [info for info in found if info.problem is None]
 
     def _drop_old(self, new: CheckpointInfo) -> None:
-        earlier = [info for info in self._whole if info.step < new.step]
-        last = [new, *earlier][: self._keep_last]
-        ranked = [x for x in [new, *earlier] if math.isfinite(self._rank(x))]
+        known = [new, *(info for info in self._whole if info.step < new.step)]
+        good = [info for info in known if info.good]
+        last = [info for info in good if info.periodic][: self._keep_last]
+        ranked = [info for info in good if math.isfinite(self._rank(info))]
         best = sorted(ranked, key=self._rank)[: self._keep_best]
-        kept = {info.path for info in [*last, *best]}
-        self._whole = [info for info in [new, *earlier] if info.path in kept]
+        kept = {info.path for info in [new, *last, *best]}
+        self._whole = [info for info in known if info.path in kept]
         for path in self._directory.iterdir():
             order = parse_order(path)
-            if order and order[0] <= new.step and path not in kept:
+            if order and order[0] <= new.step and path not in kept and is_saved(path):
                 delete_checkpoint(path)
 
     def _rank(self, info: CheckpointInfo) -> float:
@@ -242,9 +288,9 @@ def restore(info: CheckpointInfo, abstract_state: PyTree) -> tuple[PyTree, dict[
     if info.problem:
         raise ValueError(f"info must be a whole checkpoint: {info.problem}")
     manifest = read_manifest(info.path)
-    leaves = _name_leaves(abstract_state)
+    leaves = name_leaves(abstract_state)
     # Orbax casts to the dtype asked for without a word, so the comparison must come first.
-    _compare_leaves(info.path, manifest["leaves"], describe_leaves(leaves))
+    compare_leaves(info.path, manifest["leaves"], describe_leaves(leaves))
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
@@ -252,7 +298,7 @@ def restore(info: CheckpointInfo, abstract_state: PyTree) -> tuple[PyTree, dict[
         if leaf is not None
     }
     arrays = ocp.load(str(info.path.absolute()), abstract)
-    treedef = jax.tree.structure(abstract_state, is_leaf=_is_none)
+    treedef = jax.tree.structure(abstract_state, is_leaf=is_none)
     state = jax.tree.unflatten(treedef, [arrays.get(name) for name in leaves])
     return state, manifest["data_state"]
 
@@ -312,42 +358,6 @@ def check_free_space(directory: str | os.PathLike, needed_bytes: int) -> None:
         )
 
 
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
-def _name_leaves(tree: PyTree) -> dict[str, Any]:
-    paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in paths_and_leaves
-    }
-    if len(named) < len(paths_and_leaves):
-        raise ValueError("state must give each leaf its own path; some key contains a '/'")
-    return named
-
-
-def _check_storable(name: str, leaf: Any) -> jax.Array | None:
-    if leaf is None or (isinstance(leaf, jax.Array) and leaf.size):
-        return leaf
-    raise ValueError(f"state leaf {name} must be a jax.Array with elements, or None, got {leaf!r}")
-
-
-def _compare_leaves(path: Path, on_disk: dict[str, str], asked: dict[str, str]) -> None:
-    differences = [
-        f"{name}: {on_disk.get(name, 'nothing')} on disk, {asked.get(name, 'nothing')} asked for"
-        for name in on_disk | asked
-        if on_disk.get(name) != asked.get(name)
-    ]
-    if differences:
-        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise ValueError(
-            f"abstract_state must match the checkpoint {path}, but "
-            + "; ".join(differences[:5])
-            + more
-        )
-
-
 @contextlib.contextmanager
 def _reporting_failure(path: Path) -> Iterator[None]:
     try:
@@ -355,4 +365,10 @@ def _reporting_failure(path: Path) -> Iterator[None]:
     except Exception as error:
         for leftover in find_leftovers(path.parent):
             shutil.rmtree(leftover, ignore_errors=True)
-        raise CheckpointError(f"saving {path} failed: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"saving {path} failed: {reason}") from error
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    # Each of its threads logs a failure's traceback, hundreds of lines before the one that counts.
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

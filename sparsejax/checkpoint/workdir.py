@@ -1,6 +1,7 @@
 """The folder of a run: who may use it, and from where it goes on."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import os
@@ -14,10 +15,35 @@ import jax
 from sparsejax.checkpoint.files import parse_order
 from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
 from sparsejax.config.parse import ConfigError, find_differences, parse_config
-from sparsejax.config.schema import TrainConfig
+from sparsejax.config.schema import WATCHING, TrainConfig
 from sparsejax.data import DataSpec
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_JAX_FLAGS = (
+    "jax_allow_f16_reductions",
+    "jax_compiler_enable_remat_pass",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_enable_pgle",
+    "jax_enable_x64",
+    "jax_explicit_x64_dtypes",
+    "jax_high_dynamic_range_gumbel",
+    "jax_memory_fitting_level",
+    "jax_numpy_dtype_promotion",
+    "jax_optimization_level",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_threefry_partitionable",
+    "jax_use_direct_linearize",
+    "jax_use_hlo_logistic_lowering",
+    "jax_use_shardy_partitioner",
+)
+"""Those that may change a bit of what a run computes."""
+# Compilers read these themselves.
+_ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")
 
 
 def describe_run(
@@ -31,7 +57,8 @@ def describe_run(
       spec: what the model knows of the data.
 
     Returns:
-      JSON values: "config", "data", "spec" and "versions".
+      JSON values: "config", "data", "spec" and "versions", those of packages and whatever else
+      decides about the bits: the device and flags of JAX and XLA.
     """
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
@@ -41,8 +68,9 @@ def describe_run(
         "versions": {
             "python": platform.python_version(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             **versions,
+            **{name: os.environ.get(name, "") for name in _ENVIRONMENT},
+            **{name: str(jax.config.values.get(name)) for name in _JAX_FLAGS},
         },
     }
 
@@ -55,12 +83,19 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
       workdir: path.
 
     Raises:
-      ConfigError: if it is no folder, cannot be written, or another process trains in it.
+      ConfigError: if it is no folder, cannot be written, holds links, through which a run would
+        write elsewhere, or another process trains in it.
     """
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
+        links = sorted(entry.name for entry in path.iterdir() if entry.is_symlink())
+        if links:
+            raise ConfigError(
+                f"--workdir={workdir} must hold the run's own files and no links, got {links}; the "
+                "folder itself may be a link"
+            )
+        lock = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "w")
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} must be a writable folder: {error}") from error
     with lock:
@@ -72,35 +107,64 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
         yield path
 
 
+def keep_schedule(config: TrainConfig, checkpoints: Path) -> TrainConfig:
+    """Resolve the schedule: that of the run's start, or of these settings if it starts now.
+
+    Args:
+      config: settings.
+      checkpoints: folder of the run's checkpoints.
+
+    Returns:
+      The settings with `schedule_steps` of 1 or more.
+
+    Raises:
+      ConfigError: if the folder's record is not what a run writes, or the run has steps beyond a
+        schedule that ends with a rate of 0.
+    """
+    before = _read_record(checkpoints)
+    steps = config.schedule_length
+    if before is not None and not config.schedule_steps:
+        steps = before["config"].get("schedule_steps", steps)
+    return dataclasses.replace(config, schedule_steps=steps)
+
+
 def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
     """Refuse to go on in a folder that belongs to a run of other settings or data.
+
+    How long a run goes on and how it is watched may change, see `WATCHING`.
 
     Args:
       checkpoints: folder of the run's checkpoints.
       description: what `describe_run` returned.
 
     Returns:
-      list of str, package versions that differ: the run goes on, but not bit for bit.
+      list of str, one for each thing that differs and is allowed to: settings of `WATCHING`; and
+      versions and flags, with which the run does not go on bit for bit.
 
     Raises:
       ConfigError: if settings or data differ; the message lists the keys.
     """
-    try:
-        before = read_run_metadata(checkpoints)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    before = _read_record(checkpoints)
     if before is None:
         return []
-    before["config"] = _drop_other_recipes(before["config"])
-    for part, name in (("config", "settings"), ("data", "data")):
-        differences = find_differences(before[part], description[part])
+    old, old_watching = _split_watching(before["config"])
+    new, new_watching = _split_watching(description["config"])
+    compared = (("settings", old, new), ("data", before["data"], description["data"]))
+    for name, was, now in compared:
+        differences = find_differences(was, now)
         if differences:
             lines = "".join(f"\n  {line}" for line in differences)
             raise ConfigError(
                 f"{checkpoints.parent} belongs to a run with other {name}; take another "
                 f"--workdir, or the {name} it was started with. Differences (before -> now):{lines}"
             )
-    return find_differences(before["versions"], description["versions"])
+    return [
+        *(f"changed from here: {x}" for x in find_differences(old_watching, new_watching)),
+        *(
+            f"the run goes on, but not bit for bit as before, {x}"
+            for x in find_differences(before["versions"], description["versions"])
+        ),
+    ]
 
 
 class RecordedRun(NamedTuple):
@@ -126,19 +190,10 @@ def read_run(workdir: str | os.PathLike) -> RecordedRun:
     Raises:
       ConfigError: if the folder holds no run, or one that says too little.
     """
-    checkpoints = Path(workdir) / "checkpoints"
-    try:
-        recorded = read_run_metadata(checkpoints) if checkpoints.is_dir() else None
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    recorded = _read_record(Path(workdir) / "checkpoints")
     if recorded is None:
         raise ConfigError(f"workdir={str(workdir)!r} must hold a run's checkpoints, found none")
-    if "spec" not in recorded:
-        raise ConfigError(
-            f"workdir={str(workdir)!r} must hold a run of this version, which records what its "
-            "model knows of the data; resume it once, and it does"
-        )
-    config = parse_config(_drop_other_recipes(recorded["config"]))
+    config = parse_config(recorded["config"])
     return RecordedRun(config, DataSpec(**recorded["spec"]), recorded["data"]["tokenizer"])
 
 
@@ -151,7 +206,7 @@ def read_choices(checkpoints: Path) -> dict[str, str]:
     Returns:
       `Choice.call` -> name of the backend; empty of a run that did not record them.
     """
-    return dict((read_run_metadata(checkpoints) or {}).get("implementations", {}))
+    return dict((_read_record(checkpoints) or {}).get("implementations", {}))
 
 
 def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, list[str]]:
@@ -180,11 +235,29 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
     return None, problems
 
 
-def _drop_other_recipes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings without the sections of recipes that do not train.
+def _read_record(checkpoints: Path) -> dict[str, Any] | None:
+    """Return what a run recorded of itself; None of one without a checkpoint, which starts anew."""
+    if not find_checkpoints(checkpoints, verify_checksums=False):
+        return None
+    try:
+        record = read_run_metadata(checkpoints)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if record is None:
+        raise ConfigError(
+            f"{checkpoints} must hold a run.json that describes the run: without it nothing says "
+            "which settings and data its checkpoints belong to"
+        )
+    parts = ("config", "data", "spec", "versions")
+    if not isinstance(record, dict) or any(not isinstance(record.get(x), dict) for x in parts):
+        raise ConfigError(
+            f"{checkpoints / 'run.json'} must describe a run by {', '.join(parts)}, got "
+            f"{str(record)[:60]!r}"
+        )
+    return record
 
-    Earlier versions recorded them all.
-    """
-    recipe = config["recipe"]
-    chosen = {"name", *recipe["name"].split("+")} | ({"own"} if ":" in recipe["name"] else set())
-    return {**config, "recipe": {k: v for k, v in recipe.items() if k in chosen}}
+
+def _split_watching(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that define a run, and those that `WATCHING` names."""
+    watching = {name: config[name] for name in WATCHING if name in config}
+    return {name: x for name, x in config.items() if name not in WATCHING}, watching

@@ -15,6 +15,16 @@ from sparsejax.config.shipped import extend_path, find_config
 
 _CONFIG_FLAG = ("--config", "-config")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
+_SET_RECIPE = re.compile(r"--?config\.recipe\.(\w+)\.")
+# What absl and ml_collections say of a value that is not of its setting's type.
+_MISTYPED = re.compile(
+    r"flag --config\.([\w.]+)=(.*?): (invalid literal for int|could not convert string to float"
+    r"|\('Non-boolean|Failed to parse)",
+    re.DOTALL,
+)
+_KINDS = ("a whole number", "a number", "True or False", "a single setting, and not a section")
+_UNKNOWN_FLAG = re.compile(r"Unknown command line flag '([\w.]+)'")
+_NO_FILE = re.compile(r"No such file or directory: '(.*)'")
 
 # Read as a file: importing anything of pallas_kernels imports JAX, and --help would wait for it.
 _TARGETS = pathlib.Path(__file__).parents[2] / "pallas_kernels" / "gpu_targets.toml"
@@ -118,6 +128,7 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
         rest = flags(argv)
         config.value.to_dict()  # a missing file shows only when the settings are read
         clear_settings(config.value, cleared)
+        _refuse_unused(argv, config.value.recipe["name"])
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
         # Without a config there are no settings to change, and absl does not know --config.KEY.
@@ -126,6 +137,18 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
             raise ValueError(expected) from error
         raise ValueError(describe_error(error)) from error
     return rest
+
+
+def _refuse_unused(argv: Sequence[str], name: str) -> None:
+    """Refuse flags that set another method than the recipe of this name."""
+    used = {"own" if ":" in method else method for method in name.split("+")}
+    for argument in argv:
+        match = _SET_RECIPE.match(argument)
+        if match and match[1] not in used:
+            raise ValueError(
+                f"{argument.lstrip('-').partition('=')[0]} must not be set in recipe {name!r}, "
+                "which has no use for it"
+            )
 
 
 def describe_error(error: Exception) -> str:
@@ -137,8 +160,18 @@ def describe_error(error: Exception) -> str:
     Example:
       >>> describe_error(KeyError("no such key"))
       'no such key'
+      >>> describe_error(ValueError("flag --config.seed=1e3: invalid literal for int() ..."))
+      "seed must be a whole number, got '1e3'"
     """
     text = str(error)
+    if match := _MISTYPED.match(text):
+        starts = ("invalid", "could", "('Non", "Failed")
+        kind = next(k for s, k in zip(starts, _KINDS, strict=True) if match[3].startswith(s))
+        return f"{match[1]} must be {kind}, got {match[2]!r}"
+    if match := _UNKNOWN_FLAG.search(text):
+        return f"there is no flag --{match[1]}; settings are given as --config.KEY=VALUE"
+    if match := _NO_FILE.search(text):
+        return f"--config must be the name of a config or an existing .py file, got {match[1]!r}"
     if isinstance(error, KeyError) and re.fullmatch(r"'\w+'", text):
         return f"there is no setting named {text}; `python -m sparsejax settings` lists them all"
     if "Traceback" in text:  # of a config that refuses its argument

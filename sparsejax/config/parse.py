@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -12,15 +13,18 @@ from typing import Any, NamedTuple
 from sparsejax.config.schema import (
     RecipeSettings,
     TrainConfig,
+    list_sparse_weights,
     make_recipe,
     make_transformer_config,
 )
 from sparsejax.data import DataConfig
+from sparsejax.patterns import WeightBlocks
 from sparsejax.recipes.own import is_own
 from sparsejax.recipes.registry import RECIPES, RecipeEntry
 
 _SECTIONS = ("model", "data", "optimizer", "recipe", "checkpoint")
 _OWN = "own"
+_FLOAT32_LIMIT = float(2**128)
 
 
 class ConfigError(ValueError):
@@ -206,19 +210,23 @@ def _get_hints(entry: RecipeEntry) -> dict[str, Any]:
 def _refuse_early(config: TrainConfig) -> None:
     """Build model and recipe for data that is not read yet: what no data could make valid.
 
-    The model is an encoder, because a causal pattern has fewer blocks to choose from.
+    The model is an encoder, because a causal pattern has fewer blocks to choose from; its
+    vocabulary has as many ids as blocks of an embedding can divide.
     """
     patches = bool(config.data.patch_size)
     tasks = {"classification": 2, "masked_language_model": 0}
     if config.data.kind == "pairs":
         tasks = {"translation": 0}
+    blocks = [pattern for _, pattern in list_sparse_weights(config.recipe)]
+    rows = [pattern.rows for pattern in blocks if isinstance(pattern, WeightBlocks)]
+    vocab_size = 1 if config.model.vocab_size else math.lcm(*rows)
     refused = None
     for task, num_classes in tasks.items():
         try:
             model = make_transformer_config(
                 config,
                 task=task,
-                vocab_size=int(not patches),
+                vocab_size=0 if patches else vocab_size,
                 num_classes=num_classes,
                 patch_values=int(patches),
             )
@@ -259,10 +267,17 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
         if value not in known:
             raise ConfigError(f"{name} must be one of {known}, got {value!r}")
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Devices compute in float32 and int32.
+    if is_number and hint is float:
+        if not abs(value) < _FLOAT32_LIMIT:
+            raise ConfigError(f"{name} must be a finite number of float32, got {value!r}")
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{name} must be of type {hint.__name__}, got {value!r}")
+    limit = 2**32 if name == "seed" else 2**31
+    if is_number and not -limit <= value < limit:
+        raise ConfigError(f"{name} must be below {limit} in size, got {value!r}")
     return value
 
 

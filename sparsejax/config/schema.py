@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from sparsejax.checks import check_setting, make_check
 from sparsejax.data import DataConfig
 from sparsejax.models import (
@@ -15,7 +17,7 @@ from sparsejax.models import (
     sparse_weight_patterns,
 )
 from sparsejax.optimizer import OptimizerConfig, make_optimizer
-from sparsejax.patterns import BlockPattern, parse_pattern_list
+from sparsejax.patterns import BlockPattern, WeightPattern, parse_pattern_list
 from sparsejax.recipes import Recipe, chain
 from sparsejax.recipes.own import RecipeFacts, is_own, make_own_recipe
 from sparsejax.recipes.registry import RECIPES
@@ -122,6 +124,17 @@ class RecipeSettings:
         return self.sections.get(self.name, {})
 
 
+WATCHING = (
+    "num_steps",
+    "eval_every_steps",
+    "num_eval_batches",
+    "log_every_steps",
+    "max_consecutive_skips",
+    "checkpoint",
+)
+"""Settings that say how long a run goes on and how it is watched; all others define it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a run.
@@ -129,6 +142,10 @@ class TrainConfig:
     Attributes:
       seed: decides initial weights, order of the data and everything drawn.
       num_steps: optimizer steps of the whole run.
+      schedule_steps: the steps that every share of the run is a share of, and over which the
+        learning rate moves; 0 = num_steps. Fewer steps end the run before its schedule does; more
+        go on at the schedule's last rate and leave phases and masks as they are. A run that is
+        resumed keeps those it was started with.
       num_micro_batches: parts that a batch is split into to save memory.
       eval_every_steps: steps between two validations.
       num_eval_batches: batches of a validation; 0 = the whole validation split.
@@ -140,6 +157,7 @@ class TrainConfig:
 
     seed: int = 0
     num_steps: int = 1000
+    schedule_steps: int = 0
     num_micro_batches: int = 1
     eval_every_steps: int = 100
     num_eval_batches: int = 8
@@ -155,7 +173,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("num_steps", "eval_every_steps", "log_every_steps", "num_micro_batches"):
             check_setting(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_eval_batches", "max_consecutive_skips", "seed"):
+        for name in ("schedule_steps", "num_eval_batches", "max_consecutive_skips", "seed"):
             check_setting(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check_setting(
             0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)"
@@ -166,7 +184,12 @@ class TrainConfig:
             self.num_micro_batches,
             f"a divisor of data.batch_size={self.data.batch_size}",
         )
-        make_optimizer(self.optimizer, num_steps=self.num_steps)
+        make_optimizer(self.optimizer, num_steps=self.schedule_length)
+
+    @property
+    def schedule_length(self) -> int:
+        """Steps of the schedule, whichever setting says them."""
+        return self.schedule_steps or self.num_steps
 
     @property
     def step_options(self) -> dict[str, Any]:
@@ -232,7 +255,6 @@ def make_transformer_config(
         "block_size",
         f"a positive divisor of data.sequence_length={length}",
     )
-    section, text = _find_sparse_weights(config.recipe)
     shared = {
         field.name: getattr(model, field.name) for field in dataclasses.fields(TransformerOptions)
     }
@@ -247,7 +269,7 @@ def make_transformer_config(
             "patch_values": patch_values,
             "num_towers": 2 if task == "matching" else 1,
             "block": BlockPattern(block_q=size, block_kv=size),
-            "sparse_weights": parse_pattern_list(text, f"recipe.{section}.sparse_weights"),
+            "sparse_weights": list_sparse_weights(config.recipe),
         }
     )
 
@@ -270,7 +292,7 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
         num_blocks=model.max_length // block,
         causal=model.causal,
         head_dim=model.head_dim,
-        num_steps=config.num_steps,
+        num_steps=config.schedule_length,
         patterns=sparse_weight_patterns(model),
     )
     recipes = [_make_method(config.recipe, name, facts) for name in config.recipe.methods]
@@ -300,16 +322,32 @@ def _make_method(settings: RecipeSettings, name: str, facts: RecipeFacts) -> Rec
     return entry.make(entry.config_class(**section, **needs))
 
 
-def _find_sparse_weights(settings: RecipeSettings) -> tuple[str, str]:
-    """Return the section that says which weights are sparse, and what it says."""
+def list_sparse_weights(settings: RecipeSettings) -> tuple[tuple[str, WeightPattern], ...]:
+    """List the regular expressions of the weights that a method prunes, and their patterns.
+
+    Args:
+      settings: of the recipe, of whose sections at most one names weights.
+
+    Raises:
+      ValueError: if the section says something else.
+    """
     for name, section in settings.sections.items():
-        if section.get("sparse_weights"):
-            return name, section["sparse_weights"]
-    return settings.name, ""
+        if text := section.get("sparse_weights"):
+            return parse_pattern_list(text, f"recipe.{name}.sparse_weights")
+    return ()
 
 
 def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe) -> None:
     phases, name = recipe.phases, config.recipe.name
+    length, schedule = config.schedule_length, config.optimizer.schedule
+    if config.num_steps > length and phases[-1].learning_rate == "schedule":
+        optimizer = make_optimizer(config.optimizer, num_steps=length)
+        check_setting(
+            float(np.asarray(optimizer.schedule(length))) > 0,
+            "num_steps",
+            config.num_steps,
+            f"at most schedule_steps={length}, at whose end the rate of {schedule!r} is 0",
+        )
     check_setting(
         model.num_decoder_layers == 0 or not any(p.sparse_attention for p in phases),
         "recipe.name",
@@ -318,9 +356,9 @@ def _check_phases(config: TrainConfig, model: TransformerConfig, recipe: Recipe)
     )
     for phase in phases[:-1]:
         check_setting(
-            phase.last_step is None or phase.last_step < config.num_steps,
-            "num_steps",
-            config.num_steps,
+            phase.last_step is None or phase.last_step < config.schedule_length,
+            "schedule_steps" if config.schedule_steps else "num_steps",
+            config.schedule_length,
             f"above {phase.last_step}, the step at which phase {phase.name!r} ends",
         )
     check = make_check("model", config.model)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 from sparsejax.data.masking import count_chosen
@@ -11,6 +12,10 @@ _NOT_WITH_PATCHES = ("truncate", "tokenizer", "mask_fraction")
 _COMMON = {"source", "data_dir", "sequence_length", "batch_size", "seed", "num_reading_threads"}
 _MIN_BPE_SIZE = 257
 _MAX_BPE_SIZE = 65_536
+# Arrays are indexed, and ids are counted, with int32.
+_MOST_ITEMS = 2**31 - 1
+# Of an image; eight thousand squared are 200 MB of RGB.
+_MOST_PIXELS_A_SIDE = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,16 +97,26 @@ class DataConfig:
     random_flip: bool = False
 
     def __post_init__(self):
+        self._check_types()
         check_spelling(self.source)
         _check_tokenizer(self.tokenizer)
         if not self.data_dir:
             raise ValueError(f"data_dir={self.data_dir!r}: expected the path of a folder")
-        _check_integer("sequence_length", self.sequence_length, 1, None)
-        _check_integer("batch_size", self.batch_size, 1, None)
+        if os.path.expanduser(self.data_dir).startswith("~"):
+            raise ValueError(
+                f"data_dir={self.data_dir!r}: expected ~ or the name of a user after it"
+            )
+        _check_integer("sequence_length", self.sequence_length, 1, _MOST_ITEMS)
+        _check_integer("batch_size", self.batch_size, 1, _MOST_ITEMS)
+        if self.batch_size * self.sequence_length > _MOST_ITEMS:
+            raise ValueError(
+                f"batch_size={self.batch_size}: expected at most {_MOST_ITEMS} positions in a "
+                f"batch of sequence_length={self.sequence_length}"
+            )
         _check_integer("seed", self.seed, 0, 2**32 - 1)
         _check_integer("num_reading_threads", self.num_reading_threads, 0, 1)
-        _check_integer("listops_examples", self.listops_examples, 48, None)
-        _check_integer("pathfinder_examples", self.pathfinder_examples, 8, None)
+        _check_integer("listops_examples", self.listops_examples, 48, _MOST_ITEMS)
+        _check_integer("pathfinder_examples", self.pathfinder_examples, 8, _MOST_ITEMS)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction}: expected a number in (0, 1)"
@@ -113,8 +128,8 @@ class DataConfig:
                 f"mask_fraction={self.mask_fraction}: not one of sequence_length="
                 f"{self.sequence_length} tokens would be hidden; expected more"
             )
-        _check_integer("patch_size", self.patch_size, 0, None)
-        _check_integer("image_size", self.image_size, 0, None)
+        _check_integer("patch_size", self.patch_size, 0, _MOST_PIXELS_A_SIDE)
+        _check_integer("image_size", self.image_size, 0, _MOST_PIXELS_A_SIDE)
         if self.image_channels not in (0, 1, 3):
             raise ValueError(
                 f"image_channels={self.image_channels}: expected 1 (grey), 3 (RGB) or 0"
@@ -129,6 +144,15 @@ class DataConfig:
                     f"leave it at {field.default!r}"
                 )
         self._check_patches(options.with_patches)
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value, expected = getattr(self, field.name), type(field.default)
+            # A whole number is a share too.
+            if type(value) is not expected and (type(value), expected) != (int, float):
+                raise ValueError(f"{field.name}={value!r}: expected {expected.__name__}")
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{field.name}={value!r}: expected text without the byte 0")
 
     def _check_patches(self, names: tuple[str, ...]) -> None:
         for name in names:
@@ -161,23 +185,24 @@ class DataConfig:
     @property
     def data_path(self) -> Path:
         """Return `data_dir` with `~` expanded."""
-        return Path(self.data_dir).expanduser()
+        return Path(os.path.expanduser(self.data_dir))
 
 
 def _check_tokenizer(tokenizer: str) -> None:
-    kind, _, size = tokenizer.partition(":")
     if tokenizer == "bytes":
         return
-    if kind != "bpe" or not (size.isascii() and size.isdigit()):
+    found = re.fullmatch("bpe:([1-9][0-9]*)", tokenizer)
+    if not found:
         raise ValueError(f"tokenizer={tokenizer!r}: expected 'bytes' or 'bpe:N', as in 'bpe:4096'")
-    if not _MIN_BPE_SIZE <= int(size) <= _MAX_BPE_SIZE:
+    # Python refuses to make a number of thousands of digits.
+    size = int(found[1]) if len(found[1]) < 10 else _MAX_BPE_SIZE + 1
+    if not _MIN_BPE_SIZE <= size <= _MAX_BPE_SIZE:
         raise ValueError(
             f"tokenizer={tokenizer!r}: expected between {_MIN_BPE_SIZE} (256 bytes and the "
             f"separator) and {_MAX_BPE_SIZE} entries"
         )
 
 
-def _check_integer(name: str, value: int, low: int, high: int | None) -> None:
-    if type(value) is not int or value < low or (high is not None and value > high):
-        bound = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-        raise ValueError(f"{name}={value!r}: expected {bound}")
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value}: expected an integer in [{low}, {high}]")

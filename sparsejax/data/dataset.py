@@ -12,19 +12,20 @@ from sparsejax.data.masking import make_masking
 from sparsejax.data.patches import make_augmentation
 from sparsejax.data.progress import show_progress
 from sparsejax.data.source import Source, Split
-from sparsejax.data.sources import load_source
+from sparsejax.data.sources import load_source, refuse_unreadable
 from sparsejax.data.spec import DataSpec, make_spec
 from sparsejax.data.tokenizer import (
     Tokenizer,
     byte_tokenizer,
     count_ids,
     load_bpe,
+    name_bpe,
     train_bpe,
     value_tokenizer,
 )
 
 # Changes whenever the files of a cache are written differently.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
         raise ValueError(
             f"batch_size={config.batch_size}: expected a multiple of the {process_count} processes"
         )
-    source = load_source(config.kind).open(config)
+    source = _open_source(config)
     _check_num_patches(config, source)
     spec = make_spec(config, source.contents)
     prepared = _prepare(config, source)
@@ -131,7 +132,12 @@ def prepare(config: DataConfig) -> None:
     Raises:
       ValueError: The data is missing or damaged.
     """
-    _prepare(config, load_source(config.kind).open(config))
+    _prepare(config, _open_source(config))
+
+
+def _open_source(config: DataConfig) -> Source:
+    with refuse_unreadable(config.source):
+        return load_source(config.kind).open(config)
 
 
 def _prepare(config: DataConfig, source: Source) -> _Prepared:
@@ -171,7 +177,7 @@ def _make_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
         train_bpe(temporary, show_progress(texts, "Training the tokenizer"), vocab_size)
 
     digest = cached_folder(folder, build)
-    return load_bpe(folder, f"{config.tokenizer}:{digest[:16]}")
+    return load_bpe(folder, name_bpe(config.tokenizer, digest))
 
 
 def _open_examples(

@@ -24,6 +24,7 @@ from sparsejax.data.pathfinder_pictures import SIZE, draw_pathfinder
 from sparsejax.data.progress import show_progress
 from sparsejax.data.source import Contents, Example, Source, Split
 from sparsejax.data.sources.tfds import read_examples
+from sparsejax.data.tfds_builders import check_data_dir, silence_tfds
 
 _SPLITS = ("train", "validation", "test")
 
@@ -176,6 +177,8 @@ def open_generated(
     Raises:
       ValueError: `validation_split` is not a split.
     """
+    check_data_dir(config)
+    silence_tfds()
     validation = config.validation_split or "validation"
     if validation not in _SPLITS[1:]:
         raise ValueError(f"validation_split={validation!r}: expected 'validation' or 'test'")
@@ -222,5 +225,8 @@ def _prepare(
             builder.download_and_prepare()
             for file in Path(builder.data_path).iterdir():
                 shutil.move(file, folder)
+    # Of its writer, as one of a full disk.
+    except RuntimeError as error:
+        raise OSError(str(error).partition(";")[0]) from error
     finally:
         tfds.enable_progress_bar()

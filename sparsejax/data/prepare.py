@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
         prepare(config)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    print(f"{values['source']} is ready in {values['data_dir']}.")
+    # As they are written in Python: a name that is not UTF-8 cannot be printed.
+    print(f"{values['source']!r} is ready in {values['data_dir']!r}.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from sparsejax.batch import Task
 from sparsejax.data.config import DataConfig
 from sparsejax.data.source import Contents
-from sparsejax.data.sources import load_source
+from sparsejax.data.sources import load_source, refuse_unreadable
 from sparsejax.data.tokenizer import count_ids
 
 
@@ -44,7 +44,9 @@ def describe_data(config: DataConfig) -> DataSpec:
       >>> describe_data(DataConfig(source="aan:/aan"))
       DataSpec(task='matching', vocab_size=257, num_classes=2, patch_values=0)
     """
-    return make_spec(config, load_source(config.kind).describe(config))
+    with refuse_unreadable(config.source):
+        contents = load_source(config.kind).describe(config)
+    return make_spec(config, contents)
 
 
 def make_spec(config: DataConfig, contents: Contents) -> DataSpec:
@@ -58,9 +60,14 @@ def make_spec(config: DataConfig, contents: Contents) -> DataSpec:
       The spec.
 
     Raises:
-      ValueError: Examples with labels cannot be masked.
+      ValueError: Examples with labels cannot be masked, those without cannot be cut.
     """
     task = contents.task
+    if config.truncate and task == "language_model":
+        raise ValueError(
+            f"truncate=True does not apply to {config.source}: texts without labels are one "
+            "stream; leave it at False"
+        )
     if config.mask_fraction:
         if task != "language_model":
             raise ValueError(

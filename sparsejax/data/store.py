@@ -8,6 +8,7 @@ Axis letters: B batch, T position in the sequence, P the two documents of a pair
 patch.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def write_stream(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer
       folder: Existing folder for the files.
       examples: The corpus.
       tokenizer: Encodes the documents.
+
+    Raises:
+      ValueError: A value is out of range.
     """
     separator = np.array([SEPARATOR], tokenizer.dtype).tobytes()
     with open(folder / _TOKENS, "wb") as file:
@@ -113,11 +117,6 @@ def write_documents(
                     f"[0, {num_classes})"
                 )
             for tokens in documents:
-                if tokens.size and tokens.max() >= tokenizer.vocab_size:
-                    raise ValueError(
-                        f"example {len(labels)} has the value {tokens.max()}; expected values "
-                        f"below {tokenizer.vocab_size}"
-                    )
                 file.write(tokens.astype(tokenizer.dtype).tobytes())
                 lengths.append(tokens.size)
             labels.append(example.label)
@@ -311,10 +310,27 @@ def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
 def _encode_examples(
     examples: Iterator[Example], tokenizer: Tokenizer
 ) -> Iterator[tuple[Example, list[np.ndarray]]]:
+    number = itertools.count()
     for group in _group_examples(examples):
         encoded = iter(tokenizer.encode([text for item in group for text in item.documents]))
         for example in group:
-            yield example, [next(encoded) for _ in example.documents]
+            documents = [next(encoded) for _ in example.documents]
+            _check_ids(documents, tokenizer.vocab_size, next(number))
+            yield example, documents
+
+
+def _check_ids(documents: list[np.ndarray], vocab_size: int, number: int) -> None:
+    for ids in documents:
+        if ids.dtype.kind not in "ui" or ids.ndim != 1:
+            raise ValueError(
+                f"example {number} is {ids.dtype}{list(ids.shape)}; expected whole numbers along "
+                "one axis"
+            )
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise ValueError(
+                f"example {number} has values from {ids.min()} to {ids.max()}; expected values in "
+                f"[0, {vocab_size})"
+            )
 
 
 def _group_examples(examples: Iterator[Example]) -> Iterator[list[Example]]:

@@ -1,18 +1,23 @@
 """Tokenizers: bytes, byte-level BPE trained on the spot, and sources that come as ids already."""
 
 import dataclasses
-import shutil
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparsejax.data.cache import describe_files, hash_json
+from sparsejax.durable import write_durably
+
 SEPARATOR = 0
 """Id that ends each document of a language-model corpus."""
 
 _SEPARATOR_TOKEN = "<|endoftext|>"
 _FILE = "tokenizer.json"
+# Of a hash, in the name of a tokenizer.
+_NUM_DIGITS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,7 @@ def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
 
     Raises:
       ValueError: The texts are too few to learn that many entries, or not UTF-8.
+      OSError: The file cannot be written.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -124,7 +130,7 @@ def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
             f"tokenizer='bpe:{vocab_size}': the training split yields only "
             f"{bpe.get_vocab_size()} entries; expected at most that many"
         )
-    bpe.save(str(folder / _FILE))
+    write_durably(folder / _FILE, bpe.to_str(pretty=True))
 
 
 def load_bpe(folder: Path, name: str) -> Tokenizer:
@@ -136,10 +142,19 @@ def load_bpe(folder: Path, name: str) -> Tokenizer:
 
     Returns:
       The tokenizer; its `encode` takes UTF-8 `bytes`.
+
+    Raises:
+      ValueError: The installed version of `tokenizers` cannot read it.
     """
     import tokenizers
 
-    bpe = tokenizers.Tokenizer.from_file(str(folder / _FILE))
+    try:
+        # Not `from_file`: it takes names of files in UTF-8 only.
+        bpe = tokenizers.Tokenizer.from_str((folder / _FILE).read_text("utf-8"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(
+            f"{folder / _FILE} must be readable by tokenizers {tokenizers.__version__}: {error}"
+        ) from error
     # A text that spells out the separator's name must not become the separator.
     bpe.encode_special_tokens = True
 
@@ -165,9 +180,12 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     Args:
       tokenizer: Of a run.
       folder: Of the run.
+
+    Raises:
+      OSError: The copy cannot be written.
     """
     if tokenizer.file is not None:
-        shutil.copyfile(tokenizer.file, folder / _FILE)
+        write_durably(folder / _FILE, tokenizer.file.read_bytes())
 
 
 def load_tokenizer(name: str, folder: Path) -> Tokenizer:
@@ -181,20 +199,41 @@ def load_tokenizer(name: str, folder: Path) -> Tokenizer:
       The tokenizer.
 
     Raises:
-      ValueError: The folder lacks the file of a BPE tokenizer.
+      ValueError: No tokenizer has this name, or the folder lacks the file of a BPE tokenizer, or
+        holds another.
 
     Example:
       >>> load_tokenizer("bytes", Path()).decode([65, 66])
       b'AB'
     """
-    kind, _, rest = name.partition(":")
-    if kind == "bytes":
+    if name == "bytes":
         return byte_tokenizer()
-    if kind == "values":
-        return value_tokenizer(int(rest))
-    if not (folder / _FILE).is_file():
+    if found := re.fullmatch(r"values:([1-9][0-9]{0,8})", name):
+        return value_tokenizer(int(found[1]))
+    found = re.fullmatch(r"bpe:[1-9][0-9]*:([0-9a-f]{16})", name)
+    if not found:
+        raise ValueError(
+            f"the tokenizer of a run must be 'bytes', 'values:N' or 'bpe:N:HASH', got {name!r}"
+        )
+    file = folder / _FILE
+    if not file.is_file():
         raise ValueError(f"{folder} must hold the {_FILE} of tokenizer {name!r}, found none")
+    if hash_json(describe_files(folder, [_FILE]))[:_NUM_DIGITS] != found[1]:
+        raise ValueError(f"{file} must be tokenizer {name!r}, but is another one or damaged")
     return load_bpe(folder, name)
+
+
+def name_bpe(tokenizer: str, digest: str) -> str:
+    """Name a trained tokenizer by its file, so that equal names encode equally.
+
+    Args:
+      tokenizer: As in `DataConfig`.
+      digest: What `cached_folder` returned for the folder that `train_bpe` filled.
+
+    Returns:
+      A name that `load_tokenizer` takes.
+    """
+    return f"{tokenizer}:{digest[:_NUM_DIGITS]}"
 
 
 def _decode(text: bytes) -> str:

@@ -25,7 +25,7 @@ from sparsejax.masks.attention.sat import (
     sat_pattern,
 )
 from sparsejax.masks.weights.counts import count_kept, update_counts
-from sparsejax.masks.weights.decay import masked_decay
+from sparsejax.masks.weights.decay import decay_in_backward, masked_decay
 from sparsejax.masks.weights.densities import layer_densities, layer_densities_at
 from sparsejax.masks.weights.flips import flip_rate, retained_l1, total_flip_rate
 from sparsejax.masks.weights.magnitude import magnitude_nm_mask
@@ -66,6 +66,7 @@ __all__ = [
     "block_scores",
     "count_kept",
     "count_kept_blocks",
+    "decay_in_backward",
     "drop_and_grow",
     "drop_and_grow_nm",
     "expand_blocks",

@@ -22,7 +22,7 @@ from pallas_kernels import (
 )
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
 from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions, apply_linear, make_linear
-from sparsejax.models.residual import make_kernel_inits
+from sparsejax.models.residual import make_bias_init, make_kernel_inits
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import BlockPattern
 
@@ -64,7 +64,7 @@ class BlockSparseAttention(nnx.Module):
         """Create the projections and an all-True block mask.
 
         Args:
-          config: read are its sizes, block, causal, positions, weight patterns, initial scale,
+          config: read are its sizes, block, causal, positions, weight patterns, initial values,
             biases and type.
           rngs: nnx.Rngs with a `params` stream.
         """
@@ -76,6 +76,7 @@ class BlockSparseAttention(nnx.Module):
         patterns = sparse_weight_patterns(config)
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
+            "bias_init": make_bias_init(config, config.model_dim),
             "dtype": jnp.dtype(config.dtype),
             "rngs": rngs,
         }

@@ -1,14 +1,17 @@
 """What a transformer is made of, as one frozen and checked value."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Literal, get_args
 
 from sparsejax.checks import check_setting, make_check
-from sparsejax.patterns import BlockPattern, NMPattern, WeightPattern
+from sparsejax.patterns import BlockPattern, NMPattern, WeightBlocks, WeightPattern
 
-type MLPActivation = Literal["gelu", "relu", "geglu", "swiglu"]
+type MLPActivation = Literal["gelu", "gelu_exact", "relu", "geglu", "swiglu"]
+
+type LinearInit = Literal["lecun_normal", "torch"]
 
 GATED_ACTIVATIONS = ("geglu", "swiglu")
 """Activations that compute twice as many values, half of them gates."""
@@ -35,15 +38,20 @@ class TransformerOptions:
         half of them gates.
       num_decoder_layers: blocks of a decoder that attends to the output of the `num_layers` blocks
         before it, those of a bidirectional encoder; 0 = no decoder.
-      mlp_activation: "gelu" or "relu", or the gated "geglu" or "swiglu".
+      mlp_activation: "gelu" (tanh form, which sparse kernels fuse), "gelu_exact" (by the error
+        function) or "relu", or the gated "geglu" (tanh form) or "swiglu".
       positions: "learned" table or "rotary" embedding.
       dropout_rate: in [0, 1), applied to embeddings and residual branches.
+      mlp_dropout_rate: in [0, 1), applied after the activation of the feed-forward layer.
       init_std: standard deviation of weight matrices; residual outputs get it divided by
-        sqrt(2 num_layers) as in GPT-2, in a decoder by sqrt(3 num_decoder_layers). None takes
-        LeCun-normal kernels.
+        sqrt(2 num_layers) as in GPT-2, in a decoder by sqrt(3 num_decoder_layers). None leaves it
+        to `linear_init`.
+      linear_init: without `init_std`, what linear layers begin as: "lecun_normal" kernels and zero
+        biases; or "torch", both uniform within 1 / sqrt(inputs), as torch.nn.Linear.
       dtype: "float32", "bfloat16" or "float16", type of activations and matrix products.
         Parameters are always float32.
-      use_bias: add biases in linear layers; norms keep theirs.
+      use_bias: add biases in linear layers.
+      use_norm_bias: add biases in norms.
       embedding_norm: normalise the sum of embedding and position.
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one block and scan it; False unrolls the same stacked parameters.
@@ -59,9 +67,12 @@ class TransformerOptions:
     mlp_activation: MLPActivation = "gelu"
     positions: Literal["learned", "rotary"] = "learned"
     dropout_rate: float = 0.0
+    mlp_dropout_rate: float = 0.0
     init_std: float | None = None
+    linear_init: LinearInit = "lecun_normal"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     use_bias: bool = True
+    use_norm_bias: bool = True
     embedding_norm: bool = False
     remat: bool = False
     scan_layers: bool = True
@@ -139,6 +150,28 @@ def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern
     return found
 
 
+def list_weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """Return the shape of one layer's weight, by the names that patterns are given to.
+
+    Returns:
+      dict from names out of `LINEAR_LAYERS`, `DECODER_LINEAR_LAYERS` and `EMBEDDING` to (K, N), or
+      to (tokens, width) of the embedding.
+    """
+    width, hidden = config.model_dim, config.mlp_dim
+    heads = config.num_heads + 2 * config.num_kv_heads
+    gates = 2 if config.mlp_activation in GATED_ACTIVATIONS else 1
+    shapes = {
+        "attention/qkv": (width, heads * config.head_dim),
+        "attention/out": (width, width),
+        "mlp/up": (width, gates * hidden),
+        "mlp/down": (hidden, width),
+        EMBEDDING: (config.vocab_size, width),
+    }
+    for name in DECODER_LINEAR_LAYERS:
+        shapes[name] = shapes[name.removeprefix("decoder/")]
+    return shapes
+
+
 def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
     names = LINEAR_LAYERS
     if config.num_decoder_layers:
@@ -164,6 +197,7 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
     yield c.model_dim % c.num_heads == 0, "model_dim", f"a multiple of {heads}"
     yield c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"a divisor of {heads}"
     yield 0 <= c.dropout_rate < 1, "dropout_rate", "in [0, 1)"
+    yield 0 <= c.mlp_dropout_rate < 1, "mlp_dropout_rate", "in [0, 1)"
     yield c.positions in ("learned", "rotary"), "positions", "'learned' or 'rotary'"
     pairs = c.positions == "learned" or c.head_dim % 2 == 0
     yield pairs, "model_dim", f"an even multiple of {heads} with rotary positions"
@@ -179,6 +213,10 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
     one_class = c.num_classes != 0 and c.num_classes <= 1
     yield not one_class, "num_classes", "at least 2, or 0 in a language model"
     yield c.init_std is None or c.init_std > 0, "init_std", "positive"
+    inits = get_args(LinearInit.__value__)
+    yield c.linear_init in inits, "linear_init", f"one of {inits}"
+    drawn = c.init_std is None or c.linear_init == "lecun_normal"
+    yield drawn, "linear_init", f"'lecun_normal' with init_std={c.init_std}"
     activations = get_args(MLPActivation.__value__)
     yield c.mlp_activation in activations, "mlp_activation", f"one of {activations}"
 
@@ -196,10 +234,29 @@ def _check_sparse_weights(config: TransformerConfig) -> None:
             raise ValueError(
                 f"model.sparse_weights must match some of {layers}, but {regex!r} matches none"
             )
-    embedding = sparse_weight_patterns(config).get(EMBEDDING)
+    patterns, shapes = sparse_weight_patterns(config), list_weight_shapes(config)
+    embedding = patterns.get(EMBEDDING)
     check_setting(
         not isinstance(embedding, NMPattern),
         "model.sparse_weights",
         f"{embedding}",
         f"'unstructured' or blocks such as '64x64' for {EMBEDDING!r}",
+    )
+    for name, pattern in patterns.items():
+        _check_shape(name, pattern, shapes[name])
+
+
+def _check_shape(name: str, pattern: WeightPattern, shape: tuple[int, int]) -> None:
+    """Refuse a weight that its pattern does not fill, or whose entries an int32 cannot count."""
+    sides = (1, 1)
+    if isinstance(pattern, NMPattern):
+        sides = (pattern.m, pattern.m if pattern.transposable else 1)
+    elif isinstance(pattern, WeightBlocks):
+        sides = (pattern.rows, pattern.columns)
+    fits = all(size % side == 0 for size, side in zip(shape, sides, strict=True))
+    check_setting(
+        fits and math.prod(shape) < 2**31,
+        f"the weight {name!r} with the pattern '{pattern}'",
+        list(shape),
+        f"a multiple of {sides[0]} by a multiple of {sides[1]}, of fewer than 2^31 entries",
     )

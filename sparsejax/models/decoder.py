@@ -16,7 +16,12 @@ from sparsejax.models.attention import apply_rotary
 from sparsejax.models.config import TransformerConfig
 from sparsejax.models.linear import LinearOptions
 from sparsejax.models.mlp import MLP
-from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
+from sparsejax.models.residual import (
+    dropout,
+    make_bias_init,
+    make_kernel_inits,
+    make_layer_norm,
+)
 from sparsejax.models.stack import make_stack, scan_stack
 
 # Folded into keys: the decoder draws other numbers than the encoder.
@@ -49,6 +54,7 @@ class DenseAttention(nnx.Module):
         kernel_init, out_kernel_init = _make_kernel_inits(config)
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
+            "bias_init": make_bias_init(config, config.model_dim),
             "dtype": jnp.dtype(config.dtype),
             "rngs": rngs,
         }
@@ -143,7 +149,12 @@ class DecoderBlock(nnx.Module):
         h_BTD = self.cross_attention_norm(x_BTD)
         branch = self.cross_attention(h_BTD, encoded_BSD, kv_mask_BS=kv_mask_BS)
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[1])
-        branch = self.mlp(self.mlp_norm(x_BTD), options=linear_options, pruning_key=pruning_key)
+        branch = self.mlp(
+            self.mlp_norm(x_BTD),
+            options=linear_options,
+            pruning_key=pruning_key,
+            dropout_key=dropout_key,
+        )
         return x_BTD + dropout(branch, self.dropout_rate, keys[2])
 
 

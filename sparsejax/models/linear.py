@@ -16,8 +16,11 @@ from pallas_kernels.nm_matmul.op import Activation, GradPruning
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
 
-type LayerActivation = Activation | Literal["relu"]
-"""What may follow a layer; the kernels fuse all of it but "relu"."""
+type LayerActivation = Activation | Literal["gelu_exact", "relu"]
+"""What may follow a layer."""
+
+# What no kernel fuses with a product.
+_UNFUSED = ("gelu_exact", "relu")
 
 
 class LinearOptions(NamedTuple):
@@ -132,8 +135,9 @@ class SparseLinear(nnx.Module):
           x: float[..., K].
           options: LinearOptions, static.
           key: typed key; needed where the options prune gradients, without effect elsewhere.
-          activation: None; "gelu" (tanh form); "relu", which no kernel fuses; or "geglu", "swiglu":
-            the first half of the columns is multiplied with the activated second half.
+          activation: None; "gelu" (tanh form); "gelu_exact" and "relu", which no kernel fuses; or
+            "geglu", "swiglu": the first half of the columns is multiplied with the activated second
+            half.
 
         Returns:
           float[..., N], or [..., N / 2] for a gated activation.
@@ -183,24 +187,25 @@ def _multiply_groups(layer, x, kernel, bias, options, key, activation):
         grad_pruning=options.grad_pruning,
         key=None if options.grad_pruning == "none" else key,
         bias=bias,
-        activation=None if activation == "relu" else activation,
+        activation=None if activation in _UNFUSED else activation,
         pattern=(n, m),
         # The mask of a layer that is not pruned yet keeps everything.
         check_mask=False,
         implementation=options.implementation,
     )
-    return activate(y, activation) if activation == "relu" else y
+    return activate(y, activation) if activation in _UNFUSED else y
 
 
 def activate(z: jax.Array, activation: LayerActivation | None) -> jax.Array:
     """Apply the activation of a feed-forward layer.
 
-    None: z,  "gelu": gelu(z),  "relu": max(z, 0),
+    None: z,  "gelu" and "gelu_exact": gelu(z),  "relu": max(z, 0),
     "geglu": value * gelu(gate),  "swiglu": value * silu(gate)
 
     Args:
       z: float[..., N]; N is even for a gated activation, the first half is the value.
-      activation: None, "gelu" (tanh form), "relu", "geglu" or "swiglu".
+      activation: None, "gelu" (tanh form), "gelu_exact" (error function), "relu", "geglu" (tanh
+        form) or "swiglu".
 
     Returns:
       float[..., N], or [..., N / 2] if gated, typed like z, in whose type it is computed.
@@ -215,11 +220,14 @@ def activate(z: jax.Array, activation: LayerActivation | None) -> jax.Array:
         return z
     if activation == "gelu":
         return nnx.gelu(z)
+    if activation == "gelu_exact":
+        return nnx.gelu(z, approximate=False)
     if activation == "relu":
         return nnx.relu(z)
     if activation not in _GATES:
         raise ValueError(
-            f"activation must be None, 'gelu', 'relu', 'geglu' or 'swiglu', got {activation!r}"
+            "activation must be None, 'gelu', 'gelu_exact', 'relu', 'geglu' or 'swiglu', got "
+            f"{activation!r}"
         )
     if z.shape[-1] % 2:
         raise ValueError(f"{activation=} needs an even number of columns, got {z.shape=}")

@@ -1,4 +1,4 @@
-"""What surrounds every branch of a residual stream: normalization, initial scale, dropout."""
+"""What surrounds every branch of a residual stream: normalization, initial values, dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,13 @@ def make_layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     Returns:
       nnx.LayerNorm over the width of the model.
     """
-    return nnx.LayerNorm(config.model_dim, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return nnx.LayerNorm(
+        config.model_dim,
+        epsilon=1e-5,
+        use_bias=config.use_norm_bias,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
 
 
 def make_kernel_inits(
@@ -31,11 +37,34 @@ def make_kernel_inits(
       Initializer of weights inside a branch, and of those that a branch ends with.
     """
     if config.init_std is None:
-        return nnx.initializers.lecun_normal(), nnx.initializers.lecun_normal()
+        kernel_init = make_head_init(config)
+        return kernel_init, kernel_init
     return (
         nnx.initializers.normal(config.init_std),
         nnx.initializers.normal(config.init_std / num_branches**0.5),
     )
+
+
+def make_head_init(config: TransformerConfig) -> nnx.Initializer:
+    """Return the initializer of weights that follow `linear_init` alone, such as a classifier's."""
+    if config.linear_init == "torch":
+        # Of this variance within 1 / sqrt(inputs).
+        return nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return nnx.initializers.lecun_normal()
+
+
+def make_bias_init(config: TransformerConfig, in_features: int) -> nnx.Initializer:
+    """Return the initializer of a linear layer's bias.
+
+    Args:
+      in_features: int, inputs of the layer.
+    """
+    if config.linear_init == "torch":
+        bound = in_features**-0.5
+        return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+            key, shape, dtype, -bound, bound
+        )
+    return nnx.initializers.zeros_init()
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

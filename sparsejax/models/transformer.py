@@ -19,7 +19,13 @@ from sparsejax.models.decoder import Decoder
 from sparsejax.models.embedding import compute_logits, look_up, make_embed
 from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.mlp import MLP
-from sparsejax.models.residual import dropout, make_kernel_inits, make_layer_norm
+from sparsejax.models.residual import (
+    dropout,
+    make_bias_init,
+    make_head_init,
+    make_kernel_inits,
+    make_layer_norm,
+)
 from sparsejax.models.stack import make_stack, scan_stack
 
 
@@ -94,7 +100,12 @@ class Block(nnx.Module):
             probe=probe,
         )
         x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
-        branch = self.mlp(self.mlp_norm(x_BTD), options=linear_options, pruning_key=pruning_key)
+        branch = self.mlp(
+            self.mlp_norm(x_BTD),
+            options=linear_options,
+            pruning_key=pruning_key,
+            dropout_key=dropout_key,
+        )
         return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
 
 
@@ -169,6 +180,7 @@ class Transformer(nnx.Module):
                 use_bias=config.use_bias,
                 dtype=dtype,
                 kernel_init=make_kernel_inits(config, num_branches=1)[0],
+                bias_init=make_bias_init(config, config.patch_values),
                 rngs=rngs,
             )
         else:
@@ -193,9 +205,21 @@ class Transformer(nnx.Module):
         if config.num_classes:
             # Two documents are compared through x, y, x*y and x-y.
             features = config.model_dim * (4 if config.num_towers == 2 else 1)
-            shared: dict[str, Any] = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
-            self.hidden = nnx.Linear(features, config.mlp_dim, **shared)
-            self.classifier = nnx.Linear(config.mlp_dim, config.num_classes, **shared)
+            shared: dict[str, Any] = {
+                "use_bias": config.use_bias,
+                "kernel_init": make_head_init(config),
+                "dtype": dtype,
+                "rngs": rngs,
+            }
+            self.hidden = nnx.Linear(
+                features, config.mlp_dim, bias_init=make_bias_init(config, features), **shared
+            )
+            self.classifier = nnx.Linear(
+                config.mlp_dim,
+                config.num_classes,
+                bias_init=make_bias_init(config, config.mlp_dim),
+                **shared,
+            )
 
     def __call__(
         self,

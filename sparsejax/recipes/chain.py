@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from sparsejax.recipes.phases import Metric
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity, StepAccount
 from sparsejax.types import PyTree
 
@@ -63,6 +64,7 @@ def chain(attention: Recipe, weights: Recipe) -> Recipe:
         metrics=functools.partial(_metrics, recipes),
         observe=functools.partial(_observe, recipes),
         enter_phase=functools.partial(_enter_phase, recipes),
+        phase_metrics=functools.partial(_phase_metrics, recipes),
         account=functools.partial(_account, recipes),
         progress_metrics=attention.progress_metrics + weights.progress_metrics,
         draw_phase=functools.partial(_draw_phase, recipes),
@@ -254,13 +256,26 @@ def _update(recipes, sparsity, params, opt_state, grads, *, phase, **context: An
 
 
 def _metrics(recipes, sparsity, *, step, phase):
-    metrics = {}
-    for part, recipe, own in _each(recipes, phase):
-        found = recipe.metrics(_view(sparsity, part), step=step, phase=own)
-        both = metrics.keys() & found.keys()
+    return _merge_metrics(
+        recipe.metrics(_view(sparsity, part), step=step, phase=own)
+        for part, recipe, own in _each(recipes, phase)
+    )
+
+
+def _phase_metrics(recipes, sparsity, phase):
+    return _merge_metrics(
+        recipe.phase_metrics(_view(sparsity, part), own)
+        for part, recipe, own in _each(recipes, phase)
+    )
+
+
+def _merge_metrics(found: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for more in found:
+        both = metrics.keys() & more.keys()
         if both:
             raise ValueError(f"metrics of chained recipes must have different names, got {both}")
-        metrics |= found
+        metrics |= more
     return metrics
 
 

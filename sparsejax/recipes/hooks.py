@@ -164,6 +164,17 @@ class EnterPhase(Protocol):
         ...
 
 
+class PhaseMetrics(Protocol):
+    """f32 arrays by name, logged when a phase begins, and in the summary of the run.
+
+    SAT: what its switch has chosen does not change any more.
+    """
+
+    def __call__(self, sparsity: Sparsity, phase: Phase, /) -> Mapping[str, Metric]:
+        """Return the metrics."""
+        ...
+
+
 class Account(Protocol):
     """What a step means for the ledger of FLOPs, from its metrics as numbers and lists.
 

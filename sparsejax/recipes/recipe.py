@@ -11,7 +11,8 @@ has a default that does nothing (below), so a method states only what it does:
   between two phases       enter_phase
 
 A recipe also owns its reports: what a step means for the ledger of FLOPs (account), the metrics in
-progress lines (progress_metrics), and the pictures of a phase and of a run (draw_phase, draw_run).
+progress lines (progress_metrics), what is worth saying of a phase as it begins (phase_metrics), and
+the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,11 @@ def _enter_unchanged(sparsity: Sparsity, phase: Phase, /, *, previous: Phase) ->
     return sparsity
 
 
+def _measure_no_phase(sparsity: Sparsity, phase: Phase, /) -> dict[str, jax.Array]:
+    del sparsity, phase
+    return {}
+
+
 def _account_for_nothing(values: Mapping[str, Any], /) -> StepAccount:
     del values
     return StepAccount()
@@ -133,6 +139,7 @@ class Recipe(NamedTuple):
     metrics: hooks.Metrics = _measure_nothing
     observe: hooks.Observe = _observe_nothing
     enter_phase: hooks.EnterPhase = _enter_unchanged
+    phase_metrics: hooks.PhaseMetrics = _measure_no_phase
     account: hooks.Account = _account_for_nothing
     progress_metrics: tuple[tuple[str, str], ...] = ()
     draw_phase: hooks.DrawPhase = _draw_no_phase

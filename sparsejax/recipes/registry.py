@@ -49,7 +49,7 @@ class RecipeEntry(NamedTuple):
         return tuple(name for name in names if name not in self.needs)
 
 
-_ATTENTION = ("num_layers", "length", "block_size", "causal")
+_ATTENTION = ("num_layers", "length", "block_size", "causal", "num_steps")
 _WEIGHTS = ("num_steps", "patterns")
 _ALL_WEIGHTS = ".*=unstructured"
 
@@ -63,7 +63,7 @@ RECIPES: dict[str, RecipeEntry] = {
             "static_attention",
             StaticAttentionConfig,
             make_static_attention,
-            ("num_layers", "num_blocks", "causal"),
+            ("num_layers", "num_blocks", "causal", "num_steps"),
         ),
         RecipeEntry("fst", FSTConfig, make_fst, _WEIGHTS, "mlp/.*=2:4 transposable"),
         RecipeEntry("sste", SSTEConfig, make_sste, ("patterns",), "mlp/.*=2:4"),

@@ -106,7 +106,8 @@ def summarise(
     Returns:
       dict of scalars: last and best validation loss; those of `summarise_flops`; and for each phase
       that ran its first step, median seconds of a step, tokens per second, densities (attention's
-      at its beginning, the mean of weights'), and memory of a step. `docs/metrics.md` names them.
+      at its beginning, the mean of weights'), and memory of a step. "phase_metrics" is a dict,
+      phase -> metrics of the recipe as it began, if it has any. `docs/metrics.md` names them.
     """
     validations = [row for row in rows if row.get("kind") == "validation"]
     summary: dict[str, Any] = {}
@@ -115,6 +116,9 @@ def summarise(
         summary["validation_loss"] = last["validation_loss"]
         summary["validation_accuracy"] = last["validation_accuracy"]
         summary["best_validation_loss"] = min(row["validation_loss"] for row in validations)
+    for row in rows:
+        if "phase_metrics" in row:
+            summary.setdefault("phase_metrics", {})[row["phase"]] = row["phase_metrics"]
     summary |= summarise_flops(totals)
     for phase in phases:
         summary |= {
@@ -177,6 +181,9 @@ def format_summary(
             f"  sparse phase       from step {summary['sparse_first_step']}, a step is"
             f" {format_speedup(summary['sparse_step_speedup'])} than in the dense phase"
         )
+    for phase, metrics in summary.get("phase_metrics", {}).items():
+        known = (f"{name.replace('_', ' ')} {_format_layers(x)}" for name, x in metrics.items())
+        lines.append(f"  {phase + ' phase':<18} began with {', '.join(known)}")
     lines += [f"  {line}" for line in format_flops(totals)]
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
@@ -203,6 +210,10 @@ def _format_phase(summary: Mapping[str, Any], phase: str) -> list[str]:
     }
     found = {name: summary.get(f"{phase}_{name}") for name in formats}
     return [formats[name](value) for name, value in found.items() if value is not None]
+
+
+def _format_layers(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in values) + "]"
 
 
 def _format_duration(seconds: float) -> str:

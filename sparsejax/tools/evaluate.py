@@ -6,7 +6,12 @@ from typing import Any
 
 from sparsejax.accounting.density import compute_density
 from sparsejax.checkpoint.save import restore
-from sparsejax.checkpoint.workdir import check_same_run, describe_run, find_newest_checkpoint
+from sparsejax.checkpoint.workdir import (
+    check_same_run,
+    describe_run,
+    find_newest_checkpoint,
+    keep_schedule,
+)
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.report.progress import say
@@ -35,6 +40,7 @@ def evaluate(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, Any]:
     checkpoints = Path(workdir) / "checkpoints"
     if not checkpoints.is_dir():
         raise ConfigError(f"--workdir={workdir} must hold a run's checkpoints, found none")
+    config = keep_schedule(config, checkpoints)
     run = prepare_run(config)
     check_same_run(checkpoints, describe_run(config, run.data.fingerprint, run.data.spec))
     info, problems = find_newest_checkpoint(checkpoints)

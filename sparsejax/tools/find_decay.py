@@ -25,6 +25,7 @@ from sparsejax.config.schema import TrainConfig, make_recipe
 from sparsejax.report.metrics import fetch_metrics
 from sparsejax.report.plots.flips import plot_decay_search
 from sparsejax.report.progress import say
+from sparsejax.shares import count_share
 from sparsejax.strict_json import dump_json
 from sparsejax.training.setup import Run, compile_phase, prepare_run
 
@@ -79,7 +80,8 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
     """
     with _refusing():
         candidates, refresh = _check_recipe(config)
-    first = math.ceil(config.optimizer.warmup_steps / refresh) * refresh
+    warmup_steps = count_share(config.optimizer.warmup_fraction, config.schedule_length)
+    first = math.ceil(warmup_steps / refresh) * refresh
     last = first + _NUM_SEARCHES * refresh
     run = prepare_run(config)
     with _refusing():

@@ -52,7 +52,7 @@ def load_model(workdir: str | os.PathLike, *, step: int | None = None) -> Traine
     try:
         model_config = make_transformer_config(config, **recorded.spec._asdict())
         recipe = make_recipe(config, model_config)
-        optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
+        optimizer = make_optimizer(config.optimizer, num_steps=config.schedule_length)
         phase = find_phase(recipe, info.metadata["phase"])
         state, _ = restore(info, make_abstract_state(model_config, recipe, optimizer, phase.name))
         tokenizer = load_tokenizer(recorded.tokenizer, Path(workdir))

@@ -259,7 +259,7 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
 
 def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
     model = _make_model(config, spec)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.schedule_length)
     state = make_abstract_state(model, make_recipe(config, model), optimizer, phase.name)
     sparsity = state.sparsity
     counters = (state.step, state.key, sparsity.phase_start_step)

@@ -42,7 +42,7 @@ def make_steps(config: TrainConfig, spec: DataSpec, phase: Phase) -> Steps:
     """
     model = make_transformer_config(config, **spec._asdict())
     recipe, graphdef = make_recipe(config, model), make_graphdef(model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.schedule_length)
     options = config.step_options
     training = {**options, "label_smoothing": config.label_smoothing}
     functions: dict[str, Callable[..., Any]] = {

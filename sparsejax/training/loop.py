@@ -12,9 +12,9 @@ import jax
 from sparsejax.accounting.density import compute_density, describe_density
 from sparsejax.accounting.ledger import FlopsLedger, check_totals
 from sparsejax.accounting.units import format_quantity
-from sparsejax.checkpoint.files import find_checkpoints
+from sparsejax.checkpoint.files import find_checkpoints, find_last_good
 from sparsejax.checkpoint.save import Checkpointer
-from sparsejax.checkpoint.workdir import claim_workdir, describe_run, find_newest_checkpoint
+from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_schedule
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
@@ -34,6 +34,7 @@ from sparsejax.report.progress import (
 from sparsejax.report.tensorboard import TensorBoardWriter
 from sparsejax.report.writers import OptionalWriter, RowWriter
 from sparsejax.training.finish import finish_run, make_title
+from sparsejax.training.profile import StepProfiler, StepRange
 from sparsejax.training.setup import (
     Programs,
     Run,
@@ -44,11 +45,19 @@ from sparsejax.training.setup import (
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.start import Start, open_or_resume
 from sparsejax.training.state import TrainState
-from sparsejax.training.step import Batch
+from sparsejax.training.step import Batch, explain_skip
 
 
 class NonFiniteError(FloatingPointError):
-    """Loss or gradient was not finite for too many steps in a row."""
+    """Too many steps in a row were skipped, or the last validation is not finite.
+
+    Attributes:
+      after_step: int, the state after this step is the first that does not train.
+    """
+
+    def __init__(self, message: str, after_step: int):
+        super().__init__(message)
+        self.after_step = after_step
 
 
 def train_and_evaluate(
@@ -57,6 +66,7 @@ def train_and_evaluate(
     *,
     resume_command: str,
     writers: Sequence[RowWriter] = (),
+    profile_steps: StepRange | None = None,
 ) -> dict[str, Any] | None:
     """Train to the last step, from where the folder's newest checkpoint stands.
 
@@ -65,15 +75,17 @@ def train_and_evaluate(
       workdir: folder of the run: checkpoints, metrics, pictures, summary.
       resume_command: shown when a signal stops the run.
       writers: told of every row of metrics, and closed at the end.
+      profile_steps: what JAX's profiler traces, None for nothing.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
 
     Raises:
       ConfigError: if the settings, the data or the folder cannot be used.
-      NonFiniteError: if too many steps in a row were skipped.
+      NonFiniteError: if too many steps in a row were skipped, or the last validation is not finite.
     """
     with claim_workdir(workdir) as path:
+        config = keep_schedule(config, path / "checkpoints")
         run = prepare_run(config)
         description = describe_run(config, run.data.fingerprint, run.data.spec)
         start = open_or_resume(run, path, description)
@@ -89,22 +101,22 @@ def train_and_evaluate(
         else:
             where = f"at step {start.step} in phase {start.phase.name!r}"
             say(f"resuming {path} {where} from {start.checkpoint.path}")
-        try:
-            loop = _run_steps(run, start, path, description, writers)
-        except NonFiniteError as error:
-            # Asked after the save under way has ended, so that it counts.
-            good, _ = find_newest_checkpoint(path / "checkpoints")
-            raise NonFiniteError(
-                f"{error}; last good checkpoint: {good.path if good else 'none'}"
-            ) from error
-        # Of the last step: a newer folder may be a damaged one that this run did not start from.
-        saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
-        newest = next(info for info in saved if info.step == loop.step)
-        if loop.stopped_by is not None:
+        with StopRequest() as stop:
+            try:
+                loop = _run_steps(run, start, path, description, writers, profile_steps, stop)
+            except NonFiniteError as error:
+                # Asked after the save under way has ended, so that it counts.
+                good = find_last_good(path / "checkpoints", before_step=error.after_step)
+                message = f"{error}; last good checkpoint: {good.path if good else 'none'}"
+                raise NonFiniteError(message, error.after_step) from error
+            # Of the last step: a newer one may be damaged, so that this run did not start from it.
+            saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
+            newest = next(info for info in saved if info.step == loop.step)
+            if loop.stopped_by is None:
+                return finish_run(run, path, newest)
             say(f"stopped by {loop.stopped_by}; step {newest.step} is saved in {newest.path}")
             say(f"resume with: {resume_command}")
             return None
-        return finish_run(run, path, newest)
 
 
 def describe_model(run: Run, state: TrainState) -> str:
@@ -129,6 +141,8 @@ def _run_steps(
     workdir: Path,
     description: dict[str, Any],
     writers: Sequence[RowWriter],
+    profile_steps: StepRange | None,
+    stop: StopRequest,
 ) -> "_Loop":
     """Train to the last step or to a signal, and save there."""
     kept = run.config.checkpoint
@@ -150,22 +164,24 @@ def _run_steps(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with checkpointer, writer, StopRequest() as stop:
+    if profile_steps is not None:
+        profile_steps.check_within(start.step + 1, run.config.num_steps)
+    profiler = StepProfiler(workdir, profile_steps)
+    with checkpointer, writer, profiler:
 
         def record_choices() -> None:
             checkpointer.describe_run(description | {"implementations": run.choices})
 
         loop = _Loop(run, start, writer, workdir, record_choices)
         while loop.stopped_by is None and loop.step < run.config.num_steps:
+            profiler.begin_step(loop.step + 1)
             loop.advance()
+            profiler.end_step(loop.step, loop.state)
             # Asked once: a signal that comes later must not end the loop before a save.
             last, loop.stopped_by = loop.step == run.config.num_steps, stop.signal_name
-            ends = last or loop.stopped_by is not None
-            metrics = None
-            if last or loop.step % run.config.eval_every_steps == 0:
-                metrics = loop.validate()
-            if ends or loop.step % kept.every_steps == 0:
-                loop.save(checkpointer, metrics, block=ends)
+            validates = last or loop.step % run.config.eval_every_steps == 0
+            metrics = loop.validate() if validates else None
+            loop.save(checkpointer, metrics, ends=last or loop.stopped_by is not None)
     if loop.step == run.config.num_steps:
         loop.stopped_by = None
     return loop
@@ -192,7 +208,7 @@ class _Loop:
         self.programs: Programs | None = None
         self.block_lists = run.make_block_lists(self.state, self.phase)
         self.stopped_by: str | None = None
-        self.num_skipped = 0
+        self.num_skipped = int(start.state.num_skipped)
         self.last_known: dict[str, float] = {}
 
     def advance(self) -> None:
@@ -220,20 +236,33 @@ class _Loop:
         row = {"kind": "validation", "phase": self.phase.name, **values}
         self.writer.write(self.step, row)
         say(f"       | step {self.step} | validation loss {values['validation_loss']:.4f}")
+        if self.step == self.run.config.num_steps and not _is_finite(values):
+            raise NonFiniteError(f"step {self.step}: the last validation is not finite", self.step)
         return values
 
     def save(
-        self, checkpointer: Checkpointer, metrics: dict[str, float] | None, *, block: bool
+        self, checkpointer: Checkpointer, metrics: dict[str, float] | None, *, ends: bool
     ) -> None:
-        """Save a checkpoint of the state as it is now."""
+        """Save a checkpoint if it is time, or if its validation is among the best.
+
+        One that is not good is saved at the end alone.
+        """
+        periodic = ends or self.step % self.run.config.checkpoint.every_steps == 0
+        if not periodic and (metrics is None or not checkpointer.ranks_among_best(metrics)):
+            return
         self.flush()
+        good = not self.num_skipped and (metrics is None or _is_finite(metrics))
+        if not (good or ends):
+            return
         checkpointer.save(
             self.step,
             self.state,
             self.run.data.train.get_state(),
             metadata={"phase": self.phase.name, "flops": self.ledger.totals},
             metrics=metrics,
-            block=block,
+            good=good,
+            periodic=periodic,
+            block=ends,
         )
 
     def flush(self) -> None:
@@ -298,6 +327,9 @@ class _Loop:
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
+        begun = self.run.recipe.phase_metrics(self.state.sparsity, self.phase)
+        if begun:
+            row["phase_metrics"] = fetch_metrics(begun)
         say(
             f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
             f"{format_quantity(flops, 'FLOPs')} per step ({flops / dense_flops:.0%} of dense), "
@@ -339,13 +371,12 @@ class _Loop:
         }
         self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
-            say(
-                f"warning: step {step} skipped, loss {values['loss']} is not finite or its gradient"
-            )
+            say(f"warning: step {step} skipped: {explain_skip(values)}")
         if self.num_skipped > self.run.config.max_consecutive_skips:
             raise NonFiniteError(
-                f"step {step}: loss or gradient was not finite for {self.num_skipped} steps in a "
-                f"row (max_consecutive_skips={self.run.config.max_consecutive_skips})"
+                f"step {step} skipped, as were {self.num_skipped} in a row: {explain_skip(values)} "
+                f"(max_consecutive_skips={self.run.config.max_consecutive_skips})",
+                step - self.num_skipped,
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:
             line = format_progress(
@@ -356,6 +387,10 @@ class _Loop:
                 shown=self.last_known,
             )
             say(line)
+
+
+def _is_finite(metrics: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in metrics.values())
 
 
 def _format(value: Any) -> str:

@@ -141,6 +141,10 @@ def prepare_run(config: TrainConfig) -> Run:
         recipe = make_recipe(config, model_config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if model_config.dtype == "float16" and jax.default_backend() == "cpu":
+        raise ConfigError(
+            "model.dtype must be 'float32' or 'bfloat16', whose products a CPU has, got 'float16'"
+        )
     # After the settings were checked: to prepare data may take hours.
     with _naming_data(config):
         data = make_data(
@@ -154,7 +158,7 @@ def prepare_run(config: TrainConfig) -> Run:
         model_config=model_config,
         graphdef=make_graphdef(model_config),
         recipe=recipe,
-        optimizer=make_optimizer(config.optimizer, num_steps=config.num_steps),
+        optimizer=make_optimizer(config.optimizer, num_steps=config.schedule_length),
         state_sharding=NamedSharding(mesh, PartitionSpec()),
         batch_sharding=NamedSharding(mesh, PartitionSpec("data")),
     )

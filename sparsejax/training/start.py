@@ -7,6 +7,7 @@ from sparsejax.accounting.ledger import FlopsByPhase
 from sparsejax.checkpoint.files import CheckpointInfo
 from sparsejax.checkpoint.save import check_free_space, count_bytes, restore
 from sparsejax.checkpoint.workdir import check_same_run, find_newest_checkpoint, read_choices
+from sparsejax.checks import check_setting
 from sparsejax.config.parse import ConfigError
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
@@ -45,8 +46,13 @@ def open_or_resume(run: Run, workdir: Path, description: dict[str, Any]) -> Star
         checkpoint among several, or has not enough room.
     """
     config, checkpoints = run.config, workdir / "checkpoints"
+    if config.num_steps > config.schedule_length:
+        say(
+            f"note: the schedule ends at step {config.schedule_length}; the steps after it train "
+            "at its last rate"
+        )
     for line in check_same_run(checkpoints, description):
-        say(f"note: the run goes on, but not bit for bit as before, {line}")
+        say(f"note: {line}")
     info, problems = find_newest_checkpoint(checkpoints)
     for problem in problems:
         say(f"warning: checkpoint ignored: {problem}")
@@ -55,7 +61,13 @@ def open_or_resume(run: Run, workdir: Path, description: dict[str, Any]) -> Star
             return _open(run, checkpoints)
         phase = find_phase(run.recipe, info.metadata["phase"])
         totals = info.metadata["flops"]
-        if info.step >= config.num_steps:
+        check_setting(
+            config.num_steps >= info.step,
+            "num_steps",
+            config.num_steps,
+            f"at least {info.step}, the step that {workdir} has reached",
+        )
+        if info.step == config.num_steps:
             return Start(info.step, None, phase, totals, info)
         state, data_state = restore(info, run.make_abstract_state(phase.name))
     except ValueError as error:

@@ -20,6 +20,7 @@ class TrainState:
 
     Attributes:
       step: i32[], steps done.
+      num_skipped: i32[], steps in a row that were skipped up to now.
       params: nested dict, f32 master weights of the model.
       sparsity: Sparsity, masks and whatever the recipe keeps.
       opt_state: optimizer state over `trainable(state)`.
@@ -27,6 +28,7 @@ class TrainState:
     """
 
     step: jax.Array
+    num_skipped: jax.Array
     params: PyTree
     sparsity: Sparsity
     opt_state: optax.OptState
@@ -72,6 +74,7 @@ def create_train_state(
     sparsity = recipe.init(masks, params, jax.random.fold_in(key, 1))
     return TrainState(
         step=jnp.int32(0),
+        num_skipped=jnp.int32(0),
         params=params,
         sparsity=sparsity,
         opt_state=optimizer.init(trainable(params, sparsity)),

@@ -4,8 +4,9 @@ Legend: B batch, T position, V vocabulary, C classes, L layers.
 """
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from sparsejax.models import (
     LinearOptions,
     ModelOutput,
 )
-from sparsejax.optimizer import Optimizer, compute_learning_rate
+from sparsejax.optimizer import Optimizer, compute_b1, compute_learning_rate
 from sparsejax.recipes import (
     Observation,
     Phase,
@@ -54,8 +55,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple]:
     """Return the step of one phase: loss, gradient, recipe, optimizer, recipe.
 
-    A step whose loss or gradient is not finite changes nothing but the step counter and says so
-    in `skipped`.
+    A step is skipped if its loss, its gradient, or what would come of it (weights, the recipe's
+    parameters, optimizer state) is not finite: it changes nothing but the two counters of the
+    state, and says so in `skipped`. So a state that was finite stays finite.
 
     A step that probes shows the recipe the attention maps of its own forward pass, averaged over
     the batch and heads, before it acts on the gradient.
@@ -115,22 +117,21 @@ def make_train_step(
         dense_grads, (metrics, attention_maps) = compute_gradients(
             weights, state, batch, key, block_lists
         )
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(dense_grads))
+        dense_norm = optax.tree.norm(dense_grads)
+        finite_grads = jnp.isfinite(metrics["loss"]) & jnp.isfinite(dense_norm)
 
         observed, observation = state.sparsity, None
         if probes:
             observed, observation = recipe.observe(observed, attention_maps, phase)
-            observation = Observation(
-                change_phase=observation.change_phase & finite,
-                metrics=_report(observation.metrics, finite),
-            )
         grads = recipe.mask_gradients(dense_grads, observed, phase)
         if phase.masked_gradients:
             grads = grads | {"model": apply_weight_masks(observed.masks, grads["model"])}
-        grad_norm = optax.tree.norm(grads)
+        # If pruned weights alone had gradients that are not finite, this tells.
+        grad_norm = jnp.where(jnp.isfinite(dense_norm), optax.tree.norm(grads), dense_norm)
         grads = recipe.transform_gradients(optimizer.clip(grads), weights, observed, phase)
-        rate = compute_learning_rate(optimizer, phase, state.step, state.sparsity.phase_start_step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        when = (phase, state.step, state.sparsity.phase_start_step)
+        rate, b1 = compute_learning_rate(optimizer, *when), compute_b1(optimizer, *when)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights, b1=b1)
         updates = recipe.transform_updates(updates, observed, phase)
         new_weights = jax.tree.map(lambda w, u: w + rate * u, weights, updates)
         skip = recipe.skip_optimizer(state.step, phase)
@@ -147,6 +148,7 @@ def make_train_step(
             phase=phase,
             learning_rate=rate,
         )
+        finite = finite_grads & _all_finite((params, sparsity.params, opt_state))
         new = (sparsity, params, opt_state)
         old = (state.sparsity, state.params, state.opt_state)
         sparsity, params, opt_state = _select(finite, new, old)
@@ -155,14 +157,38 @@ def make_train_step(
         metrics |= _report(recipe.metrics(sparsity, step=state.step, phase=phase), finite)
         new_state = TrainState(
             step=state.step + 1,
+            num_skipped=jnp.where(finite, 0, state.num_skipped + 1),
             params=params,
             sparsity=sparsity,
             opt_state=opt_state,
             key=state.key,
         )
-        return (new_state, metrics, observation) if probes else (new_state, metrics)
+        if observation is None:
+            return new_state, metrics
+        observation = Observation(
+            change_phase=observation.change_phase & finite,
+            metrics=_report(observation.metrics, finite),
+        )
+        return new_state, metrics, observation
 
     return train_step
+
+
+def explain_skip(metrics: Mapping[str, float]) -> str:
+    """Say why a step was skipped.
+
+    Args:
+      metrics: those of `STEP_METRICS`, as numbers.
+
+    Example:
+      >>> explain_skip({"loss": 2.5, "grad_norm": float("inf")})
+      'the gradient was not finite'
+    """
+    if not math.isfinite(metrics["loss"]):
+        return "the loss was not finite"
+    if not math.isfinite(metrics["grad_norm"]):
+        return "the gradient was not finite"
+    return "the weights or the optimizer state would not be finite"
 
 
 def make_eval_step(
@@ -305,6 +331,11 @@ def _sum_over_parts(function, batch, key, num_parts):
         return jax.tree.map(jnp.add, total, function(*part)), None
 
     return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+def _all_finite(tree):
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _report(metrics, finite):

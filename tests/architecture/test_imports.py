@@ -23,6 +23,7 @@ RUN = (
     "sparsejax.durable",
     "sparsejax.report",
     "sparsejax.report.plots",
+    "sparsejax.shares",
     "sparsejax.strict_json",
     "sparsejax.types",
 )
@@ -57,6 +58,7 @@ ARROWS = {
         "sparsejax.masks",
         "sparsejax.patterns",
         "sparsejax.report.plots",
+        "sparsejax.shares",
         "sparsejax.types",
     ),
     "sparsejax.models": (
@@ -66,7 +68,12 @@ ARROWS = {
         "sparsejax.patterns",
         "sparsejax.types",
     ),
-    "sparsejax.optimizer": ("sparsejax.checks", "sparsejax.recipes", "sparsejax.types"),
+    "sparsejax.optimizer": (
+        "sparsejax.checks",
+        "sparsejax.recipes",
+        "sparsejax.shares",
+        "sparsejax.types",
+    ),
     "sparsejax.data": (
         "sparsejax.batch",
         "sparsejax.dotted",
@@ -74,6 +81,7 @@ ARROWS = {
         "sparsejax.strict_json",
     ),
     "sparsejax.durable": (),
+    "sparsejax.shares": (),
     "sparsejax.strict_json": (),
     "sparsejax.config": (
         "sparsejax.checks",

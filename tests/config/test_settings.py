@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import math
 import pathlib
+import re
 
 import pytest
 
@@ -43,9 +45,14 @@ def test_every_setting_has_a_meaning():
         (
             {
                 "recipe__name": "static_attention",
-                "recipe__static_attention__dense_steps": 1000,
+                "recipe__static_attention__dense_fraction": 0.9999,
             },
             r"num_steps must be above 1000, the step at which phase 'dense' ends, got 1000",
+        ),
+        (
+            {"num_steps": 1200, "schedule_steps": 1000, "optimizer__schedule": "triangle"},
+            r"num_steps must be at most schedule_steps=1000, at whose end the rate of 'triangle' is"
+            " 0, got 1200",
         ),
         ({"model__dtype": "float64"}, r"model.dtype must be one of .*, got 'float64'"),
         ({"model__dropout_rate": 1.0}, r"model.dropout_rate must be in \[0, 1\), got 1.0"),
@@ -62,7 +69,7 @@ def test_every_setting_has_a_meaning():
             r"model.weight_implementation must be one of .*'reference', 'xla'\), got 'dense'",
         ),
         ({"data__source": "wikipedia"}, r"data.source='wikipedia': expected one of"),
-        ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer >= 1"),
+        ({"data__batch_size": 0}, r"data.batch_size=0: expected an integer in \[1, 2147"),
         (
             {"num_micro_batches": 3},
             r"num_micro_batches must be a divisor of data.batch_size=8, got 3",
@@ -84,11 +91,59 @@ def test_every_setting_has_a_meaning():
             r"recipe.static_attention.density must be in .*, got 0.0",
         ),
         ({"checkpoint__keep_last": 0}, r"checkpoint.keep_last must be at least 1, got 0"),
+        (
+            {"recipe__name": "fst", "model__mlp_dim": 510},
+            r"'mlp/up' with the pattern '2:4 transposable' must be a multiple of 4 by .*, 510\]",
+        ),
+        (
+            {"recipe__name": "sste", "model__mlp_dim": 510},
+            r"'mlp/down' with the pattern '2:4' must be a multiple of 4 by .* got \[510, 128\]",
+        ),
+        (
+            {"recipe__name": "fst", "recipe__fst__sparse_weights": "mlp/.*=2:5"},
+            r"'mlp/up' with the pattern '2:5' must be a multiple of 5 by .* got \[128, 512\]",
+        ),
+        (
+            {"recipe__name": "fst", "recipe__fst__sparse_weights": "mlp/.*=1:4 transposable"},
+            r"recipe.fst.patterns must be '2:4 transposable' where transposable",
+        ),
+        (
+            {"recipe__name": "mst", "recipe__mst__sparse_weights": "mlp/.*=24x24"},
+            r"'mlp/up' with the pattern '24x24' must be a multiple of 24 by a multiple of 24",
+        ),
+        (
+            {"optimizer__initial_fraction": 0.5},
+            r"initial_fraction must be 0.0 with schedule='cosine', which has no use for it",
+        ),
+        ({"optimizer__name": "sgd", "optimizer__b2": 0.5}, r"b2 must be 0.95 with name='sgd'"),
+        (
+            {"recipe__name": "spion", "recipe__spion__variant": "f", "recipe__spion__quantile": 0.9}
+            | {"recipe__spion__filter_size": 5},
+            r"recipe.spion.filter_size must be 31 with variant='f', which has no use for it, got 5",
+        ),
+        (
+            {"recipe__name": "mst", "recipe__mst__growth": "random", "recipe__mst__mix": 5},
+            r"recipe.mst.mix must be 3 with growth='random', which has no use for it, got 5",
+        ),
     ],
 )
 def test_value_out_of_range_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(_settings(**changes))
+
+
+def test_no_number_is_infinite_or_too_large_for_a_device():
+    numbers = [setting for setting in list_settings() if setting.type in (int, float)]
+    assert len(numbers) > 60
+    for name, kind, *_ in numbers:
+        section, _, rest = name.partition(".")
+        method = rest.partition(".")[0] if section == "recipe" else "dense"
+        for value in (2**63,) if kind is int else (math.inf, math.nan, 1e39):
+            changes = {"recipe__name": method, name.replace(".", "__"): value}
+            with pytest.raises(
+                ConfigError, match=rf"{name}.*got {re.escape(repr(value))}|{name}={value}"
+            ):
+                parse_config(_settings(**changes))
 
 
 _CONFIGS = {path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py")}
@@ -102,6 +157,9 @@ def test_shipped_configs_are_valid(name):
     settings = importlib.import_module(f"configs.{module}").get_config(*filter(None, [size]))
     settings = settings.to_dict()
     assert parse_config(settings).recipe.name == settings["recipe"]["name"]
+    # The number of steps alone makes a run short.
+    for num_steps in (10, 100):
+        parse_config(settings | {"num_steps": num_steps})
 
 
 @pytest.mark.parametrize("weights", ["embedding=unstructured", ".*/.*=8x8; embedding=4x8"])
@@ -118,8 +176,7 @@ def test_clipping_may_be_off():
 
 def test_published_densities_of_encoders_are_accepted():
     config = spion.get_config("image")
-    config.recipe.spion.variant = "c"
-    config.recipe.spion.density = 0.04
+    config.recipe.spion.update(variant="c", density=0.04, quantile=None)
     parse_config(config.to_dict())
 
 

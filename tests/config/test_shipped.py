@@ -87,3 +87,31 @@ def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
         shipped.extend_path()
         shipped.extend_path()
         assert sys.path == [root, *before, str(tmp_path)]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.num_steps=1e3", "^num_steps must be a whole number, got '1e3'$"),
+        ("--config.optimizer.learning_rate=fast", "learning_rate must be a number, got 'fast'$"),
+        ("--config.model.scan_layers=maybe", "scan_layers must be True or False, got 'maybe'$"),
+        ("--config.recipe=fst", "^recipe must be a single setting, .*, got 'fst'$"),
+        ("--num_steps=10", "no flag --num_steps; settings are given as --config.KEY=VALUE$"),
+        (
+            "--config.recipe.sat.density=0.3",
+            "^config.recipe.sat.density must not be set in recipe 'spion', which has no use for",
+        ),
+        ("--config=nowhere.py", "an existing .py file, got 'nowhere.py'$"),
+    ],
+)
+def test_a_mistyped_argument_is_named_with_what_was_expected(argument, message, read):
+    with pytest.raises(ValueError, match=message):
+        read("--config=quickstart", argument)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_settings_of_each_method_that_trains_may_be_set(read):
+    flags = ["--config.recipe.sat.density=0.3", "--config.recipe.fst.decay_rate=1e-4"]
+    settings = read("--config=sat_quickstart", "--config.recipe.name=sat+fst", *flags)
+    assert settings["recipe"]["sat"]["density"] == 0.3

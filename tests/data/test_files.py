@@ -1,13 +1,16 @@
 """IDX images, AAN pairs, the settings of every source, and the command that prepares them."""
 
 import gzip
+import os
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from sparsejax.data import DataConfig, describe_data, make_data
 from sparsejax.data.prepare import main
+from sparsejax.data.sources.idx import read_idx
 
 SETTINGS = {
     "source": "stdlib",
@@ -89,6 +92,68 @@ def test_broken_idx_files_are_refused(images, tmp_path):
         make_files(tmp_path, "idx", source="idx:/nowhere", sequence_length=6)
 
 
+def announce(*shape):
+    return bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
+
+
+ABSURD_IDX = {
+    "one axis of nothing": (announce(0), "announces the shape .0,.; expected 1 to"),
+    "four billion labels": (announce(2**32 - 1), "announces the shape .4294967295,.; expected 1"),
+    "labels that are not there": (announce(2**31 - 1) + b"12", "holds 2 values; expected 21474836"),
+    "a bomb": (announce(6) + bytes(1 << 26), "holds more than 6 values; expected so many for"),
+    "a header cut off": (announce(6)[:7], "begins with '00000801'; expected the IDX header"),
+    "nothing": (b"", "begins with ''; expected the IDX header"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD_IDX)
+def test_absurd_idx_files_are_refused_in_little_memory(case, images, tmp_path):
+    contents, message = ABSURD_IDX[case]
+    labels = tmp_path / "idx" / "train-labels-idx1-ubyte"
+    labels.unlink()
+    labels.with_suffix(".gz").write_bytes(gzip.compress(contents, 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            describe_data(make_config(tmp_path, "idx"))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_absurd_images_are_refused(images, tmp_path):
+    path = tmp_path / "idx" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(announce(6, 65_535, 65_535)))
+    for settings in ({}, {"patch_size": 1}):
+        with pytest.raises(ValueError, match=r"shape \(6, 65535, 65535\); expected .* 67,108,864"):
+            make_files(tmp_path, "idx", **settings)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz must be a file"):
+        make_files(tmp_path, "idx")
+
+
+def test_idx_files_are_read_block_by_block(tmp_path):
+    labels = np.arange(3 << 20, dtype=np.uint8)
+    write_idx(tmp_path / "labels", labels)
+    blocks = list(read_idx(tmp_path / "labels", 1))
+    assert len(blocks) == 3
+    np.testing.assert_array_equal(np.concatenate(blocks), labels)
+
+
+@pytest.mark.parametrize("split", ["**", "/etc", "[a-z]", "*"])
+def test_names_of_splits_are_no_patterns(split, images, tmp_path):
+    with pytest.raises(ValueError, match=r"found \[\]; expected one file whose name begins with"):
+        make_files(tmp_path, "idx", train_split=split)
+
+
+@pytest.mark.parametrize("kind", ["text", "idx", "aan", "pairs"])
+def test_what_the_system_cannot_open_is_refused(kind, tmp_path):
+    source = f"{kind}:{'a' * 5000}"
+    with pytest.raises(ValueError, match="source='.*a' cannot be read: File name too long"):
+        make_files(tmp_path, kind, source=source)
+
+
 @pytest.fixture
 def pairs(tmp_path):
     (tmp_path / "aan").mkdir()
@@ -121,6 +186,11 @@ def test_broken_pairs_are_refused_by_line(pairs, tmp_path):
     pairs.write_text("".join([lines[0], lines[1].replace("1.0", "maybe")]))
     with pytest.raises(ValueError, match=r"line 2 has the label b'maybe'; expected 0 or 1"):
         make_files(tmp_path, "aan", sequence_length=6)
+    pairs.write_bytes(b"\0" * (20 << 20))
+    with pytest.raises(ValueError, match=r"train\.tsv, line 1 is longer than 16,777,216 bytes"):
+        make_files(tmp_path, "aan", sequence_length=6)
+    pairs.write_text("\ufeff" + "".join(lines))
+    assert make_files(tmp_path, "aan", sequence_length=6).fingerprint["train_examples"] == 5
     pairs.unlink()
     with pytest.raises(ValueError, match=r"aan': new_aan_pairs\.train\.tsv is missing"):
         make_files(tmp_path, "aan", sequence_length=6)
@@ -139,15 +209,45 @@ def test_broken_pairs_are_refused_by_line(pairs, tmp_path):
         ({"tokenizer": "words"}, r"tokenizer='words': expected 'bytes' or 'bpe:N'"),
         ({"tokenizer": "bpe:"}, "tokenizer='bpe:': expected"),
         ({"tokenizer": "bpe:256"}, "tokenizer='bpe:256': expected between 257"),
-        ({"sequence_length": 0}, "sequence_length=0: expected an integer >= 1"),
-        ({"sequence_length": 64.0}, r"sequence_length=64\.0: expected an integer >= 1"),
-        ({"batch_size": -1}, "batch_size=-1: expected an integer >= 1"),
+        ({"sequence_length": 0}, r"sequence_length=0: expected an integer in \[1, 2147483647\]"),
+        ({"sequence_length": 64.0}, r"sequence_length=64\.0: expected int"),
+        ({"batch_size": -1}, r"batch_size=-1: expected an integer in \[1, 2147483647\]"),
         ({"seed": 2**32}, r"seed=4294967296: expected an integer in \[0, 4294967295\]"),
         ({"num_reading_threads": 2}, r"num_reading_threads=2: expected an integer in \[0, 1\]"),
         ({"validation_fraction": 1.0}, r"validation_fraction=1\.0: expected a number in \(0, 1\)"),
-        ({"listops_examples": 10}, "listops_examples=10: expected an integer >= 48"),
-        ({"pathfinder_examples": 7}, "pathfinder_examples=7: expected an integer >= 8"),
-        ({"image_size": -1}, "image_size=-1: expected an integer >= 0"),
+        (
+            {"listops_examples": 10},
+            r"listops_examples=10: expected an integer in \[48, 2147483647\]",
+        ),
+        (
+            {"pathfinder_examples": 7},
+            r"pathfinder_examples=7: expected an integer in \[8, 2147483647\]",
+        ),
+        ({"image_size": -1}, r"image_size=-1: expected an integer in \[0, 8192\]"),
+        (
+            {"sequence_length": 2**63},
+            r"sequence_length=9223372036854775808: expected an integer in",
+        ),
+        ({"batch_size": 2**63}, r"batch_size=9223372036854775808: expected an integer in"),
+        ({"batch_size": 2**30}, "batch_size=1073741824: expected at most 2147483647 positions in"),
+        ({"listops_examples": 2**31}, "listops_examples=2147483648: expected an integer in"),
+        ({"pathfinder_examples": 10**30}, "pathfinder_examples=10*: expected an integer in"),
+        ({"patch_size": 2**31}, r"patch_size=2147483648: expected an integer in \[0, 8192\]"),
+        ({"image_size": 8193}, r"image_size=8193: expected an integer in \[0, 8192\]"),
+        ({"image_channels": True}, "image_channels=True: expected int"),
+        ({"truncate": "no"}, "truncate='no': expected bool"),
+        ({"seed": True}, "seed=True: expected int"),
+        ({"source": None}, "source=None: expected str"),
+        (
+            {"data_dir": "~nobody_at_all/x"},
+            "data_dir='~nobody_at_all/x': expected ~ or the name of",
+        ),
+        ({"data_dir": "a\0b"}, r"data_dir='a\\x00b': expected text without the byte 0"),
+        ({"validation_fraction": float("nan")}, r"validation_fraction=nan: expected a number in"),
+        ({"validation_fraction": "0.5"}, "validation_fraction='0.5': expected float"),
+        ({"mask_fraction": float("inf")}, r"mask_fraction=inf: expected a number in \[0, 1\)"),
+        ({"tokenizer": "bpe:0300"}, "tokenizer='bpe:0300': expected 'bytes' or 'bpe:N'"),
+        ({"tokenizer": "bpe:" + "9" * 5000}, "9': expected between 257 .* and 65536 entries"),
         ({"image_size": 32}, "image_size=32 does not apply to source='stdlib'"),
         ({"source": "pathfinder:64"}, "source='pathfinder:64': expected one of"),
         ({"label_key": "label"}, "label_key='label' does not apply to source='stdlib'"),

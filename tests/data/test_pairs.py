@@ -82,6 +82,10 @@ def test_a_line_break_at_the_end_is_no_sentence(tmp_path):
     file = folder / "train.src"
     file.write_bytes(file.read_bytes().removesuffix(b"\n"))
     assert len(read_sentences(next(make_data(make_config(folder)).train))) == 4
+    # A byte-order mark is no part of a sentence.
+    (folder / "train.tgt").write_bytes(b"\xef\xbb\xbf" + (folder / "train.tgt").read_bytes())
+    found = read_sentences(next(make_data(make_config(folder)).train))
+    assert sorted(found) == sorted(PAIRS["train"])
     # A line separator of Unicode is part of a sentence.
     pairs = {"train": [("a\u2028b", "x\x0by")] * 2, "validation": PAIRS["validation"]}
     config = make_config(write_pairs(tmp_path, pairs), batch_size=2)
@@ -163,6 +167,7 @@ def test_a_stream_resumes_where_it_stood(tmp_path):
         ("train.src", b"a\nb\xff\nc\nd\n", r"train\.src, line 2 is not UTF-8 at byte 1; exp"),
         ("train.tgt", b"a\nb\nc\nd\0e\n", r"train\.tgt, line 4 holds the byte 0; expected text"),
         ("train.src", b"", r"train\.src ends after line 0"),
+        ("train.tgt", b"x" * (17 << 20), r"train\.tgt, line 1 is longer than 16,777,216 bytes"),
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:260"])

@@ -20,7 +20,7 @@ from sparsejax.data.patches import (
     read_patches,
 )
 from sparsejax.data.prepare import main
-from sparsejax.data.sources.tfds import make_prepare_command
+from sparsejax.data.tfds_builders import make_prepare_command
 
 GRID = PatchGrid(rows=2, columns=3, side=4, channels=3)
 IMAGE = np.random.default_rng(0).integers(0, 256, GRID.image_shape, np.uint8)
@@ -289,7 +289,7 @@ def test_images_that_are_not_as_the_first_are_refused(idx, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"patch_size": -1}, "patch_size=-1: expected an integer >= 0"),
+        ({"patch_size": -1}, r"patch_size=-1: expected an integer in \[0, 8192\]"),
         ({"image_size": 5}, "image_size=5: expected a multiple of patch_size=2"),
         ({"image_channels": 2}, "image_channels=2: expected 1 .grey., 3 .RGB. or 0"),
         ({"truncate": True}, "truncate=True does not apply to patches; leave it at False"),

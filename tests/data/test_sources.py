@@ -11,8 +11,10 @@ import pytest
 
 import sparsejax.data.sources
 from sparsejax.batch import describe_batch, get_targets
-from sparsejax.data import DataConfig, describe_data, make_data
+from sparsejax.data import Contents, DataConfig, Example, describe_data, make_data
 from sparsejax.data.sources import SOURCES, load_source
+from sparsejax.data.store import write_examples
+from sparsejax.data.tokenizer import value_tokenizer
 from tests.data.test_files import write_idx
 
 _TASKS = {
@@ -120,3 +122,21 @@ def test_a_set_that_tfds_does_not_know_is_refused_in_one_line_with_the_command(t
         10,
         0,
     )
+
+
+@pytest.mark.parametrize("task", ["language_model", "classification"])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([3, -1]), r"has values from -1 to 3; expected values in \[0, 4\)"),
+        (np.array([0, 4], np.uint8), r"has values from 0 to 4; expected values in \[0, 4\)"),
+        (np.array([0, 2**40]), r"has values from 0 to 1099511627776; expected values in"),
+        (np.array([0.5]), r"is float64\[1\]; expected whole numbers along one axis"),
+        (np.array([[1]]), r"is int64\[1, 1\]; expected whole numbers along one axis"),
+    ],
+)
+def test_values_of_a_source_are_never_cast(task, ids, message, tmp_path):
+    examples = [Example((np.array([0, 3]),)), Example((ids,))]
+    contents = Contents(task, num_values=4, num_classes=1)
+    with pytest.raises(ValueError, match=f"example 1 {message}"):
+        write_examples(tmp_path, iter(examples), value_tokenizer(4), contents)

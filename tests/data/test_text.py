@@ -1,17 +1,23 @@
 """Text corpora: what is read, how it is split, tokenized and refused."""
 
+import codecs
+import gzip
 import os
 import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from sparsejax.data import DataConfig, describe_data, make_data
+from sparsejax.data import DataConfig, describe_data, keep_tokenizer, load_tokenizer, make_data
+from sparsejax.data.prepare import main
 from sparsejax.data.sources import text
 from sparsejax.data.sources.stdlib import open_stdlib
 from sparsejax.data.sources.text import open_text
 from sparsejax.data.store import Windows, write_stream
 from sparsejax.data.tokenizer import byte_tokenizer, load_bpe, train_bpe
+from sparsejax.strict_json import dump_json, load_json
 
 
 def make_config(path, data_dir, **settings):
@@ -176,18 +182,131 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ValueError, match=r"cannot read .*book\.txt: Permission denied"):
+    with pytest.raises(ValueError, match=r"cannot read '.*book\.txt': Permission denied"):
         open_text(make_config(path, tmp_path))
 
 
-def test_text_that_is_not_utf8_is_refused_for_bpe_only(tmp_path):
-    path = tmp_path / "latin.txt"
-    path.write_bytes(b"plain line\n" * 50 + b"caf\xe9\n" + b"plain line\n" * 50)
-    make_text_data(path, tmp_path / "data")
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text at byte 553; expected"):
-        make_text_data(path, tmp_path / "data", tokenizer="bpe:300")
+NO_TEXT = {
+    "latin.txt": (b"plain line\n" * 50 + b"caf\xe9\n" + b"plain line\n" * 50, "no character", 553),
+    "cut.txt": (b"plain line\n" * 50 + b"\xe2\x82", "no character", 550),
+    "zero.bin": (b"plain line\n" * 50 + b"a\0b", "byte 0", 551),
+    "set.parquet": (b"PAR1\x15\0\x15\xbe" * 50, "byte 0", 5),
+    "book.txt.gz": (gzip.compress(b"plain line\n" * 50, mtime=0) * 9, "byte 0", 3),
+    "wide.txt": (("plain line\n" * 50).encode("utf-16"), "byte 0", 3),
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:260"])
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_what_is_no_text_is_refused_by_name_and_position(name, tokenizer, tmp_path):
+    contents, found, position = NO_TEXT[name]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("plain line\n" * 20)
+    message = rf"'\S*{name}' is not text: {found} at position {position}; expected UTF-8 without"
+    for path, source in ((tmp_path / name, tmp_path / name), (folder / name, folder)):
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=message) as refused:
+            make_text_data(source, tmp_path / "data", tokenizer=tokenizer)
+        assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match=r"begins b'caf\\xe9' is not UTF-8 at byte 3"):
         train_bpe(tmp_path, [b"caf\xe9"], 300)
+
+
+def test_a_byte_order_mark_is_no_text(folder, tmp_path):
+    marked = tmp_path / "marked"
+    for file in folder.rglob("*.txt"):
+        copy = marked / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    file = tmp_path / "file.txt"
+    # A mark within the text is a character, which joins words without a space.
+    file.write_text("\ufeffOne\ufefftwo.\n" * 50, encoding="utf-8")
+    for split in ("train", "validation"):
+        plain, found = (
+            read_documents(open_text(make_config(f, tmp_path)), split) for f in (folder, marked)
+        )
+        assert found == plain
+    (train,) = read_documents(open_text(make_config(file, tmp_path)), "train")
+    assert train.startswith("One\ufefftwo.\n\ufeffOne".encode())
+
+
+def test_a_file_may_have_any_name(folder, tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9 \xff\n.txt")
+    root = tmp_path / os.fsdecode(b"corpus-\xe9")
+    folder.rename(root)
+    (root / name).write_text("some text\n" * 9)
+    settings = {"tokenizer": "bpe:270", "sequence_length": 1}
+    data = make_text_data(root, root / ".data", **settings)
+    next(data.train)
+    assert load_json(dump_json(data.fingerprint)) == data.fingerprint
+    folder = tmp_path / os.fsdecode(b"kept-\xe9")
+    folder.mkdir()
+    keep_tokenizer(data.tokenizer, folder)
+    assert load_tokenizer(data.tokenizer.name, folder).vocab_size == 270
+    again = make_text_data(root, root / ".data", **settings)
+    assert again.fingerprint == data.fingerprint
+    main([f"--source=text:{root}", f"--data_dir={root / '.data'}"])
+    assert "is ready in" in capsys.readouterr().out
+    (root / name).write_bytes(b"\xff" * 9)
+    with pytest.raises(ValueError, match=r"caf\\udce9 \\udcff\\n\.txt' is not text: no") as refused:
+        make_text_data(root, root / ".data")
+    str(refused.value).encode()
+
+
+@pytest.mark.parametrize("character", ["a", "ä", "€", "😀"])
+def test_a_line_of_any_length_is_read_in_short_pieces(character, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(text, "_LONGEST_LINE_BYTES", 201)
+    path = tmp_path / "line.txt"
+    contents = ("x" + character * 5_000 + "\n").encode()
+    path.write_bytes(contents)
+    source = open_text(make_config(path, tmp_path))
+    examples = [e for split in ("train", "validation") for e in source.read(split)]
+    pieces = [e.documents[0] for e in examples]
+    assert b"".join(pieces) == contents
+    assert max(map(len, pieces)) <= 304
+    assert all(piece.decode() for piece in pieces)
+    assert sum(e.complete for e in examples) == 2
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("words " * 100)
+    source = open_text(make_config(path, tmp_path))
+    os.truncate(path, 300)
+    with pytest.raises(ValueError, match=r"book\.txt' has shrunk; expected 420 bytes"):
+        list(source.read("train"))
+
+
+MEASURED_SOURCE = """
+import resource, sys
+from sparsejax.data.sources.text import open_text
+from sparsejax.data import DataConfig
+from sparsejax.data.store import write_stream
+from sparsejax.data.tokenizer import byte_tokenizer
+from pathlib import Path
+import numpy as np
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+before = peak()
+source = open_text(DataConfig(source="text:" + sys.argv[1], validation_fraction=0.5))
+for split in ("train", "validation"):
+    write_stream(Path(sys.argv[2]), source.read(split), byte_tokenizer())
+print(peak() - before)
+"""
+
+
+@pytest.mark.ci
+def test_one_line_of_200_megabytes_takes_little_memory(tmp_path):
+    path = tmp_path / "line.txt"
+    with path.open("wb") as file:
+        for _ in range(200):
+            file.write(b"word " * 200_000)
+    command = [sys.executable, "-c", MEASURED_SOURCE, str(path), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 100
 
 
 def test_settings_the_corpus_cannot_meet_are_refused(folder, tmp_path):

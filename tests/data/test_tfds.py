@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import urllib.error
@@ -12,9 +13,9 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
-from sparsejax.data import DataConfig, make_data
+from sparsejax.data import DataConfig, describe_data, make_data, progress
 from sparsejax.data.patches import scale_middle
-from sparsejax.data.sources.tfds import make_prepare_command
+from sparsejax.data.tfds_builders import make_prepare_command
 
 TEXTS = [f"Opinion number {i}, with enough words to read." for i in range(12)]
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
@@ -187,6 +188,101 @@ def test_a_set_that_is_not_prepared_is_refused_with_the_command(tmp_path):
         make_tfds("imdb_reviews", tmp_path)
     with pytest.raises(ValueError, match=r"source='tfds:no_such_set': no such set is prepared"):
         make_tfds("no_such_set", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("imdb_reviewz", r"did you mean imdb_reviews.*\?\); expected a name"),
+        ("opinionz", r"did you mean opinions.*\?\); expected a name"),
+        ("glue/colaa", r"BuilderConfig colaa not found .*; did you mean glue/cola\?\)"),
+        ("imdb_reviews:9.9.9", r"cannot be loaded at version 9\.9\.9, only: 1\.0\.0"),
+        ("huggingface:imdb", r"\(sets of other registries are not read\)"),
+        ("../up", r"Parsing builder name string \.\./up failed"),
+    ],
+)
+def test_a_wrong_name_is_answered_in_one_line_without_network(
+    name, message, prepared, monkeypatch, capfd
+):
+    def refuse(*_, **__):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    config = DataConfig(source=f"tfds:{name}", data_dir=str(prepared))
+    with pytest.raises(ValueError, match=message) as refused:
+        describe_data(config)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_the_code_of_a_set_lacks_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    def fail(*_, **__):
+        print("*** Failed to import TensorFlow. ***")
+        raise ModuleNotFoundError("\nNo module named 'pandas'\nInstall it.")
+
+    monkeypatch.setattr(tfds, "builder", fail)
+    config = DataConfig(source="tfds:dices", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"prepare it here \(No module named 'pandas'\); expected"):
+        describe_data(config)
+    assert capfd.readouterr() == ("", "")
+
+
+GARBAGE = {
+    "no json": b"not json",
+    "null": b"null",
+    "list": b"[1,2]",
+    "nothing": b"{}",
+    "deep": b"[" * 200_000,
+    "not utf-8": b"\xff\xfe",
+    "absurd": b'{"splits": [{"name": "train", "shardLengths": ["9999999999999999999999"]}]}',
+}
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("case", GARBAGE)
+def test_a_garbled_set_is_refused_in_one_line(file, case, prepared, tmp_path):
+    copy = shutil.copytree(prepared / "opinions" / "text", tmp_path / "opinions" / "text")
+    (copy / "1.0.0" / file).write_bytes(GARBAGE[case])
+    message = r"source='tfds:opinions/text': the set cannot be read in data_dir="
+    with pytest.raises(ValueError, match=message) as refused:
+        make_tfds("opinions/text", tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_tfds_does_not_warn_of_what_concerns_no_reader(
+    prepared, tmp_path, monkeypatch, caplog, capfd
+):
+    # Of what takes long, a line of progress tells, however slow the machine.
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", math.inf)
+    data_dir = shutil.copytree(prepared, tmp_path / "data")
+    next(make_tfds("opinions/image", data_dir, label_key="grade").train)
+    with pytest.raises(ValueError, match="is not prepared in"):
+        make_tfds("imdb_reviews", data_dir)
+    settings = {"source": "listops:short", "listops_examples": 48, "sequence_length": 199}
+    make_data(DataConfig(data_dir=str(data_dir), **settings))
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+def test_what_fails_while_a_set_is_prepared_is_told_in_one_line(tmp_path, online, monkeypatch):
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(ValueError, match=r"preparing the set .* fails \(.*No space left on device"):
+        make_tfds("cifar10", tmp_path, download=True)
+
+
+@pytest.mark.parametrize("source", ["tfds:opinions/text", "listops:short", "pathfinder"])
+def test_a_folder_that_array_record_cannot_open_is_refused(source, tmp_path):
+    data_dir = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(ValueError, match=rf"udce9': expected a name in UTF-8 for '{source}'"):
+        make_data(DataConfig(source=source, data_dir=data_dir))
+
+
+def test_a_stream_of_texts_cannot_be_cut(tmp_path):
+    config = DataConfig(source="tfds:lm1b", data_dir=str(tmp_path), truncate=True)
+    with pytest.raises(ValueError, match="truncate=True does not apply to tfds:lm1b"):
+        describe_data(config)
 
 
 def test_a_set_that_cannot_be_reached_is_refused_without_retries(tmp_path, monkeypatch):

@@ -60,6 +60,17 @@ GARBLED = {
     "no JSON": "{",
     "no object": "[]",
     "nothing in it": "{}",
+    "lists without end": "[" * 200_000,
+    "objects without end": '{"verdicts":' * 100_000,
+    "processors that are none": '{"processors": true, "verdicts": []}',
+    "processors beyond all numbers": '{"processors": 1e999, "verdicts": []}',
+    "not UTF-8": b"\xff\xfe",
+    "sizes that are none": {"sizes": [1e999]},
+    "sizes beyond all devices": {"sizes": [10**400]},
+    "options that are none": {"options": {"causal": [1]}},
+    "a time that is no number": {
+        "timings": [{"sizes": [1], "density": 0.1, "seconds": {"xla": float("nan")}}]
+    },
     "a verdict that is none": {"verdict": "perhaps"},
     "a source that is none": {"source": 3},
     "a time that is none": {"timings": [{"sizes": [1], "density": 0.1, "seconds": {"xla": "a"}}]},
@@ -75,13 +86,14 @@ def test_a_garbled_file_is_refused_by_name_and_not_overwritten(tmp_path, change)
         content = json.loads(path.read_text())
         content["verdicts"][0] |= change
         text = json.dumps(content)
-    path.write_text(text)
+    text = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(text)
     message = rf"^{path} must be a readable file of verdicts, got \w+: .*; delete it and run"
     with pytest.raises(ValueError, match=message):
         read_verdicts(path)
     with pytest.raises(ValueError, match=message):
         write_verdicts(path, [_verdict()])
-    assert path.read_text() == text
+    assert path.read_bytes() == text
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path):

@@ -19,9 +19,9 @@ _SHORT = {
     "model__block_size": 16,
     "data__sequence_length": 64,
     "data__batch_size": 2,
-    "optimizer__warmup_steps": 1,
-    "recipe__spion__probe_every_steps": 2,
-    "recipe__spion__latest_switch_step": 4,
+    "optimizer__warmup_fraction": 1 / 6,
+    "recipe__spion__probe_interval_fraction": 2 / 6,
+    "recipe__spion__latest_switch_fraction": 4 / 6,
     "recipe__spion__filter_size": 3,
     "checkpoint__every_steps": 6,
 }

@@ -13,7 +13,7 @@ _STEPS = 12
 _SETTINGS = {
     "num_steps": _STEPS,
     "eval_every_steps": _STEPS,
-    "optimizer__warmup_steps": 1,
+    "optimizer__warmup_fraction": 1 / _STEPS,
     "optimizer__weight_decay": 0.0,
     "recipe__own__sparse_weights": "mlp/.*=unstructured",
 }

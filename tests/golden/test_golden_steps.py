@@ -43,7 +43,7 @@ _NUMBERS = pathlib.Path(__file__).with_name("train_step.json")
 # Programs of dense and sparse attention are those of tests/training/test_step.py, and that of FST
 # is one of tests/training/test_fst_runs.py: each compiles once.
 _MODEL = make_config(max_length=32, num_kv_heads=1, dropout_rate=0.1)
-_ADAMW = make_small_optimizer(schedule="cosine", warmup_steps=2)
+_ADAMW = make_small_optimizer(schedule="cosine", warmup_fraction=0.02)
 # Adam would hide the scale of a gradient.
 _DESCENT = make_small_optimizer(name="sgd", learning_rate=2.0)
 _LENGTH = 16
@@ -114,7 +114,10 @@ def _run_mst():
     return _run_sparse_weights(
         lambda patterns: make_mst(
             MSTConfig(
-                **settings | _KNOWN_ATTENTION, update_interval=2, num_steps=20, patterns=patterns
+                **settings | _KNOWN_ATTENTION,
+                update_interval_fraction=0.1,
+                num_steps=20,
+                patterns=patterns,
             )
         ),
         Unstructured(),
@@ -127,7 +130,14 @@ def _run_sat():
     """Three dense steps that probe, and the switch."""
     model = make_config(**_FEW_PARAMETERS)
     recipe = make_sat(
-        SatConfig(density=0.6, num_layers=2, head_dim=8, latest_switch_step=3, **_KNOWN_ATTENTION)
+        SatConfig(
+            density=0.6,
+            num_layers=2,
+            head_dim=8,
+            latest_switch_fraction=0.3,
+            num_steps=10,
+            **_KNOWN_ATTENTION,
+        )
     )
     state = make_state(model, recipe, _DESCENT)
     state, history = _run(state, make_step(model, recipe, _DESCENT, probes=True), 3)

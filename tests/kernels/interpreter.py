@@ -121,7 +121,7 @@ def _settle():
         y_gmem[...] = x_gmem[...]
 
     kernel = plgpu.kernel(copy, out_type=jax.ShapeDtypeStruct((128,), jnp.float32))
-    jax.block_until_ready(jax.jit(kernel)(jnp.ones(128)))
+    jax.block_until_ready(jax.jit(kernel)(jnp.ones(128, jnp.float32)))
 
 
 def miss_barrier(monkeypatch, number):

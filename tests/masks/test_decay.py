@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.masks import masked_decay
+from sparsejax.masks import decay_in_backward, masked_decay
 
 
 def test_kept_weights_are_left_alone_and_pruned_ones_pulled():
@@ -42,6 +42,19 @@ def test_a_traced_rate_is_taken_and_types_stay():
     assert decays.dtype == jnp.bfloat16
     np.testing.assert_array_equal(decays[:, 2:], [[0, 0], [-1, -1], [-8, -8]])
     np.testing.assert_array_equal(decays[:, :2], np.zeros((3, 2)))
+
+
+def test_a_backward_pass_may_add_it():
+    w, mask = jnp.array([2.0, -3.0, jnp.inf]), jnp.array([True, False, True])
+    rates = jnp.array([0.0, 0.5])
+
+    def grad(rate):
+        value, pull_back = jax.vjp(lambda w: decay_in_backward(w, mask, rate), w)
+        return value, pull_back(jnp.array([1.0, 1.0, 7.0]))[0]
+
+    values, grads = jax.vmap(grad)(rates)
+    np.testing.assert_array_equal(values, [w, w])
+    np.testing.assert_array_equal(grads, [[1, 1, 7], [1, -0.5, 7]])
 
 
 @pytest.mark.parametrize("mask", [jnp.ones((2, 2)), jnp.ones((2,), bool)])

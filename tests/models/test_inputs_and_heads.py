@@ -1,11 +1,16 @@
-"""What goes into a model and comes out of it: patches, masked tokens, biases, normalised sums."""
+"""What goes into a model and comes out of it: patches, masked tokens, biases, normalised sums.
+
+And what its linear layers begin as where `linear_init` says so.
+"""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from sparsejax.models import Transformer
 from tests.models.test_transformer import (
     DECODER,
     DENSE,
@@ -15,6 +20,7 @@ from tests.models.test_transformer import (
     apply,
     assert_close,
     forward,
+    jit,
     make_tokens,
     make_weights,
     split_abstract,
@@ -58,14 +64,16 @@ def test_a_patch_is_the_look_up_of_its_linear_image():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("config", [MASKED_LM, PATCHES], ids=["tokens", "patches"])
-def test_without_biases_a_model_is_one_whose_biases_are_zero(config):
-    plain = dataclasses.replace(config, use_bias=False)
+@pytest.mark.parametrize(
+    ("config", "norms_too"), [(MASKED_LM, True), (PATCHES, False)], ids=["tokens", "patches"]
+)
+def test_without_biases_a_model_is_one_whose_biases_are_zero(config, norms_too):
+    plain = dataclasses.replace(config, use_bias=False, use_norm_bias=not norms_too)
     params, masks = make_weights(config)
 
     def is_bias(path):
         names = [part.key for part in path]
-        return names[-1] == "bias" and not any("norm" in name for name in names)
+        return names[-1] == "bias" and (norms_too or not any("norm" in name for name in names))
 
     zeroed = jax.tree.map_with_path(lambda path, x: x * (not is_bias(path)), params)
     names = {path for path, _ in jax.tree.leaves_with_path(split_abstract(plain)[1])}
@@ -113,3 +121,35 @@ def test_documents_to_match_come_in_twos():
     params, masks = make_weights(towers)
     with pytest.raises(ValueError, match=r"tokens must be \[B, 2, T\] .* got shape \(1, 3, 64\)"):
         apply(towers, DENSE, params, masks, np.zeros((1, 3, LENGTH), np.int32))
+
+
+@pytest.mark.ci
+def test_initialisation_of_torch_is_uniform_within_the_root_of_the_inputs():
+    config = dataclasses.replace(
+        ENCODER, linear_init="torch", positions="learned", model_dim=64, mlp_dim=96, num_towers=2
+    )
+
+    @jit
+    def init(key):
+        model = Transformer(config, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1])
+
+    params = init(jax.random.key(0))
+    layers = {
+        "qkv": (params["blocks"]["attention"]["qkv"], 64),
+        "out": (params["blocks"]["attention"]["out"], 64),
+        "up": (params["blocks"]["mlp"]["up"], 64),
+        "down": (params["blocks"]["mlp"]["down"], 96),
+        "hidden": (params["hidden"], 4 * 64),
+        "classifier": (params["classifier"], 96),
+    }
+    for name, (layer, inputs) in layers.items():
+        bound = inputs**-0.5
+        assert np.abs(layer["kernel"]).max() == pytest.approx(bound, rel=0.02), name
+        assert layer["kernel"].std() == pytest.approx(bound / 3**0.5, rel=0.05), name
+        # Three classes have three biases.
+        size = np.abs(layer["bias"])
+        assert size.min() > 0 and size.max() <= bound, name
+        assert size.max() > 0.9 * bound or size.size < 10, name
+    for table in (params["embedding"]["embedding"], params["position"]):
+        assert table.std() == pytest.approx(0.02, rel=0.05)

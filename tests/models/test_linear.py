@@ -1,6 +1,7 @@
 """Linear layers with masks: nnx.Linear until pruned, masked products after, in any model."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,11 @@ def test_any_mask_is_honoured_where_the_hardware_does_not_decide():
 @pytest.mark.parametrize("is_sparse", [True, pytest.param(False, marks=pytest.mark.ci)])
 @pytest.mark.parametrize(
     "activation",
-    ["gelu", "swiglu", *(pytest.param(a, marks=pytest.mark.ci) for a in ("relu", "geglu"))],
+    [
+        "gelu_exact",
+        "swiglu",
+        *(pytest.param(a, marks=pytest.mark.ci) for a in ("gelu", "relu", "geglu")),
+    ],
 )
 def test_activations(activation, is_sparse):
     layer, x, mask = make_layer(), draw(3, K), make_mask((K, N))
@@ -128,11 +133,13 @@ def test_activations(activation, is_sparse):
     value, gate = z[:, : N // 2], z[:, N // 2 :]
     expected = {
         "gelu": jax.nn.gelu(z),
+        "gelu_exact": z / 2 * (1 + np.vectorize(math.erf)(z / math.sqrt(2))),
         "relu": jnp.maximum(z, 0),
         "geglu": value * jax.nn.gelu(gate),
         "swiglu": value * jax.nn.silu(gate),
     }
     got = layer(x, options=LinearOptions(sparse=is_sparse), activation=activation)
+    # The two forms of GELU differ by up to 5e-4.
     np.testing.assert_allclose(got, expected[activation], rtol=1e-5, atol=1e-5)
 
 
@@ -261,9 +268,9 @@ def test_the_hopper_kernel_runs_where_it_is_named():
         np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
 
 
-def make_mlp(activation, *sparse_weights):
+def make_mlp(activation, *sparse_weights, **options):
     config = make_config(
-        model_dim=K, mlp_dim=N, mlp_activation=activation, sparse_weights=sparse_weights
+        model_dim=K, mlp_dim=N, mlp_activation=activation, sparse_weights=sparse_weights, **options
     )
     return MLP(config, rngs=nnx.Rngs(0))
 
@@ -300,3 +307,15 @@ def test_a_plain_feed_forward_layer_is_gelu_between_two_linear_layers():
     mlp, x = make_mlp("gelu"), draw(2, 3, K)
     assert type(mlp.up) is type(mlp.down) is nnx.Linear
     np.testing.assert_array_equal(mlp(x), mlp.down(nnx.gelu(mlp.up(x))))
+
+
+def test_dropout_follows_the_activation_of_a_feed_forward_layer():
+    mlp, x, key = make_mlp("gelu_exact", mlp_dropout_rate=0.25), draw(2, 50, K), jax.random.key(3)
+    hidden = nnx.gelu(mlp.up(x), approximate=False)
+    # The identity shows what the second product is given.
+    mlp.down.kernel[...] = jnp.eye(N, K)
+    shown = np.asarray(mlp(x, dropout_key=key))[..., :N]
+    kept = shown != 0
+    np.testing.assert_allclose(shown[kept], np.asarray(hidden)[kept] / 0.75, rtol=1e-5)
+    assert abs(kept.mean() - 0.75) < 0.03
+    np.testing.assert_array_equal(mlp(x)[..., :N], hidden)

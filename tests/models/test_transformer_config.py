@@ -59,8 +59,18 @@ def test_a_good_config_passes():
         (PATCHES | {"num_towers": 2}, "model.num_towers must be 1 with patches, got 2"),
         ({"init_std": 0.0}, "model.init_std must be positive, got 0.0"),
         (
+            {"init_std": 0.02, "linear_init": "torch"},
+            "model.linear_init must be 'lecun_normal' with init_std=0.02, got 'torch'",
+        ),
+        (
+            {"linear_init": "xavier"},
+            "model.linear_init must be one of ('lecun_normal', 'torch'), got 'xavier'",
+        ),
+        ({"mlp_dropout_rate": 1.0}, "model.mlp_dropout_rate must be in [0, 1), got 1.0"),
+        (
             {"mlp_activation": "tanh"},
-            "model.mlp_activation must be one of ('gelu', 'relu', 'geglu', 'swiglu'), got 'tanh'",
+            "model.mlp_activation must be one of ('gelu', 'gelu_exact', 'relu', 'geglu', "
+            "'swiglu'), got 'tanh'",
         ),
         (
             {"sparse_weights": (("mlp/.*", NMPattern()), ("mlp/gate", NMPattern()))},

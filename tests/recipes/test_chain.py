@@ -129,6 +129,22 @@ def test_clashes_are_refused(first, second, message):
         chain(first, second)
 
 
+def test_metrics_of_a_phase_are_those_of_both():
+    def make(name, value):
+        def init(masks, params, key):
+            kept = make_dense().init(masks, params, key)
+            return dataclasses.replace(kept, statistics={"value": value})
+
+        def phase_metrics(sparsity, phase):
+            return {f"{phase.name}_share": sparsity.statistics["value"]}
+
+        return Recipe(name, (Phase(name),), init=init, phase_metrics=phase_metrics)
+
+    recipe = chain(make("a", 1), make("b", 2))
+    sparsity = recipe.init({}, {}, jax.random.key(0))
+    assert recipe.phase_metrics(sparsity, recipe.phases[0]) == {"a_share": 1, "b_share": 2}
+
+
 def test_metrics_of_one_name_are_refused():
     def metrics(sparsity, *, step, phase):
         return {"density": jnp.float32(1)}

@@ -134,7 +134,29 @@ def test_gradients_pass_unchanged_elsewhere(changes, phase):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_sr_ste_pulls_the_weights_themselves():
+def test_sr_ste_as_released_decays_gradients_in_the_backward_pass():
+    recipe, params = make(variant="sr_ste", sr_ste_decay="gradients"), make_params()
+    sparsity = recipe.init(make_masks(), params, None)
+    grads = make_params(1)
+
+    def train_through(phase):
+        seen, pull_back = jax.vjp(lambda p: recipe.transform_params(p, sparsity, phase), params)
+        jax.tree.map(np.testing.assert_array_equal, seen, params)
+        return pull_back(grads)[0]
+
+    decayed = train_through(recipe.phases[0])
+    mask, w = np.asarray(mask_of(sparsity)), np.asarray(up(params)["kernel"])
+    # NM-sparsity's autograd function: grad_output + decay * (1 - mask) * weight.
+    expected = up(grads)["kernel"] + np.float32(RATE) * (1 - mask) * w
+    np.testing.assert_allclose(up(decayed)["kernel"], expected, rtol=1e-6)
+    up(decayed)["kernel"] = up(grads)["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, decayed, grads)
+    jax.tree.map(np.testing.assert_array_equal, train_through(recipe.phases[1]), grads)
+    _, pulled = update(recipe, sparsity, params, 0)
+    np.testing.assert_array_equal(up(pulled)["kernel"], w)
+
+
+def test_sr_ste_may_pull_the_weights_themselves():
     recipe, params = make(variant="sr_ste"), make_params()
     sparsity = recipe.init(make_masks(), params, None)
     _, pulled = update(recipe, sparsity, params, 0)
@@ -182,6 +204,10 @@ def test_a_dense_run_follows_the_masks_it_does_not_use():
     ("changes", "message"),
     [
         ({"variant": "srste"}, "recipe.fst.variant must be one of .* got 'srste'"),
+        (
+            {"sr_ste_decay": "moments"},
+            "recipe.fst.sr_ste_decay must be one of .* got 'moments'",
+        ),
         ({"decay_rate": -1.0}, "recipe.fst.decay_rate must be at least 0, got -1.0"),
         ({"variant": "ste"}, "decay_rate must be 0 for variant 'ste', got 0.25"),
         ({"refresh_steps": 0}, "refresh_steps must be at least 1, got 0"),

@@ -80,8 +80,12 @@ def test_hybrid_attention_may_stay_to_the_end(blocks):
     [
         (mst, {"sparsity": 1.0}, r"recipe.mst: sparsity must be in \[0, 1\), .* got sparsity=1.0"),
         (mst, {"warmup": 0.9}, "leave an ultra-sparse phase between, got warmup=0.9, restoration"),
-        (mst, {"stairs": 13}, "stairs must be at most the steps of the ramp, got stairs=13"),
-        (mst, {"update_interval": 40}, "there must be an update, got none every interval=40"),
+        (mst, {"stairs": 0}, "stairs must be an int of at least 1, got stairs=0"),
+        (
+            mst,
+            {"update_interval_fraction": 1.0},
+            r"update_interval_fraction must be in \(0, 1\), got 1",
+        ),
         (mst, {"mix": 0}, "recipe.mst: mix must be at least 1, got mix=0"),
         (
             mst,

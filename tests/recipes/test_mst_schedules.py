@@ -11,7 +11,7 @@ from sparsejax.recipes import mst_schedules
 
 @pytest.mark.ci
 def test_schedules_are_functions_of_a_traced_step():
-    mst = mst_schedules(1000, update_interval=10)
+    mst = mst_schedules(1000, update_interval_fraction=0.01)
     traces = []
 
     @jax.jit
@@ -29,13 +29,16 @@ def test_schedules_are_functions_of_a_traced_step():
 
 
 def test_mst_climbs_in_stairs_rests_and_is_dense_after_its_last_update():
-    mst = mst_schedules(600_000)
+    mst = mst_schedules(600_000, update_interval_fraction=1 / 6000)
     assert mst.sparse_attention == (60_000, 522_000)
     assert mst.updates.last_step == 599_900
     step = jnp.array([0, 5_999, 6_000, 59_999, 60_000, 522_000, 560_950, 599_900])
     density = mst.sparsity.density(step)
     np.testing.assert_allclose(density, [1, 1, 0.91, 0.19, 0.1, 0.1, 0.55, 1], rtol=1e-5)
     assert density[-1] == 1
+    # A run that goes on stays as it is.
+    assert mst.sparsity.density(700_000) == 1
+    assert not mst.updates.due(jnp.arange(600_000, 800_000, 100)).any()
     fraction = mst.annealing.fraction(jnp.array([0, 30_000, 60_000, 291_000, 522_000, 561_000]))
     np.testing.assert_allclose(fraction, [0.3, 0.15, 0.3, 0.15, 0.3, 0.15], rtol=1e-5)
 
@@ -44,7 +47,7 @@ def test_mst_climbs_in_stairs_rests_and_is_dense_after_its_last_update():
 @pytest.mark.parametrize(("stairs", "low", "high"), [(10, 0.235, 0.236), (None, 0.231, 0.232)])
 def test_mst_costs_a_quarter_of_dense_training_of_gpt2_small(stairs, low, high):
     num_steps, num_layers, width, length = 600_000, 12, 768, 1024
-    mst = mst_schedules(num_steps, stairs=stairs)
+    mst = mst_schedules(num_steps, stairs=stairs, update_interval_fraction=1 / 6000)
     # Forward FLOPs of a token; backward they double, dense and sparse alike.
     weights = 2 * (num_layers * 12 * width**2 + 50304 * width)
     attention = num_layers * 4 * length * width
@@ -63,8 +66,11 @@ def test_mst_costs_a_quarter_of_dense_training_of_gpt2_small(stairs, low, high):
     [
         (lambda: mst_schedules(1000, warmup=0.5, restoration=0.5), "warmup=0.5, restoration=0.5"),
         (lambda: mst_schedules(1000, warmup=0.0), "warmup=0.0"),
-        (lambda: mst_schedules(1000, update_interval=500), "start_step=870, end_step=500"),
-        (lambda: mst_schedules(90, update_interval=1), "stairs=10 from step 0 to 9"),
+        (lambda: mst_schedules(1000, update_interval_fraction=0.5), "start_step=870, end_step=500"),
+        (
+            lambda: mst_schedules(2),
+            "leave an ultra-sparse phase in 2 steps, got 1 step of warm-up and 2 of",
+        ),
     ],
 )
 def test_bad_settings_are_named(call, message):

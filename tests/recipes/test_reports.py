@@ -37,7 +37,7 @@ from tests.recipes.two_weights import (
 )
 
 L, LENGTH, BLOCK = 2, 32, 8
-MAPS = {"block_size": BLOCK, "length": LENGTH, "num_layers": L}
+MAPS = {"block_size": BLOCK, "length": LENGTH, "num_layers": L, "num_steps": 10}
 MASKS = {"blocks": {"attention": {"block_mask": jnp.ones((L, 1, 1, 4, 4), bool)}}}
 
 
@@ -115,7 +115,12 @@ ATTENTION = {
     "static-bigbird": functools.partial(
         make_static_attention,
         StaticAttentionConfig(
-            pattern="bigbird", density=0.5, dense_steps=4, num_layers=L, num_blocks=4
+            pattern="bigbird",
+            density=0.5,
+            dense_fraction=0.4,
+            num_layers=L,
+            num_blocks=4,
+            num_steps=10,
         ),
     ),
 }

@@ -62,9 +62,17 @@ def test_set_grows_at_random_and_without_gradients():
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (rigl, {"end_fraction": 1.5}, r"recipe.rigl: end_fraction must be in \(0, 1\], got .*1.5"),
+        (
+            rigl,
+            {"end_fraction": 1.5},
+            r"recipe.rigl: end_fraction must be in \(0, 1\] .* got .*1.5",
+        ),
         (rigl, {"update_fraction": 2.0}, r"fraction must be in \[0, 1\], got fraction=2.0"),
-        (gradual_set, {"update_interval": 0}, "recipe.set: interval must be an int of at least 1"),
+        (
+            gradual_set,
+            {"update_interval_fraction": 0.0},
+            r"recipe.set: update_interval_fraction must be in \(0, 1\), got 0.0",
+        ),
         (
             rigl.__wrapped__,
             {"patterns": {}},

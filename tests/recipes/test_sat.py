@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.masks import pool_attention, sat_pattern
+from configs import sat
+from sparsejax.config.parse import parse_config
+from sparsejax.masks import magnitude_mask, pool_attention, sat_pattern
+from sparsejax.optimizer import compute_b1, compute_learning_rate, make_optimizer
 from sparsejax.recipes import SatConfig, make_sat
 from sparsejax.report.metrics import fetch_metrics
 
@@ -17,7 +20,7 @@ BLOCKS = LENGTH // BLOCK
 
 def make(**changes):
     options = {"density": 0.3, "num_layers": LAYERS, "length": LENGTH, "block_size": BLOCK}
-    return make_sat(SatConfig(**options | {"head_dim": 8} | changes))
+    return make_sat(SatConfig(**options | {"head_dim": 8, "num_steps": 10} | changes))
 
 
 def begin(recipe):
@@ -134,14 +137,96 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
     np.testing.assert_array_equal(
         after.masks["blocks"]["attention"]["block_mask"][:, 0, 0], expected
     )
-    assert set(after.statistics) == {"pooled"}, "the maps are gone"
+    assert set(after.statistics) == {"pooled", "untrained_share"}, "the maps are gone"
     np.testing.assert_array_equal(after.params["pattern"], sparsity.params["pattern"])
     sparse = recipe.phases[1]
     assert (sparse.learning_rate, sparse.learning_rate_scale) == ("constant", 0.5)
     assert sparse.reset_optimizer and sparse.pruned_logits == "zero"
-    goes_on = make(continue_schedule=True, latest_switch_step=7).phases
+    goes_on = make(continue_schedule=True, latest_switch_fraction=0.7).phases
     assert (goes_on[1].learning_rate, goes_on[1].reset_optimizer) == ("schedule", False)
     assert goes_on[0].last_step == 7
+
+
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.ci)])
+def test_the_sparse_phase_says_how_much_of_its_pattern_is_that_of_the_untrained_w(causal):
+    recipe = make(causal=causal)
+    sparsity, _ = walk(recipe, [0.1])
+    dense, sparse = recipe.phases
+    assert recipe.phase_metrics(sparsity, dense) == {}
+    untrained = sparsity.params["pattern"]
+    # The first layer has not moved, the second has learned the blocks that it had not kept.
+    learned = untrained.at[1].set(np.random.default_rng(1).normal(size=untrained.shape[1:]))
+    moved = dataclasses.replace(sparsity, params={"pattern": learned})
+    after = recipe.enter_phase(moved, sparse, previous=dense)
+    before, now = (
+        np.asarray(sat_pattern(w, density=0.3, causal=causal)) for w in (untrained, learned)
+    )
+    shares = recipe.phase_metrics(after, sparse)["untrained_share"]
+    np.testing.assert_allclose(shares, (before & now).sum((1, 2)) / now.sum((1, 2)), rtol=1e-6)
+    assert shares[0] == 1 and shares[1] < 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("changes", "untrained", "found"),
+    [
+        ({}, (35, 40), (9, 5)),
+        ({"pattern_init_scale": 0.1, "pattern_rate_scale": 10.0}, (21, 12), (31, 34)),
+    ],
+    ids=["published", "ours"],
+)
+def test_at_the_published_switch_most_blocks_are_those_of_the_untrained_w(
+    changes, untrained, found
+):
+    settings = parse_config(sat.get_config("image").to_dict())
+    optimizer = make_optimizer(settings.optimizer, num_steps=settings.num_steps)
+    blocks = 32
+    sizes = {"num_layers": 2, "length": 1024, "block_size": 32, "head_dim": 32}
+    recipe = make_sat(SatConfig(density=0.05, **sizes, **changes))
+    mask = jnp.ones((2, 1, 1, blocks, blocks), bool)
+    sparsity = recipe.init({"block_mask": mask}, {}, jax.random.key(0))
+    # Near blocks, some columns, noise.
+    rng, i = np.random.default_rng(7), np.arange(blocks)
+    logits = 2 * rng.normal(size=(2, 1, blocks)) + rng.normal(size=(2, blocks, blocks))
+    pooled = jax.nn.softmax(jnp.asarray(logits - abs(i[:, None] - i) / 3, jnp.float32)) / 32
+    statistics = sparsity.statistics | {"pooled": pooled, "num_checks": jnp.int32(1)}
+    sparsity = dataclasses.replace(sparsity, statistics=statistics)
+    dense, sparse = recipe.phases
+
+    def step(carry, i):
+        params, opt_state = carry
+
+        def loss(params):
+            return recipe.auxiliary_loss(dataclasses.replace(sparsity, params=params), None, dense)
+
+        weights = {"recipe": params}
+        rate, b1 = (f(optimizer, dense, i, 0) for f in (compute_learning_rate, compute_b1))
+        grads = optimizer.clip({"recipe": jax.grad(loss)(params)})
+        updates, opt_state = optimizer.update(grads, opt_state, weights, b1=b1)
+        updates = recipe.transform_updates(updates, sparsity, dense)["recipe"]
+        return (jax.tree.map(lambda w, u: w + rate * u, params, updates), opt_state), None
+
+    start = sparsity.params, optimizer.init({"recipe": sparsity.params})
+    (params, _), _ = jax.lax.scan(step, start, jnp.arange(254))
+    trained = dataclasses.replace(sparsity, params=params)
+    after = recipe.enter_phase(trained, sparse, previous=dense)
+    kept = np.asarray(after.masks["block_mask"][:, 0, 0])
+    shares = recipe.phase_metrics(after, sparse)["untrained_share"]
+    np.testing.assert_allclose(51 * shares, untrained, atol=2.5)
+    largest = jax.vmap(lambda r: magnitude_mask(r + r.T, 51))(pooled)
+    np.testing.assert_allclose((kept & largest).sum((1, 2)), found, atol=2.5)
+
+
+def test_w_may_begin_small_and_learn_at_a_rate_of_its_own():
+    published, ours = make(), make(pattern_init_scale=0.25, pattern_rate_scale=8.0)
+    pattern = begin(published).params["pattern"]
+    np.testing.assert_array_equal(begin(ours).params["pattern"], 0.25 * pattern)
+    updates = {"model": {"kernel": jnp.ones(2)}, "recipe": {"pattern": jnp.full(3, -0.5)}}
+    same = published.transform_updates(updates, begin(published), published.phases[0])
+    assert same is updates
+    scaled = ours.transform_updates(updates, begin(ours), ours.phases[0])
+    np.testing.assert_array_equal(scaled["recipe"]["pattern"], np.full(3, -4.0))
+    np.testing.assert_array_equal(scaled["model"]["kernel"], np.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +239,10 @@ def test_the_sparse_phase_has_the_learned_pattern_and_a_fresh_optimizer():
         ({"map_decay": 1.0}, r"map_decay must be in \[0, 1\), got 1.0"),
         ({"probe_every_steps": 0}, "probe_every_steps must be positive, got 0"),
         ({"pattern_dim": 0}, "pattern_dim must be positive or None, got 0"),
+        ({"pattern_init_scale": 0.0}, "pattern_init_scale must be positive, got 0.0"),
+        ({"pattern_rate_scale": -1.0}, "pattern_rate_scale must be positive, got -1.0"),
         ({"pruned_logits": "none"}, "pruned_logits must be 'masked' or 'zero', got 'none'"),
-        ({"latest_switch_step": 0}, "latest_switch_step must be positive or None, got 0"),
+        ({"latest_switch_fraction": 0}, r"latest_switch_fraction must be in \(0, 1\) or None, got"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

@@ -17,9 +17,10 @@ BASE = SpionConfig(
     block_size=BLOCK,
     filter_size=5,
     quantile=0.7,
-    probe_every_steps=10,
+    probe_interval_fraction=0.1,
     num_layers=LAYERS,
     length=LENGTH,
+    num_steps=100,
 )
 
 OFF = dataclasses.replace(BASE, keep_map_at_second_check=False)
@@ -149,9 +150,10 @@ def test_what_the_phases_are():
     assert sparse.learning_rate == "restart" and dense.learning_rate == "schedule"
 
     changed = dataclasses.replace(
-        BASE, restart_learning_rate=False, pruned_logits="masked", latest_switch_step=40
+        BASE, restart_learning_rate=False, pruned_logits="masked", latest_switch_fraction=0.32
     )
     dense, sparse = make_spion(changed).phases
+    # The check after a third of the run.
     assert dense.last_step == 40
     assert (sparse.pruned_logits, sparse.learning_rate) == ("masked", "schedule")
     # As the released code: without convolution the schedule is not restarted.
@@ -173,13 +175,12 @@ def test_what_the_phases_are():
             "density must be in [0.4, 1] for variant 'c', which keeps the diagonal, got 0.3",
         ),
         ({"filter_size": 4}, "filter_size must be odd and positive, got 4"),
-        ({"probe_every_steps": 0}, "probe_every_steps must be positive, got 0"),
+        ({"probe_interval_fraction": 0}, "probe_interval_fraction must be in (0, 1), got 0"),
         ({"max_change_percent": 0}, "max_change_percent must be positive, got 0"),
         ({"pruned_logits": "none"}, "pruned_logits must be 'masked' or 'zero', got 'none'"),
         (
-            {"latest_switch_step": 25},
-            "latest_switch_step must be a positive multiple of probe_every_steps=10, or None, "
-            "got 25",
+            {"latest_switch_fraction": 1.0},
+            "latest_switch_fraction must be in (0, 1) or None, got 1.0",
         ),
         ({"block_size": 12}, "block_size must be a divisor of the sequence length 32, got 12"),
         ({"block_size": 0}, "block_size must be positive, got 0"),

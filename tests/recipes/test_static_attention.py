@@ -17,7 +17,9 @@ from sparsejax.recipes import (
     set_attention_masks,
 )
 
-BASE = StaticAttentionConfig(pattern="bigbird", density=0.5, num_layers=3, num_blocks=8)
+BASE = StaticAttentionConfig(
+    pattern="bigbird", density=0.5, num_layers=3, num_blocks=8, num_steps=100
+)
 MASKS = {"blocks": {"attention": {"block_mask": jnp.ones((3, 1, 1, 8, 8), bool)}}}
 
 
@@ -33,7 +35,9 @@ def test_without_dense_steps_the_pattern_applies_from_the_start():
 
 
 def test_after_dense_steps_the_pattern_applies_in_the_second_phase():
-    recipe = make_static_attention(dataclasses.replace(BASE, dense_steps=20, pruned_logits="zero"))
+    recipe = make_static_attention(
+        dataclasses.replace(BASE, dense_fraction=0.2, pruned_logits="zero")
+    )
     dense, sparse = recipe.phases
     assert (dense.name, dense.sparse_attention, dense.last_step) == ("dense", False, 20)
     assert (sparse.name, sparse.sparse_attention, sparse.last_step) == ("sparse", True, None)
@@ -76,7 +80,7 @@ def test_the_key_decides_the_random_blocks():
             {"density": 0.1},
             "density must be in [0.125, 1], the diagonal being kept always, got 0.1",
         ),
-        ({"dense_steps": -1}, "dense_steps must be at least 0, got -1"),
+        ({"dense_fraction": -1}, "dense_fraction must be in [0, 1), got -1"),
         ({"pruned_logits": "one"}, "pruned_logits must be 'masked' or 'zero', got 'one'"),
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
         ({"num_blocks": 0}, "num_blocks must be positive, got 0"),

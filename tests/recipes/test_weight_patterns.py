@@ -51,7 +51,11 @@ def make_recipe(blocks):
     if blocks:
         patterns = {"mlp/up": BLOCKS, "embedding": TABLE_BLOCKS}
     config = RigLConfig(
-        sparsity=0.5, update_interval=INTERVAL, num_steps=100, patterns=patterns, moments="zero"
+        sparsity=0.5,
+        update_interval_fraction=INTERVAL / 100,
+        num_steps=100,
+        patterns=patterns,
+        moments="zero",
     )
     return make_rigl(config)
 
@@ -130,7 +134,9 @@ def test_blocks_get_their_gradient_everywhere_in_the_step_that_needs_it_only():
             np.testing.assert_array_equal(layer["gradient_mask"], kept | bool(due))
     assert choose._cache_size() == 1
     grown_at_random = make_set(
-        SETConfig(num_steps=100, patterns={"mlp/up": BLOCKS}, update_interval=INTERVAL)
+        SETConfig(
+            num_steps=100, patterns={"mlp/up": BLOCKS}, update_interval_fraction=INTERVAL / 100
+        )
     )
     masks = grown_at_random.choose_masks(
         sparsity, step=jnp.int32(INTERVAL), phase=grown_at_random.phases[0]
@@ -150,7 +156,7 @@ def test_gradient_masks_follow_the_mask_beside_them():
 
 @pytest.mark.parametrize("growth", ["gradient", pytest.param("random", marks=pytest.mark.ci)])
 def test_groups_of_n_in_m_keep_n_whatever_is_replaced(growth):
-    config = {"sparsity": 0.5, "update_interval": INTERVAL, "num_steps": 100}
+    config = {"sparsity": 0.5, "update_interval_fraction": INTERVAL / 100, "num_steps": 100}
     config |= {"patterns": {"mlp/up": NMPattern()}}
     recipe = make_rigl(RigLConfig(**config))
     if growth == "random":

@@ -27,7 +27,7 @@ NUM_STEPS, INTERVAL = 40, 3
 SHAPES = {"mlp/up": (L, K, N), "mlp/down": (L, 2 * N, K)}
 KNOWN = {"num_steps": NUM_STEPS, "patterns": dict.fromkeys(SHAPES, Unstructured())}
 ATTENTION = {"block_size": 16, "length": 80, "causal": True}
-OFTEN = {"update_interval": INTERVAL}
+OFTEN = {"update_interval_fraction": INTERVAL / NUM_STEPS}
 
 
 @functools.cache

@@ -49,12 +49,12 @@ def make_settings(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
     config.data.data_dir = str(folder / "data")
     config.data.sequence_length = 64
     config.data.batch_size = 4
-    config.optimizer.warmup_steps = 2
+    config.optimizer.warmup_fraction = 0.2
     config.recipe.name = "spion"
     config.recipe.spion.quantile = 0.5
     config.recipe.spion.filter_size = 3
-    config.recipe.spion.probe_every_steps = 2
-    config.recipe.spion.latest_switch_step = 6
+    config.recipe.spion.probe_interval_fraction = 0.2
+    config.recipe.spion.latest_switch_fraction = 0.6
     config.recipe.spion.max_change_percent = 1
     config.checkpoint.every_steps = 1
     for key, value in changes.items():

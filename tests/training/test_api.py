@@ -25,13 +25,13 @@ _STEPS = 6
 _SHORT = {
     "num_steps": _STEPS,
     "eval_every_steps": _STEPS,
-    "optimizer__warmup_steps": 1,
+    "optimizer__warmup_fraction": 1 / _STEPS,
     "checkpoint__every_steps": 2,
     "checkpoint__keep_last": _STEPS,
 }
 _RUNS = {
     # Sparse at the end; dense at the end; weights that the forward pass sees otherwise.
-    "spion": {"recipe__spion__latest_switch_step": 4},
+    "spion": {"recipe__spion__latest_switch_fraction": 4 / _STEPS},
     "fst": {"recipe__name": "fst", "recipe__fst__dense_fraction": 0.34},
     "sste": {"recipe__name": "sste", "data__tokenizer": "bpe:300"},
 }

@@ -27,7 +27,7 @@ def settings(tmp_path_factory):
         folder,
         num_steps=2,
         eval_every_steps=2,
-        optimizer__warmup_steps=1,
+        optimizer__warmup_fraction=0.5,
         recipe__name="static_attention",
         recipe__static_attention__density=0.5,
         model__num_layers=1,

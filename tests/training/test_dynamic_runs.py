@@ -113,7 +113,9 @@ def _dense_gradient(state, batch):
 def test_an_update_grows_where_the_gradient_of_the_whole_batch_is_largest(keep):
     # A clipped gradient would be all ties: it must not decide.
     optimizer = _optimizer(clip_value=1e-6)
-    recipe = make_rigl(RigLConfig(**_KNOWN, update_interval=2, keep_optimizer_step=keep))
+    recipe = make_rigl(
+        RigLConfig(**_KNOWN, update_interval_fraction=0.02, keep_optimizer_step=keep)
+    )
     state, step = (
         make_state(_MODEL, recipe, optimizer),
         make_step(_MODEL, recipe, optimizer, num_micro_batches=2),
@@ -153,7 +155,7 @@ def test_moments_of_grown_weights_begin_at_zero_or_where_they_were():
     nonzero = {}
     for rule in ("zero", "stale"):
         # Whatever decays: moments of weights that were never kept are zero under both rules.
-        recipe = make_rigl(RigLConfig(**_KNOWN, update_interval=2, moments=rule))
+        recipe = make_rigl(RigLConfig(**_KNOWN, update_interval_fraction=0.02, moments=rule))
         optimizer = _optimizer()
         state, step = make_state(_MODEL, recipe, optimizer), make_step(_MODEL, recipe, optimizer)
         ones = jax.tree.map(jnp.ones_like, state.opt_state[0].nu)
@@ -215,7 +217,7 @@ _MST = {
     "recipe__name": "mst",
     "recipe__mst__sparsity": 0.8,
     "recipe__mst__sparse_weights": "mlp/.*=unstructured",
-    "recipe__mst__update_interval": 2,
+    "recipe__mst__update_interval_fraction": 0.2,
     "recipe__mst__stairs": 2,
     "recipe__mst__warmup": 0.3,
     "recipe__mst__restoration": 0.3,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax.config.parse import ConfigError, parse_config
-from sparsejax.masks import soft_threshold_mask, transposable_mask
+from sparsejax.masks import decay_in_backward, soft_threshold_mask, transposable_mask
 from sparsejax.models import sparse_weight_patterns
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes import (
@@ -32,6 +32,7 @@ from tests.small_models import (
     make_state,
     make_step,
 )
+from tests.training import toy
 from tests.training.runs import (
     NUM_STEPS,
     assert_documented,
@@ -127,6 +128,22 @@ def test_decay_and_refresh_in_one_compiled_step():
     moved = np.asarray(kernel != other)
     assert not moved[np.asarray(before["mlp/up"])].any(), "kept weights feel no decay"
     assert moved[~np.asarray(before["mlp/up"])].mean() > 0.9
+
+
+def test_what_a_backward_pass_decays_is_clipped_with_the_gradient():
+    kept = np.random.default_rng(1).random(toy.TABLE.shape) < 0.5
+
+    def decay(params, sparsity, phase):
+        return {"table": decay_in_backward(params["table"], jnp.asarray(kept), 0.5)}
+
+    clipping = toy.DESCENT._replace(clip=lambda grads: jax.tree.map(lambda g: 0.1 * g, grads))
+    recipe = toy.make_recipe(transform_params=decay)
+    state, metrics = toy.run_step(recipe, optimizer=clipping)
+    loss, gradient = toy.loss_and_gradient(toy.TABLE)
+    gradient = gradient + 0.5 * np.where(kept, 0, toy.TABLE)
+    toy.assert_close(metrics["loss"], loss)
+    toy.assert_close(metrics["grad_norm"], np.sqrt((gradient**2).sum()))
+    toy.assert_close(state.params["table"], toy.TABLE - 0.1 * gradient)
 
 
 @pytest.mark.ci

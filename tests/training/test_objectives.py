@@ -175,7 +175,7 @@ _LONGER = {
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("masked", {"optimizer__warmup_steps": 20, "num_micro_batches": 2}),
+        ("masked", {"optimizer__warmup_fraction": 0.5, "num_micro_batches": 2}),
         ("patches", {"data__random_crop": False}),
     ],
 )

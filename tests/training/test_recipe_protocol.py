@@ -194,7 +194,7 @@ def test_the_update_may_change_masks_weights_and_moments():
         return changed, {"table": table}, {"updates": opt_state["updates"] + 10}
 
     recipe = make_recipe(update=regrow)
-    before = make_state(recipe, step=4)
+    before = dataclasses.replace(make_state(recipe, step=4), num_skipped=jnp.int32(3))
     step = jit(make_train_step(GRAPHDEF, recipe, PHASE, DESCENT))
     state, metrics = step(before, BATCH)
     _, gradient = loss_and_gradient(TABLE)
@@ -204,11 +204,11 @@ def test_the_update_may_change_masks_weights_and_moments():
     assert_close(state.params["table"][:, 2:], (TABLE - gradient)[:, 2:])
     assert not state.sparsity.masks["kept"][:, 0].any() and state.sparsity.masks["kept"][:, 1].all()
     assert (state.opt_state["updates"], state.sparsity.statistics["updates"]) == (11, 104)
-    assert metrics["skipped"] == 0
+    assert (metrics["skipped"], state.num_skipped) == (0, 0)
 
     broken = dataclasses.replace(before, params={"table": before.params["table"] * jnp.nan})
     after, metrics = step(broken, BATCH)
-    assert metrics["skipped"] == 1 and after.step == 5
+    assert (metrics["skipped"], after.num_skipped, after.step) == (1, 4, 5)
     assert after.sparsity.masks["kept"].all() and after.opt_state["updates"] == 0
     assert after.sparsity.statistics["updates"] == 0
 
@@ -313,7 +313,13 @@ def test_new_masks_and_statistics_do_not_compile_again():
 def test_a_step_keeps_the_structure_of_its_phase():
     config = make_config(max_length=32, block=BlockPattern(block_q=16, block_kv=16))
     spion = SpionConfig(
-        block_size=16, probe_every_steps=5, quantile=0.5, num_layers=2, length=32, causal=True
+        block_size=16,
+        probe_interval_fraction=0.5,
+        quantile=0.5,
+        num_layers=2,
+        length=32,
+        num_steps=10,
+        causal=True,
     )
     recipe = make_spion(spion)
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)

@@ -16,6 +16,7 @@ from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
+from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
 from tests.training.runs import (
     NUM_STEPS,
@@ -73,7 +74,7 @@ def _start(settings, workdir, stop_after_step, number):
 
 def _final_state(settings, workdir):
     info = find_checkpoints(workdir / "checkpoints")[0]
-    assert (info.step, info.problem) == (NUM_STEPS, None)
+    assert (info.step, info.problem) == (settings["num_steps"], None)
     run = prepare_run(parse_config(settings))
     return restore(info, run.make_abstract_state(info.metadata["phase"]))
 
@@ -140,12 +141,83 @@ def test_sigterm_saves_and_exits_cleanly(settings, uninterrupted, tmp_path):
     _assert_same_end(settings, tmp_path, uninterrupted[0])
 
 
+def _send_signal_in(monkeypatch, owner, name, number):
+    """Let a signal arrive whenever a function is entered; the second in a row would kill."""
+    function = getattr(owner, name)
+
+    def receive_signal(*arguments, **options):
+        if signal.getsignal(number) != signal.SIG_DFL:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, receive_signal)
+
+
+@pytest.mark.ci
+def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
+    settings, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    moments = [
+        (loop, "compile_phase", signal.SIGTERM, 1),
+        (loop._Loop, "_report", signal.SIGINT, 2),
+        (loop.Checkpointer, "save", signal.SIGHUP, 4),
+        (loop, "compute_validation", signal.SIGTERM, 6),
+        (loop._Loop, "_enter_phase", signal.SIGHUP, 6),
+    ]
+    workdir = tmp_path / "run"
+    for owner, name, number, step in moments:
+        with monkeypatch.context() as patch:
+            _send_signal_in(patch, owner, name, number)
+            assert train(settings, workdir) is None
+        newest = find_checkpoints(workdir / "checkpoints")[0]
+        assert (newest.step, newest.problem) == (step, None)
+        said = f"stopped by {signal.Signals(number).name}; step {step} is saved in {newest.path}"
+        assert said in capsys.readouterr().out
+        if name == "compute_validation":
+            # So that the run comes to the end of its phase once more.
+            shutil.rmtree(newest.path)
+    _send_signal_in(monkeypatch, loop, "_finish", signal.SIGTERM)
+    assert train(settings, workdir) is not None, "what is trained is finished"
+    _assert_same_end(settings, workdir, uninterrupted[0])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_an_interrupt_before_training_ends_at_once(settings, tmp_path, monkeypatch, capsys):
+    _send_signal_in(monkeypatch, loop, "prepare_run", signal.SIGINT)
+    _, *argv = _write_command(settings, tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        command.run([*argv, "--doctor=off"], resume_command="the same command")
+    assert end.value.code == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
 def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys):
     workdir, summary = uninterrupted
     before = (workdir / "metrics.jsonl").read_bytes()
     assert train(settings, workdir) == summary
     assert f"{workdir} is finished" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.ci
+def test_an_extended_run_ends_like_one_that_was_planned_so_long(
+    settings, uninterrupted, tmp_path, capsys
+):
+    extended, planned = tmp_path / "extended", tmp_path / "planned"
+    shutil.copytree(uninterrupted[0], extended)
+    longer = settings | {"num_steps": NUM_STEPS + 4, "log_every_steps": 7}
+    train(longer, extended)
+    said = capsys.readouterr().out
+    assert f"note: changed from here: num_steps: {NUM_STEPS} -> {NUM_STEPS + 4}" in said
+    assert f"note: the schedule ends at step {NUM_STEPS}; the steps after it train" in said
+    train(longer | {"schedule_steps": NUM_STEPS}, planned)
+    _assert_same_end(longer, extended, planned)
+
+
+def test_a_run_cannot_become_shorter_than_it_is(settings, uninterrupted):
+    message = rf"num_steps must be at least {NUM_STEPS}, the step that .* has reached, got 4"
+    with pytest.raises(ConfigError, match=message):
+        train(settings | {"num_steps": 4}, uninterrupted[0])
 
 
 def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(

@@ -7,7 +7,15 @@ import pytest
 from sparsejax.masks import count_kept_blocks
 from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
-from tests.training.runs import assert_documented, copy_until, load_end, make_settings, train
+from sparsejax.report.progress import format_summary
+from tests.training.runs import (
+    NUM_STEPS,
+    assert_documented,
+    copy_until,
+    load_end,
+    make_settings,
+    train,
+)
 
 pytestmark = pytest.mark.ci
 
@@ -15,7 +23,7 @@ _SWITCH = 6
 _SAT = {
     "recipe__name": "sat",
     "recipe__sat__density": 0.5,
-    "recipe__sat__latest_switch_step": _SWITCH,
+    "recipe__sat__latest_switch_fraction": _SWITCH / NUM_STEPS,
     # The maps of so small a model are never that skewed: only the latest step ends the phase.
     "recipe__sat__min_skewness": 1e9,
     "checkpoint__keep_last": 10,
@@ -48,6 +56,13 @@ def test_every_dense_step_is_probed_and_the_sparse_phase_has_the_density(trained
     np.testing.assert_array_equal(kept, count_kept_blocks(4, density=0.5, causal=True))
     assert summary["sparse_first_step"] == _SWITCH
     assert summary["sparse_attention_density"] == pytest.approx(0.5)
+    began = [row.get("phase_metrics", {}) for row in _rows(workdir, "phase")]
+    assert began[0] == {} and summary["phase_metrics"] == {"sparse": began[1]}
+    assert len(began[1]["untrained_share"]) == 2
+    assert all(0 <= share <= 1 for share in began[1]["untrained_share"])
+    shown = ", ".join(f"{share:.2f}" for share in began[1]["untrained_share"])
+    lines = format_summary(summary, {}, phases=("dense", "sparse")).splitlines()
+    assert f"  sparse phase       began with untrained share [{shown}]" in lines
     # Dense steps are timed although each of them probes.
     timed = [row for row in _rows(workdir, "train") if "step_seconds" in row]
     assert {row["phase"] for row in timed} == {"dense", "sparse"}
@@ -89,7 +104,7 @@ def test_resuming_is_bit_exact(step, trained, tmp_path):
 
 
 def test_a_switch_that_does_not_come_is_spoken_of(tmp_path, capsys):
-    changes = {"recipe__sat__latest_switch_step": None, "recipe__sat__probe_every_steps": 4}
+    changes = {"recipe__sat__latest_switch_fraction": None, "recipe__sat__probe_every_steps": 4}
     settings = make_settings(tmp_path, **_SAT | changes, recipe__sat__map_decay=0.5)
     summary = train(settings, tmp_path / "run")
     shown = capsys.readouterr().out

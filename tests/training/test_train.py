@@ -12,7 +12,6 @@ import pytest
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
-from sparsejax.training.loop import NonFiniteError
 from tests.training.runs import make_settings, train
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -40,8 +39,7 @@ _MORE_ERRORS = {
         ["--config.model.block_size=100"],
         "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
     ),
-    "type": (["--config.num_steps=many"], "--config.num_steps=many"),
-    "file": (["--config=configs/missing.py"], "configs/missing.py"),
+    "file": (["--config=configs/missing.py"], "an existing .py file, got 'configs/missing.py'"),
     "argument": (["num_steps=3"], "unknown argument 'num_steps=3'"),
     "cleared": (
         ["--config.optimizer.clip_norm=None", "--config.num_steps=None"],
@@ -90,21 +88,6 @@ def test_full_disk_is_refused_before_training(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"must have room .* 0.0 MB are free"):
         train(make_settings(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.ci
-def test_non_finite_loss_is_skipped_counted_and_then_stops_the_run(tmp_path, capsys):
-    settings = make_settings(
-        tmp_path,
-        recipe__name="dense",
-        optimizer__learning_rate=1e30,
-        optimizer__clip_norm=1e30,
-        optimizer__schedule="constant",
-        max_consecutive_skips=2,
-    )
-    with pytest.raises(NonFiniteError, match=r"step \d+: .* for 3 steps in a row .*last good"):
-        train(settings, tmp_path / "run")
-    assert "skipped, loss" in capsys.readouterr().out
 
 
 @pytest.mark.ci

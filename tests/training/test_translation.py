@@ -32,7 +32,7 @@ _COPY = {
     "data__batch_size": 32,
     "optimizer__learning_rate": 1e-2,
     "optimizer__schedule": "inverse_sqrt",
-    "optimizer__warmup_steps": 10,
+    "optimizer__warmup_fraction": 10 / _NUM_STEPS,
     "recipe__name": "fst",
     "recipe__fst__sparse_weights": "(decoder/)?mlp/.*=2:4 transposable",
     "recipe__fst__decay_rate": 1e-4,
@@ -187,7 +187,10 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
         ),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"label_smoothing": float("nan")}, r"label_smoothing must be in \[0, 1\), got nan"),
-        ({"optimizer__warmup_steps": 0}, "optimizer.warmup_steps must be at least 1, got 0"),
+        (
+            {"optimizer__warmup_fraction": 0.0},
+            r"optimizer.warmup_fraction must be in \(0, 1\), got 0",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message, tmp_path):

@@ -29,12 +29,15 @@ PHASE = Phase("only", learning_rate="constant")
 DESCENT = Optimizer(
     clip=lambda grads: grads,
     init=lambda params: {"updates": jnp.int32(0)},
-    update=lambda grads, state, params: (
+    update=lambda grads, state, params, *, b1: (
         jax.tree.map(jnp.negative, grads),
         {"updates": state["updates"] + 1},
     ),
     schedule=lambda step: 0.1 * (step + 1.0),
+    b1_schedule=lambda step: 0.0,
     base_learning_rate=1.0,
+    base_b1=0.0,
+    late_schedule=False,
 )
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -105,6 +108,7 @@ def make_state(recipe, step=0):
     sparsity = recipe.init({"kept": jnp.ones((VOCAB, VOCAB), bool)}, params, jax.random.key(1))
     return TrainState(
         step=jnp.int32(step),
+        num_skipped=jnp.int32(0),
         params=params,
         sparsity=sparsity,
         opt_state=DESCENT.init(trainable(params, sparsity)),

@@ -35,6 +35,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     find_item,
     locate,
 )
+from pallas_kernels.mosaic_call import call_mosaic
 
 # Registers per thread, of 65536 for 384 threads: a copying thread needs few.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
@@ -318,8 +319,9 @@ def launch(
             compute(share, groups, lists, *outputs)
 
     kernel.__name__ = name
-    return plgpu.kernel(
+    return call_mosaic(
         kernel,
+        *inputs,
         out_type=list(out_type),
         scratch_types=scratch_types,
         grid=(count_programs(problem, walk),),
@@ -327,4 +329,4 @@ def launch(
         num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*inputs)
+    )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_lists import find_listed, number_entries
 from pallas_kernels.block_sparse_attention.block_schedule import (
     BlockSchedule,
     make_block_schedule,
@@ -165,9 +166,9 @@ def _coarsen(schedule, grain):
     mask = unpack_block_schedule(schedule)
     *leading, rows, columns = mask.shape
     split = (rows // grain.rows, grain.rows, columns // grain.columns, grain.columns)
-    parts = mask.reshape(*leading, *split)
-    place = 2 * jnp.arange(grain.rows)[:, None, None] + jnp.arange(grain.columns)
-    bits = (parts.astype(jnp.int32) << place).sum(axis=(-3, -1), dtype=jnp.int32)
+    parts = mask.reshape(*leading, *split).astype(jnp.int32)
+    place = 2 * number_entries(parts, axis=-3) + number_entries(parts, axis=-1)
+    bits = (parts << place).sum(axis=(-3, -1), dtype=jnp.int32)
     return make_block_schedule(bits > 0), bits
 
 
@@ -178,8 +179,8 @@ def _below_diagonal(i, j, grain):
 
 def _count_listed(counts, indices, condition):
     """Count the entries (own block, other block) of each list that meet a condition."""
-    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
-    own = jnp.arange(indices.shape[-2])[:, None]
+    listed = find_listed(counts, indices.shape[-1])
+    own = number_entries(indices, axis=-2)
     return (listed & condition(own, indices)).sum(axis=-1, dtype=jnp.int32)
 
 
@@ -198,14 +199,14 @@ def _join_heads(counts, indices, bits, leading, group):
         return jnp.moveaxis(x.reshape(x.shape[0], -1, group, *x.shape[2:]), 2, 3)
 
     num_queries = indices.shape[-1]
-    heads = jnp.arange(group)[:, None] * num_queries
-    position = jnp.arange(num_queries)
-    listed = position < by_group(counts)[..., None]
-    second = position >= by_group(leading)[..., None]
+    indices = by_group(indices)
+    heads = number_entries(indices, axis=-2) * num_queries
+    listed = find_listed(by_group(counts), num_queries)
+    second = ~find_listed(by_group(leading), num_queries)
     rank = jnp.where(listed, second.astype(jnp.int32), 2)
     flat = (*rank.shape[:3], group * num_queries)
     order = jnp.argsort(rank.reshape(flat), axis=-1, stable=True)
-    joined = jnp.take_along_axis((by_group(indices) + heads).reshape(flat), order, axis=-1)
+    joined = jnp.take_along_axis((indices + heads).reshape(flat), order, axis=-1)
     if bits is not None:
         bits = by_group(bits).reshape(flat)
     return by_group(counts).sum(axis=-1), joined, bits, by_group(leading).sum(axis=-1)

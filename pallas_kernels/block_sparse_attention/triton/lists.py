@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_lists import find_listed, number_entries
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
 
 
@@ -46,7 +47,7 @@ def make_query_lists(
     if all_masked or not causal:
         leading = jnp.zeros_like(counts) if all_masked else counts
         return Lists(counts=counts, leading=leading, indices=indices)
-    own = jnp.arange(indices.shape[-2])[:, None]
+    own = number_entries(indices, axis=-2)
     # Lists ascend: what lies below the diagonal comes first.
     clear = (indices + 1) * block_kv <= own * block_q + 1
     return Lists(counts=counts, leading=_count(counts, indices, clear), indices=indices)
@@ -68,7 +69,7 @@ def make_key_lists(
     if all_masked or not causal:
         leading = counts if all_masked else jnp.zeros_like(counts)
         return Lists(counts=counts, leading=leading, indices=indices)
-    own = jnp.arange(indices.shape[-2])[:, None]
+    own = number_entries(indices, axis=-2)
     crossed = (own + 1) * block_kv > indices * block_q + 1
     return Lists(counts=counts, leading=_count(counts, indices, crossed), indices=indices)
 
@@ -96,5 +97,5 @@ def make_order(counts: jax.Array, *, heads: int) -> jax.Array:
 
 
 def _count(counts, indices, condition):
-    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
+    listed = find_listed(counts, indices.shape[-1])
     return (listed & condition).sum(axis=-1, dtype=jnp.int32)

@@ -45,10 +45,9 @@ def attend(
             p = jnp.exp(visit.s_XRQC - new_top[..., None])
             pv = matmul("xrqc,xrch->xrqh", p.astype(arrays.v.dtype), visit.v_XRCH)
             if count_kept:
-                listed = visit.listed_RC
-                seen = listed[None, :, None, :]
+                seen = visit.listed_RC[None, :, None, :]
                 if visit.reach is not None:
-                    seen = visit.reach & listed[:, None, :]
+                    seen = visit.reach & seen
                 kept = kept + seen.sum(axis=-1, dtype=jnp.int32)
             return new_top, total * shrink + p.sum(axis=-1), acc * shrink[..., None] + pv, kept
 

@@ -90,11 +90,12 @@ class Operands(NamedTuple):
             group = self.q_XYQH.shape[2] // block_q
             offsets = jnp.tile(jnp.arange(block_q), group)
             lists = q_blocks_RW.shape[0]
-            q_at = ((q_blocks_RW % num_q)[..., None] * block_q + offsets).reshape(lists, -1)
+            q_at = (q_blocks_RW % num_q)[..., None] * block_q + offsets[None, None]
             block_kv = self.facts.block_kv
             offsets = jnp.arange(block_kv)
-            kv_at = ((kv_blocks_RW % num_kv)[..., None] * block_kv + offsets).reshape(lists, -1)
-            reach = (q_at[:, :, None] >= kv_at[:, None, :])[None]
+            kv_at = (kv_blocks_RW % num_kv)[..., None] * block_kv + offsets[None, None]
+            q_at, kv_at = q_at.reshape(lists, -1, 1), kv_at.reshape(lists, 1, -1)
+            reach = (q_at >= kv_at)[None]
         if self.q_segments_XYQ is not None and self.kv_segments_XYC is not None:
             q_segments = gather_blocks(self.q_segments_XYQ, q_blocks_RW)
             kv_segments = gather_blocks(self.kv_segments_XYC, kv_blocks_RW)
@@ -115,7 +116,7 @@ class Operands(NamedTuple):
         Returns:
           bool[1 or X, R, Q or 1, C or 1].
         """
-        attended = listed[None] if reach is None else reach & listed
+        attended = listed[None] if reach is None else reach & listed[None]
         if self.kv_mask_XYC is not None:
             attended &= gather_blocks(self.kv_mask_XYC, kv_blocks_RW)[..., None, :]
         return attended

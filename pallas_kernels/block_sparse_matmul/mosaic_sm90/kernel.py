@@ -20,6 +20,7 @@ from jax import lax
 from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.dispatch import is_interpreted
+from pallas_kernels.mosaic_call import call_mosaic
 
 NUM_COMPUTE = 2
 TILE = 64
@@ -309,15 +310,16 @@ def multiply_lists(
         scratch["other_full"] = plgpu.Barrier(num_barriers=1)
         scratch["other_free"] = plgpu.Barrier(num_barriers=1)
     kernel.__name__ = f"block_sparse_matmul_{plan.name}"
-    return plgpu.kernel(
+    return call_mosaic(
         kernel,
+        *inputs,
         out_type=jax.ShapeDtypeStruct(out_shape, lhs.dtype),
         scratch_types=list(scratch.values()),
         grid=(min(num_programs, num_tiles),),
         grid_names=("program",),
         num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
-    )(*inputs)
+    )
 
 
 def fence_products() -> None:

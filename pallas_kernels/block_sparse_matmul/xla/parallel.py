@@ -36,7 +36,7 @@ def multiply(
       f32[M, N].
     """
     y_MN = _sum_over_lists(x_MK, w_KN, mask_IJ)
-    return y_MN if bias_N is None else y_MN + bias_N.astype(jnp.float32)
+    return y_MN if bias_N is None else y_MN + bias_N.astype(jnp.float32)[None]
 
 
 def multiply_transposed(dy_MN: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax.Array:

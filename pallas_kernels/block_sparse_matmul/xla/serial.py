@@ -34,7 +34,7 @@ def multiply(
     """
     start_MN = jnp.zeros((x_MK.shape[0], w_KN.shape[1]), jnp.float32)
     if bias_N is not None:
-        start_MN += bias_N.astype(jnp.float32)
+        start_MN += bias_N.astype(jnp.float32)[None]
     return _add_products(start_MN, x_MK, w_KN, mask_IJ, transposed=False)
 
 
@@ -64,14 +64,14 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
     Returns:
       f32[K, N], 0 elsewhere.
     """
-    (M, K), N = x_MK.shape, dy_MN.shape[1]
+    K, N = x_MK.shape[1], dy_MN.shape[1]
     rows, columns = find_sides(mask_IJ, (K, N))
     count, i_P, j_P = _list_kept(mask_IJ, by_column=True)
 
     def set_block(p, dw_KN):
         k, n = i_P[p] * rows, j_P[p] * columns
-        x = jax.lax.dynamic_slice(x_MK, (0, k), (M, rows))
-        dy = jax.lax.dynamic_slice(dy_MN, (0, n), (M, columns))
+        x = jax.lax.dynamic_slice_in_dim(x_MK, k, rows, axis=1)
+        dy = jax.lax.dynamic_slice_in_dim(dy_MN, n, columns, axis=1)
         return jax.lax.dynamic_update_slice(dw_KN, _dot(x.T, dy), (k, n))
 
     return jax.lax.fori_loop(0, count, set_block, jnp.zeros((K, N), jnp.float32))
@@ -79,18 +79,18 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
 
 def _add_products(start, x, w_KN, mask_IJ, *, transposed: bool) -> jax.Array:
     """Add x w, or x w^T, to what is there, one kept block after another."""
-    M, (rows, columns) = x.shape[0], find_sides(mask_IJ, w_KN.shape)
+    rows, columns = find_sides(mask_IJ, w_KN.shape)
     inner, outer = (columns, rows) if transposed else (rows, columns)
     count, i_P, j_P = _list_kept(mask_IJ, by_column=not transposed)
 
     def add_block(p, total):
         k, n = i_P[p] * rows, j_P[p] * columns
-        read, write = ((0, n), (0, k)) if transposed else ((0, k), (0, n))
-        part = jax.lax.dynamic_slice(x, read, (M, inner))
+        read, write = (n, k) if transposed else (k, n)
+        part = jax.lax.dynamic_slice_in_dim(x, read, inner, axis=1)
         w = jax.lax.dynamic_slice(w_KN, (k, n), (rows, columns))
-        old = jax.lax.dynamic_slice(total, write, (M, outer))
+        old = jax.lax.dynamic_slice_in_dim(total, write, outer, axis=1)
         new = old + _dot(part, w.T if transposed else w)
-        return jax.lax.dynamic_update_slice(total, new, write)
+        return jax.lax.dynamic_update_slice_in_dim(total, new, write, axis=1)
 
     return jax.lax.fori_loop(0, count, add_block, start)
 

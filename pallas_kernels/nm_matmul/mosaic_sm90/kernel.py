@@ -25,6 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mosaic_call import call_mosaic
 from pallas_kernels.nm_matmul.activations import gelu_with_slope, silu_with_slope
 from pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp import (
     finish_multiply_add,
@@ -358,8 +359,9 @@ def multiply_sparse(
     if problem.keeps_inputs:
         out_type.append(jax.ShapeDtypeStruct((problem.columns, problem.rows), dtype))
     kernel.__name__ = "nm_matmul"
-    return plgpu.kernel(
+    return call_mosaic(
         kernel,
+        *operands,
         out_type=out_type,
         scratch_types=list(scratch.values()),
         grid=(min(num_programs, num_tiles),),
@@ -367,7 +369,7 @@ def multiply_sparse(
         num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands)
+    )
 
 
 def _store_columns(tiles: Tiles) -> int:

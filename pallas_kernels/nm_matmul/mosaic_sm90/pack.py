@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import check_hopper, is_interpreted
+from pallas_kernels.mosaic_call import call_mosaic
 from pallas_kernels.nm_matmul.call import PackArrays, PackFacts
 from pallas_kernels.nm_matmul.mosaic_sm90.thread_words import (
     NUM_THREADS,
@@ -242,13 +243,15 @@ def _launch(
         scratch["n"] = plgpu.SMEM((TILE, _ACROSS), jnp.uint32)
         out_type += _describe(num_rows, num_columns, w.dtype)
     body.__name__ = "pack_nm"
-    outs = plgpu.kernel(
+    outs = call_mosaic(
         body,
+        w,
+        guide,
         out_type=out_type,
         scratch_types=list(scratch.values()),
         grid=(num_rows // TILE, num_columns // TILE),
         grid_names=("k", "n"),
-    )(w, guide)
+    )
     return [
         Compressed(values, metadata.reshape(-1, 2 * values.shape[1] // TILE, NUM_THREADS))
         for values, metadata in zip(outs[::2], outs[1::2], strict=True)

@@ -10,8 +10,9 @@ These files import no package of data when they are imported, so that settings a
 described where none is installed.
 """
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -68,6 +69,22 @@ def check_spelling(source: str) -> None:
     if row is None or not (rest if row.any_rest else source in row.spellings):
         known = ", ".join(spelling for row in SOURCES.values() for spelling in row.spellings)
         raise ValueError(f"source={source!r}: expected one of {known}")
+
+
+@contextlib.contextmanager
+def refuse_unreadable(source: str) -> Iterator[None]:
+    """Say of which source a file could not be read.
+
+    Args:
+      source: As in `DataConfig`.
+
+    Raises:
+      ValueError: The system refuses to read something, as a name that is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"source={source!r} cannot be read: {error.strerror or error}") from error
 
 
 def load_source(kind: str) -> SourceModule:

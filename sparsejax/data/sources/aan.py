@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparsejax.data.cache import hash_json
 from sparsejax.data.config import DataConfig
+from sparsejax.data.lines import read_lines
 from sparsejax.data.source import Contents, Example, Options, Source, Split
 
 OPTIONS = Options({"tokenizer", "train_split", "validation_split", "truncate"})
@@ -46,12 +47,11 @@ def open_aan(config: DataConfig) -> Source:
     files = {split: folder / f"new_aan_pairs.{name}.tsv" for split, name in names.items()}
     for file in files.values():
         if not file.is_file():
-            raise ValueError(f"source='aan:{folder}': {file.name} is missing")
+            raise ValueError(f"source={config.source!r}: {file.name} is missing")
 
     def read(split: Split) -> Iterator[Example]:
-        with open(files[split], "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield _parse_line(line, files[split], number)
+        for number, line in enumerate(read_lines(files[split]), 1):
+            yield _parse_line(line, files[split], number)
 
     stats = [(file.name, file.stat()) for file in files.values()]
     return Source(
@@ -64,7 +64,7 @@ def open_aan(config: DataConfig) -> Source:
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> Example:
-    fields = line.rstrip(b"\r\n").split(b"\t")
+    fields = line.split(b"\t")
     if len(fields) != _NUM_FIELDS:
         raise ValueError(
             f"{path}, line {number} has {len(fields)} fields; expected {_NUM_FIELDS}: label, id1, "
@@ -75,5 +75,5 @@ def _parse_line(line: bytes, path: Path, number: int) -> Example:
     except ValueError:
         label = -1.0
     if label not in (0.0, 1.0):
-        raise ValueError(f"{path}, line {number} has the label {fields[0]!r}; expected 0 or 1")
+        raise ValueError(f"{path}, line {number} has the label {fields[0][:40]!r}; expected 0 or 1")
     return Example((fields[3], fields[4]), int(label))

@@ -1,11 +1,14 @@
 """Images in the IDX format of MNIST as sequences of pixels, row by row, or of patches."""
 
+import contextlib
 import gzip
+import itertools
 import math
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -20,6 +23,9 @@ OPTIONS = Options(
 )
 
 _UNSIGNED_BYTE = 0x08
+_BLOCK_BYTES = 1 << 20
+# An item is one image, or one label.
+_MOST_ITEMS, _MOST_VALUES = 2**31 - 1, 1 << 26
 
 
 def describe_idx(config: DataConfig) -> Contents:
@@ -35,7 +41,7 @@ def describe_idx(config: DataConfig) -> Contents:
       ValueError: A file is missing, ambiguous or damaged, or the images do not fit the patches.
     """
     files = _find_files(config)
-    return _describe(_read_labels(files), _find_grid(config, files))
+    return _describe(files, _find_grid(config, files))
 
 
 def open_idx(config: DataConfig) -> Source:
@@ -52,16 +58,16 @@ def open_idx(config: DataConfig) -> Source:
         patches.
     """
     files = _find_files(config)
-    labels, grid = _read_labels(files), _find_grid(config, files)
+    grid = _find_grid(config, files)
 
     def read(split: Split) -> Iterator[Example]:
-        images = read_idx(files[split][0], 3)
-        if len(images) != len(labels[split]):
+        images, labels = files[split]
+        count, expected = read_idx_shape(images, 3)[0], read_idx_shape(labels, 1)[0]
+        if count != expected:
             raise ValueError(
-                f"{files[split][0]} has {len(images)} images; expected "
-                f"{len(labels[split])}, one for each label in {files[split][1]}"
+                f"{images} has {count} images; expected {expected}, one for each label in {labels}"
             )
-        for image, label in zip(images, labels[split], strict=True):
+        for image, label in zip(_read_items(images, 3), _read_items(labels, 1), strict=True):
             if grid is None:
                 yield Example((image.reshape(-1),), int(label))
             else:
@@ -70,7 +76,7 @@ def open_idx(config: DataConfig) -> Source:
 
     stats = [(file.name, file.stat()) for pair in files.values() for file in pair]
     return Source(
-        contents=_describe(labels, grid),
+        contents=_describe(files, grid),
         identity={
             "idx": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]),
             **identify_patches(config),
@@ -80,71 +86,101 @@ def open_idx(config: DataConfig) -> Source:
     )
 
 
-def read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """Read one IDX file of unsigned bytes, compressed with gzip or plain.
+def read_idx(path: Path, num_axes: int) -> Iterator[np.ndarray]:
+    """Read one IDX file of unsigned bytes, compressed with gzip or plain, block by block.
+
+    No more is read or unpacked than its header announces.
+
+    Args:
+      path: The file.
+      num_axes: Number of axes it must have.
+
+    Yields:
+      uint8[n, ...], consecutive items along the first axis, about a megabyte.
+
+    Raises:
+      ValueError: The file cannot be read, is damaged, or is not such a file.
+    """
+    with _open(path) as file:
+        count, *item_shape = shape = _parse_shape(path, file, num_axes)
+        size = math.prod(shape)
+        item_size = math.prod(item_shape)
+        block = max(1, _BLOCK_BYTES // item_size)
+        for start in range(0, count, block):
+            num_items = min(block, count - start)
+            contents = file.read(num_items * item_size)
+            if len(contents) < num_items * item_size:
+                raise ValueError(
+                    f"{path} holds {start * item_size + len(contents)} values; expected {size} "
+                    f"for shape {shape}"
+                )
+            yield np.frombuffer(contents, np.uint8).reshape(num_items, *item_shape)
+        if file.read(1):
+            raise ValueError(f"{path} holds more than {size} values; expected so many for {shape}")
+
+
+def read_idx_shape(path: Path, num_axes: int) -> tuple[int, ...]:
+    """Read the shape that the header of an IDX file announces.
 
     Args:
       path: The file.
       num_axes: Number of axes it must have.
 
     Returns:
-      uint8 array.
+      Sizes of the axes, each at least 1.
 
     Raises:
-      ValueError: The file cannot be read, is damaged, or is not such a file.
+      ValueError: The file cannot be read, or has no such header.
     """
-    contents = _read_bytes(path)
-    shape = _parse_shape(path, contents, num_axes)
-    values = np.frombuffer(contents, np.uint8, offset=_count_header_bytes(num_axes))
-    if values.size != math.prod(shape) or values.size == 0:
-        raise ValueError(
-            f"{path} holds {values.size} values; expected {math.prod(shape)} (at least one) for "
-            f"shape {shape}"
-        )
-    return values.reshape(shape)
+    with _open(path) as file:
+        return _parse_shape(path, file, num_axes)
 
 
-def _read_bytes(path: Path, count: int = -1) -> bytes:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return file.read(count)
+            yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}; expected an IDX file") from error
 
 
-def _count_header_bytes(num_axes: int) -> int:
-    return 4 * (1 + num_axes)
-
-
-def _parse_shape(path: Path, contents: bytes, num_axes: int) -> tuple[int, ...]:
-    magic, header_bytes = bytes((0, 0, _UNSIGNED_BYTE, num_axes)), _count_header_bytes(num_axes)
-    if contents[:4] != magic or len(contents) < header_bytes:
+def _parse_shape(path: Path, file: BinaryIO, num_axes: int) -> tuple[int, ...]:
+    magic, header_bytes = bytes((0, 0, _UNSIGNED_BYTE, num_axes)), 4 * (1 + num_axes)
+    header = file.read(header_bytes)
+    if header[:4] != magic or len(header) < header_bytes:
         raise ValueError(
-            f"{path} begins with {contents[:4].hex()!r}; expected the IDX header "
+            f"{path} begins with {header[:4].hex()!r}; expected the IDX header "
             f"{magic.hex()!r} (unsigned bytes, {num_axes} axes)"
         )
-    return struct.unpack(f">{num_axes}I", contents[4:header_bytes])
+    shape = struct.unpack(f">{num_axes}I", header[4:])
+    if 0 in shape or shape[0] > _MOST_ITEMS or math.prod(shape[1:]) > _MOST_VALUES:
+        raise ValueError(
+            f"{path} announces the shape {shape}; expected 1 to {_MOST_ITEMS:,} items of 1 to "
+            f"{_MOST_VALUES:,} values each"
+        )
+    return shape
 
 
-def _describe(labels: dict[Split, np.ndarray], grid: PatchGrid | None) -> Contents:
+def _read_items(path: Path, num_axes: int) -> Iterator[np.ndarray]:
+    return itertools.chain.from_iterable(read_idx(path, num_axes))
+
+
+def _describe(files: dict[Split, tuple[Path, Path]], grid: PatchGrid | None) -> Contents:
+    highest = max(int(block.max()) for _, labels in files.values() for block in read_idx(labels, 1))
     return Contents(
         "classification",
         num_values=256,
-        num_classes=1 + max(int(values.max()) for values in labels.values()),
+        num_classes=1 + highest,
         patch_values=grid.patch_values if grid else 0,
     )
-
-
-def _read_labels(files: dict[Split, tuple[Path, Path]]) -> dict[Split, np.ndarray]:
-    return {split: read_idx(labels, 1) for split, (_, labels) in files.items()}
 
 
 def _find_grid(config: DataConfig, files: dict[Split, tuple[Path, Path]]) -> PatchGrid | None:
     """Return how the training images fall into patches, None without patches."""
     if not config.patch_size:
         return None
-    images, _ = files["train"]
-    _, height, width = _parse_shape(images, _read_bytes(images, _count_header_bytes(3)), 3)
+    _, height, width = read_idx_shape(files["train"][0], 3)
     return find_grid(config, (height, width, 1))
 
 
@@ -162,12 +198,15 @@ def _find_files(config: DataConfig) -> dict[Split, tuple[Path, Path]]:
 
 
 def _find_file(folder: Path, prefix: str) -> Path:
+    source = f"idx:{folder}"
     if not folder.is_dir():
-        raise ValueError(f"source='idx:{folder}': no such folder")
-    found = sorted(folder.glob(f"{prefix}*"))
+        raise ValueError(f"source={source!r}: no such folder")
+    found = sorted(file for file in folder.iterdir() if file.name.startswith(prefix))
     if len(found) != 1:
         raise ValueError(
-            f"source='idx:{folder}': found {[file.name for file in found]}; expected one file "
-            f"whose name begins with {prefix!r}"
+            f"source={source!r}: found {[file.name for file in found]}; expected one file whose "
+            f"name begins with {prefix!r}"
         )
+    if not found[0].is_file():
+        raise ValueError(f"source={source!r}: {found[0].name} must be a file")
     return found[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparsejax.data.cache import hash_json
 from sparsejax.data.config import DataConfig
+from sparsejax.data.lines import read_lines
 from sparsejax.data.source import Contents, Example, Options, Source, Split
 
 OPTIONS = Options({"tokenizer", "train_split", "validation_split", "truncate"})
@@ -48,21 +49,20 @@ def open_pairs(config: DataConfig) -> Source:
     files = {split: [folder / f"{name}.{side}" for side in _SIDES] for split, name in names.items()}
     for file in itertools.chain(*files.values()):
         if not file.is_file():
-            raise ValueError(f"source='pairs:{folder}': {file.name} is missing")
+            raise ValueError(f"source={config.source!r}: {file.name} is missing")
 
     def read(split: Split) -> Iterator[Example]:
-        with open(files[split][0], "rb") as source, open(files[split][1], "rb") as target:
-            for number, lines in enumerate(itertools.zip_longest(source, target), 1):
-                if None in lines:
-                    ended = files[split][lines.index(None)]
-                    raise ValueError(
-                        f"{ended} ends after line {number - 1} and its twin does not; expected a "
-                        "translation in every line"
-                    )
-                sentences = (
-                    _parse_line(*pair, number) for pair in zip(lines, files[split], strict=True)
+        twins = itertools.zip_longest(*map(read_lines, files[split]))
+        for number, lines in enumerate(twins, 1):
+            if None in lines:
+                ended = files[split][lines.index(None)]
+                raise ValueError(
+                    f"{ended} ends after line {number - 1} and its twin does not; expected a "
+                    "translation in every line"
                 )
-                yield Example(tuple(sentences))
+            for line, file in zip(lines, files[split], strict=True):
+                _check_line(line, file, number)
+            yield Example(lines)
 
     stats = [(file.name, file.stat()) for file in itertools.chain(*files.values())]
     return Source(
@@ -74,15 +74,13 @@ def open_pairs(config: DataConfig) -> Source:
     )
 
 
-def _parse_line(line: bytes, path: Path, number: int) -> bytes:
-    text = line.rstrip(b"\r\n")
+def _check_line(line: bytes, path: Path, number: int) -> None:
     try:
-        text.decode()
+        line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}, line {number} is not UTF-8 at byte {error.start}; expected one sentence per "
             "line in UTF-8"
         ) from error
-    if b"\0" in text:
+    if b"\0" in line:
         raise ValueError(f"{path}, line {number} holds the byte 0; expected text, which has none")
-    return text

@@ -44,5 +44,5 @@ def open_stdlib(config: DataConfig) -> Source:
         for path in sorted(root.rglob("*.py"))
         if not _NOT_STDLIB & set(path.relative_to(root).parts)
     ]
-    source = text.open_folder(config, root, files, utf8="skip")
+    source = text.open_folder(config, root, files, not_text="skip")
     return dataclasses.replace(source, fingerprint={"python": platform.python_version()})

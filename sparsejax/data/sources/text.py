@@ -1,9 +1,11 @@
 """Language-model corpora from a text file or a folder of them."""
 
+import codecs
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from sparsejax.data.cache import hash_json
 from sparsejax.data.config import DataConfig
@@ -11,9 +13,11 @@ from sparsejax.data.source import Contents, Example, Options, Source, Split
 
 OPTIONS = Options({"tokenizer", "validation_fraction", "mask_fraction"})
 
-type Utf8 = Literal["required", "skip", "any"]
+type NotText = Literal["refuse", "skip"]
 
-_PIECE_BYTES = 256 << 10
+# A document is read in pieces of whole lines, but a line longer than this is cut.
+_PIECE_BYTES, _LONGEST_LINE_BYTES = 256 << 10, 1 << 20
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
 def describe_text(config: DataConfig) -> Contents:
@@ -32,8 +36,8 @@ def open_text(config: DataConfig) -> Source:
     """Open a text file, or every file below a folder, as a corpus.
 
     A folder is split by the hash of each file's relative path; hidden files are left out. A single
-    file is split by position: its tail is held out, cut at the start of a line. For a BPE tokenizer
-    every file must be UTF-8.
+    file is split by position: its tail is held out, cut at the start of a line. Every file must be
+    text: UTF-8 without the byte 0. A byte-order mark at its beginning is dropped.
 
     Args:
       config: Settings with `source="text:/path"`.
@@ -42,30 +46,25 @@ def open_text(config: DataConfig) -> Source:
       The corpus.
 
     Raises:
-      ValueError: The path is missing, unreadable, empty, too small to split, or not UTF-8.
+      ValueError: The path is missing, unreadable, empty, too small to split, or not text; the
+        last is found when the file is read.
     """
     path = Path(config.rest)
-    utf8 = "any" if config.tokenizer == "bytes" else "required"
     if path.is_file():
-        return _open_file(config, path, utf8)
+        return _open_file(config, path)
     if not path.is_dir():
-        raise ValueError(f"source='text:{path}': no such file or folder")
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    ]
-    return open_folder(config, path, files, utf8=utf8)
+        raise ValueError(f"source={config.source!r}: no such file or folder")
+    return open_folder(config, path, _list_files(path), not_text="refuse")
 
 
-def open_folder(config: DataConfig, root: Path, files: list[Path], *, utf8: Utf8) -> Source:
+def open_folder(config: DataConfig, root: Path, files: list[Path], *, not_text: NotText) -> Source:
     """Open files of one folder as a corpus, split by the hash of their paths.
 
     Args:
       config: Settings of the corpus.
       root: The folder.
       files: Files below it, in the order of the corpus.
-      utf8: What becomes of a file that is not UTF-8.
+      not_text: What becomes of a file that is not UTF-8, or holds the byte 0.
 
     Returns:
       The corpus.
@@ -82,7 +81,7 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, utf8: Utf8
     for split, members in splits.items():
         if not any(file.stat().st_size for file in members):
             raise ValueError(
-                f"source='text:{root}': the {split} split has no text; {len(files)} files were "
+                f"source={config.source!r}: the {split} split has no text; {len(files)} files were "
                 f"found and validation_fraction={fraction} of them, chosen by the hash "
                 "of their names, are held out; expected text on both sides (a single file is "
                 "split by position instead)"
@@ -90,8 +89,8 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, utf8: Utf8
 
     def read(split: Split) -> Iterator[Example]:
         for file in splits[split]:
-            if utf8 != "skip" or _is_utf8(file):
-                yield from _read_span(file, 0, file.stat().st_size, utf8)
+            if not_text == "refuse" or _is_text(file):
+                yield from _read_span(file, 0, file.stat().st_size)
 
     return Source(
         contents=describe_text(config),
@@ -100,69 +99,95 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, utf8: Utf8
     )
 
 
-def _open_file(config: DataConfig, path: Path, utf8: Utf8) -> Source:
+def _list_files(root: Path) -> list[Path]:
+    """Return the files below a folder that are not hidden, in order."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read {error.filename!r}: {error.strerror}") from error
+
+    files = [folder / name for folder, _, names in root.walk(on_error=refuse) for name in names]
+    return [
+        file
+        for file in sorted(files)
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+    ]
+
+
+def _open_file(config: DataConfig, path: Path) -> Source:
     size, fraction = path.stat().st_size, config.validation_fraction
     cut = _find_cut(path, int(size * (1 - fraction)))
     if not 0 < cut < size:
         raise ValueError(
-            f"source='text:{path}': the file has {size} bytes; expected enough text to hold out "
-            f"validation_fraction={fraction} of it"
+            f"source={config.source!r}: the file has {size} bytes; expected enough text to hold "
+            f"out validation_fraction={fraction} of it"
         )
     spans = {"train": (0, cut), "validation": (cut, size)}
     return Source(
         contents=describe_text(config),
         identity={"files": _describe_files([(path, path.name)]), "cut": cut},
-        read=lambda split: _read_span(path, *spans[split], utf8),
+        read=lambda split: _read_span(path, *spans[split]),
     )
 
 
 def _find_cut(path: Path, position: int) -> int:
-    """Return the first start of a line, or of a character if no line follows, from a position."""
+    """Return the first start of a line, or of a character if none is near, from a position."""
     with _open_bytes(path) as file:
         file.seek(position)
-        if file.readline().endswith(b"\n") and file.read(1):
+        if file.readline(_LONGEST_LINE_BYTES).endswith(b"\n") and file.read(1):
             return file.tell() - 1
         file.seek(position)
-        continuation = 0
-        while (byte := file.read(1)) and 0x80 <= byte[0] < 0xC0:
-            continuation += 1
-    return position + continuation
+        following = file.read(3)
+    return position + len(following) - len(following.lstrip(_CONTINUATION_BYTES))
 
 
-def _read_span(path: Path, start: int, stop: int, utf8: Utf8) -> Iterator[Example]:
+def _read_span(path: Path, start: int, stop: int) -> Iterator[Example]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with _open_bytes(path) as file:
         file.seek(start)
+        if start == 0 and file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while (left := stop - file.tell()) > 0:
             piece = file.read(min(left, _PIECE_BYTES))
-            piece += file.readline(stop - file.tell()) if file.tell() < stop else b""
-            if utf8 == "required":
-                _check_utf8(piece, path, file.tell() - len(piece))
-            yield Example((piece,), complete=file.tell() >= stop)
+            if not piece:
+                raise ValueError(f"{str(path)!r} has shrunk; expected {stop} bytes, as at first")
+            piece += file.readline(min(stop - file.tell(), _LONGEST_LINE_BYTES))
+            complete = file.tell() >= stop
+            text = _decode(decoder, piece, path, file.tell(), final=complete)
+            yield Example((text.encode(),), complete=complete)
 
 
-def _open_bytes(path: Path):
+def _decode(
+    decoder: codecs.IncrementalDecoder, piece: bytes, path: Path, stop: int, *, final: bool
+) -> str:
+    """Return the text of a piece that ends at a position; a character may end in the next one."""
+    if (zero := piece.find(0)) >= 0:
+        raise _refuse(path, "byte 0", stop - len(piece) + zero)
+    try:
+        return decoder.decode(piece, final)
+    except UnicodeDecodeError as error:
+        # What is decoded begins with what the last piece has left.
+        raise _refuse(path, "no character", stop - len(error.object) + error.start) from error
+
+
+def _refuse(path: Path, found: str, position: int) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} is not text: {found} at position {position}; expected UTF-8 without the "
+        "byte 0 (iconv makes it of UTF-16 and other encodings)"
+    )
+
+
+def _open_bytes(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def _check_utf8(piece: bytes, path: Path, start: int) -> None:
+def _is_text(path: Path) -> bool:
     try:
-        piece.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text at byte {start + error.start}; expected UTF-8 for a BPE "
-            "tokenizer (tokenizer='bytes' takes anything)"
-        ) from error
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_bytes().decode()
+        return "\0" not in path.read_bytes().decode()
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def _describe_files(names: Iterable[tuple[Path, str]]) -> str:
@@ -172,4 +197,4 @@ def _describe_files(names: Iterable[tuple[Path, str]]) -> str:
 
 def _hash_fraction(name: str) -> float:
     """Return a number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64

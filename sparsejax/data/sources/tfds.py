@@ -1,12 +1,6 @@
 """TFDS data sets, read without TensorFlow from ArrayRecord files prepared beforehand."""
 
-import contextlib
-import dataclasses
 import functools
-import importlib
-import shlex
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +16,7 @@ from sparsejax.data.patches import (
     scale_middle,
 )
 from sparsejax.data.source import Contents, Example, Options, Source, Split
+from sparsejax.data.tfds_builders import find_builder, make_builder
 
 OPTIONS = Options(
     {
@@ -32,17 +27,6 @@ OPTIONS = Options(
 )
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
-_CONNECT_SECONDS = 10
-# What else decides which files are written; each is a flag of the prepare command.
-_PREPARED_OPTIONS = (
-    "tokenizer",
-    "train_split",
-    "validation_split",
-    "input_key",
-    "label_key",
-    "patch_size",
-    "image_size",
-)
 
 
 class _Fields(NamedTuple):
@@ -67,7 +51,7 @@ def describe_tfds(config: DataConfig) -> Contents:
       ValueError: TFDS does not know the set, or it lacks the feature asked for, or has no images
         that fit the patches.
     """
-    fields, grid = _understand(config, _make_builder(config).info)
+    fields, grid = _understand(config, make_builder(config).info)
     return _describe(fields, grid)
 
 
@@ -86,7 +70,7 @@ def open_tfds(config: DataConfig) -> Source:
       ValueError: The set is neither prepared nor to be downloaded, is damaged, lacks the split or
         feature asked for, or has no images that fit the patches.
     """
-    builder = _find_builder(config)
+    builder = find_builder(config)
     info = builder.info
     fields, grid = _understand(config, info)
     names = {
@@ -198,87 +182,6 @@ def read_examples(
             f"{builder.data_path} is damaged in split {split!r} ({error}); delete the folder and "
             "prepare the set again"
         ) from error
-
-
-def _make_builder(config: DataConfig, **options: str) -> Any:
-    # Imported on demand: it takes a second.
-    import tensorflow_datasets as tfds
-
-    # TFDS gives up the import of its own sets at the first package that is missing, h5py for one,
-    # and those of text come after it.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("tensorflow_datasets.text")
-    try:
-        return tfds.builder(config.rest, data_dir=config.data_path, try_gcs=False, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"source={config.source!r}: no such set is prepared in data_dir="
-            f"{str(config.data_path)!r}, and TFDS cannot prepare it here "
-            f"({str(error).splitlines()[0]}); expected a name that TFDS knows without TensorFlow, "
-            "or a set prepared elsewhere with file_format='array_record' and copied into data_dir; "
-            f"prepare it where TFDS can by: {make_prepare_command(config)}"
-        ) from error
-
-
-def _find_builder(config: DataConfig) -> Any:
-    builder = _make_builder(config)
-    if builder.is_prepared():
-        return builder
-    if not config.download:
-        raise ValueError(
-            f"source={config.source!r}: the set is not prepared in data_dir="
-            f"{str(config.data_path)!r}; prepare it once, with network access, by: "
-            f"{make_prepare_command(config)}"
-        )
-    _check_reachable(config, builder)
-    builder = _make_builder(config, file_format="array_record")
-    try:
-        builder.download_and_prepare()
-    except ImportError as error:
-        raise ValueError(
-            f"source={config.source!r}: preparing the set here fails ({error}); expected the "
-            "packages its code needs, often only `pip install tensorflow-cpu`: reading the set "
-            f"afterwards needs none of them. Then run: {make_prepare_command(config)}"
-        ) from error
-    return builder
-
-
-def make_prepare_command(config: DataConfig) -> str:
-    """Return the shell command that prepares a data set.
-
-    Args:
-      config: Its settings.
-
-    Returns:
-      One line for a shell.
-
-    Example:
-      >>> make_prepare_command(DataConfig(source="tfds:lm1b", data_dir="data"))
-      'python -m sparsejax.data.prepare --source=tfds:lm1b --data_dir=data'
-    """
-    flags = [f"--source={config.source}", f"--data_dir={config.data_path}"]
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in _PREPARED_OPTIONS:
-        if getattr(config, name) != defaults[name]:
-            flags.append(f"--{name}={getattr(config, name)}")
-    return shlex.join(["python", "-m", "sparsejax.data.prepare", *flags])
-
-
-def _check_reachable(config: DataConfig, builder: Any) -> None:
-    """Fail within seconds where TFDS's own retries would take minutes."""
-    for url in list(builder.url_infos or {})[:1]:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
-        except urllib.error.HTTPError as error:
-            # An answer, even a refusal of HEAD: the network is there, the download may work.
-            error.close()
-        except OSError as error:
-            raise ValueError(
-                f"source={config.source!r}: the set is not prepared in data_dir="
-                f"{str(config.data_path)!r} and cannot be downloaded ({error}); prepare it on a "
-                f"machine with network access by: {make_prepare_command(config)}"
-            ) from error
 
 
 def _choose_fields(

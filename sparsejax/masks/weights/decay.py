@@ -11,9 +11,9 @@ def masked_decay(w: PyTree, mask: PyTree, rate: jax.typing.ArrayLike) -> PyTree:
 
     d = rate (1 - mask) w
 
-    FST adds it after clipping and before the optimizer. Adam divides it like the gradient, so its
-    strength follows the size of the gradient; the decay of SR-STE acts on the weights, and its
-    strength does not. d is exactly zero where the mask keeps, whatever w holds there.
+    FST adds it after clipping and before the optimizer, SR-STE in the backward pass
+    (`decay_in_backward`). Adam divides it like the gradient, so its strength follows the size of
+    the gradient. d is exactly zero where the mask keeps, whatever w holds there.
 
     Args:
       w: floating[...], or a pytree of them.
@@ -37,6 +37,43 @@ def masked_decay(w: PyTree, mask: PyTree, rate: jax.typing.ArrayLike) -> PyTree:
     return jax.tree.map(
         lambda mask, w: _decay(w, mask, rate), mask, w, is_leaf=lambda leaf: leaf is None
     )
+
+
+@jax.custom_vjp
+def decay_in_backward(w: jax.Array, mask: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
+    """Return w, whose gradient gets the decay of pruned weights.
+
+    f(w) = w,  dw = df + rate (1 - mask) w
+
+    Args:
+      w: floating[...].
+      mask: bool[...], True = kept, shape of w.
+      rate: f32[], lambda_W, per step; a traced value does not recompile.
+
+    Returns:
+      w.
+
+    References:
+      SR-STE: Zhou et al., arXiv:2102.04010, as in the released code, which does not clip.
+
+    Example:
+      >>> mask = jnp.array([True, False])
+      >>> jax.grad(lambda w: decay_in_backward(w, mask, 0.5).sum())(jnp.array([2.0, -3]))
+      Array([ 1. , -0.5], dtype=float32)
+    """
+    del mask, rate
+    return w
+
+
+def _decay_fwd(w, mask, rate):
+    return w, masked_decay(w, mask, rate)
+
+
+def _decay_bwd(decay, d_out):
+    return d_out + decay, None, None
+
+
+decay_in_backward.defvjp(_decay_fwd, _decay_bwd)
 
 
 def _decay(w, mask, rate):

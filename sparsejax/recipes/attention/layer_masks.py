@@ -122,12 +122,12 @@ def check_attention_sizes(check: Check, settings: Any) -> None:
 
     Args:
       check: that of the recipe.
-      settings: object with num_layers, length, block_size and probe_every_steps.
+      settings: object with num_layers, length and block_size.
 
     Raises:
       ValueError: with the setting's name.
     """
-    for name in ("num_layers", "length", "block_size", "probe_every_steps"):
+    for name in ("num_layers", "length", "block_size"):
         check(getattr(settings, name) > 0, name, "positive")
     fits = settings.length % settings.block_size == 0
     check(fits, "block_size", f"a divisor of the sequence length {settings.length}")

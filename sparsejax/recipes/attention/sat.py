@@ -36,6 +36,7 @@ from sparsejax.recipes.attention.layer_masks import (
     set_attention_masks,
 )
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity, keep_where
+from sparsejax.shares import count_share
 
 _LOSS_SCALE = 0.01
 
@@ -53,18 +54,22 @@ class SatConfig:
       map_decay: weight of the past in a running average of the map over probes, in [0, 1). Ours; 0
         as published.
       pattern_dim: P; None = the width of a head, as in the released code.
+      pattern_init_scale: W is drawn uniformly from [0, this); 1 as published. Less is ours: at the
+        published switch most kept blocks are those of the untrained W.
+      pattern_rate_scale: multiplies the learning rate of W; 1 as published.
       continue_schedule: keep optimizer state and schedule after the switch; momentum may then move
         W, which nothing reads any more. False as the released code: W is frozen, and a fresh
         optimizer trains at a constant half of the peak rate.
       pruned_logits: how pruned blocks count in the softmax, "zero" as published, or "masked".
-      latest_switch_step: switch after this many steps even if the condition does not hold. Ours;
-        None as published.
+      latest_switch_fraction: switch after this share of the run even if the condition does not
+        hold. Ours; None as published.
       block_size: side of a block, positions.
       causal: fit and keep blocks on and below the diagonal only. Our extension: the published
         models are encoders.
       num_layers: layers of the model.
       length: positions T.
       head_dim: width of a head.
+      num_steps: steps of the run.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -76,18 +81,22 @@ class SatConfig:
     probe_every_steps: int = 1
     map_decay: float = 0.0
     pattern_dim: int | None = None
+    pattern_init_scale: float = 1.0
+    pattern_rate_scale: float = 1.0
     continue_schedule: bool = False
     pruned_logits: Literal["masked", "zero"] = "zero"
-    latest_switch_step: int | None = None
+    latest_switch_fraction: float | None = None
     block_size: int
     causal: bool = False
     num_layers: int
     length: int
     head_dim: int
+    num_steps: int
 
     def __post_init__(self):
         check = make_check("recipe.sat", self)
         check_attention_sizes(check, self)
+        check(self.probe_every_steps > 0, "probe_every_steps", "positive")
         check(self.head_dim > 0, "head_dim", "positive")
         try:
             count_kept_blocks(self.num_blocks, density=self.density, causal=self.causal)
@@ -96,12 +105,20 @@ class SatConfig:
         check(self.max_change_percent > 0, "max_change_percent", "positive")
         check(0 <= self.map_decay < 1, "map_decay", "in [0, 1)")
         check(self.pattern_dim is None or self.pattern_dim > 0, "pattern_dim", "positive or None")
+        check(self.pattern_init_scale > 0, "pattern_init_scale", "positive")
+        check(self.pattern_rate_scale > 0, "pattern_rate_scale", "positive")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
         check(
-            self.latest_switch_step is None or self.latest_switch_step > 0,
-            "latest_switch_step",
-            "positive or None",
+            self.latest_switch_fraction is None or 0 < self.latest_switch_fraction < 1,
+            "latest_switch_fraction",
+            "in (0, 1) or None",
         )
+
+    @property
+    def latest_switch_step(self) -> int | None:
+        """The last step of the dense phase, if there is one."""
+        fraction = self.latest_switch_fraction
+        return None if fraction is None else count_share(fraction, self.num_steps)
 
     @property
     def num_blocks(self) -> int:
@@ -114,7 +131,8 @@ def make_sat(config: SatConfig) -> Recipe:
 
     Its own parameters are "pattern", f32[L, I, P], drawn uniformly from [0, 1). The metrics of a
     probe are f32[L]: "skewness", "distance" from the second probe on, "change_percent" from the
-    third on.
+    third on. The sparse phase begins with one: "untrained_share", f32[L], how many of the kept
+    blocks the W that it began with keeps as well.
 
     References:
       Yoon, Lee, Kim, Moon, Exploring Attention Sparsity to Accelerate Transformer Training on
@@ -130,18 +148,23 @@ def make_sat(config: SatConfig) -> Recipe:
     def pool(maps_LTT):
         return pool_attention(maps_LTT, block_size=config.block_size, filter_size=None)
 
+    def choose_blocks(pattern):
+        return sat_pattern(pattern, density=config.density, causal=config.causal)
+
     def init(masks, params, key):
         del params
         shape = (L, I, config.pattern_dim or config.head_dim)
+        pattern = config.pattern_init_scale * jax.random.uniform(key, shape)
         statistics = {
             "num_checks": jnp.int32(0),
             "map_before": jnp.zeros((L, T, T), jnp.float32),
             "distance": jnp.zeros((L,), jnp.float32),
             "pooled": jnp.zeros((L, I, I), jnp.float32),
+            "untrained": choose_blocks(pattern),
         }
         return Sparsity(
             masks=masks,
-            params={"pattern": jax.random.uniform(key, shape)},
+            params={"pattern": pattern},
             statistics=statistics,
             phase_start_step=jnp.int32(0),
         )
@@ -176,6 +199,7 @@ def make_sat(config: SatConfig) -> Recipe:
             "map_before": maps,
             "distance": distance,
             "pooled": pool(maps),
+            "untrained": old["untrained"],
         }
         observation = Observation(
             change_phase=ripe.all(),
@@ -189,15 +213,29 @@ def make_sat(config: SatConfig) -> Recipe:
 
     def enter_phase(sparsity, phase, *, previous):
         del phase, previous
-        pattern = sat_pattern(
-            sparsity.params["pattern"], density=config.density, causal=config.causal
-        )
+        pattern = choose_blocks(sparsity.params["pattern"])
+        shared = (pattern & sparsity.statistics["untrained"]).sum((1, 2))
         return dataclasses.replace(
             sparsity,
             masks=set_attention_masks(sparsity.masks, pattern),
             # Only the switch needs the maps. The pooled ones stay for the picture.
-            statistics={"pooled": sparsity.statistics["pooled"]},
+            statistics={
+                "pooled": sparsity.statistics["pooled"],
+                "untrained_share": shared / pattern.sum((1, 2)),
+            },
         )
+
+    def transform_updates(updates, sparsity, phase):
+        del sparsity, phase
+        if config.pattern_rate_scale == 1:
+            return updates
+        scaled = jax.tree.map(lambda u: config.pattern_rate_scale * u, updates["recipe"])
+        return updates | {"recipe": scaled}
+
+    def phase_metrics(sparsity, phase):
+        if phase.name == "dense":
+            return {}
+        return {"untrained_share": sparsity.statistics["untrained_share"]}
 
     dense = Phase(
         "dense",
@@ -220,8 +258,10 @@ def make_sat(config: SatConfig) -> Recipe:
         phases=(dense, sparse),
         init=init,
         auxiliary_loss=auxiliary_loss,
+        transform_updates=transform_updates,
         observe=observe,
         enter_phase=enter_phase,
+        phase_metrics=phase_metrics,
         draw_phase=functools.partial(
             draw_attention_patterns,
             "sat",

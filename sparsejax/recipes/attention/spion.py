@@ -11,11 +11,12 @@ Legend: L layers, T positions, I = J blocks along one side.
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax.numpy as jnp
 
-from sparsejax.checks import make_check
+from sparsejax.checks import check_used, make_check
 from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
 from sparsejax.recipes.attention.layer_masks import (
     check_attention_sizes,
@@ -23,6 +24,7 @@ from sparsejax.recipes.attention.layer_masks import (
     set_attention_masks,
 )
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity, keep_where
+from sparsejax.shares import count_share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,19 +39,20 @@ class SpionConfig:
         the other variants.
       filter_size: length of the diagonal filter, positions, odd.
       block_size: side of a block, positions.
-      probe_every_steps: steps between two checks.
+      probe_interval_fraction: share of the run from one check to the next.
       max_change_percent: the switch needs every layer's change below this.
       keep_map_at_second_check: the second check does not replace the remembered map, as in the
         released code, so that the third spans two intervals. False replaces it every time.
       restart_learning_rate: start the schedule again, from its warm-up, after the switch. None as
         the released code: "cf" and "c" restart, "f" does not.
       pruned_logits: how pruned blocks count in the softmax, "zero" as published, or "masked".
-      latest_switch_step: switch after this many steps even if the maps still change; a multiple of
-        `probe_every_steps`. Ours; None as published.
+      latest_switch_fraction: switch after this share of the run, at the next check, even if the
+        maps still change. Ours; None as published.
       causal: keep blocks on and below the diagonal only. Our extension: the published models are
         encoders.
       num_layers: layers of the model.
       length: positions T.
+      num_steps: steps of the run.
 
     Raises:
       ValueError: if a setting is out of range or belongs to another variant.
@@ -60,20 +63,22 @@ class SpionConfig:
     density: float | None = None
     filter_size: int = 31
     block_size: int
-    probe_every_steps: int = 100
+    probe_interval_fraction: float = 0.1
     max_change_percent: int = 15
     keep_map_at_second_check: bool = True
     restart_learning_rate: bool | None = None
     pruned_logits: Literal["masked", "zero"] = "zero"
-    latest_switch_step: int | None = None
+    latest_switch_fraction: float | None = None
     causal: bool = False
     num_layers: int
     length: int
+    num_steps: int
 
     def __post_init__(self):
         check = make_check("recipe.spion", self)
         check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
         check_attention_sizes(check, self)
+        check(0 < self.probe_interval_fraction < 1, "probe_interval_fraction", "in (0, 1)")
         if self.variant == "c":
             num_blocks = self.length // self.block_size
             diagonal = 2 / (num_blocks + 1) if self.causal else 1 / num_blocks
@@ -84,18 +89,29 @@ class SpionConfig:
             check(self.density is None, "density", f"None for variant {self.variant!r}")
             in_range = self.quantile is not None and 0 < self.quantile < 1
             check(in_range, "quantile", f"in (0, 1) for variant {self.variant!r}")
+        check(self.variant != "c" or self.quantile is None, "quantile", "None for variant 'c'")
+        check_used("recipe.spion", self, {"filter_size": ("variant", ("cf", "c"))})
         check(self.filter_size % 2 == 1 and self.filter_size > 0, "filter_size", "odd and positive")
         check(self.max_change_percent > 0, "max_change_percent", "positive")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
         check(
-            self.latest_switch_step is None
-            or (
-                self.latest_switch_step > 0
-                and self.latest_switch_step % self.probe_every_steps == 0
-            ),
-            "latest_switch_step",
-            f"a positive multiple of probe_every_steps={self.probe_every_steps}, or None",
+            self.latest_switch_fraction is None or 0 < self.latest_switch_fraction < 1,
+            "latest_switch_fraction",
+            "in (0, 1) or None",
         )
+
+    @property
+    def probe_every_steps(self) -> int:
+        """Steps from one check to the next."""
+        return count_share(self.probe_interval_fraction, self.num_steps)
+
+    @property
+    def latest_switch_step(self) -> int | None:
+        """The step of the last check before the switch, if it has to come."""
+        if self.latest_switch_fraction is None:
+            return None
+        latest = count_share(self.latest_switch_fraction, self.num_steps)
+        return math.ceil(latest / self.probe_every_steps) * self.probe_every_steps
 
 
 def make_spion(config: SpionConfig) -> Recipe:

@@ -14,6 +14,7 @@ from sparsejax.checks import make_check
 from sparsejax.masks import FIXED_PATTERNS, pattern_at_density
 from sparsejax.recipes.attention.layer_masks import draw_attention_patterns, set_attention_masks
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
+from sparsejax.shares import count_share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,13 @@ class StaticAttentionConfig:
     Attributes:
       pattern: "sliding_window", "longformer" or "bigbird", in block form.
       density: fraction of the visible blocks kept, at least that of the diagonal.
-      dense_steps: steps of dense attention before the pattern applies.
+      dense_fraction: share of the run with dense attention, before the pattern applies.
       pruned_logits: how pruned blocks count in the softmax, "masked" as in the published models, or
         "zero".
       causal: keep blocks on and below the diagonal only.
       num_layers: layers of the model.
       num_blocks: blocks along one side.
+      num_steps: steps of the run.
 
     Raises:
       ValueError: if a setting is out of range.
@@ -36,11 +38,12 @@ class StaticAttentionConfig:
 
     pattern: str = "sliding_window"
     density: float = 0.1
-    dense_steps: int = 0
+    dense_fraction: float = 0.0
     pruned_logits: Literal["masked", "zero"] = "masked"
     causal: bool = False
     num_layers: int
     num_blocks: int
+    num_steps: int
 
     def __post_init__(self):
         check = make_check("recipe.static_attention", self)
@@ -51,14 +54,19 @@ class StaticAttentionConfig:
         diagonal = 2 / (self.num_blocks + 1) if self.causal else 1 / self.num_blocks
         expected = f"in [{diagonal:.4g}, 1], the diagonal being kept always"
         check(diagonal <= self.density <= 1, "density", expected)
-        check(self.dense_steps >= 0, "dense_steps", "at least 0")
+        check(0 <= self.dense_fraction < 1, "dense_fraction", "in [0, 1)")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps of dense attention."""
+        return count_share(self.dense_fraction, self.num_steps)
 
 
 def make_static_attention(config: StaticAttentionConfig) -> Recipe:
     """Return the recipe that applies one fixed pattern.
 
-    It has the phase "sparse", after a phase "dense" if `dense_steps` is positive.
+    It has the phase "sparse", after a phase "dense" if `dense_fraction` is positive.
 
     References:
       Beltagy et al., Longformer, arXiv:2004.05150. Zaheer et al., Big Bird, arXiv:2007.14062.

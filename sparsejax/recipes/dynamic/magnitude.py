@@ -3,11 +3,12 @@
 import dataclasses
 
 from sparsejax.checks import prefix_errors
-from sparsejax.masks import Ramp, SparsitySchedule, UpdateSteps
+from sparsejax.masks import Ramp, SparsitySchedule
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.recipes.dynamic.engine import TopologyConfig, make_dynamic, sparse_phase
-from sparsejax.recipes.dynamic.settings import DynamicConfig, check_patterns, fraction_to_steps
+from sparsejax.recipes.dynamic.settings import DynamicConfig, check_patterns, make_updates
 from sparsejax.recipes.recipe import Recipe
+from sparsejax.shares import count_share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,14 +19,14 @@ class MagnitudeConfig(DynamicConfig):
       sparsity: fraction of the sparse weights removed in the end, in [0, 1).
       start_fraction: pruning begins after this share of the run, in [0, 1).
       end_fraction: pruning ends after this share of the run, in (0, 1].
-      update_interval: steps from one pruning to the next.
+      update_interval_fraction: share of the run from one pruning to the next, in (0, 1).
       layer_density: how the density is divided among weights, "uniform" as published, or
         "erdos_renyi" (small weights are denser).
     """
 
     start_fraction: float = 0.1
     end_fraction: float = 0.75
-    update_interval: int = 100
+    update_interval_fraction: float = 0.01
     layer_density: DensityMethod = "uniform"
 
     def __post_init__(self):
@@ -44,14 +45,15 @@ class MagnitudeConfig(DynamicConfig):
                 "start_fraction must be at least 0 and below end_fraction, got "
                 f"start_fraction={self.start_fraction}, end_fraction={self.end_fraction}"
             )
-        start_step = round(self.start_fraction * self.num_steps)
-        end_step = fraction_to_steps("end_fraction", self.end_fraction, self.num_steps)
-        updates = UpdateSteps(
-            interval=self.update_interval, start_step=max(start_step, 1), end_step=end_step
+        updates = make_updates(
+            self.update_interval_fraction,
+            self.num_steps,
+            start_fraction=self.start_fraction,
+            end_fraction=self.end_fraction,
         )
         # The last update reaches the sparsity, wherever it falls.
         ramp = Ramp(
-            start_step=start_step,
+            start_step=count_share(self.start_fraction, self.num_steps),
             end_step=updates.last_step,
             sparsity=self.sparsity,
             shape="cubic",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.checks import prefix_errors
+from sparsejax.checks import check_used, prefix_errors
 from sparsejax.masks import hybrid_blocks, hybrid_mask
 from sparsejax.masks.weights.topology import Growth
 from sparsejax.recipes.attention.layer_masks import (
@@ -45,7 +45,7 @@ class MSTConfig(RegrowthConfig):
       stairs: jumps of the warm-up; None climbs linearly.
       update_fraction: zeta in [0, 1], the fraction of the kept weights that an update at the start
         of a phase replaces; it falls to 0 along a cosine. The default is the released script's.
-      update_interval: dT, steps from one update to the next. The default is the released script's.
+      update_interval_fraction: dT, share of the run from one update to the next, in (0, 1).
       growth: which weights grow: "mixed" as published, those with the largest "gradient", or
         "random" ones.
       mix: R, entries grown by gradient for each grown at random.
@@ -84,6 +84,7 @@ class MSTConfig(RegrowthConfig):
     causal: bool
 
     def __post_init__(self):
+        check_used("recipe.mst", self, {"mix": ("growth", ("mixed",))})
         with prefix_errors("recipe.mst"):
             check_patterns(self.patterns)
             self.make_topology_config()
@@ -113,7 +114,7 @@ class MSTConfig(RegrowthConfig):
             restoration=self.restoration,
             stairs=self.stairs,
             update_fraction=self.update_fraction,
-            update_interval=self.update_interval,
+            update_interval_fraction=self.update_interval_fraction,
         )
 
     def make_topology_config(self) -> TopologyConfig:

@@ -9,6 +9,8 @@ from sparsejax.masks.weights.schedules import (
     SparsitySchedule,
     UpdateSteps,
 )
+from sparsejax.recipes.dynamic.settings import make_updates
+from sparsejax.shares import count_share
 
 
 class MSTSchedules(NamedTuple):
@@ -36,14 +38,14 @@ def mst_schedules(
     restoration: float = 0.13,
     stairs: int | None = 10,
     update_fraction: float = 0.3,
-    update_interval: int = 100,
+    update_interval_fraction: float = 0.01,
 ) -> MSTSchedules:
     """Return the schedules of mixed sparsity training: warm-up, ultra-sparse phase, restoration.
 
     The sparsity climbs from 0 in stairs, holds, and falls linearly. Neither the paper nor its
     released code states the numbers, so most defaults are ours: with hybrid attention of stride
-    128, GPT-2 small trains at 23.6 % of the dense FLOPs, head included. `update_fraction` and
-    `update_interval` are the released script's.
+    128, GPT-2 small trains at 23.6 % of the dense FLOPs, head included. `update_fraction` is the
+    released script's, which updates every 100 of 600,000 steps.
 
     The restoration ends at the last update and not at the end of the run, so that the last masks
     have `final_sparsity`.
@@ -53,10 +55,10 @@ def mst_schedules(
       sparsity: fraction removed in the ultra-sparse phase, in [0, 1).
       final_sparsity: fraction removed at the end, in [0, 1); 0 = a dense model.
       warmup: fraction of the run for the warm-up.
-      restoration: fraction of the run for the restoration.
-      stairs: jumps of the warm-up; None climbs linearly.
+      restoration: fraction of the run for the restoration, which takes two steps at least.
+      stairs: jumps of the warm-up, not more than its steps; None climbs linearly.
       update_fraction: zeta in [0, 1] at the start of each phase.
-      update_interval: dT, steps from one update to the next.
+      update_interval_fraction: dT, share of the run from one update to the next, in (0, 1).
 
     Raises:
       ValueError: if a setting is out of range, or the run is too short for the phases.
@@ -65,7 +67,7 @@ def mst_schedules(
       Hu, Li, Huang, MST, arXiv:2408.11746.
 
     Example:
-      >>> mst = mst_schedules(1000, update_interval=10)
+      >>> mst = mst_schedules(1000, update_interval_fraction=0.01)
       >>> [f"{mst.sparsity.density(step):.2f}" for step in (0, 10, 100, 870, 990)]
       ['1.00', '0.91', '0.10', '0.10', '1.00']
       >>> mst.sparse_attention
@@ -76,9 +78,21 @@ def mst_schedules(
             "warmup and restoration must be positive and leave an ultra-sparse phase between, got "
             f"warmup={warmup}, restoration={restoration}"
         )
-    full_step, restore_step = round(warmup * num_steps), num_steps - round(restoration * num_steps)
-    updates = UpdateSteps(interval=update_interval, end_step=num_steps)
-    warmup_ramp = Ramp(start_step=0, end_step=full_step, sparsity=sparsity, stairs=stairs)
+    full_step = count_share(warmup, num_steps)
+    restore_step = num_steps - max(2, count_share(restoration, num_steps))
+    if restore_step <= full_step:
+        raise ValueError(
+            f"warmup={warmup} and restoration={restoration} must leave an ultra-sparse phase in "
+            f"{num_steps} steps, got {full_step} step of warm-up and {num_steps - restore_step} of "
+            "restoration"
+        )
+    updates = make_updates(update_interval_fraction, num_steps)
+    warmup_ramp = Ramp(
+        start_step=0,
+        end_step=full_step,
+        sparsity=sparsity,
+        stairs=None if stairs is None else min(stairs, full_step),
+    )
     restoration_ramp = Ramp(
         start_step=restore_step, end_step=updates.last_step, sparsity=final_sparsity
     )

@@ -3,13 +3,13 @@
 import dataclasses
 
 from sparsejax.checks import prefix_errors
-from sparsejax.masks import AnnealingPhase, CosineAnnealing, UpdateSteps
+from sparsejax.masks import AnnealingPhase, CosineAnnealing
 from sparsejax.recipes.dynamic.engine import TopologyConfig, make_dynamic, sparse_phase
 from sparsejax.recipes.dynamic.settings import (
     ConstantSparsityConfig,
     RegrowthConfig,
     check_patterns,
-    fraction_to_steps,
+    make_updates,
 )
 from sparsejax.recipes.recipe import Recipe
 
@@ -38,13 +38,17 @@ class RigLConfig(RegrowthConfig, ConstantSparsityConfig):
 
     def make_topology_config(self) -> TopologyConfig:
         """Return how masks change: less and less, until T_end."""
-        end_step = fraction_to_steps("end_fraction", self.end_fraction, self.num_steps)
-        annealing = AnnealingPhase(start_step=0, end_step=end_step, fraction=self.update_fraction)
+        updates = make_updates(
+            self.update_interval_fraction, self.num_steps, end_fraction=self.end_fraction
+        )
+        annealing = AnnealingPhase(
+            start_step=0, end_step=updates.end_step, fraction=self.update_fraction
+        )
         return TopologyConfig(
             sparsity=self.make_sparsity_schedule(),
             layer_density=self.layer_density,
             initial_mask=self.initial_mask,
-            updates=UpdateSteps(interval=self.update_interval, end_step=end_step),
+            updates=updates,
             annealing=CosineAnnealing(num_steps=self.num_steps, phases=(annealing,)),
             growth="gradient",
             moments=self.moments,

@@ -3,13 +3,13 @@
 import dataclasses
 
 from sparsejax.checks import prefix_errors
-from sparsejax.masks import AnnealingPhase, CosineAnnealing, UpdateSteps
+from sparsejax.masks import AnnealingPhase, CosineAnnealing
 from sparsejax.recipes.dynamic.engine import TopologyConfig, make_dynamic, sparse_phase
 from sparsejax.recipes.dynamic.settings import (
     ConstantSparsityConfig,
     RegrowthConfig,
     check_patterns,
-    fraction_to_steps,
+    make_updates,
 )
 from sparsejax.recipes.recipe import Recipe
 
@@ -19,7 +19,8 @@ class SETConfig(RegrowthConfig, ConstantSparsityConfig):
     """Settings of SET.
 
     Attributes:
-      update_interval: steps from one update to the next; published: an epoch.
+      update_interval_fraction: share of the run from one update to the next, in (0, 1);
+        published: an epoch.
       end_fraction: updates end after this share of the run, in (0, 1].
       layer_density: how the density is divided among weights, "erdos_renyi" (small weights are
         denser) as published, or "uniform".
@@ -43,9 +44,8 @@ class SETConfig(RegrowthConfig, ConstantSparsityConfig):
             sparsity=self.make_sparsity_schedule(),
             layer_density=self.layer_density,
             initial_mask=self.initial_mask,
-            updates=UpdateSteps(
-                interval=self.update_interval,
-                end_step=fraction_to_steps("end_fraction", self.end_fraction, self.num_steps),
+            updates=make_updates(
+                self.update_interval_fraction, self.num_steps, end_fraction=self.end_fraction
             ),
             annealing=CosineAnnealing(num_steps=self.num_steps, phases=(constant,)),
             growth="random",

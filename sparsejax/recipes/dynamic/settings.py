@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 
-from sparsejax.masks import SparsitySchedule
+from sparsejax.masks import SparsitySchedule, UpdateSteps
 from sparsejax.masks.weights.densities import DensityMethod
 from sparsejax.patterns import NMPattern, WeightPattern
 from sparsejax.recipes.dynamic.engine import InitialMask, MomentRule
+from sparsejax.shares import count_share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,30 +57,46 @@ class RegrowthConfig(DynamicConfig):
 
     Attributes:
       update_fraction: zeta in [0, 1], the fraction of the kept weights that an update replaces.
-      update_interval: dT, steps from one update to the next.
+      update_interval_fraction: dT, share of the run from one update to the next, in (0, 1).
       moments: the optimizer's moments of a grown weight: "zero"; "stale", left as they are; or
         "mean", see `reset_moments`.
     """
 
     update_fraction: float = 0.3
-    update_interval: int = 100
+    update_interval_fraction: float = 0.01
     moments: MomentRule = "zero"
 
 
-def fraction_to_steps(name: str, fraction: float, num_steps: int) -> int:
-    """Turn a fraction of a run into steps.
+def make_updates(
+    interval_fraction: float,
+    num_steps: int,
+    *,
+    start_fraction: float = 0.0,
+    end_fraction: float = 1.0,
+) -> UpdateSteps:
+    """Return the steps that update masks.
 
     Args:
-      name: what the message calls the fraction.
-      fraction: in (0, 1].
+      interval_fraction: share of the run from one update to the next, in (0, 1).
       num_steps: steps of the run.
+      start_fraction: no update in this share of the run, at its start; never at step 0.
+      end_fraction: no update after this share of the run, in (0, 1].
 
     Raises:
-      ValueError: if the fraction is out of range.
+      ValueError: if a share is out of range, or no update is left.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {name}={fraction}")
-    return round(fraction * num_steps)
+    if not 0 < interval_fraction < 1:
+        raise ValueError(f"update_interval_fraction must be in (0, 1), got {interval_fraction}")
+    if not 0 <= start_fraction < end_fraction <= 1:
+        raise ValueError(
+            "end_fraction must be in (0, 1] and after the start of updates, at "
+            f"{start_fraction}, got end_fraction={end_fraction}"
+        )
+    return UpdateSteps(
+        interval=count_share(interval_fraction, num_steps),
+        start_step=max(1, count_share(start_fraction, num_steps)),
+        end_step=count_share(end_fraction, num_steps),
+    )
 
 
 def check_patterns(

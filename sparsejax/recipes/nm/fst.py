@@ -17,7 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.checks import make_check
-from sparsejax.masks import magnitude_nm_mask, masked_decay, transposable_mask
+from sparsejax.masks import (
+    decay_in_backward,
+    magnitude_nm_mask,
+    masked_decay,
+    transposable_mask,
+)
 from sparsejax.patterns import NMPattern
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
 from sparsejax.recipes.weight_masks import (
@@ -29,8 +34,10 @@ from sparsejax.recipes.weight_masks import (
     map_sparse_weights,
     map_weight_masks,
 )
+from sparsejax.shares import count_share
 
 _FINISH = "dense finish"
+_SEARCHED = NMPattern(2, 4, transposable=True)
 
 type FSTVariant = Literal["fst", "ste", "sr_ste", "dense"]
 
@@ -40,8 +47,11 @@ class FSTConfig:
     """Settings of FST and of the methods it is compared with.
 
     Attributes:
-      variant: "fst" decays gradients; "sr_ste" decays weights, after the optimizer; "ste" has no
-        decay; "dense" trains densely and computes masks only to log flip rates.
+      variant: "fst" decays gradients after they are clipped; "sr_ste" as `sr_ste_decay` says;
+        "ste" has no decay; "dense" trains densely and computes masks only to log flip rates.
+      sr_ste_decay: what "sr_ste" decays: "gradients", in the backward pass and so before clipping,
+        as its released code; or "weights", at the learning rate, after the optimizer, which is
+        ours.
       decay_rate: lambda_W, decay of pruned weights per step; 0 for "ste" and "dense".
       decay_candidates: the rates that --mode=find_decay tries, separated by spaces; no effect in
         training.
@@ -56,6 +66,7 @@ class FSTConfig:
     """
 
     variant: FSTVariant = "fst"
+    sr_ste_decay: Literal["gradients", "weights"] = "weights"
     decay_rate: float = 6e-5
     decay_candidates: str = "1e-6 2e-6 6e-6 1e-5 2e-5 6e-5 1e-4 2e-4 6e-4 1e-3 2e-3 6e-3"
     refresh_steps: int = 40
@@ -68,6 +79,8 @@ class FSTConfig:
         check = make_check("recipe.fst", self)
         variants = ("fst", "ste", "sr_ste", "dense")
         check(self.variant in variants, "variant", f"one of {variants}")
+        decayed = ("gradients", "weights")
+        check(self.sr_ste_decay in decayed, "sr_ste_decay", f"one of {decayed}")
         check(self.refresh_steps >= 1, "refresh_steps", "at least 1")
         prunings = ("none", "mvue", "mvue_exact")
         check(self.grad_pruning in prunings, "grad_pruning", f"one of {prunings}")
@@ -84,12 +97,14 @@ class FSTConfig:
         check(bool(self.patterns), "patterns", "that of at least one weight")
         structured = all(isinstance(pattern, NMPattern) for pattern in self.patterns.values())
         check(structured, "patterns", "n:m for every weight")
+        transposable = {pattern for pattern in self.patterns.values() if pattern.transposable}
+        check(transposable <= {_SEARCHED}, "patterns", f"'{_SEARCHED}' where transposable")
         check(self.sparse_steps >= 1, "dense_fraction", "small enough to leave a sparse step")
 
     @property
     def sparse_steps(self) -> int:
         """Steps before the dense finish."""
-        return self.num_steps - round(self.num_steps * self.dense_fraction)
+        return self.num_steps - count_share(self.dense_fraction, self.num_steps)
 
 
 def make_fst(config: FSTConfig) -> Recipe:
@@ -101,7 +116,8 @@ def make_fst(config: FSTConfig) -> Recipe:
 
     References:
       Hu et al., Accelerating Transformer Pre-training with 2:4 Sparsity, arXiv:2404.01847. SR-STE:
-      Zhou et al., arXiv:2102.04010.
+      Zhou et al., arXiv:2102.04010, whose released code adds its decay to the gradient that the
+      backward pass computes.
     """
 
     def search(masks, params):
@@ -124,8 +140,19 @@ def make_fst(config: FSTConfig) -> Recipe:
             masks=found, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
         )
 
+    def decays(variant, phase):
+        return config.variant == variant and phase.sparse_weights
+
+    def transform_params(params, sparsity, phase):
+        if not decays("sr_ste", phase) or config.sr_ste_decay != "gradients":
+            return params
+        rate = sparsity.statistics["decay_rate"]
+        return map_sparse_weights(
+            lambda name, mask, w: decay_in_backward(w, mask, rate), sparsity.masks, params
+        )
+
     def transform_gradients(grads, weights, sparsity, phase):
-        if config.variant != "fst" or not phase.sparse_weights:
+        if not decays("fst", phase):
             return grads
 
         def add_decay(name, mask, grad, w):
@@ -140,7 +167,7 @@ def make_fst(config: FSTConfig) -> Recipe:
 
     def update(sparsity, params, opt_state, grads, *, step, key, phase, learning_rate):
         del grads, key
-        if config.variant == "sr_ste" and phase.sparse_weights:
+        if decays("sr_ste", phase) and config.sr_ste_decay == "weights":
             pull = learning_rate * sparsity.statistics["decay_rate"]
             params = map_sparse_weights(
                 lambda name, mask, w: w - masked_decay(w, mask, pull), sparsity.masks, params
@@ -172,6 +199,7 @@ def make_fst(config: FSTConfig) -> Recipe:
         name=config.variant,
         phases=(first, Phase(_FINISH)) if config.dense_fraction else (first,),
         init=init,
+        transform_params=transform_params,
         transform_gradients=transform_gradients,
         update=update,
         metrics=metrics,
