@@ -327,8 +327,7 @@ class _Loop:
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
-        begun = self.run.recipe.phase_metrics(self.state.sparsity, self.phase)
-        if begun:
+        if begun := self.run.recipe.phase_metrics(self.state.sparsity, self.phase):
             row["phase_metrics"] = fetch_metrics(begun)
         say(
             f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "

@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends in the same bits as one that is not."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
