@@ -57,7 +57,7 @@ class TensorBoardWriter:
 
         Args:
           step: int, steps done.
-          row: JSON values by name; those of layers may be lists, or dicts of lists.
+          row: JSON values by name; those of layers are lists, and dicts may hold both.
         """
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in make_tags(row)]
         if values:
@@ -127,22 +127,18 @@ def make_tags(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """
     for name, value in row.items():
         if isinstance(value, Mapping):
-            own = name.removeprefix("layer_")
-            for layer, numbers in value.items():
-                yield from _tag_layers(f"{own}/{layer}", numbers)
+            # Those of a phase have names of their own, the others are of weights.
+            prefix = "" if name == "phase_metrics" else f"{name}/"
+            yield from make_tags({f"{prefix}{inner}": x for inner, x in value.items()})
         elif isinstance(value, list):
-            yield from _tag_layers(name.removeprefix("layer_"), value)
+            for layer, x in enumerate(value):
+                if x is not None:
+                    yield f"layers/{name.removeprefix('layer_')}/{layer:02d}", x
         elif isinstance(value, int | float):
             if name.startswith("validation_"):
                 yield f"validation/{name.removeprefix('validation_')}", value
             else:
                 yield f"{_GROUP_OF.get(name, 'sparsity')}/{name}", value
-
-
-def _tag_layers(name: str, values: list[float | None]) -> Iterator[tuple[str, float]]:
-    for layer, value in enumerate(values):
-        if value is not None:
-            yield f"layers/{name}/{layer:02d}", value
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

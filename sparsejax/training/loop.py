@@ -32,7 +32,7 @@ from sparsejax.report.progress import (
     say,
 )
 from sparsejax.report.tensorboard import TensorBoardWriter
-from sparsejax.report.writers import RowWriter
+from sparsejax.report.writers import OptionalWriter, RowWriter
 from sparsejax.training.finish import finish_run, make_title
 from sparsejax.training.profile import StepProfiler, StepRange
 from sparsejax.training.setup import (
@@ -93,6 +93,8 @@ def train_and_evaluate(
         keep_tokenizer(run.data.tokenizer, path)
         if start.state is None:
             say(f"{path} is finished: {start.step} steps were trained")
+            for writer in writers:
+                OptionalWriter(writer, say).close()
             return finish_run(run, path, start.checkpoint)
         if start.checkpoint is None:
             say(f"training {path}: {describe_model(run, start.state)}")
@@ -325,8 +327,7 @@ class _Loop:
             "dense_step_flops": dense_flops,
             "compile_seconds": programs.compile_seconds,
         }
-        begun = self.run.recipe.phase_metrics(self.state.sparsity, self.phase)
-        if begun:
+        if begun := self.run.recipe.phase_metrics(self.state.sparsity, self.phase):
             row["phase_metrics"] = fetch_metrics(begun)
         say(
             f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "

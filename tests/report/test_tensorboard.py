@@ -44,6 +44,7 @@ def files_limited_to(num_bytes):
 def test_numbers_stand_in_groups_and_those_of_layers_by_layer(tmp_path):
     rows = [
         {"kind": "phase", "layer_weight_density": {"mlp/up": [0.5]}, "step_memory_bytes": 7},
+        {"kind": "phase", "phase_metrics": {"untrained_share": [None, 0.75], "count": 3}},
         {"kind": "train", "phase": "dense", "loss": 0.5, "attention_density": 0.25},
         {"kind": "train", "flip_rate": 0.5, "flip_rate/mlp/up": [None, 1.0]},
         {"kind": "train", "tokens_per_second": 64.0},
@@ -58,6 +59,8 @@ def test_numbers_stand_in_groups_and_those_of_layers_by_layer(tmp_path):
     assert {value.tag: value.simple_value for value in values} == {
         "layers/weight_density/mlp/up/00": 0.5,
         "speed/step_memory_bytes": 7.0,
+        "layers/untrained_share/01": 0.75,
+        "sparsity/count": 3.0,
         "train/loss": 0.5,
         "sparsity/attention_density": 0.25,
         "sparsity/flip_rate": 0.5,

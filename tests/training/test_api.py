@@ -175,6 +175,8 @@ def test_own_model_from_python(tmp_path):
 
     sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[Listener()])
     assert told == [*read_metrics(tmp_path / "run" / "metrics.jsonl"), "close"]
+    sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[Listener()])
+    assert told[-2:] == ["close", "close"], "a finished run has nothing to tell"
     recorded = load_json((tmp_path / "run" / "checkpoints" / "run.json").read_text())
     assert recorded["config"]["model"]["own_class"] == f"{__name__}:Sharper"
     model, _, _ = sparsejax.load_model(tmp_path / "run")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
 from tests.training.runs import make_settings, train
 
@@ -120,6 +121,19 @@ def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
         recipe__name="dense",
     )  # fmt: skip
     assert train(settings, tmp_path / "run")["validation_accuracy"] == 1.0
+
+
+@pytest.mark.ci
+def test_a_healthy_run_has_no_nan(tmp_path):
+    # SPION's; those of the other methods are trained like this in their own files.
+    with jax.debug_nans(True):
+        train(make_settings(tmp_path, checkpoint__every_steps=10), tmp_path / "run")
+    probes = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "check" in row]
+    assert [("distance" in row, "change_percent" in row) for row in probes] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
 
 
 @pytest.mark.slow

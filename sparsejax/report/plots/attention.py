@@ -59,7 +59,8 @@ def plot_attention_patterns(
     layers_per_row = min(layers, 4 if pooled_LIJ is None else 3 if layers > 4 else 2)
     grid_rows = math.ceil(layers / layers_per_row)
     width = max(2.3 * panels_per_layer * layers_per_row + 0.6, 4.5)
-    figure = make_figure(width, 2.45 * grid_rows + 1.2, title=title)
+    height = 2.45 * grid_rows + 1.2 + 0.2 * len(note.splitlines())
+    figure = make_figure(width, height, title=title)
     grid = figure.subplots(grid_rows, panels_per_layer * layers_per_row, squeeze=False)
     panels_of_layer = grid.reshape(-1, panels_per_layer)
     for panel in panels_of_layer[layers:].flat:
