@@ -152,7 +152,7 @@ def hybrid_mask(length: int, *, stride: int, causal: bool = True) -> jax.Array:
     """
     _check_at_least(1, length=length, stride=stride)
     position = jnp.arange(length)
-    ahead = position[:, None] - position
+    ahead = position[:, None] - position[None]
     kept = (jnp.abs(ahead) < stride) | (ahead % stride == 0)
     return kept & (ahead >= 0) if causal else kept
 
