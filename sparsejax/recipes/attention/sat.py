@@ -140,7 +140,7 @@ def make_sat(config: SatConfig) -> Recipe:
         }
         return Sparsity(
             masks=masks,
-            params={"pattern": jax.random.uniform(key, shape)},
+            params={"pattern": jax.random.uniform(key, shape, jnp.float32)},
             statistics=statistics,
             phase_start_step=jnp.int32(0),
         )
