@@ -100,8 +100,7 @@ def draw_attention_patterns(
 
     pooled_LIJ = sparsity.statistics.get("pooled")
     plot_attention_patterns(
-        np.asarray(get_attention_masks(sparsity.masks)),
-        None if pooled_LIJ is None else np.asarray(pooled_LIJ),
+        *jax.device_get((get_attention_masks(sparsity.masks), pooled_LIJ)),
         path=folder / "attention_patterns.png",
         causal=causal,
         title=f"{name}: attention blocks from step {step}",
