@@ -64,15 +64,17 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
     """
     attention = np.ones(model.num_layers, np.float32)
     if phase.sparse_attention and phase.position_mask is not None:
-        kept_TT, visible_TT = np.asarray(phase.position_mask(model.max_length)), True
+        make_mask = jax.jit(phase.position_mask, static_argnums=0)
+        kept_TT, visible_TT = jax.device_get(make_mask(model.max_length)), True
         if model.causal:
             visible_TT = np.tri(model.max_length, dtype=bool)
         attention *= kept_TT.mean(where=visible_TT)
     elif phase.sparse_attention:
-        attention = np.asarray(compute_attention_density(masks, causal=model.causal))
+        measure = jax.jit(compute_attention_density, static_argnames="causal")
+        attention = jax.device_get(measure(masks, causal=model.causal))
     weights = {}
     if phase.sparse_weights:
-        weights = jax.device_get(compute_weight_density(masks))
+        weights = jax.device_get(jax.jit(compute_weight_density)(masks))
     return Density(attention, weights)
 
 

@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
         if keys[0] is not None:
             embedding_key, keys[0] = jax.random.split(keys[0])
         if config.positions == "learned":
-            x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
+            x_BTD = x_BTD + self.position[...][None, : x_BTD.shape[1]].astype(x_BTD.dtype)
         if config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)

@@ -80,5 +80,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """
     if key is None or rate == 0.0:
         return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    # Of 32 bits also where `jax_enable_x64` is set: the draws are the same.
+    kept = jax.random.bernoulli(key, jnp.float32(1.0 - rate), x.shape)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))

@@ -310,12 +310,12 @@ class Transformer(nnx.Module):
     def _embed(self, tokens, linear_options):
         config = self.config
         if config.patch_values:
-            x_BTD = self.patches(tokens / 127.5 - 1)
+            x_BTD = self.patches(tokens.astype(jnp.float32) / 127.5 - 1)
         else:
             tokens = tokens.reshape(-1, tokens.shape[-1])
             x_BTD = look_up(self.embedding, tokens, options=linear_options)
         if config.positions == "learned":
-            x_BTD = x_BTD + self.position[...][: x_BTD.shape[1]].astype(x_BTD.dtype)
+            x_BTD = x_BTD + self.position[...][None, : x_BTD.shape[1]].astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
 
     def _apply_blocks(

@@ -64,11 +64,14 @@ class Run:
 
     def create_state(self) -> TrainState:
         """Initialise the state at step 0 on the devices."""
-        create = functools.partial(
-            create_train_state, self.model_config, self.recipe, self.optimizer
-        )
-        key = jax.random.key(self.config.seed)
-        return jax.jit(create, out_shardings=self.state_sharding)(key)
+
+        def create(seed):
+            key = jax.random.key(seed)
+            return create_train_state(self.model_config, self.recipe, self.optimizer, key)
+
+        # Put there explicitly, as a transfer guard may ask.
+        seed = jax.device_put(np.asarray(self.config.seed))
+        return jax.jit(create, out_shardings=self.state_sharding)(seed)
 
     def enter_phase(self, state: TrainState, phase: Phase, *, previous: Phase) -> TrainState:
         """Hand the state over to a later phase.

@@ -115,7 +115,7 @@ def bigbird(
     _check_at_least(0, num_random=num_random)
     fixed = longformer(num_blocks, width=width, num_global=num_global, causal=causal)
     candidates = _visible(num_blocks, causal) & ~fixed
-    draws = jnp.where(candidates, jax.random.uniform(key, fixed.shape), jnp.inf)
+    draws = jnp.where(candidates, jax.random.uniform(key, fixed.shape, jnp.float32), jnp.inf)
     rank_in_row = draws.argsort(axis=1).argsort(axis=1)
     return fixed | (candidates & (rank_in_row < num_random))
 
@@ -152,7 +152,7 @@ def hybrid_mask(length: int, *, stride: int, causal: bool = True) -> jax.Array:
     """
     _check_at_least(1, length=length, stride=stride)
     position = jnp.arange(length)
-    ahead = position[:, None] - position
+    ahead = position[:, None] - position[None]
     kept = (jnp.abs(ahead) < stride) | (ahead % stride == 0)
     return kept & (ahead >= 0) if causal else kept
 
@@ -274,7 +274,7 @@ def _add_globals_and_random_blocks(kept, rest, num_blocks, visible, key):
         raise ValueError("key must be given for name='bigbird', got key=None")
     third = rest // 3
     kept = _keep_globals(kept, third, num_blocks, visible)
-    kept = _keep_lowest(jax.random.uniform(key, kept.shape), third, kept, visible)
+    kept = _keep_lowest(jax.random.uniform(key, kept.shape, jnp.float32), third, kept, visible)
     return kept, rest - 2 * third
 
 

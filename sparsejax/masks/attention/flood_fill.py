@@ -155,7 +155,7 @@ def pool_attention(
             mode="fill", fill_value=0, wrap_negative_indices=False
         )
         if causal:
-            strip = jnp.where(rows[:, None] >= jnp.arange(length), strip, 0)
+            strip = jnp.where(rows[:, None] >= jnp.arange(length)[None], strip, 0)
         strip = _pad_last_two(strip.astype(dtype), (0, 0), (reach, reach))
         convolved = _sum_along_diagonal(strip, terms)
         blocks = convolved.reshape(*convolved.shape[:-1], num_blocks, block_size)
@@ -215,7 +215,7 @@ def flood_fill(pooled: jax.Array, *, quantile: float, causal: bool = False) -> j
     threshold = _lerp_quantile(pooled[..., *np.nonzero(visible)], quantile)
     first_visible = (visible.cumsum(0) == 1) | (visible.cumsum(1) == 1)
     above = pooled > threshold[..., None, None]
-    return (_walk(pooled, starts=visible & first_visible) & above) | jnp.eye(num_blocks, dtype=bool)
+    return _keep_diagonal(_walk(pooled, starts=visible & first_visible) & above)
 
 
 @functools.partial(jax.jit, static_argnames=("density", "causal"))
@@ -261,7 +261,7 @@ def top_k_blocks(pooled: jax.Array, *, density: float, causal: bool = False) -> 
     _, largest = jax.lax.top_k(values, num_largest)
     kept = jnp.put_along_axis(jnp.zeros(values.shape, bool), largest, True, -1, inplace=False)
     kept &= ~jnp.isnan(values).any(-1, keepdims=True)
-    return kept.reshape(pooled.shape) | jnp.eye(num_blocks, dtype=bool)
+    return _keep_diagonal(kept.reshape(pooled.shape))
 
 
 def _walk(pooled: jax.Array, *, starts: np.ndarray) -> jax.Array:
@@ -328,6 +328,10 @@ def _lerp_quantile(values: jax.Array, quantile: float) -> jax.Array:
 
 def _pad_last_two(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [rows, columns])
+
+
+def _keep_diagonal(kept: jax.Array) -> jax.Array:
+    return jnp.where(np.eye(kept.shape[-1], dtype=bool), True, kept)
 
 
 def _visible_blocks(num_blocks: int, causal: bool) -> np.ndarray:

@@ -91,7 +91,8 @@ def drop_and_grow_nm(
     if grad is not None and growth != "random":
         kept = _fill(kept, jnp.abs(grad), by_gradient, m)
     if draw is not None:
-        kept = _fill(kept, jax.random.uniform(draw, mask.shape), jnp.full_like(by_gradient, n), m)
+        scores = jax.random.uniform(draw, mask.shape, jnp.float32)
+        kept = _fill(kept, scores, jnp.full_like(by_gradient, n), m)
     return kept
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparsejax.checks import Check
 from sparsejax.masks import block_density
@@ -108,8 +107,7 @@ def draw_attention_patterns(
 
     pooled_LIJ = sparsity.statistics.get("pooled")
     plot_attention_patterns(
-        np.asarray(get_attention_masks(sparsity.masks)),
-        None if pooled_LIJ is None else np.asarray(pooled_LIJ),
+        *jax.device_get((get_attention_masks(sparsity.masks), pooled_LIJ)),
         path=folder / "attention_patterns.png",
         causal=causal,
         title=f"{name}: attention blocks from step {step}",

@@ -154,7 +154,7 @@ def make_sat(config: SatConfig) -> Recipe:
     def init(masks, params, key):
         del params
         shape = (L, I, config.pattern_dim or config.head_dim)
-        pattern = config.pattern_init_scale * jax.random.uniform(key, shape)
+        pattern = config.pattern_init_scale * jax.random.uniform(key, shape, jnp.float32)
         statistics = {
             "num_checks": jnp.int32(0),
             "map_before": jnp.zeros((L, T, T), jnp.float32),

@@ -274,7 +274,7 @@ def _metrics(
     del phase
     if topology.updates is None:
         return {}
-    values = sparsity.statistics | {_DENSE_GRADIENT: float(topology.needs_dense_gradient)}
+    values = sparsity.statistics | {_DENSE_GRADIENT: jnp.float32(topology.needs_dense_gradient)}
     due = topology.due(step)
     return {name: keep_where(due, value) for name, value in values.items()}
 

@@ -44,7 +44,7 @@ def init_mask(
       bool[I, J], True = kept.
     """
     if isinstance(pattern, NMPattern):
-        scores = weight if key is None else jax.random.uniform(key, mask.shape)
+        scores = weight if key is None else jax.random.uniform(key, mask.shape, jnp.float32)
         return magnitude_nm_mask(scores, n=pattern.n, m=pattern.m, axis=-2)
     count = count_kept(mask.size, density)
     if key is None:

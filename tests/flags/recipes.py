@@ -1,0 +1,68 @@
+"""Settings of a short run of every recipe, with every change of phase that it has."""
+
+from tests.training import runs
+
+_FST = {
+    "recipe__fst__refresh_steps": 1,
+    "recipe__fst__decay_rate": 1e-2,
+    "recipe__fst__dense_fraction": 0.34,
+    "recipe__fst__grad_pruning": "mvue",
+}
+_SPION = {"recipe__spion__latest_switch_step": 2, "recipe__spion__probe_every_steps": 1}
+_MST = {
+    "recipe__mst__sparsity": 0.5,
+    "recipe__mst__sparse_weights": ".*=16x16",
+    "recipe__mst__update_interval": 1,
+    "recipe__mst__stairs": 1,
+    "recipe__mst__warmup": 0.34,
+    "recipe__mst__restoration": 0.34,
+    "recipe__mst__attention_stride": 16,
+}
+RECIPES = {
+    "dense": {},
+    "spion": _SPION,
+    "sat": {
+        "recipe__sat__density": 0.75,
+        "recipe__sat__latest_switch_step": 3,
+        "recipe__sat__min_skewness": 1e9,
+    },
+    "static_attention": {"recipe__static_attention__density": 0.75},
+    "fst": _FST,
+    "sste": {"recipe__sste__flip_interval_steps": 2},
+    "mst": _MST,
+    "rigl": {
+        "recipe__rigl__sparsity": 0.5,
+        "recipe__rigl__sparse_weights": ".*=unstructured",
+        "recipe__rigl__update_interval": 1,
+    },
+    "set": {
+        "recipe__set__sparsity": 0.5,
+        "recipe__set__sparse_weights": "mlp/.*=2:4",
+        "recipe__set__update_interval": 1,
+    },
+    "magnitude": {"recipe__magnitude__sparsity": 0.5, "recipe__magnitude__update_interval": 1},
+    "static_weights": {"recipe__static_weights__sparsity": 0.5},
+    "spion+fst": _SPION | _FST,
+}
+"""Name of the recipe -> changes of the settings."""
+
+
+def make_settings(folder, name):
+    """Return settings of a run of six steps of one layer.
+
+    Args:
+      folder: where its text is written.
+      name: out of `RECIPES`.
+    """
+    short = {
+        "num_steps": 6,
+        "eval_every_steps": 3,
+        "num_eval_batches": 1,
+        "checkpoint__every_steps": 3,
+        "optimizer__warmup_steps": 1,
+        "model__num_layers": 1,
+        "data__sequence_length": 32,
+        "data__batch_size": 2,
+        "recipe__name": name,
+    }
+    return runs.make_settings(folder, **short | RECIPES[name])
