@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
 
     `get_shape`, and what their released code leaves to PyTorch: linear layers begin uniform within
     1 / sqrt(inputs), biases too; GELU is exact, and dropout follows it; the schedule is OneCycleLR,
-    which cycles Adam's b1 from 0.95 to 0.85 and back as it has not been told otherwise.
+    which cycles Adam's b1 from 0.95 to 0.85 and back by default.
     """
     config = get_shape()
     config.model.linear_init = "torch"

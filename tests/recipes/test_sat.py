@@ -182,7 +182,7 @@ def test_at_the_published_switch_most_blocks_are_those_of_the_untrained_w(
     optimizer = make_optimizer(settings.optimizer, num_steps=settings.num_steps)
     blocks = 32
     sizes = {"num_layers": 2, "length": 1024, "block_size": 32, "head_dim": 32}
-    recipe = make_sat(SatConfig(density=0.05, **sizes, **changes))
+    recipe = make_sat(SatConfig(density=0.05, num_steps=settings.num_steps, **sizes, **changes))
     mask = jnp.ones((2, 1, 1, blocks, blocks), bool)
     sparsity = recipe.init({"block_mask": mask}, {}, jax.random.key(0))
     # Near blocks, some columns, noise.
