@@ -377,6 +377,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kill", description=__doc__)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "kill.json")
     options = parser.parse_args(arguments)
     rng, names, records = random.Random(options.seed), list(RUNS), []
     with tempfile.TemporaryDirectory() as directory:
@@ -398,7 +399,7 @@ def main(arguments: Sequence[str]) -> int:
             records.append({"run": name, "kills": [*map(list, kills)], "differences": differences})
     equal = sum(not record["differences"] for record in records)
     print(f"{equal} of {len(records)} runs ended like those that were let alone")
-    (RESULTS / "kill.json").write_text(dump_json({"seed": options.seed, "runs": records}) + "\n")
+    options.output.write_text(dump_json({"seed": options.seed, "runs": records}) + "\n")
     return int(equal < len(records))
 
 
