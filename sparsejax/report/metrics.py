@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sparsejax.durable import write_durably
@@ -188,10 +189,9 @@ def fetch_metrics(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """
     values = {}
     for name, metric in metrics.items():
-        value, known = metric if isinstance(metric, Measured) else (metric, True)
-        # NumPy would ask a device array itself, which compiles a program for the answer.
-        known = np.asarray(known)
-        if not known.any():
+        # On the host first: NumPy would ask a device array, which compiles a program to answer.
+        value, known = jax.device_get(metric if isinstance(metric, Measured) else (metric, True))
+        if not np.any(known):
             continue
         value = value.tolist()
         if isinstance(value, list):

@@ -329,18 +329,18 @@ class _Loop:
         }
         if begun := self.run.recipe.phase_metrics(self.state.sparsity, self.phase):
             row["phase_metrics"] = fetch_metrics(begun)
-        say(
-            f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
-            f"{format_quantity(flops, 'FLOPs')} per step ({flops / dense_flops:.0%} of dense), "
-            f"{format_quantity(programs.step_memory_bytes, 'B')} per step, compiled once in "
-            f"{programs.compile_seconds:.1f} s"
-        )
         if record:
             # Drawn first: TensorBoard shows the pictures beside the row.
             self.run.recipe.draw_phase(
                 self.state.sparsity, self.phase, step=self.step, folder=self.workdir
             )
             self.writer.write(self.step, row)
+        say(
+            f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
+            f"{format_quantity(flops, 'FLOPs')} per step ({flops / dense_flops:.0%} of dense), "
+            f"{format_quantity(programs.step_memory_bytes, 'B')} per step, compiled once in "
+            f"{programs.compile_seconds:.1f} s"
+        )
         return programs
 
     def _report(self, observation: Observation, step: int, began: float) -> bool:

@@ -192,7 +192,7 @@ def test_pushing_starts_the_copy_and_does_not_wait_for_the_step_that_runs():
     deferred.push(1, {"loss": scalar})
     assert scalar.calls == ["copy"]
     assert deferred.push(2, {}) == (1, {"loss": 0.5})
-    assert scalar.calls == ["copy", "wait"]
+    assert scalar.calls[-1] == "wait"
 
 
 def test_a_vector_is_a_list_and_a_matrix_is_refused():
