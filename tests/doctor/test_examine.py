@@ -1,7 +1,6 @@
 """Children that are right, wrong, hang, die and lie, and the verdicts that come of them."""
 
 import dataclasses
-import time
 
 import jax
 import pytest
@@ -38,7 +37,7 @@ def _vary(count):
 def _examine(tmp_path, body, trials=(KERNEL,), **options):
     child = write_child(tmp_path, body)
     return examine(
-        trials, H200.kind, child=child, environment={}, **{"trial_seconds": 20, **options}
+        trials, H200.kind, child=child, environment={}, **{"trial_seconds": 600, **options}
     )
 
 
@@ -53,7 +52,7 @@ def test_a_right_kernel_is_timed_and_a_portable_program_is_not(tmp_path):
 
 
 FAULTY = {
-    "wrong (forward: hang); wrong (gradient: hang)": "time.sleep(60)",
+    "wrong (forward: hang); wrong (gradient: hang)": "hang()",
     "wrong (forward: crash, SIGABRT); wrong (gradient: crash, SIGABRT)": "os.abort()",
     "wrong (forward: illegal address); wrong (gradient: illegal address)": (
         "print('CUDA_ERROR_ILLEGAL_ADDRESS'); sys.exit(1)"
@@ -84,7 +83,7 @@ FAULTY = {
     ),
     "not here: too old": "write(index=place, refused='too old')",
     "wrong (forward: hang, at full size); wrong (gradient: hang, at full size)": (
-        "right(place, task) if task == 'prove' else time.sleep(60)"
+        "right(place, task) if task == 'prove' else hang()"
     ),
     "wrong (forward: no result, at full size); wrong (gradient: no result, at full size)": (
         "right(place, task) if task == 'prove' else write(index=place, timings=[{'sizes': [1]}])"
@@ -94,8 +93,7 @@ FAULTY = {
 
 @pytest.mark.parametrize("verdict", FAULTY)
 def test_what_a_child_does_is_what_is_said_of_its_kernel(tmp_path, verdict):
-    seconds = 1 if "sleep" in FAULTY[verdict] else 20
-    (outcome,) = _examine(tmp_path, FAULTY[verdict], trial_seconds=seconds)
+    (outcome,) = _examine(tmp_path, FAULTY[verdict])
     assert describe_outcome(outcome) == verdict
     assert not outcome.is_right
 
@@ -109,12 +107,12 @@ def test_a_kernel_that_does_not_fit_beside_the_dense_program_stays_right(tmp_pat
 def test_the_rest_goes_on_after_one_that_hangs_and_one_that_dies(tmp_path):
     body = (
         "inner = trial['facts']['inner']\n"
-        "if inner == 128: time.sleep(60)\n"
+        "if inner == 128: hang()\n"
         "if inner == 256: os.abort()\n"
         "right(place, task)"
     )
     portable = PORTABLE._replace(facts=dataclasses.replace(FACTS, inner=64))
-    outcomes = _examine(tmp_path, body, [*_vary(5), portable], trial_seconds=2)
+    outcomes = _examine(tmp_path, body, [*_vary(5), portable])
     found = [describe_outcome(outcome).split(";")[0] for outcome in outcomes]
     assert found == [
         "right",
@@ -140,11 +138,9 @@ def test_an_interrupt_ends_the_children_under_way(tmp_path):
     def interrupt(outcome):
         raise KeyboardInterrupt
 
-    body = "right(place, task) if trial['backend'] == 'xla' else time.sleep(60)"
-    began = time.monotonic()
+    body = "right(place, task) if trial['backend'] == 'xla' else signal.pause()"
     with pytest.raises(KeyboardInterrupt):
-        _examine(tmp_path, body, [KERNEL, PORTABLE], trial_seconds=50, done=interrupt)
-    assert time.monotonic() - began < 20
+        _examine(tmp_path, body, [KERNEL, PORTABLE], trial_seconds=10**6, done=interrupt)
 
 
 def test_nothing_is_begun_when_time_is_up(tmp_path):
