@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from sparsejax.checks import Check
 from sparsejax.masks import block_density
