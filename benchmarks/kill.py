@@ -165,7 +165,8 @@ def fork(function: Callable[[], Any], log: pathlib.Path) -> int:
 
 
 def keep_programs(folder: pathlib.Path) -> None:
-    """Let all processes to come compile a program once."""
+    """Let all processes to come compile a program once, and without LLVM's optimisation."""
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

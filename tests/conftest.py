@@ -7,12 +7,15 @@ fixture. A run that wants a GPU sets `JAX_PLATFORMS` itself.
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A shell that starts the tests in the background lets them ignore it, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Half of the suite's time was LLVM's; the contracts ask for its optimisation themselves.
 if os.environ["JAX_PLATFORMS"] == "cpu":

@@ -132,6 +132,10 @@ def block_sparse_attention(
       "reference" and "triton", which compute in full f32. A repeated call agrees to the last bit.
       float16 holds nothing above 65504: gradients of a loss that was scaled up can overflow there.
 
+    Derivatives:
+      Reverse mode. "dense" and "reference" are plain JAX: forward mode and reverse mode twice too.
+      "xla" adds forward mode of the gradient, for Hessian products; kernels add nothing.
+
     References:
       SPION, arXiv:2309.12578; SAT, doi:10.1109/ACCESS.2024.3425638 (the "zero" rule). Their code is
       not causal; visible positions of causal attention and segments are our extension.

@@ -61,6 +61,10 @@ def block_sparse_matmul(
       rounding to the dtype of x. So it is with gradients. Products of f32 follow
       `jax_default_matmul_precision`, but for "reference" and "triton", which compute in full f32.
 
+    Derivatives:
+      Reverse mode. "reference" is plain JAX: forward mode and reverse mode twice too. "xla" adds
+      forward mode of the gradient, for Hessian products; kernels add nothing.
+
     References:
       Gray, Radford, Kingma, GPU kernels for block-sparse weights, 2017.
 

@@ -6,7 +6,6 @@
 Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the weight.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,14 +42,17 @@ def multiply_blocks(arrays: BlockArrays, products: BlockProducts) -> jax.Array:
     return jnp.asarray(_multiply(*arrays, products))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, products):
+def _multiply_plainly(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, products):
     del grad_mask_IJ
     return products.multiply(x_MK, w_KN, mask_IJ, bias_N).astype(x_MK.dtype)
 
 
+_multiply = jax.custom_vjp(_multiply_plainly, nondiff_argnums=(5,))
+
+
 def _multiply_forward(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, products):
-    y_MN = _multiply(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, products)
+    # The plain function, which forward mode passes through: derivatives of gradients need it.
+    y_MN = _multiply_plainly(x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N, products)
     return y_MN, (x_MK, w_KN, mask_IJ, grad_mask_IJ, bias_N)
 
 

@@ -14,7 +14,7 @@ def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
 
     y = x (w * mask) + bias,  dx = dy (w * mask)^T,  dw = (x^T dy) * grad_mask
 
-    Gradients are those of plain JAX, but for a zero whose cotangent is kept.
+    Gradients are those of plain JAX, but for the masked weight, whose own has another mask.
 
     Returns:
       float[M, N], typed like x.
@@ -22,11 +22,8 @@ def run(arrays: BlockArrays, facts: BlockFacts) -> jax.Array:
     del facts
     x, w, mask, grad_mask, bias = arrays
     x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
-    kept = jax.lax.stop_gradient(jnp.where(expand(mask, w.shape), w32, 0))
-    # The first product is the value and gives dx; the second is zero and gives dw.
-    wanted = jnp.where(expand(grad_mask, w.shape), _zeros_with_gradient(w32), 0)
-    y = jnp.dot(x32, kept, precision="highest")
-    y += jnp.dot(jax.lax.stop_gradient(x32), wanted, precision="highest")
+    kept = _mask_weight(w32, expand(mask, w.shape), expand(grad_mask, w.shape))
+    y = jnp.dot(x32, jnp.asarray(kept), precision="highest")
     if bias is not None:
         y += bias.astype(jnp.float32)[None]
     return y.astype(x.dtype)
@@ -46,10 +43,13 @@ def expand(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mask.repeat(rows, axis=0).repeat(columns, axis=1)
 
 
-@jax.custom_vjp
-def _zeros_with_gradient(w) -> jax.Array:
-    # Not w - stop_gradient(w), which is NaN where w is.
-    return jnp.zeros_like(w)
+@jax.custom_jvp
+def _mask_weight(w, kept, wanted) -> jax.Array:
+    # Not a product: NaN * 0 is NaN.
+    return jnp.where(kept, w, 0)
 
 
-_zeros_with_gradient.defvjp(lambda w: (jnp.zeros_like(w), None), lambda _, dw: (dw,))
+@_mask_weight.defjvp
+def _pass_wanted_gradients(primals, tangents):
+    _, _, wanted = primals
+    return _mask_weight(*primals), jnp.where(wanted, tangents[0], 0)

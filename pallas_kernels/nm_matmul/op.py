@@ -93,6 +93,11 @@ def nm_matmul(
       A mask that is not traced is copied to the host and checked at every call, unless
       `check_mask` is False.
 
+    Derivatives:
+      Reverse mode. "reference" is plain JAX where `grad_pruning` is "none": forward mode and
+      reverse mode twice too; tangents of pruned weights pass straight through as well. "xla" adds
+      forward mode of the gradient, for Hessian products; kernels add nothing.
+
     References:
       FST, arXiv:2404.01847, equations 2 to 4 and section 5.
 

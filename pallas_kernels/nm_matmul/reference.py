@@ -20,7 +20,7 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
 
     y = act(x (w * mask) + bias),  dx = dz (w * mask)^T,  dw = x^T S(dz),  dbias = sum dz
 
-    Gradients are those of plain JAX, but for two identities whose cotangents are replaced. S
+    Gradients are those of plain JAX, but for the masked weight and S. S
     prunes 2:4 along rows, or is the identity. The mask may keep anything, and `packed` is not read.
 
     Returns:
@@ -31,10 +31,12 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     """
     x, w, mask, _, bias, key = arrays
     x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
-    kept = jax.lax.stop_gradient(jnp.where(mask, w32, 0))
-    # The first product is the value and gives dx; the second is zero and gives dw.
-    straight_through = _dot(jax.lax.stop_gradient(x32), _zeros_with_gradient(w32))
-    z = _dot(x32, kept) + jnp.asarray(_prune_gradient(straight_through, key, facts.grad_pruning))
+    z = _dot(x32, _mask_weight(w32, mask))
+    if facts.grad_pruning != "none":
+        # The first product is the value and gives dx; the second is zero and gives dw.
+        zero = _dot(jax.lax.stop_gradient(x32), _mask_weight(w32, jnp.zeros_like(mask)))
+        z = _dot(x32, jax.lax.stop_gradient(_mask_weight(w32, mask)))
+        z += jnp.asarray(_prune_gradient(zero, key, facts.grad_pruning))
     if bias is not None:
         z = z + bias.astype(jnp.float32)[None]
     if facts.activation == "gelu":
@@ -52,13 +54,15 @@ def _gelu(z):
     return z * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-@jax.custom_vjp
-def _zeros_with_gradient(w) -> jax.Array:
-    # Not w - stop_gradient(w), which is NaN where w is.
-    return jnp.zeros_like(w)
+@jax.custom_jvp
+def _mask_weight(w, mask) -> jax.Array:
+    # Not a product: NaN * 0 is NaN.
+    return jnp.where(mask, w, 0)
 
 
-_zeros_with_gradient.defvjp(lambda w: (jnp.zeros_like(w), None), lambda _, dw: (dw,))
+@_mask_weight.defjvp
+def _pass_all_gradients(primals, tangents):
+    return _mask_weight(*primals), tangents[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

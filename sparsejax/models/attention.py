@@ -229,7 +229,7 @@ def apply_rotary(x_BTNH: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.
     if H % 2:
         raise ValueError(f"x_BTNH must have an even head dim, got {x_BTNH.shape=}")
     frequency_h = max_wavelength ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_h
+    angle_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_h[None]
     cos, sin = (f(angle_Th)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)

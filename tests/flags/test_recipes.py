@@ -21,7 +21,6 @@ def test_states_and_metrics_stay_narrow(tmp_path, name):
         run = prepare_run(config)
         batch = run.put_batch(next(run.data.train))
         options = dict(graphdef=run.graphdef, recipe=run.recipe)
-        previous = None
         for phase in run.recipe.phases:
             state = run.make_abstract_state(phase.name)
             assert_narrow(state, f"{phase.name}: state")

@@ -19,6 +19,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.doctor.oracles import make_nm_masks, make_normal, value_and_gradients
 from tests.kernels import float64
+from tests.kernels.implementations import interpret
 from tests.kernels.tiers import tier
 
 BLOCK, LENGTH, HEADS, KV_HEADS, DIM = 8, 32, 4, 2, 4
@@ -109,6 +110,42 @@ def test_equal_logits_of_any_size(implementation):
             )
             np.testing.assert_allclose(out, ones, rtol=1e-6)
             np.testing.assert_allclose(lse, sign * 100 + np.log(32), rtol=1e-6)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("rule", ["masked", "zero"])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_sm90"])
+def test_large_logits_in_interpreted_kernels(implementation, rule):
+    dtype = {"triton": np.float32, "mosaic_sm90": jnp.bfloat16}[implementation]
+    # A row of blocks that keeps everything, and one that keeps nothing; kernels take such blocks.
+    mask, block, dim = np.array([[True, True], [False, False]])[None, None], 64, 32
+    options = {"block_q": block, "block_kv": block, "pruned_logits": rule, "scale": 1.0}
+    options |= {"return_lse": True, "implementation": implementation}
+    shape = (1, 2 * block, 1, dim)
+    (v,) = (np.asarray(x, dtype) for x in make_normal((shape,)))
+    cotangents = make_normal((shape, shape[:3]), seed=1)
+    cotangents = tuple(np.asarray(np.asarray(x, dtype), np.float32) for x in cotangents)
+
+    def run(inputs, cotangents):
+        return value_and_gradients(
+            lambda *x: block_sparse_attention(*x, jnp.asarray(mask), **options), inputs, cotangents
+        )
+
+    for sign in (1, -1):
+        q, k = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        # All logits of every row are 96 or -96, and differ by less than 2.
+        q[..., 0], k[..., 0] = 8, sign * 12
+        q[..., 1], k[..., 1] = 1, (np.arange(2 * block) % 4 / 2)[:, None]
+        judged = float64.attention(
+            q, k, v, mask.repeat(block, 2).repeat(block, 3), *cotangents,
+            scale=1.0, causal=False, zero=rule == "zero",
+        )  # fmt: skip
+        with interpret(implementation):
+            got = jax.block_until_ready(jax.jit(run)((q, k, v), cotangents))
+        for (name, right), x in zip(judged.items(), got, strict=True):
+            # Probabilities and gradients are rounded to bf16: off by about one part in a hundred.
+            wider = 2.0**9 if dtype is jnp.bfloat16 and name != "lse" else 8.0
+            right._replace(bound=wider * right.bound + 1e-6).check(x, f"{name}, sign {sign}")
 
 
 def _average_interpreted(q, k, **options):

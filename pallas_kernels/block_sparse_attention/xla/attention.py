@@ -54,7 +54,8 @@ _attention = jax.custom_vjp(_attend, nondiff_argnames=("facts", "parallel"))
 
 
 def _attention_fwd(arrays, schedule, facts, parallel):
-    results = _attention(arrays, schedule, facts, parallel)
+    # The plain function, which forward mode passes through: derivatives of gradients need it.
+    results = _attend(arrays, schedule, facts, parallel)
     return results, (arrays, schedule, results)
 
 
