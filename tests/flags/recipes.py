@@ -8,11 +8,14 @@ _FST = {
     "recipe__fst__dense_fraction": 0.34,
     "recipe__fst__grad_pruning": "mvue",
 }
-_SPION = {"recipe__spion__latest_switch_step": 2, "recipe__spion__probe_every_steps": 1}
+_SPION = {
+    "recipe__spion__latest_switch_fraction": 2 / 6,
+    "recipe__spion__probe_interval_fraction": 1 / 6,
+}
 _MST = {
     "recipe__mst__sparsity": 0.5,
     "recipe__mst__sparse_weights": ".*=16x16",
-    "recipe__mst__update_interval": 1,
+    "recipe__mst__update_interval_fraction": 1 / 6,
     "recipe__mst__stairs": 1,
     "recipe__mst__warmup": 0.34,
     "recipe__mst__restoration": 0.34,
@@ -23,7 +26,7 @@ RECIPES = {
     "spion": _SPION,
     "sat": {
         "recipe__sat__density": 0.75,
-        "recipe__sat__latest_switch_step": 3,
+        "recipe__sat__latest_switch_fraction": 3 / 6,
         "recipe__sat__min_skewness": 1e9,
     },
     "static_attention": {"recipe__static_attention__density": 0.75},
@@ -33,14 +36,17 @@ RECIPES = {
     "rigl": {
         "recipe__rigl__sparsity": 0.5,
         "recipe__rigl__sparse_weights": ".*=unstructured",
-        "recipe__rigl__update_interval": 1,
+        "recipe__rigl__update_interval_fraction": 1 / 6,
     },
     "set": {
         "recipe__set__sparsity": 0.5,
         "recipe__set__sparse_weights": "mlp/.*=2:4",
-        "recipe__set__update_interval": 1,
+        "recipe__set__update_interval_fraction": 1 / 6,
     },
-    "magnitude": {"recipe__magnitude__sparsity": 0.5, "recipe__magnitude__update_interval": 1},
+    "magnitude": {
+        "recipe__magnitude__sparsity": 0.5,
+        "recipe__magnitude__update_interval_fraction": 1 / 6,
+    },
     "static_weights": {"recipe__static_weights__sparsity": 0.5},
     "spion+fst": _SPION | _FST,
 }
@@ -59,7 +65,7 @@ def make_settings(folder, name):
         "eval_every_steps": 3,
         "num_eval_batches": 1,
         "checkpoint__every_steps": 3,
-        "optimizer__warmup_steps": 1,
+        "optimizer__warmup_fraction": 1 / 6,
         "model__num_layers": 1,
         "data__sequence_length": 32,
         "data__batch_size": 2,

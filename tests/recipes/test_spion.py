@@ -157,7 +157,10 @@ def test_what_the_phases_are():
     assert dense.last_step == 40
     assert (sparse.pruned_logits, sparse.learning_rate) == ("masked", "schedule")
     # As the released code: without convolution the schedule is not restarted.
-    assert make_spion(dataclasses.replace(BASE, variant="f", filter_size=31)).phases[1].learning_rate == "schedule"
+    assert (
+        make_spion(dataclasses.replace(BASE, variant="f", filter_size=31)).phases[1].learning_rate
+        == "schedule"
+    )
 
 
 @pytest.mark.parametrize(
