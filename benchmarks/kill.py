@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from benchmarks.harness import RESULTS
-from configs import base
+from benchmarks.tiny_runs import RUNS, make_settings
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import parse_config
 from sparsejax.report.metrics import read_metrics
@@ -36,7 +36,6 @@ from sparsejax.strict_json import dump_json, load_json
 from sparsejax.training.loop import train_and_evaluate
 from sparsejax.training.setup import prepare_run
 
-_NUM_STEPS = 12
 _CLOCK = ("seconds", "per_second", "speedup")
 
 
@@ -66,74 +65,6 @@ MOMENTS = {
     "pictures are drawn": Moment("sparsejax.training.finish:plot_training"),
 }
 """By what a table calls them."""
-
-
-_TINY: dict[str, Any] = {
-    "num_steps": _NUM_STEPS,
-    "eval_every_steps": 4,
-    "num_eval_batches": 2,
-    "log_every_steps": 4,
-    "model.num_layers": 2,
-    "model.model_dim": 16,
-    "model.num_heads": 2,
-    "model.mlp_dim": 32,
-    "model.block_size": 16,
-    "model.dropout_rate": 0.1,
-    "data.sequence_length": 64,
-    "data.batch_size": 4,
-    "optimizer.learning_rate": 1e-2,
-    "checkpoint.every_steps": 3,
-    "recipe.spion.quantile": 0.5,
-    "recipe.spion.filter_size": 3,
-    "recipe.spion.max_change_percent": 1,
-    "recipe.spion.probe_interval_fraction": 1 / 6,
-    "recipe.spion.latest_switch_fraction": 0.5,
-    "recipe.sat.density": 0.6,
-    "recipe.sat.min_skewness": 1e9,
-    "recipe.sat.latest_switch_fraction": 0.5,
-    "recipe.static_attention.density": 0.7,
-    "recipe.static_attention.dense_fraction": 0.4,
-    "recipe.fst.refresh_steps": 2,
-    "recipe.fst.dense_fraction": 0.3,
-    "recipe.fst.grad_pruning": "mvue",
-    "recipe.sste.flip_interval_steps": 2,
-    "recipe.mst.warmup": 0.25,
-    "recipe.mst.restoration": 0.34,
-    "recipe.mst.stairs": 2,
-    "recipe.mst.attention_stride": 16,
-} | {
-    f"recipe.{name}.update_interval_fraction": 2 / _NUM_STEPS
-    for name in ("mst", "rigl", "set", "magnitude")
-}
-
-
-def _make_settings(folder: pathlib.Path, recipe: str, **changes: Any) -> dict[str, Any]:
-    """Return settings of a tiny run on text that is written into the folder."""
-    corpus = folder / "corpus.txt"
-    if not corpus.exists():
-        corpus.write_text("".join(f"{i} and {i % 9} make {i + i % 9}.\n" for i in range(600)))
-    config = base.get_config()
-    data = {"source": f"text:{corpus}", "data_dir": str(folder / "data")}
-    settings = _TINY | {f"data.{name}": value for name, value in data.items()}
-    settings |= {"recipe.name": recipe, **{k.replace("__", "."): v for k, v in changes.items()}}
-    config.update_from_flattened_dict(settings)
-    return config.to_dict()
-
-
-RUNS: dict[str, Mapping[str, Any]] = {
-    "dense": {"recipe": "dense"},
-    "spion": {"recipe": "spion"},
-    "sat": {"recipe": "sat"},
-    "static_attention": {"recipe": "static_attention"},
-    "fst": {"recipe": "fst"},
-    "sste": {"recipe": "sste"},
-    "mst": {"recipe": "mst"},
-    "rigl": {"recipe": "rigl"},
-    "set": {"recipe": "set"},
-    "magnitude": {"recipe": "magnitude"},
-    "spion+fst": {"recipe": "spion+fst", "checkpoint__every_steps": 2},
-}
-"""What is trained, by a name for the table: `_make_settings` takes these."""
 
 
 def fork(function: Callable[[], Any], log: pathlib.Path) -> int:
@@ -387,7 +318,7 @@ def main(arguments: Sequence[str]) -> int:
         for number in range(options.runs):
             name = names[number % len(names)]
             folder = pathlib.Path(directory) / name
-            settings_of = functools.partial(_make_settings, **RUNS[name])
+            settings_of = functools.partial(make_settings, **RUNS[name])
             if name not in counts:
                 folder.mkdir()
                 counts[name] = make_reference(settings_of(folder), folder)

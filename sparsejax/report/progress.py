@@ -1,6 +1,7 @@
 """What a run tells the person who watches it: progress lines and the closing summary."""
 
 import collections
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -220,3 +221,24 @@ def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def format_metrics(values: Mapping[str, Any]) -> str:
+    """Write metrics for a person, with three digits.
+
+    Args:
+      values: numbers, and lists of them, by name; None where nothing is known.
+
+    Example:
+      >>> format_metrics({"check": 3, "distance": [0.12345, None]})
+      'check 3, distance [0.123, -]'
+    """
+    return ", ".join(f"{name} {_format_value(value)}" for name, value in values.items())
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_format_value(item) for item in value) + "]"
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)

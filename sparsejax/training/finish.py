@@ -13,6 +13,7 @@ from sparsejax.report.metrics import find_missing_steps, format_steps, read_metr
 from sparsejax.report.plots.training import plot_training
 from sparsejax.report.progress import format_summary, say, summarise
 from sparsejax.strict_json import dump_json
+from sparsejax.training.describe import make_title
 from sparsejax.training.setup import Run, find_phase
 
 
@@ -55,16 +56,6 @@ def finish_run(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str
         run.recipe.draw_run(rows, folder=workdir)
     say(format_summary(summary, totals, phases=phases))
     return summary
-
-
-def make_title(run: Run, workdir: Path) -> str:
-    """Name a run above its pictures.
-
-    Args:
-      run: the run.
-      workdir: its folder.
-    """
-    return f"{workdir.resolve().name}: {run.recipe.name}"
 
 
 def _read_rows(workdir: Path, last: CheckpointInfo) -> list[dict[str, Any]]:

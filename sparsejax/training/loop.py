@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from sparsejax.accounting.density import compute_density, describe_density
+from sparsejax.accounting.density import compute_density
 from sparsejax.accounting.ledger import FlopsLedger, check_totals
-from sparsejax.accounting.units import format_quantity
 from sparsejax.checkpoint.files import find_checkpoints, find_last_good
 from sparsejax.checkpoint.save import Checkpointer
 from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_schedule
@@ -28,12 +25,14 @@ from sparsejax.report.metrics import (
 )
 from sparsejax.report.progress import (
     StepTimer,
+    format_metrics,
     format_progress,
     say,
 )
 from sparsejax.report.tensorboard import TensorBoardWriter
 from sparsejax.report.writers import OptionalWriter, RowWriter
-from sparsejax.training.finish import finish_run, make_title
+from sparsejax.training.describe import describe_costs, describe_model, make_title
+from sparsejax.training.finish import finish_run
 from sparsejax.training.profile import StepProfiler, StepRange
 from sparsejax.training.setup import (
     Programs,
@@ -44,7 +43,6 @@ from sparsejax.training.setup import (
 )
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.start import Start, open_or_resume
-from sparsejax.training.state import TrainState
 from sparsejax.training.step import Batch, explain_skip
 
 
@@ -117,22 +115,6 @@ def train_and_evaluate(
             say(f"stopped by {loop.stopped_by}; step {newest.step} is saved in {newest.path}")
             say(f"resume with: {resume_command}")
             return None
-
-
-def describe_model(run: Run, state: TrainState) -> str:
-    """Return one line about what is trained on what.
-
-    Args:
-      run: the run.
-      state: its state.
-    """
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    model = run.model_config
-    return (
-        f"{run.recipe.name}, {format_quantity(num_params)} parameters, {model.num_layers} layers, "
-        f"{model.max_length} positions, {run.config.data.source} on "
-        f"{run.state_sharding.num_devices} x {jax.devices()[0].device_kind}"
-    )
 
 
 def _run_steps(
@@ -316,7 +298,6 @@ class _Loop:
         self.record_choices()
         density = compute_density(self.run.model_config, self.state.sparsity.masks, self.phase)
         self.ledger.begin_phase(self.phase, density)
-        flops, dense_flops = self.ledger.step_flops, self.ledger.dense_step_flops
         row = {
             "kind": "phase",
             "phase": self.phase.name,
@@ -324,7 +305,7 @@ class _Loop:
             "layer_attention_density": density.attention.tolist(),
             "layer_weight_density": {n: x.tolist() for n, x in density.weights.items()},
             "step_memory_bytes": programs.step_memory_bytes,
-            "dense_step_flops": dense_flops,
+            "dense_step_flops": self.ledger.dense_step_flops,
             "compile_seconds": programs.compile_seconds,
         }
         if begun := self.run.recipe.phase_metrics(self.state.sparsity, self.phase):
@@ -335,12 +316,8 @@ class _Loop:
                 self.state.sparsity, self.phase, step=self.step, folder=self.workdir
             )
             self.writer.write(self.step, row)
-        say(
-            f"phase {self.phase.name!r} from step {self.step}: {describe_density(density)}, "
-            f"{format_quantity(flops, 'FLOPs')} per step ({flops / dense_flops:.0%} of dense), "
-            f"{format_quantity(programs.step_memory_bytes, 'B')} per step, compiled once in "
-            f"{programs.compile_seconds:.1f} s"
-        )
+        costs = describe_costs(self.ledger, density, programs)
+        say(f"phase {self.phase.name!r} from step {self.step}: {costs}")
         return programs
 
     def _report(self, observation: Observation, step: int, began: float) -> bool:
@@ -350,8 +327,7 @@ class _Loop:
         every_steps = max(self.phase.probe_every_steps or 1, self.run.config.log_every_steps)
         # Nothing is known of a step that was skipped.
         if values and (change or step % every_steps == 0):
-            shown = ", ".join(f"{name} {_format(value)}" for name, value in values.items())
-            say(f"       | step {step} | attention probe: {shown}")
+            say(f"       | step {step} | attention probe: {format_metrics(values)}")
         return change
 
     def _record(self, fetched: Fetched | None) -> None:
@@ -390,11 +366,3 @@ class _Loop:
 
 def _is_finite(metrics: dict[str, float]) -> bool:
     return all(math.isfinite(value) for value in metrics.values())
-
-
-def _format(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_format(item) for item in value) + "]"
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
