@@ -76,7 +76,7 @@ class BlockSparseAttention(nnx.Module):
         patterns = sparse_weight_patterns(config)
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": config.dtype,
             "rngs": rngs,
         }
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

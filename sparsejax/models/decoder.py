@@ -49,7 +49,7 @@ class DenseAttention(nnx.Module):
         kernel_init, out_kernel_init = _make_kernel_inits(config)
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": config.dtype,
             "rngs": rngs,
         }
         kv_width = 2 * config.num_kv_heads * config.head_dim

@@ -6,7 +6,6 @@ Legend: B batch, T position, D model width, F feed-forward width.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.models.config import (
@@ -44,7 +43,7 @@ class MLP(nnx.Module):
         patterns, prefix = sparse_weight_patterns(config), "decoder/" if in_decoder else ""
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": config.dtype,
             "rngs": rngs,
         }
         gated = config.mlp_activation in GATED_ACTIVATIONS

@@ -16,7 +16,7 @@ def make_layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     Returns:
       nnx.LayerNorm over the width of the model.
     """
-    return nnx.LayerNorm(config.model_dim, epsilon=1e-5, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return nnx.LayerNorm(config.model_dim, epsilon=1e-5, dtype=config.dtype, rngs=rngs)
 
 
 def make_kernel_inits(
