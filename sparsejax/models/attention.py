@@ -77,7 +77,7 @@ class BlockSparseAttention(nnx.Module):
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
             "bias_init": make_bias_init(config, config.model_dim),
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": config.dtype,
             "rngs": rngs,
         }
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

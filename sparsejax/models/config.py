@@ -48,8 +48,8 @@ class TransformerOptions:
         to `linear_init`.
       linear_init: without `init_std`, what linear layers begin as: "lecun_normal" kernels and zero
         biases; or "torch", both uniform within 1 / sqrt(inputs), as torch.nn.Linear.
-      dtype: "float32", "bfloat16" or "float16", type of activations and matrix products.
-        Parameters are always float32.
+      dtype: "float32", "bfloat16" or "float16", type of activations and matrix products; None for
+        that of inputs and parameters together. Parameters are always float32.
       use_bias: add biases in linear layers.
       use_norm_bias: add biases in norms.
       embedding_norm: normalise the sum of embedding and position.
@@ -70,7 +70,7 @@ class TransformerOptions:
     mlp_dropout_rate: float = 0.0
     init_std: float | None = None
     linear_init: LinearInit = "lecun_normal"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = "float32"
     use_bias: bool = True
     use_norm_bias: bool = True
     embedding_norm: bool = False
@@ -111,6 +111,8 @@ class TransformerConfig(TransformerOptions):
     num_classes: int = 0
     num_towers: int = 1
     patch_values: int = 0
+    # A layer in somebody's model follows its input; a run's settings name a type.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     sparse_weights: tuple[tuple[str, WeightPattern], ...] = ()
 
     def __post_init__(self):
@@ -202,7 +204,7 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
     pairs = c.positions == "learned" or c.head_dim % 2 == 0
     yield pairs, "model_dim", f"an even multiple of {heads} with rotary positions"
     dtypes = ("float32", "bfloat16", "float16")
-    yield c.dtype in dtypes, "dtype", f"one of {dtypes}"
+    yield c.dtype is None or c.dtype in dtypes, "dtype", f"None or one of {dtypes}"
     yield c.num_towers in (1, 2), "num_towers", "1 or 2"
     yield c.num_towers == 1 or c.num_classes > 0, "num_towers", "1 in a language model"
     yield not (c.causal and c.num_classes), "num_classes", "0 in a causal language model"

@@ -55,7 +55,7 @@ class DenseAttention(nnx.Module):
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
             "bias_init": make_bias_init(config, config.model_dim),
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": config.dtype,
             "rngs": rngs,
         }
         kv_width = 2 * config.num_kv_heads * config.head_dim

@@ -7,7 +7,6 @@ import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.models.config import (
@@ -51,7 +50,7 @@ class MLP(nnx.Module):
         patterns, prefix = sparse_weight_patterns(config), "decoder/" if in_decoder else ""
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": config.dtype,
             "rngs": rngs,
         }
         gated = config.mlp_activation in GATED_ACTIVATIONS

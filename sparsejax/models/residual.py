@@ -20,7 +20,7 @@ def make_layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
         config.model_dim,
         epsilon=1e-5,
         use_bias=config.use_norm_bias,
-        dtype=jnp.dtype(config.dtype),
+        dtype=config.dtype,
         rngs=rngs,
     )
 

@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
         self.config = config
         # What calls do that name no options; a loaded model has those of its phase.
         self.attention_options, self.linear_options = SPARSE, SPARSE_LINEAR
-        dtype = jnp.dtype(config.dtype)
+        dtype = config.dtype
         table_init = nnx.initializers.normal(0.02)
         if config.patch_values:
             self.patches = nnx.Linear(

@@ -10,7 +10,14 @@ import pytest
 from flax import nnx
 
 from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
-from sparsejax.models import DENSE_LINEAR, MLP, LinearOptions, SparseLinear, SparsityMask
+from sparsejax.models import (
+    DENSE_LINEAR,
+    MLP,
+    BlockSparseAttention,
+    LinearOptions,
+    SparseLinear,
+    SparsityMask,
+)
 from sparsejax.patterns import NMPattern
 from tests.kernels.interpreter import hopper
 from tests.small_models import make_config
@@ -319,3 +326,28 @@ def test_dropout_follows_the_activation_of_a_feed_forward_layer():
     np.testing.assert_allclose(shown[kept], np.asarray(hidden)[kept] / 0.75, rtol=1e-5)
     assert abs(kept.mean() - 0.75) < 0.03
     np.testing.assert_array_equal(mlp(x)[..., :N], hidden)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64])
+def test_layers_that_name_no_type_agree_on_it(dtype):
+    config, rngs = make_config(), nnx.Rngs(0)
+    layers = (
+        nnx.Linear(16, 16, rngs=rngs),
+        SparseLinear(16, 16, rngs=rngs),
+        MLP(config, rngs=rngs),
+        BlockSparseAttention(config, rngs=rngs),
+    )
+
+    def find_type(layer, x):
+        try:
+            return jax.tree.leaves(layer(x))[0].dtype
+        except ValueError as error:
+            # Ops take no float64, and layers do not narrow it for them.
+            assert "got" in str(error) and "float64" in str(error)
+            return jnp.float64
+
+    with jax.enable_x64(True):
+        x = jnp.ones((2, 16, 16), dtype)
+        found = [jax.eval_shape(lambda x, f=f: jnp.zeros((), find_type(f, x)), x) for f in layers]
+    assert {jnp.dtype(x.dtype) for x in found} == {jnp.promote_types(dtype, jnp.float32)}

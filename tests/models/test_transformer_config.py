@@ -44,7 +44,7 @@ def test_a_good_config_passes():
         ),
         (
             {"dtype": "float64"},
-            "model.dtype must be one of ('float32', 'bfloat16', 'float16'), got 'float64'",
+            "model.dtype must be None or one of ('float32', 'bfloat16', 'float16'), got 'float64'",
         ),
         ({"num_towers": 3}, "model.num_towers must be 1 or 2, got 3"),
         ({"num_towers": 2}, "model.num_towers must be 1 in a language model, got 2"),
