@@ -57,7 +57,9 @@ class OptimizerConfig:
       warmup_fraction: float in [0, 1), share of the run from the initial to the peak rate.
       final_fraction: float in [0, 1], last rate of "cosine" and "wsd" relative to the peak.
       decay_fraction: float in (0, 1], share of the run, at its end, in which "wsd" falls.
-      initial_fraction: float in [0, 1], first rate of "triangle" relative to the peak.
+      initial_fraction: float in [0, 1], rate of the first step relative to the peak, of all but the
+        one-cycle schedules and "inverse_sqrt". With 0, as in the released code of FST and S-STE,
+        the first step of a warm-up trains nothing.
       weight_decay: float, decoupled, on kernels and embeddings only.
       decay_embeddings: embeddings that it reaches: "none", "tokens", or "all", learned positions
         too.
@@ -119,7 +121,7 @@ class OptimizerConfig:
             {
                 "final_fraction": ("schedule", ("cosine", "wsd")),
                 "decay_fraction": ("schedule", ("wsd",)),
-                "initial_fraction": ("schedule", ("triangle",)),
+                "initial_fraction": ("schedule", ("cosine", "wsd", "constant", "triangle")),
                 "b2": ("name", ("adamw", "lion")),
                 "eps": ("name", ("adamw",)),
             },
@@ -230,14 +232,13 @@ def _make_one_cycle(
 
 def _make_schedule(config: OptimizerConfig, num_steps: int):
     peak, warmup = config.learning_rate, count_share(config.warmup_fraction, num_steps)
+    first = peak * config.initial_fraction
+    rise = optax.linear_schedule(first, peak, max(warmup, 1))
     if config.schedule == "constant":
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, peak, max(warmup, 1)), optax.constant_schedule(peak)],
-            [warmup],
-        )
+        return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
+            init_value=first,
             peak_value=peak,
             warmup_steps=warmup,
             decay_steps=num_steps,
@@ -253,7 +254,7 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
             )
         return optax.join_schedules(
             [
-                optax.linear_schedule(0.0, peak, max(warmup, 1)),
+                rise,
                 optax.constant_schedule(peak),
                 optax.linear_schedule(
                     peak, peak * config.final_fraction, max(num_steps - decay_step, 1)
@@ -262,16 +263,13 @@ def _make_schedule(config: OptimizerConfig, num_steps: int):
             [warmup, decay_step],
         )
     if config.schedule == "inverse_sqrt":
-        # Vaswani et al., arXiv:1706.03762, equation 3, scaled to the peak.
-        return lambda step: (
-            peak * jnp.minimum(step / warmup, jnp.sqrt(warmup / jnp.maximum(step, 1)))
-        )
+        # Vaswani et al., arXiv:1706.03762, equation 3, scaled to the peak; its steps count from 1.
+        return lambda step: peak * jnp.minimum((step + 1) / warmup, jnp.sqrt(warmup / (step + 1)))
+    if config.schedule == "triangle":
+        return _make_one_cycle(config, num_steps, first, peak, 0.0)
     # The division by 25 at the start and by 25e4 at the end are the defaults of the one-cycle
     # policy that SPION and SAT train with.
-    first, last = peak / 25, peak / 25e4
-    if config.schedule == "triangle":
-        first, last = peak * config.initial_fraction, 0.0
-    return _make_one_cycle(config, num_steps, first, peak, last)
+    return _make_one_cycle(config, num_steps, peak / 25, peak, peak / 25e4)
 
 
 def compute_learning_rate(

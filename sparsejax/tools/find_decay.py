@@ -22,6 +22,7 @@ import numpy as np
 from sparsejax.checks import check_setting
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig, make_recipe
+from sparsejax.durable import write_durably
 from sparsejax.report.metrics import fetch_metrics
 from sparsejax.report.plots.flips import plot_decay_search
 from sparsejax.report.progress import say
@@ -110,7 +111,7 @@ def find_decay(config: TrainConfig, workdir: str | os.PathLike) -> DecaySearch:
     )
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "find_decay.json").write_text(dump_json(_describe(search)) + "\n")
+    write_durably(folder / "find_decay.json", dump_json(_describe(search)) + "\n")
     plot_decay_search(
         {rate: search.mu(rate) for rate in candidates},
         accepted=ACCEPTED,

@@ -112,8 +112,8 @@ def test_every_setting_has_a_meaning():
             r"'mlp/up' with the pattern '24x24' must be a multiple of 24 by a multiple of 24",
         ),
         (
-            {"optimizer__initial_fraction": 0.5},
-            r"initial_fraction must be 0.0 with schedule='cosine', which has no use for it",
+            {"optimizer__schedule": "one_cycle", "optimizer__initial_fraction": 0.5},
+            r"initial_fraction must be 0.0 with schedule='one_cycle', which has no use for it",
         ),
         ({"optimizer__name": "sgd", "optimizer__b2": 0.5}, r"b2 must be 0.95 with name='sgd'"),
         (

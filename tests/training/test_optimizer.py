@@ -52,11 +52,21 @@ def test_one_cycle_rises_and_falls_linearly():
     assert float(schedule(110)) == pytest.approx(1e-2 / 25e4, rel=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant", "triangle"])
+def test_the_first_step_of_a_warm_up_has_the_rate_that_is_asked_for(schedule):
+    for first in (0.0, 0.25):
+        config = make_optimizer_config(
+            schedule=schedule, warmup_fraction=0.2, initial_fraction=first
+        )
+        rates = [float(make_optimizer(config, num_steps=50).schedule(step)) for step in (0, 5, 10)]
+        np.testing.assert_allclose(rates, [first * 1e-2, (1 + first) * 0.5e-2, 1e-2], rtol=1e-5)
+
+
 def test_inverse_sqrt_rises_linearly_and_falls_with_the_root_of_the_step():
     schedule = make_optimizer(
         make_optimizer_config(schedule="inverse_sqrt", warmup_fraction=1 / 11), num_steps=110
     ).schedule
-    expected = {0: 0, 5: 0.5e-2, 10: 1e-2, 40: 0.5e-2, 90: 1e-2 / 3}
+    expected = {0: 0.1e-2, 4: 0.5e-2, 9: 1e-2, 39: 0.5e-2, 89: 1e-2 / 3}
     assert {step: float(schedule(jnp.int32(step))) for step in expected} == pytest.approx(expected)
 
 
