@@ -128,13 +128,16 @@ CALLS: Mapping[str, tuple[Any, ...]] = {
 def hash_kernels(op: str) -> str:
     """Hash the code that decides an op's programs: its Triton folder, and the launch.
 
+    Lists of blocks are left out: kernels read them, and are the same whatever they hold.
+
     Args:
       op: name of the op.
 
     Returns:
       str, 16 hexadecimal digits.
     """
-    return hash_modules(f"{_find_package(op)}.triton", "pallas_kernels.triton.launch")
+    folder = f"{_find_package(op)}.triton"
+    return hash_modules(folder, "pallas_kernels.triton.launch", without=("lists",))
 
 
 def _find_package(op: str) -> str:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 _PACKAGE = __package__ or "pallas_kernels"
@@ -26,13 +26,14 @@ def hash_source(function: Callable[..., Any]) -> str:
     return _hash_closure(function.__module__)
 
 
-def hash_modules(*names: str) -> str:
+def hash_modules(*names: str, without: Collection[str] = ()) -> str:
     """Hash the code of modules of ours, without what they import.
 
     Comments, docstrings and layout do not count.
 
     Args:
       *names: of modules, or of packages, which stand for the modules in their folder.
+      without: file names of modules that are left out, without the suffix.
 
     Returns:
       str, 16 hexadecimal digits.
@@ -42,7 +43,7 @@ def hash_modules(*names: str) -> str:
         path = _find_file(name)
         assert path is not None, f"there is no module {name}"
         paths = path.parent.glob("*.py") if path.stem == "__init__" else [path]
-        found |= {f"{name} {path.stem}": _dump(path) for path in paths}
+        found |= {f"{name} {path.stem}": _dump(path) for path in paths if path.stem not in without}
     return _digest(found)
 
 
