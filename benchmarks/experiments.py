@@ -264,7 +264,8 @@ def _count_busy_cores(sample_seconds: float = 1.0) -> float:
     time.sleep(sample_seconds)
     later_total, later_idle = read()
     share_idle = (later_idle - idle) / max(later_total - total, 1)
-    return (1.0 - share_idle) * (os.cpu_count() or 1)
+    # Ticks of waiting for a disk may go backwards.
+    return min(max(1.0 - share_idle, 0.0), 1.0) * (os.cpu_count() or 1)
 
 
 def _make_key(experiment: Experiment, row: str, seed: int) -> dict[str, str | int]:

@@ -61,7 +61,9 @@ MOMENTS = {
     "a phase begins": Moment("sparsejax.training.setup:Run.enter_phase", after=True),
     "a save begins": Moment("sparsejax.checkpoint.save:Checkpointer.save"),
     "a save goes on": Moment("sparsejax.checkpoint.save:Checkpointer.save", after=True),
-    "the run is described": Moment("sparsejax.durable:os.fsync"),
+    "a checkpoint is measured": Moment("sparsejax.checkpoint.save:measure_files", after=True),
+    "a file is put in place": Moment("sparsejax.durable:os.fsync"),
+    "an old checkpoint is deleted": Moment("sparsejax.checkpoint.save:delete_checkpoint"),
     "pictures are drawn": Moment("sparsejax.training.finish:plot_training"),
 }
 """By what a table calls them."""

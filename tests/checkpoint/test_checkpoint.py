@@ -137,6 +137,13 @@ with Checkpointer(sys.argv[1], keep_last=2, keep_best=0, run_metadata={}) as che
 """
 
 
+def _stop(child):
+    """Stop a process, and return once it stands still."""
+    child.send_signal(signal.SIGSTOP)
+    event = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert event.si_code == os.CLD_STOPPED
+
+
 @pytest.mark.ci
 def test_kill_in_mid_save_leaves_the_previous_checkpoint(tmp_path):
     child = subprocess.Popen(
@@ -147,12 +154,11 @@ def test_kill_in_mid_save_leaves_the_previous_checkpoint(tmp_path):
     with child:
         child.stdout.readline()
         # Stopped first, so that the save seen under way is the one that is killed.
-        child.send_signal(signal.SIGSTOP)
+        _stop(child)
         while not list(tmp_path.glob("*.tmp*")):
             child.send_signal(signal.SIGCONT)
-            assert child.poll() is None
             time.sleep(0.01)
-            child.send_signal(signal.SIGSTOP)
+            _stop(child)
         child.kill()
     unfinished, whole, *_ = find_checkpoints(tmp_path)
     assert "unfinished" in unfinished.problem and unfinished.path.name in unfinished.problem

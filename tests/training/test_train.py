@@ -69,6 +69,11 @@ def test_missing_data_file_is_refused(tmp_path):
         train(settings, tmp_path / "run")
 
 
+def test_a_type_that_a_cpu_does_not_multiply_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="model.dtype must be 'float32' or .*, got 'float16'"):
+        train(make_settings(tmp_path, model__dtype="float16"), tmp_path / "run")
+
+
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
     settings = make_settings(tmp_path)
     with pytest.raises(ConfigError, match=r"must hold a run's checkpoints, found none"):
