@@ -262,7 +262,7 @@ def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
     optimizer = make_optimizer(config.optimizer, num_steps=config.schedule_length)
     state = make_abstract_state(model, make_recipe(config, model), optimizer, phase.name)
     sparsity = state.sparsity
-    counters = (state.step, state.key, sparsity.phase_start_step)
+    counters = (state.step, state.num_skipped, state.key, sparsity.phase_start_step)
     lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), sparsity.masks)
     return {
         "parameters": _count_bytes((state.params, sparsity.params)),

@@ -248,5 +248,5 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_cache(
     *_, line = found.stderr.splitlines()
     assert found.returncode == 1 and "Traceback" not in found.stderr
     assert line.startswith(f"data_dir: cannot build the cache {tmp_path}/{kind}/"), line
-    assert line.endswith("File too large")
+    assert "File too large" in line
     assert not list((tmp_path / kind).rglob("manifest.json"))

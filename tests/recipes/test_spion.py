@@ -114,7 +114,10 @@ def draw_maps(seed, causal=False):
 )
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
 def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
-    settings = {"quantile": None, "density": 0.8} if variant == "c" else {}
+    settings = {
+        "c": {"quantile": None, "density": 0.8},
+        "f": {"filter_size": 31},
+    }.get(variant, {})
     config = dataclasses.replace(BASE, variant=variant, causal=causal, **settings)
     recipe = make_spion(config)
     sparsity = recipe.init(MASKS, {}, jax.random.key(0))

@@ -243,7 +243,7 @@ def test_the_decay_rate_is_found(tmp_path):
     )
     search = find_decay(parse_config(settings), tmp_path / "decay")
     assert list(search.flip_rates) == [1e-4, 1e-1, 10.0]
-    assert (search.first_step, search.last_step) == (2, 10)
+    assert (search.first_step, search.last_step) == (4, 12)
     assert search.dense_flip_rate > 0
     assert len(set(search.flip_rates.values())) == 3, "the rate reaches the compiled step"
     written = json.loads((tmp_path / "decay" / "find_decay.json").read_text())

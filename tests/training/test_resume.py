@@ -155,7 +155,16 @@ def _send_signal_in(monkeypatch, owner, name, number):
     monkeypatch.setattr(owner, name, receive_signal)
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as a terminal sends it, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.ci
+@pytest.mark.usefixtures("hangup")
 def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
     settings, uninterrupted, tmp_path, monkeypatch, capsys
 ):

@@ -76,7 +76,7 @@ def test_a_run_learns_to_copy(trained):
     # source cannot get below 1.52.
     assert rows[-1]["loss"] < 1.3
     assert summary["validation_loss"] < 1.3
-    assert rows[19]["learning_rate"] == pytest.approx(1e-2 * (10 / 19) ** 0.5, rel=1e-5)
+    assert rows[19]["learning_rate"] == pytest.approx(1e-2 * (10 / 20) ** 0.5, rel=1e-5)
     again = evaluate(parse_config(settings), workdir)
     assert again["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
 

@@ -221,7 +221,7 @@ def make_sat(config: SatConfig) -> Recipe:
             # Only the switch needs the maps. The pooled ones stay for the picture.
             statistics={
                 "pooled": sparsity.statistics["pooled"],
-                "untrained_share": shared / pattern.sum((1, 2)),
+                "untrained_share": (shared / pattern.sum((1, 2))).astype(jnp.float32),
             },
         )
 
