@@ -48,7 +48,12 @@ def train(
       ConfigError: if a setting has to be changed; the message says which.
       NonFiniteError: if loss or gradient was not finite for too many steps in a row.
     """
+    if not isinstance(config, TrainConfig | Mapping) and not hasattr(config, "items"):
+        raise ConfigError(f"config must be a mapping or a TrainConfig, got {config!r:.60}")
     mapping = config.to_dict() if isinstance(config, TrainConfig) else _to_dict(config)
+    for name in ("recipe", "model", "data"):
+        if not isinstance(mapping.get(name), dict):
+            raise ConfigError(f"missing section {name} of config")
     try:
         if recipe is not None:
             mapping["recipe"] = {"own": {"sparse_weights": ""}} | mapping["recipe"]

@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sparsejax.config.command_line import list_targets, read_settings
+from sparsejax.interrupts import RememberedInterrupt
 
 DATA_PACKAGES = {
     "PIL",
@@ -45,7 +46,16 @@ def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
         could save.
     """
     main = functools.partial(_main, resume_command=resume_command)
-    app.run(main, argv=list(argv), flags_parser=_parse_flags)
+    try:
+        with RememberedInterrupt() as interrupt:
+            app.run(
+                functools.partial(main, interrupt=interrupt),
+                argv=list(argv),
+                flags_parser=_parse_flags,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     raise AssertionError("app.run exits")
 
 
@@ -63,12 +73,14 @@ def describe_options(names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _main(argv: list[str], *, resume_command: str) -> int:
+def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrupt) -> int:
     import jax  # not before, so that --help does not wait for it
 
     workdir = _WORKDIR.value or ""
     if len(argv) > 1:
         return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+    if _PROFILE.value is not None and _MODE.value != "train":
+        return _fail(f"--profile_steps must not be given with --mode={_MODE.value}")
     if _MODE.value == "plan":
         # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -90,6 +102,7 @@ def _main(argv: list[str], *, resume_command: str) -> int:
     if _MODE.value != "plan":  # which reads what the compiler says while it compiles
         use_compilation_cache()
     try:
+        interrupt.check()
         config = parse_config(_CONFIG.value.to_dict())
         if _MODE.value == "plan":
             print(format_plan(make_plan(config, target=_TARGET.value)))
@@ -102,6 +115,7 @@ def _main(argv: list[str], *, resume_command: str) -> int:
             steps = None if _PROFILE.value is None else StepRange.parse(_PROFILE.value)
             if _DOCTOR.value == "auto":
                 prove_kernels(config)
+            interrupt.check()
             train_and_evaluate(config, workdir, resume_command=resume_command, profile_steps=steps)
     except ConfigError as error:
         return _fail(str(error))
@@ -113,9 +127,6 @@ def _main(argv: list[str], *, resume_command: str) -> int:
     except (NonFiniteError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
     return 0
 
 

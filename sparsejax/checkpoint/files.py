@@ -22,7 +22,8 @@ _COMMITTED = re.compile(r"(\d{8,})(?:-([1-9]\d*))?")
 _ORBAX_SUFFIX = ".orbax-checkpoint-tmp"
 _UNFINISHED = re.compile(rf"{_COMMITTED.pattern}\.tmp({re.escape(_ORBAX_SUFFIX)}.*)?")
 _DELETED = re.compile(rf"{_COMMITTED.pattern}\.deleted(-[1-9]\d*)?")
-_MARKS = (MANIFEST, "_CHECKPOINT_METADATA")
+_ORBAX_MARK = "_CHECKPOINT_METADATA"
+_MARKS = (MANIFEST, _ORBAX_MARK)
 _CONTENT = {
     "step": int,
     "data_state": dict,
@@ -93,6 +94,9 @@ def _inspect(step: int, path: Path, verify_checksums: bool) -> CheckpointInfo:
         check_files(path, manifest["files"], verify_checksums=verify_checksums)
     except (ValueError, OSError) as error:
         return CheckpointInfo(step, path, problem=str(error))
+    if manifest["step"] != step or isinstance(manifest["step"], bool):
+        problem = f"{path / MANIFEST} is of step {manifest['step']}, not of that of its folder"
+        return CheckpointInfo(step, path, problem=problem)
     return describe_checkpoint(path, manifest)
 
 
@@ -192,7 +196,15 @@ def is_saved(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     names = {file.name for file in path.iterdir()}
-    return not names or _ORBAX_SUFFIX in path.name or any(mark in names for mark in _MARKS)
+    if not names or _ORBAX_SUFFIX in path.name or _ORBAX_MARK in names:
+        return True
+    return MANIFEST in names and _begins_like_ours(path / MANIFEST)
+
+
+def _begins_like_ours(manifest: Path) -> bool:
+    beginning = seal_manifest({})[:10].encode()
+    with manifest.open("rb") as file:
+        return file.read(len(beginning)) == beginning
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -284,8 +296,11 @@ def check_files(folder: Path, files: dict[str, list[int]], *, verify_checksums: 
     Raises:
       ValueError: if a file is missing or differs, naming the first such.
     """
-    for name, (size, checksum) in files.items():
+    for name, measured in files.items():
         file = folder / name
+        if not isinstance(measured, list) or len(measured) != 2:
+            raise ValueError(f"{folder / MANIFEST} must have size and checksum of {name}")
+        size, checksum = measured
         if not file.is_file():
             raise ValueError(f"{file} is missing")
         if file.stat().st_size != size:

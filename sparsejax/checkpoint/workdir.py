@@ -124,7 +124,9 @@ def keep_schedule(config: TrainConfig, checkpoints: Path) -> TrainConfig:
     before = _read_record(checkpoints)
     steps = config.schedule_length
     if before is not None and not config.schedule_steps:
-        steps = before["config"].get("schedule_steps", steps)
+        steps = before["config"].get("schedule_steps")
+        if type(steps) is not int or steps < 1:
+            raise _make_error(checkpoints, "config.schedule_steps", "a whole number above 0", steps)
     return dataclasses.replace(config, schedule_steps=steps)
 
 
@@ -149,7 +151,11 @@ def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
         return []
     old, old_watching = _split_watching(before["config"])
     new, new_watching = _split_watching(description["config"])
-    compared = (("settings", old, new), ("data", before["data"], description["data"]))
+    compared = (
+        ("settings", old, new),
+        ("data", before["data"], description["data"]),
+        ("data", before["spec"], description["spec"]),
+    )
     for name, was, now in compared:
         differences = find_differences(was, now)
         if differences:
@@ -190,11 +196,18 @@ def read_run(workdir: str | os.PathLike) -> RecordedRun:
     Raises:
       ConfigError: if the folder holds no run, or one that says too little.
     """
-    recorded = _read_record(Path(workdir) / "checkpoints")
+    checkpoints = Path(workdir) / "checkpoints"
+    recorded = _read_record(checkpoints)
     if recorded is None:
         raise ConfigError(f"workdir={str(workdir)!r} must hold a run's checkpoints, found none")
     config = parse_config(recorded["config"])
-    return RecordedRun(config, DataSpec(**recorded["spec"]), recorded["data"]["tokenizer"])
+    spec, tokenizer = recorded["spec"], recorded["data"].get("tokenizer")
+    kinds = {name: str if name == "task" else int for name in DataSpec._fields}
+    if {name: type(value) for name, value in spec.items()} != kinds:
+        raise _make_error(checkpoints, "spec", f"made of {', '.join(kinds)}", spec)
+    if not isinstance(tokenizer, str):
+        raise _make_error(checkpoints, "data.tokenizer", "the name of a tokenizer", tokenizer)
+    return RecordedRun(config, DataSpec(**spec), tokenizer)
 
 
 def read_choices(checkpoints: Path) -> dict[str, str]:
@@ -205,8 +218,14 @@ def read_choices(checkpoints: Path) -> dict[str, str]:
 
     Returns:
       `Choice.call` -> name of the backend; empty of a run that did not record them.
+
+    Raises:
+      ConfigError: if the folder's record is not what a run writes.
     """
-    return dict((_read_record(checkpoints) or {}).get("implementations", {}))
+    choices = (_read_record(checkpoints) or {}).get("implementations", {})
+    if not isinstance(choices, dict) or not all(isinstance(x, str) for x in choices.values()):
+        raise _make_error(checkpoints, "implementations", "names of backends by call", choices)
+    return choices
 
 
 def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, list[str]]:
@@ -255,6 +274,11 @@ def _read_record(checkpoints: Path) -> dict[str, Any] | None:
             f"{str(record)[:60]!r}"
         )
     return record
+
+
+def _make_error(checkpoints: Path, name: str, expected: str, value: Any) -> ConfigError:
+    shown = f"{value!r}"[:60]
+    return ConfigError(f"{name} in {checkpoints / 'run.json'} must be {expected}, got {shown}")
 
 
 def _split_watching(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

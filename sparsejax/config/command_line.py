@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparsejax.config.shipped import extend_path, find_config
+from sparsejax.config.shipped import extend_path, find_config, suggest
 
 _CONFIG_FLAG = ("--config", "-config")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
@@ -22,7 +22,7 @@ _MISTYPED = re.compile(
     r"|\('Non-boolean|Failed to parse)",
     re.DOTALL,
 )
-_KINDS = ("a whole number", "a number", "True or False", "a single setting, and not a section")
+_KINDS = ("a whole number", "a number", "True or False", "set by one of its keys, KEY.NAME=VALUE")
 _UNKNOWN_FLAG = re.compile(r"Unknown command line flag '([\w.]+)'")
 _NO_FILE = re.compile(r"No such file or directory: '(.*)'")
 
@@ -78,7 +78,8 @@ def clear_settings(config: ConfigDict, keys: Sequence[str]) -> None:
     for key in keys:
         *sections, name = key.split(".")
         section = functools.reduce(getattr, sections, config)
-        getattr(section, name)  # raises with the key that was probably meant
+        if not isinstance(section, ConfigDict) or isinstance(getattr(section, name), ConfigDict):
+            raise AttributeError(f"--config.{key} must be a setting with a value, and no section")
         with section.ignore_type():
             setattr(section, name, None)
 
@@ -128,7 +129,7 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
         rest = flags(argv)
         config.value.to_dict()  # a missing file shows only when the settings are read
         clear_settings(config.value, cleared)
-        _refuse_unused(argv, config.value.recipe["name"])
+        _refuse_unused(argv, str(config.value.recipe["name"]))
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
         # Without a config there are no settings to change, and absl does not know --config.KEY.
@@ -169,7 +170,8 @@ def describe_error(error: Exception) -> str:
         kind = next(k for s, k in zip(starts, _KINDS, strict=True) if match[3].startswith(s))
         return f"{match[1]} must be {kind}, got {match[2]!r}"
     if match := _UNKNOWN_FLAG.search(text):
-        return f"there is no flag --{match[1]}; settings are given as --config.KEY=VALUE"
+        meant = suggest(f"--{match[1]}", ("--config", "--workdir", "--mode", "--profile_steps"))
+        return f"there is no flag --{match[1]}; settings are given as --config.KEY=VALUE{meant}"
     if match := _NO_FILE.search(text):
         return f"--config must be the name of a config or an existing .py file, got {match[1]!r}"
     if isinstance(error, KeyError) and re.fullmatch(r"'\w+'", text):

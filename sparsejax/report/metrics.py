@@ -1,6 +1,5 @@
 """Record metrics as JSON lines, fetched from the device one step late."""
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,16 +61,25 @@ def format_steps(steps: Iterable[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
+_NUMBERS = {
+    "train": ("loss",),
+    "validation": ("validation_loss", "validation_accuracy"),
+    "phase": ("step_memory_bytes",),
+}
+"""What every row of a kind has, beside step and phase."""
+
+
 def _iterate_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             return
         try:
             row = load_json(line)
-            operator.index(row["step"])
+            _check_row(row)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}, must be a JSON object with a step, got {line[:80]!r}"
+                f"{path}, line {number}, must be a JSON object with a step and what its kind has, "
+                f"got {line[:80]!r}"
             ) from error
         if row.get("kind") == "phase" and "attention_density" not in row:
             raise ValueError(
@@ -79,6 +87,18 @@ def _iterate_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 "an earlier version wrote it"
             )
         yield line, row
+
+
+def _check_row(row: Any) -> None:
+    """Refuse a row without what summaries and pictures read of its kind."""
+    if type(row["step"]) is not int or row["step"] < 0:
+        raise ValueError("step")
+    kind = row.get("kind")
+    if kind is not None and not isinstance(row["phase"], str):
+        raise TypeError("phase")
+    for name in _NUMBERS.get(str(kind), ()):
+        if not isinstance(row[name], int | float):
+            raise TypeError(name)
 
 
 def _rewind(path: Path, resume_step: int | None) -> list[dict[str, Any]]:

@@ -89,6 +89,8 @@ def train_and_evaluate(
         start = open_or_resume(run, path, description)
         # With it, a model can be loaded where its data is not.
         keep_tokenizer(run.data.tokenizer, path)
+        if profile_steps is not None:
+            profile_steps.check_within(start.step + 1, config.num_steps)
         if start.state is None:
             say(f"{path} is finished: {start.step} steps were trained")
             for writer in writers:
@@ -146,9 +148,7 @@ def _run_steps(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if profile_steps is not None:
-        profile_steps.check_within(start.step + 1, run.config.num_steps)
-    profiler = StepProfiler(workdir, profile_steps)
+    profiler = StepProfiler(workdir, profile_steps, warn=say)
     with checkpointer, writer, profiler:
 
         def record_choices() -> None:
@@ -219,7 +219,9 @@ class _Loop:
         self.writer.write(self.step, row)
         say(f"       | step {self.step} | validation loss {values['validation_loss']:.4f}")
         if self.step == self.run.config.num_steps and not _is_finite(values):
-            raise NonFiniteError(f"step {self.step}: the last validation is not finite", self.step)
+            raise NonFiniteError(
+                f"step {self.step}: the last validation is not finite", self.step - self.num_skipped
+            )
         return values
 
     def save(
@@ -347,7 +349,9 @@ class _Loop:
         self.num_skipped = self.num_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
             say(f"warning: step {step} skipped: {explain_skip(values)}")
-        if self.num_skipped > self.run.config.max_consecutive_skips:
+        # A run that trains nothing fails, however short it is.
+        limit = min(self.run.config.max_consecutive_skips, self.run.config.num_steps - 1)
+        if self.num_skipped > limit:
             raise NonFiniteError(
                 f"step {step} skipped, as were {self.num_skipped} in a row: {explain_skip(values)} "
                 f"(max_consecutive_skips={self.run.config.max_consecutive_skips})",

@@ -1,6 +1,8 @@
 """Trace a stretch of a run's steps with JAX's profiler."""
 
+import contextlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -67,10 +69,12 @@ class StepProfiler:
     Args:
       workdir: folder of the run.
       steps: what to trace; None for nothing.
+      warn: told if the trace cannot be written; training goes on without it.
     """
 
-    def __init__(self, workdir: Path, steps: StepRange | None):
+    def __init__(self, workdir: Path, steps: StepRange | None, warn: Callable[[str], None]):
         self._folder, self._steps, self._running = workdir / "profile", steps, False
+        self._warn = warn
 
     def begin_step(self, step: int) -> None:
         """Begin the trace if it begins with a step, or within the stretch where a run resumes.
@@ -79,8 +83,9 @@ class StepProfiler:
           step: number of the step that comes, from 1.
         """
         if self._steps and not self._running and self._steps.first <= step <= self._steps.last:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            with self._giving_up():
+                jax.profiler.start_trace(str(self._folder))
+                self._running = True
 
     def end_step(self, step: int, state: object) -> None:
         """End the trace if a step was its last.
@@ -94,8 +99,18 @@ class StepProfiler:
             self._stop()
 
     def _stop(self) -> None:
-        jax.profiler.stop_trace()
         self._running = False
+        with self._giving_up():
+            jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            self._steps = None
+            reason = " ".join(str(error).split())
+            self._warn(f"warning: no trace of steps, training goes on without it: {reason}")
 
     def __enter__(self) -> "StepProfiler":
         return self

@@ -59,8 +59,7 @@ def open_or_resume(run: Run, workdir: Path, description: dict[str, Any]) -> Star
     try:
         if info is None:
             return _open(run, checkpoints)
-        phase = find_phase(run.recipe, info.metadata["phase"])
-        totals = info.metadata["flops"]
+        phase, totals = _read_metadata(run, info)
         check_setting(
             config.num_steps >= info.step,
             "num_steps",
@@ -72,9 +71,23 @@ def open_or_resume(run: Run, workdir: Path, description: dict[str, Any]) -> Star
         state, data_state = restore(info, run.make_abstract_state(phase.name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    run.data.train.set_state(data_state)
+    try:
+        run.data.train.set_state(data_state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{info.path} must record a position in the data, got {str(data_state)[:60]!r}"
+        ) from error
     run.choices.update(read_choices(checkpoints))
     return Start(info.step, state, phase, totals, info)
+
+
+def _read_metadata(run: Run, info: CheckpointInfo) -> tuple[Phase, FlopsByPhase]:
+    phase, totals = info.metadata.get("phase"), info.metadata.get("flops")
+    if not isinstance(phase, str) or not isinstance(totals, dict):
+        raise ValueError(
+            f"{info.path} must record its phase and FLOPs, got {str(info.metadata)[:60]!r}"
+        )
+    return find_phase(run.recipe, phase), totals
 
 
 def _open(run: Run, checkpoints: Path) -> Start:

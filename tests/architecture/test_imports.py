@@ -82,6 +82,7 @@ ARROWS = {
     ),
     "sparsejax.durable": (),
     "sparsejax.shares": (),
+    "sparsejax.interrupts": (),
     "sparsejax.strict_json": (),
     "sparsejax.config": (
         "sparsejax.checks",
@@ -158,6 +159,7 @@ ARROWS = {
     # What `train.py` and the command `sparsejax` share.
     "sparsejax.command": (
         "sparsejax.config",
+        "sparsejax.interrupts",
         "sparsejax.training",
         "sparsejax.tools",
         "sparsejax.checkpoint",

@@ -11,6 +11,7 @@ from sparsejax.checkpoint.workdir import (
     claim_workdir,
     describe_run,
     keep_schedule,
+    read_choices,
     read_run,
 )
 from sparsejax.config.parse import ConfigError, parse_config
@@ -144,3 +145,32 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             pass
     with claim_workdir(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("value", ["12", None, -3, 0, True, 1000.0, [12]])
+def test_a_recorded_schedule_that_is_none_is_refused(value, checkpoints):
+    record = _describe()
+    record["config"]["schedule_steps"] = value
+    (checkpoints / "run.json").write_text(dump_json(record))
+    with pytest.raises(ConfigError, match=r"config.schedule_steps in .*run.json must be a whole"):
+        keep_schedule(_CONFIG, checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("spec", {}, "spec in .*run.json must be made of task, vocab_size"),
+        ("spec", {"task": "nope"}, "spec in .*run.json must be made of"),
+        ("data", {}, "data.tokenizer in .*run.json must be the name of a tokenizer, got None"),
+        ("implementations", "abc", "implementations in .*run.json must be names of backends"),
+        ("implementations", [1], "implementations in .*run.json must be names of backends"),
+    ],
+)
+def test_a_damaged_record_is_named(part, value, message, checkpoints):
+    (checkpoints / "run.json").write_text(dump_json(_describe() | {part: value}))
+    with pytest.raises(ConfigError, match=message):
+        (read_choices if part == "implementations" else _read_workdir)(checkpoints)
+
+
+def _read_workdir(checkpoints):
+    return read_run(checkpoints.parent)

@@ -96,8 +96,8 @@ def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
         ("--config.num_steps=1e3", "^num_steps must be a whole number, got '1e3'$"),
         ("--config.optimizer.learning_rate=fast", "learning_rate must be a number, got 'fast'$"),
         ("--config.model.scan_layers=maybe", "scan_layers must be True or False, got 'maybe'$"),
-        ("--config.recipe=fst", "^recipe must be a single setting, .*, got 'fst'$"),
-        ("--num_steps=10", "no flag --num_steps; settings are given as --config.KEY=VALUE$"),
+        ("--config.recipe=fst", "^recipe must be set by one of its keys, .*, got 'fst'$"),
+        ("--num_steps=10", "no flag --num_steps; settings are given as --config.KEY=VALUE"),
         (
             "--config.recipe.sat.density=0.3",
             "^config.recipe.sat.density must not be set in recipe 'spion', which has no use for",

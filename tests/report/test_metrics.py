@@ -54,7 +54,7 @@ def test_steps_without_a_row_are_named_and_the_file_goes_on(tmp_path):
     write_steps(tmp_path, [1, 2, 3, 6])
     said = []
     with MetricsWriter(tmp_path, resume_step=9, warn=said.append) as writer:
-        writer.write(10, {"kind": "train", "loss": 1.0})
+        writer.write(10, {"kind": "train", "phase": "dense", "loss": 1.0})
     path = tmp_path / "metrics.jsonl"
     assert said == [f"warning: {path} lacks steps 4-5, 7-9, and goes on after them"]
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 6, 10]
@@ -77,7 +77,9 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
 
 
 def test_a_file_of_an_earlier_version_is_refused_and_names_are_not_mixed(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kind": "phase", "density": 1.0}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "kind": "phase", "phase": "x", "step_memory_bytes": 1, "density": 1.0}\n'
+    )
     with pytest.raises(ValueError, match=r"line 1, must name its 'attention_density'"):
         MetricsWriter(tmp_path, resume_step=3)
 
@@ -203,3 +205,22 @@ def test_a_vector_is_a_list_and_a_matrix_is_refused():
         ValueError, match=r"metrics\['map'\] must be a scalar or a vector, got shape \(3, 3\)"
     ):
         deferred.push(1, {"map": jnp.ones((3, 3))})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"step": 3, "kind": "train"}',
+        '{"step": 3, "kind": "train", "phase": "dense", "loss": "abc"}',
+        '{"step": 4, "kind": "validation", "phase": "dense"}',
+        '{"step": -1, "kind": "train", "phase": "dense", "loss": 1.0}',
+        '{"step": true, "kind": "train", "phase": "dense", "loss": 1.0}',
+        '{"step": 3, "kind": "train", "phase": 5, "loss": 1.0}',
+    ],
+)
+def test_a_row_without_what_its_kind_has_is_named(row, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = '{"step": 1, "kind": "switch", "phase": "dense", "reason": "x"}'
+    path.write_text(f"{first}\n{row}\n")
+    with pytest.raises(ValueError, match="line 2, must be a JSON object with a step and what its"):
+        read_metrics(path)

@@ -75,7 +75,8 @@ def test_tensorboard_shows_settings_and_pictures_and_forgets_the_steps_run_again
     picture = tmp_path / "loss.png"
     plot_training([{"step": 1, "loss": 1.0}], path=picture, title="a run")
     with open_writer(tmp_path, settings=settings) as writer:
-        writer.write(1, {"kind": "phase", "attention_density": 1.0})
+        row = {"kind": "phase", "phase": "dense", "attention_density": 1.0}
+        writer.write(1, row | {"step_memory_bytes": 7})
     values = [value for event in read_events(tmp_path) for value in event.summary.value]
     by_tag = {value.tag: value for value in values}
     text = by_tag["settings/text_summary"].tensor.string_val[0].decode()
@@ -85,7 +86,7 @@ def test_tensorboard_shows_settings_and_pictures_and_forgets_the_steps_run_again
     assert (image.width, image.height) == (1200, 525)
 
     with open_writer(tmp_path, resume_step=1) as writer:
-        writer.write(2, {"kind": "train", "loss": 1.0})
+        writer.write(2, {"kind": "train", "phase": "dense", "loss": 1.0})
     starts = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
     assert starts == [0, 2]
 
@@ -94,9 +95,9 @@ def test_tensorboard_shows_settings_and_pictures_and_forgets_the_steps_run_again
 def test_a_full_disk_costs_the_events_and_not_the_run(tmp_path, capsys):
     # In an event a number takes ten times as much as in a line. The thread of tensorboardX died
     # here, and the eleventh row after it waited for ever.
-    row = {"kind": "train", "flips": [0] * 50}
+    row = {"kind": "train", "phase": "dense", "loss": 1, "flips": [0] * 50}
     said = []
-    with files_limited_to(20_000), open_writer(tmp_path, warn=said.append) as writer:
+    with files_limited_to(24_000), open_writer(tmp_path, warn=said.append) as writer:
         for step in range(1, 101):
             writer.write(step, row)
     (line,) = said
@@ -111,7 +112,7 @@ def test_a_folder_that_cannot_be_made_costs_the_events_and_not_the_run(tmp_path)
     said = []
     with open_writer(tmp_path, warn=said.append) as writer:
         for step in (1, 2):
-            writer.write(step, {"kind": "train", "loss": 1.0})
+            writer.write(step, {"kind": "train", "phase": "dense", "loss": 1.0})
     assert len(said) == 1 and "FileExistsError" in said[0]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 

@@ -37,16 +37,29 @@ def _train(profiler, steps, traces):
     ],
 )
 def test_the_steps_that_were_named_are_traced(steps, expected, traces, tmp_path):
-    with StepProfiler(tmp_path, StepRange(2, 3)) as profiler:
+    with StepProfiler(tmp_path, StepRange(2, 3), warn=print) as profiler:
         _train(profiler, steps, traces)
     start = str(tmp_path / "profile")
     assert traces == [start if x == "start" else x for x in expected]
 
 
 def test_without_steps_nothing_is_traced(traces, tmp_path):
-    with StepProfiler(tmp_path, None) as profiler:
+    with StepProfiler(tmp_path, None, warn=print) as profiler:
         _train(profiler, range(1, 4), traces)
     assert traces == [1, 2, 3]
+
+
+def test_a_trace_that_cannot_be_written_costs_the_trace_and_not_the_run(monkeypatch, tmp_path):
+    def fail(_):
+        raise RuntimeError("FAILED_PRECONDITION: profile\nis not a directory")
+
+    monkeypatch.setattr(profile.jax.profiler, "start_trace", fail)
+    said, steps = [], []
+    with StepProfiler(tmp_path, StepRange(2, 3), warn=said.append) as profiler:
+        _train(profiler, range(1, 5), steps)
+    assert steps == [1, 2, 3, 4]
+    (line,) = said
+    assert "training goes on without it: FAILED_PRECONDITION: profile is not a directory" in line
 
 
 @pytest.mark.parametrize("text", ["3", "0:2", "5:4", "a:b", "1:2:3", "-1:2"])

@@ -110,9 +110,20 @@ def test_a_run_stopped_while_it_skips_fails_at_the_same_step(tmp_path, monkeypat
 def test_a_run_too_short_to_reach_the_limit_fails_by_its_last_validation(tmp_path):
     settings = make_settings(tmp_path, **_DIVERGING, num_steps=4, max_consecutive_skips=10)
     for _ in range(2):
-        with pytest.raises(NonFiniteError, match="step 4: the last validation is not finite; last"):
+        # Step 2 led to weights that no later step could train from.
+        message = "step 4: the last validation is not finite; last good checkpoint: .*/00000001$"
+        with pytest.raises(NonFiniteError, match=message):
             train(settings, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.ci
+def test_a_run_that_trains_nothing_fails_however_short_it_is(tmp_path):
+    infinite = {"optimizer__learning_rate": 1e38, "optimizer__weight_decay": 1e10}
+    infinite["optimizer__warmup_fraction"] = 0.0
+    settings = make_settings(tmp_path, **_DIVERGING | infinite, num_steps=3)
+    with pytest.raises(NonFiniteError, match="step 3 skipped, as were 3 in a row"):
+        train(settings, tmp_path / "run")
 
 
 @pytest.mark.ci
