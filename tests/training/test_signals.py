@@ -11,6 +11,7 @@ from sparsejax.training.signals import StopRequest
 
 _TWICE = """
 import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
 from sparsejax.training.signals import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), int(sys.argv[1]))
