@@ -253,6 +253,9 @@ class Checkpointer:
     def _find_whole(self) -> None:
         found = find_checkpoints(self._directory)
         self._whole = [info for info in found if info.problem is None]
+        if self._whole:
+            # What an earlier run was about to delete when it was killed.
+            self._drop_old(self._whole[0])
 
     def _drop_old(self, new: CheckpointInfo) -> None:
         known = [new, *(info for info in self._whole if info.step < new.step)]

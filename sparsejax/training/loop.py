@@ -95,6 +95,8 @@ def train_and_evaluate(
             say(f"{path} is finished: {start.step} steps were trained")
             for writer in writers:
                 OptionalWriter(writer, say).close()
+            with _open_checkpoints(run, path, description):
+                pass  # which deletes what a kill after the last save has left
             return finish_run(run, path, start.checkpoint)
         if start.checkpoint is None:
             say(f"training {path}: {describe_model(run, start.state)}")
@@ -119,6 +121,16 @@ def train_and_evaluate(
             return None
 
 
+def _open_checkpoints(run: Run, workdir: Path, description: dict[str, Any]) -> Checkpointer:
+    kept = run.config.checkpoint
+    return Checkpointer(
+        workdir / "checkpoints",
+        keep_last=kept.keep_last,
+        keep_best=kept.keep_best,
+        run_metadata=description | {"implementations": run.choices},
+    )
+
+
 def _run_steps(
     run: Run,
     start: Start,
@@ -129,7 +141,6 @@ def _run_steps(
     stop: StopRequest,
 ) -> "_Loop":
     """Train to the last step or to a signal, and save there."""
-    kept = run.config.checkpoint
     resume_step = None if start.checkpoint is None else start.step
     own_writers = (
         TensorBoardWriter(workdir, resume_step=resume_step, settings=run.config.to_dict()),
@@ -137,12 +148,7 @@ def _run_steps(
     )
     try:
         check_totals(start.totals or {})
-        checkpointer = Checkpointer(
-            workdir / "checkpoints",
-            keep_last=kept.keep_last,
-            keep_best=kept.keep_best,
-            run_metadata=description | {"implementations": run.choices},
-        )
+        checkpointer = _open_checkpoints(run, workdir, description)
         writer = MetricsWriter(
             workdir, resume_step=resume_step, writers=[*own_writers, *writers], warn=say
         )

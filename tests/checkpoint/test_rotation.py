@@ -40,6 +40,13 @@ def test_damage_is_named_and_the_previous_checkpoint_stays_usable(directory, dam
     assert_identical(restore(whole, make_abstract(make_state()))[0], make_state(10))
 
 
+def test_what_a_kill_left_to_delete_goes_when_the_folder_is_opened(tmp_path):
+    save_steps(tmp_path, [10, 20, 30], keep_last=3)
+    with open_checkpointer(tmp_path, keep_last=2):
+        pass
+    assert [info.step for info in find_checkpoints(tmp_path)] == [30, 20]
+
+
 def test_a_broken_checkpoint_is_replaced_when_its_step_is_saved_again(directory):
     os.truncate(largest_file(directory / "00000020" / "state"), 100)
     save_steps(directory, [20])
