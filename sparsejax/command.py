@@ -45,14 +45,10 @@ def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
         finite or a file not written, 2 a setting has to be changed, 130 interrupted before it
         could save.
     """
-    main = functools.partial(_main, resume_command=resume_command)
     try:
         with RememberedInterrupt() as interrupt:
-            app.run(
-                functools.partial(main, interrupt=interrupt),
-                argv=list(argv),
-                flags_parser=_parse_flags,
-            )
+            main = functools.partial(_main, resume_command=resume_command, interrupt=interrupt)
+            app.run(main, argv=list(argv), flags_parser=_parse_flags)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
