@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparsejax.checkpoint.workdir import read_run
-from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.config.parse import ConfigError, describe_unused, parse_config
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
 from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
+from sparsejax.report.progress import say
 from sparsejax.report.writers import RowWriter
 from sparsejax.tools import evaluate as evaluation
 from sparsejax.tools.load import TrainedModel as TrainedModel
@@ -50,6 +51,8 @@ def train(
     """
     if not isinstance(config, TrainConfig | Mapping) and not hasattr(config, "items"):
         raise ConfigError(f"config must be a mapping or a TrainConfig, got {config!r:.60}")
+    if not isinstance(writers, Sequence) or not all(hasattr(w, "write") for w in writers):
+        raise ConfigError(f"writers must be a sequence of RowWriter, got {writers!r:.60}")
     mapping = config.to_dict() if isinstance(config, TrainConfig) else _to_dict(config)
     for name in ("recipe", "model", "data"):
         if not isinstance(mapping.get(name), dict):
@@ -66,9 +69,10 @@ def train(
         raise ConfigError(str(error)) from error
     use_compilation_cache()
     command = f"sparsejax.train(config, {str(workdir)!r})"
-    return train_and_evaluate(
-        parse_config(mapping), workdir, resume_command=command, writers=writers
-    )
+    parsed = parse_config(mapping)
+    if unused := describe_unused(mapping):
+        say(unused)
+    return train_and_evaluate(parsed, workdir, resume_command=command, writers=writers)
 
 
 def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -22,10 +22,14 @@ DATA_PACKAGES = {
 }
 """What the extra `data` installs, by the names that are imported."""
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings: the name of a config, such as quickstart, or a .py file.",
-    lock_config=True,
-)  # fmt: skip
+try:
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Settings: the name of a config, such as quickstart, or a .py file.",
+        lock_config=True,
+    )  # fmt: skip
+except flags.Error as error:  # it reads the file of --flagfile as soon as it is made
+    print(f"error: --flagfile must be a readable file: {error}", file=sys.stderr)
+    sys.exit(2)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
 _DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
@@ -84,7 +88,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
     elif not workdir or workdir.startswith("--"):
         return _fail(f"--workdir must be a folder, got {workdir or 'none'}")
     from sparsejax.checkpoint.save import CheckpointError
-    from sparsejax.config.parse import ConfigError, parse_config
+    from sparsejax.config.parse import ConfigError, describe_unused, parse_config
+    from sparsejax.report.progress import say
     from sparsejax.tools.evaluate import evaluate
     from sparsejax.tools.find_decay import find_decay
     from sparsejax.tools.plan import format_plan, make_plan
@@ -99,7 +104,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
         use_compilation_cache()
     try:
         interrupt.check()
-        config = parse_config(_CONFIG.value.to_dict())
+        settings = _CONFIG.value.to_dict()
+        config = parse_config(settings)
         if _MODE.value == "plan":
             print(format_plan(make_plan(config, target=_TARGET.value)))
         elif _MODE.value == "find_decay":
@@ -112,6 +118,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
             if _DOCTOR.value == "auto":
                 prove_kernels(config)
             interrupt.check()
+            if unused := describe_unused(settings):
+                say(unused)
             train_and_evaluate(config, workdir, resume_command=resume_command, profile_steps=steps)
     except ConfigError as error:
         return _fail(str(error))

@@ -213,7 +213,7 @@ class Checkpointer:
             pending.result()
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the background thread.
+        """Wait for the save under way, and leave nothing of one that failed.
 
         Raises:
           CheckpointError: if the save failed.
@@ -222,6 +222,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._executor.shutdown()
+            # Threads of Orbax that wrote other arrays of a failed save may have ended only now.
+            _clear_leftovers(self._directory)
             logging.getLogger("absl").removeFilter(_is_not_from_orbax)
 
     def __enter__(self) -> "Checkpointer":
@@ -367,10 +369,14 @@ def _reporting_failure(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for leftover in find_leftovers(path.parent):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _clear_leftovers(path.parent)
         reason = " ".join(str(error).split())
         raise CheckpointError(f"saving {path} failed: {reason}") from error
+
+
+def _clear_leftovers(directory: Path) -> None:
+    for leftover in find_leftovers(directory):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:

@@ -42,6 +42,8 @@ _JAX_FLAGS = (
     "jax_use_shardy_partitioner",
 )
 """Those that may change a bit of what a run computes."""
+_WRITTEN = (".json", ".jsonl", ".png")
+"""How the names of the files end that a run writes beside its checkpoints."""
 # Compilers read these themselves.
 _ENVIRONMENT = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")
 
@@ -84,11 +86,20 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
       ConfigError: if it is no folder, cannot be written, holds links, through which a run would
-        write elsewhere, or another process trains in it.
+        write elsewhere, or folders named as files are that a run writes, or another process trains
+        in it.
     """
+    if not isinstance(workdir, str | os.PathLike):
+        raise ConfigError(f"workdir must be the path of a folder, got {workdir!r:.60}")
     path = Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # Else the last step would be the first to meet them.
+        folders = sorted(x.name for x in path.iterdir() if x.is_dir() and x.suffix in _WRITTEN)
+        if folders:
+            raise ConfigError(
+                f"--workdir={workdir} must have no folders named like files of a run, got {folders}"
+            )
         links = sorted(entry.name for entry in path.iterdir() if entry.is_symlink())
         if links:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import difflib
 import functools
 import pathlib
 import re
@@ -123,7 +124,10 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
     Raises:
       ValueError: if a flag, file, key or value is wrong, in one line.
     """
-    argv, cleared = take_cleared(name_files(argv))
+    program, *arguments = argv
+    arguments = flags.read_flags_from_files(arguments)
+    _refuse_without_config(arguments)
+    argv, cleared = take_cleared([program, *name_files(arguments)])
     extend_path()
     try:
         rest = flags(argv)
@@ -132,12 +136,18 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
         _refuse_unused(argv, str(config.value.recipe["name"]))
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
-        # Without a config there are no settings to change, and absl does not know --config.KEY.
-        if not any(argument.partition("=")[0] in _CONFIG_FLAG for argument in argv):
-            expected = "--config must be the name of a config or a .py file, got none"
-            raise ValueError(expected) from error
         raise ValueError(describe_error(error)) from error
     return rest
+
+
+def _refuse_without_config(arguments: Sequence[str]) -> None:
+    """Ask for a config: without one absl knows no --config.KEY, and there is nothing to change."""
+    if any(argument.partition("=")[0] in _CONFIG_FLAG for argument in arguments):
+        return
+    names = {re.split(r"[.=]", argument)[0] for argument in arguments if argument.startswith("-")}
+    close = difflib.get_close_matches(_CONFIG_FLAG[0], sorted(names - {*_CONFIG_FLAG}), n=1)
+    hint = f"; {close[0]} is no flag" if close else ""
+    raise ValueError(f"--config must be the name of a config or a .py file, got none{hint}")
 
 
 def _refuse_unused(argv: Sequence[str], name: str) -> None:

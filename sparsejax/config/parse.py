@@ -117,6 +117,34 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
+def describe_unused(mapping: Mapping[str, Any]) -> str:
+    """Tell what a mapping sets of recipes other than its own.
+
+    A config file may hold the settings of several, so that one flag compares them.
+
+    Args:
+      mapping: nested mapping that `parse_config` takes.
+
+    Returns:
+      One line, or "" if it sets nothing of others.
+    """
+    recipe = mapping["recipe"]
+    used = {_OWN if is_own(method) else method for method in recipe["name"].split("+")}
+    defaults = {setting.name: setting.default for setting in list_settings()}
+    unused = []
+    for section in sorted({*recipe} - {"name"} - used):
+        changed = sorted(
+            name
+            for name, value in recipe[section].items()
+            if value != defaults[f"recipe.{section}.{name}"]
+        )
+        if changed:
+            unused.append(f"{section} ({', '.join(changed)})")
+    if not unused:
+        return ""
+    return f"note: recipe {recipe['name']!r} has no use for what is set of {', '.join(unused)}"
+
+
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List the settings in which two nested mappings differ.
 
@@ -189,6 +217,12 @@ def _read_recipe(mapping: Mapping[str, Any]) -> RecipeSettings:
         _OWN: {"sparse_weights": str}
     }
     _check_keys({**dict.fromkeys(known), **mapping}, ("name", *known), "recipe.")
+    for section in {*mapping} - {"name"}:
+        if not isinstance(mapping[section], Mapping):
+            raise ConfigError(f"recipe.{section} must be a mapping, got {mapping[section]!r:.60}")
+        # One that is not used may lack keys, but has no others.
+        names = tuple(known[section])
+        _check_keys({**dict.fromkeys(names), **mapping[section]}, names, f"recipe.{section}.")
     name = _cast(mapping["name"], str, "recipe.name")
     chosen = {}
     for method in RecipeSettings(name=name).methods:

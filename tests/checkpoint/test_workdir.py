@@ -138,6 +138,14 @@ def test_a_link_in_the_folder_is_refused_and_left_as_it_is(name, tmp_path):
         assert path.is_dir()
 
 
+@pytest.mark.parametrize("name", ["training.png", "summary.json", "metrics.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_refused_at_the_start(name, tmp_path):
+    (tmp_path / name).mkdir()
+    message = rf"no folders named like files of a run, got \['{name}'\]"
+    with pytest.raises(ConfigError, match=message), claim_workdir(tmp_path):
+        pass
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with claim_workdir(tmp_path):
         refusal = pytest.raises(ConfigError, match="--workdir=.* is in use by another process$")

@@ -9,7 +9,13 @@ import re
 import pytest
 
 from configs import base, gpt2, mst_small, spion
-from sparsejax.config.parse import ConfigError, find_differences, list_settings, parse_config
+from sparsejax.config.parse import (
+    ConfigError,
+    describe_unused,
+    find_differences,
+    list_settings,
+    parse_config,
+)
 from sparsejax.config.schema import make_transformer_config
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.recipes.registry import RECIPES, RecipeEntry
@@ -195,6 +201,27 @@ def test_missing_section_and_key_are_named():
     settings = _settings()
     del settings["optimizer"]["b1"]
     with pytest.raises(ConfigError, match=r"missing key optimizer.b1"):
+        parse_config(settings)
+
+
+def test_what_is_set_of_other_recipes_is_named():
+    config = mst_small.get_config()
+    assert describe_unused(config.to_dict()).startswith(
+        "note: recipe 'mst' has no use for what is set of magnitude (rate_exponent, "
+    )
+    settings = _settings(recipe__name="sat+fst", recipe__sat__density=0.3)
+    assert not describe_unused(settings)
+    settings["recipe"]["name"] = "fst"
+    assert describe_unused(settings).endswith("what is set of sat (density)")
+
+
+def test_a_section_of_another_recipe_has_known_keys_too():
+    settings = _settings(recipe__name="dense")
+    settings["recipe"]["fst"] = {"decay": 1e-4}
+    with pytest.raises(ConfigError, match=r"unknown key recipe.fst.decay; did you mean .*decay_"):
+        parse_config(settings)
+    settings["recipe"]["fst"] = 0.5
+    with pytest.raises(ConfigError, match=r"recipe.fst must be a mapping, got 0.5"):
         parse_config(settings)
 
 

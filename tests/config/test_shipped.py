@@ -53,13 +53,28 @@ def test_a_name_gives_the_settings_of_its_file(by_name, by_file, read):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["--config.num_steps=3"]],
-    ids=["nothing", "only a setting"],
+    ("arguments", "got"),
+    [
+        ([], "none$"),
+        (["--config.num_steps=3"], "none$"),
+        (["--confg=quickstart", "--workdir=x"], "none; --confg is no flag$"),
+    ],
+    ids=["nothing", "only a setting", "misspelt"],
 )
-def test_a_missing_config_is_asked_for(arguments, read):
-    with pytest.raises(ValueError, match="^--config must be the name of a config or a .py file"):
+def test_a_missing_config_is_asked_for(arguments, got, read):
+    message = f"^--config must be the name of a config or a .py file, got {got}"
+    with pytest.raises(ValueError, match=message):
         read(*arguments)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_flags_in_a_file_are_as_those_of_the_command_line(read, tmp_path):
+    file = tmp_path / "flags"
+    file.write_text("--config=quickstart\n--config.num_steps=30\n")
+    assert read(f"--flagfile={file}")["num_steps"] == 30
+    file.write_text("--config=quickstart\n--config.recipe.sat.density=0.3\n")
+    with pytest.raises(ValueError, match=r"recipe\.sat\.density must not be set in recipe 'spion'"):
+        read(f"--flagfile={file}")
 
 
 @pytest.mark.parametrize("value", ["configs/quickstart", "lra", "base", "", "zzz"])

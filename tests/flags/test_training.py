@@ -1,23 +1,22 @@
 """Runs from the first step to the last, across changes of phase, under JAX's flags."""
 
+import itertools
+
 import pytest
 
 from tests.flags.flags import assert_narrow, flags_set
-from tests.flags.recipes import make_settings
+from tests.flags.recipes import RECIPES, make_settings
 from tests.training.runs import load_end, train
 
 pytestmark = pytest.mark.ci
 
 
-def test_strict_types_ranks_and_transfers(tmp_path):
-    settings = make_settings(tmp_path, "spion+fst")
-    with flags_set("x64", "rank_promotion", "transfer_guard", "bfloat16"):
+@pytest.mark.parametrize(
+    ("name", "precision"), [*zip(RECIPES, itertools.cycle(["bfloat16", "highest"]), strict=False)]
+)
+def test_runs_are_narrow_finite_and_transfer_nothing_unasked(tmp_path, name, precision):
+    settings = make_settings(tmp_path, name)
+    with flags_set("x64", "rank_promotion", "transfer_guard", "debug_nans", precision):
         train(settings, tmp_path / "run")
         state, _ = load_end(settings, tmp_path / "run")
     assert_narrow(state, "state")
-
-
-@pytest.mark.parametrize("name", ["rigl", "spion+fst"])
-def test_nothing_of_ours_is_nan(tmp_path, name):
-    with flags_set("debug_nans"):
-        train(make_settings(tmp_path, name), tmp_path / "run")

@@ -193,9 +193,12 @@ def test_own_model_from_python(tmp_path):
         ({"model": make_source}, "must be a subclass of sparsejax.models.Transformer, got "),
         ({"recipe": lambda facts: None}, "recipe must be a function at the top of a module"),
         ({"data": "text:/x"}, "data must be a function at the top of a module.*got 'text:/x'"),
+        ({"workdir": None}, "workdir must be the path of a folder, got None"),
+        ({"writers": None}, "writers must be a sequence of RowWriter, got None"),
+        ({"writers": [print]}, "writers must be a sequence of RowWriter, got .<built-in"),
         ({"data": make_no_source}, "returns a sparsejax.data.source.Source, got <class 'str'>"),
     ],
 )
-def test_what_is_no_function_of_a_module_is_refused(options, message, tmp_path):
+def test_arguments_that_cannot_be_used_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        sparsejax.train(make_settings(tmp_path), tmp_path / "run", **options)
+        sparsejax.train(make_settings(tmp_path), **{"workdir": tmp_path / "run"} | options)
