@@ -29,16 +29,18 @@ from pallas_kernels.attention_map.call import MapFacts
 from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_matmul.call import BlockFacts
 from pallas_kernels.doctor.makers import MAKERS
-from pallas_kernels.nm_matmul.call import PackFacts, PruneFacts
+from pallas_kernels.nm_matmul.call import NMFacts, PackFacts, PruneFacts
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.transposable_mask.call import TransposableFacts
 from pallas_kernels.verdicts import describe_call
 
 FOLDER = RESULTS / "compiled_kernels"
 TABLE = RESULTS / "compiled_kernels.md"
-# What is counted in machine code: products on tensor cores by their family, copies to shared memory
-# ahead of their use, and loads of 16 bytes.
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "STG.E.128")
+# What is counted in machine code: products on tensor cores by their family, sparse ones among them,
+# loads of their fragments, copies to shared memory ahead of their use, and accesses of 16 bytes.
+INSTRUCTIONS = (
+    "HMMA", "HMMA.SP", "HGMMA", "UTCHMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128",
+)  # fmt: skip
 
 type Record = Mapping[str, Any]
 
@@ -102,6 +104,23 @@ def _list_map() -> Iterator[MapFacts]:
     yield dataclasses.replace(cut, has_lse=True)
 
 
+def _list_nm_matmul() -> Iterator[NMFacts]:
+    # Many tiles and few; each sets how y, dx and dw are cut.
+    many = NMFacts(
+        rows=8192, inner=2048, columns=4096, dtype="bfloat16", transposable=True,
+        grad_pruning="mvue",
+    )  # fmt: skip
+    few = dataclasses.replace(many, rows=1000, inner=640, columns=768, has_bias=True)
+    for facts, activation in itertools.product((many, few), (None, "gelu", "geglu", "swiglu")):
+        yield dataclasses.replace(facts, activation=activation)
+    yield dataclasses.replace(many, dtype="float16", activation="gelu", has_bias=True)
+    yield dataclasses.replace(few, dtype="float16", activation="swiglu", grad_pruning="mvue_exact")
+    # Sides that 128 does not divide, and no more tokens than half of a tile.
+    yield dataclasses.replace(few, inner=192, columns=320, activation="gelu")
+    yield dataclasses.replace(few, rows=40, columns=320, has_bias=False)
+    yield dataclasses.replace(few, rows=64, activation="geglu")
+
+
 def _list_packing() -> Iterator[PackFacts]:
     axes = ((True, False), (False, True), (True, True))
     for dtype, (along_k, along_n) in itertools.product(("bfloat16", "float16"), axes):
@@ -119,6 +138,7 @@ CALLS: Mapping[str, tuple[Any, ...]] = {
     "block_sparse_attention": tuple(_list_attention()),
     "block_sparse_matmul": tuple(_list_block_matmul()),
     "mean_attention_map": tuple(_list_map()),
+    "nm_matmul": tuple(_list_nm_matmul()),
     "pack_nm": tuple(_list_packing()),
     "prune_mvue": tuple(_list_pruning()),
     "transposable_mask": tuple(_list_transposable()),
@@ -318,8 +338,14 @@ def _range(values: Iterator[int]) -> str:
 
 
 def _list_tensor_cores(kernels: Sequence[Record]) -> list[str]:
-    names = ("HMMA", "HGMMA", "UTCHMMA")
-    return [name for name in names if any(name in kernel["instructions"] for kernel in kernels)]
+    names = ("HMMA", "HMMA.SP", "HGMMA", "UTCHMMA")
+    found = [name for name in names if any(name in kernel["instructions"] for kernel in kernels)]
+    # All of them may be sparse.
+    dense = any(
+        kernel["instructions"].get("HMMA", 0) > kernel["instructions"].get("HMMA.SP", 0)
+        for kernel in kernels
+    )
+    return [name for name in found if name != "HMMA" or dense]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

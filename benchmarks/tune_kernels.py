@@ -28,6 +28,9 @@ from pallas_kernels.block_sparse_matmul.triton.tiles import ProductTile
 from pallas_kernels.block_sparse_matmul.triton.tiles import find_tiles as find_product_tiles
 from pallas_kernels.doctor.problem import draw_blocks
 from pallas_kernels.doctor.timing import make_random
+from pallas_kernels.nm_matmul import packing
+from pallas_kernels.nm_matmul.triton import products as sparse_products
+from pallas_kernels.nm_matmul.triton.tiles import SparseTile, find_product_tile
 from pallas_kernels.transposable_mask.triton.search import search
 from pallas_kernels.transposable_mask.triton.tiles import find_tile as find_search_tile
 from pallas_kernels.triton.tile_tables import Cut, Tile
@@ -85,7 +88,7 @@ def list_kernels(capability: tuple[int, int]) -> list[Kernel]:
         for dtype, head_dim in (("bfloat16", 64), ("bfloat16", 128), ("float32", 64))
         for kernel in _list_map(capability, dtype, head_dim)
     ]
-    others = [*_list_transposable(capability), *maps]
+    others = [*_list_nm_matmul(capability), *_list_transposable(capability), *maps]
     return [*attention[:6], *matmul[:3], *others, *attention[6:], *matmul[3:]]
 
 
@@ -206,6 +209,45 @@ def _list_block_matmul(
             make=make,
             run=functools.partial(run, name),
         )
+
+
+def _list_nm_matmul(
+    capability: tuple[int, int], tokens: int = 8192, shape: tuple[int, int] = (4096, 4096)
+) -> Iterator[Kernel]:
+    def make() -> tuple:
+        w, x = make_random(
+            (
+                jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+                jax.ShapeDtypeStruct((tokens, shape[1]), jnp.bfloat16),
+            )
+        )
+        mask = jax.random.uniform(jax.random.key(0), (shape[0], shape[1] // 4, 4))
+        kept = mask.argsort(axis=-1).argsort(axis=-1) < 2
+        return packing.compress(w, kept.reshape(shape)), x
+
+    def run(cut, sparse, x):
+        return sparse_products.multiply(sparse, x, cut=cut)
+
+    candidates = tuple(
+        tile
+        for rows, columns, along_rows, along_columns, stages in itertools.product(
+            (64, 128, 256), (64, 128, 256), (1, 2, 4), (1, 2, 4), (2, 3, 4, 5)
+        )
+        # Sums of at most 128 registers a thread, in at least four warps.
+        if 4 <= along_rows * along_columns <= 8
+        and rows * columns <= 4096 * along_rows * along_columns
+        and (tile := SparseTile(rows, columns, along_rows, along_columns, stages)).shared_bytes
+        <= _find_shared_bytes(capability)
+    )
+    yield Kernel(
+        op="nm_matmul",
+        tile="product",
+        key="all",
+        default=find_product_tile(capability, rows=shape[0], columns=tokens, divides_columns=False),
+        candidates=candidates,
+        make=make,
+        run=run,
+    )
 
 
 def _list_map(

@@ -19,6 +19,13 @@ BACKENDS: tuple[Backend[NMArrays, NMFacts], ...] = (
         needs_verdict=True,
         tile=mosaic_sm90.tile,
     ),
+    Backend(
+        name="triton",
+        run=triton.run,
+        check=triton.check,
+        needs_verdict=True,
+        tile=triton.tile,
+    ),
     Backend(name="reference", run=reference.run),
     Backend(name="xla", run=xla.run, suits=always),
 )

@@ -109,6 +109,51 @@ def _pack(
     return along_k, along_n
 
 
+def prune_and_pack(dz: jax.Array, bits: jax.Array, *, exact: bool) -> Compressed:
+    """Prune a gradient to two of every four tokens, without bias, and pack it, in one pass.
+
+    Args:
+      dz: bf16 or f16[M, N], M and N multiples of 64.
+      bits: uint32[M/4, N], random, as `mvue.draw_bits` draws them.
+      exact: bool, whether the variance is the least possible.
+
+    Returns:
+      Compressed [N, M], of the values that `mvue.prune_drawn` keeps; see `prune.prune` of their
+      rounding.
+
+    Raises:
+      NotImplementedError: if the device is not one that the kernel takes.
+    """
+    launched = functools.partial(_prune_and_pack, exact=exact, capability=check_device())
+    return Compressed(*jax.tree.map(lambda x: x[0], fold_vmap(launched)(dz[None], bits[None])))
+
+
+def _prune_and_pack(
+    dz: jax.Array, bits: jax.Array, *, exact: bool, capability: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.nm_matmul.triton import pack_kernel
+
+    dz, bits = repeat_shared((dz, bits))
+    tile = find_pack_tile(capability)
+    examples, rows, columns = dz.shape
+    words = (examples, columns // TILE, rows // TILE, _WORDS)
+    results = launch(
+        pack_kernel.prune_and_pack,
+        {"x": dz, "bits": bits},
+        {
+            "values": jax.ShapeDtypeStruct((examples, columns, rows // 2), dz.dtype),
+            "metadata": jax.ShapeDtypeStruct(words, jnp.uint32),
+        },
+        {"M": rows, "N": columns, "TILE": TILE, "EXACT": exact},
+        programs=examples * (rows // tile.rows) * (columns // tile.columns),
+        tile=tile,
+        capability=capability,
+        # As XLA computes it op by op.
+        fuses=False,
+    )
+    return results["values"], results["metadata"]
+
+
 def _as_compressed(out, dtype):
     if out is None:
         return None

@@ -111,6 +111,31 @@ def _exact(x0, x1, x2, x3, uniform):
 
 
 @triton.jit
+def draw_two(x0, x1, x2, x3, random, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """Draw two members of each group, and divide them by the probability that they were kept.
+
+    Args:
+      x0, x1, x2, x3: f32, the members.
+      random: uint32, one number for each group.
+      dtype: that results are rounded to.
+      EXACT: whether the variance is the least possible.
+
+    Returns:
+      tuple of the four members, 0 where they are not kept, and of four bool: whether they are.
+    """
+    # Multiples of 2^-24 in [0, 1).
+    uniform = (random >> 8).to(tl.float32) * _STEP
+    if EXACT:
+        v0, v1, v2, v3, k0, k1, k2, k3 = _exact(x0, x1, x2, x3, uniform)
+    else:
+        v0, v1, v2, v3, k0, k1, k2, k3 = _approximate(x0, x1, x2, x3, uniform)
+    return (
+        tl.where(k0, v0, 0.0).to(dtype), tl.where(k1, v1, 0.0).to(dtype),
+        tl.where(k2, v2, 0.0).to(dtype), tl.where(k3, v3, 0.0).to(dtype), k0, k1, k2, k3,
+    )  # fmt: skip
+
+
+@triton.jit
 def _split_members(x):
     """Split [4 G] into the four members of each group, [G] each."""
     even, odd = tl.split(x.reshape([x.shape[0] // 4, 2, 2]))
@@ -160,16 +185,9 @@ def prune_mvue(
         x3 = tl.load(x + 3 * C + at, mask=is_there, other=0.0)
         random_at = first_row * C + first_column + (row * C + column)
         random = tl.load(bits + random_at, mask=is_there, other=0)
-    # Multiples of 2^-24 in [0, 1).
-    uniform = (random >> 8).to(tl.float32) * _STEP
     x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
-    if EXACT:
-        v0, v1, v2, v3, k0, k1, k2, k3 = _exact(x0, x1, x2, x3, uniform)
-    else:
-        v0, v1, v2, v3, k0, k1, k2, k3 = _approximate(x0, x1, x2, x3, uniform)
     dtype = pruned.dtype.element_ty
-    v0, v1 = tl.where(k0, v0, 0.0).to(dtype), tl.where(k1, v1, 0.0).to(dtype)
-    v2, v3 = tl.where(k2, v2, 0.0).to(dtype), tl.where(k3, v3, 0.0).to(dtype)
+    v0, v1, v2, v3, k0, k1, k2, k3 = draw_two(x0, x1, x2, x3, random, dtype, EXACT)
     if C == 1:
         tl.store(pruned + at, _join_members(v0, v1, v2, v3), mask=entry_is_there)
         kept_values = _join_members(k0.to(tl.int8), k1.to(tl.int8), k2.to(tl.int8), k3.to(tl.int8))
