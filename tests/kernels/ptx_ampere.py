@@ -173,7 +173,8 @@ class AmpereUnits:
         return copy
 
     def _start(self, threads, target, source, kept, size):
-        target, source, kept = (np.broadcast_to(x, len(threads)) for x in (target, source, kept))
+        # Copied, as registers may change before the copies land.
+        target, source, kept = (_of_all(x, len(threads)).copy() for x in (target, source, kept))
         if (kept > size).any():
             raise PtxError("a copy of more bytes than it has room for")
         if (source % size).any():

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,6 +177,7 @@ def test_bytes_beyond_the_source_are_zero():
         mov.b64 %rd3, 0;
         cp.async.ca.shared.global [%r2], [%rd2], 8, 2;
         cp.async.ca.shared.global [%r2+8], [%rd3], 8, %r5;
+        mov.b32 %r5, 8;
         cp.async.wait_all;
         ld.shared.v4.b32 {%r9, %r10, %r11, %r12}, [%r2];
     """
@@ -231,17 +233,17 @@ def test_what_a_program_may_not_do(body, message, copies):
 
 
 def check_product(contraction, programs, *, edit=lambda ptx: ptx, shift=0, **options):
-    """Run the kernel of `small_gluon`; raises AssertionError if the numbers are wrong."""
-    from tests.kernels import ptx_triton, small_gluon
+    """Run the kernel of `small_triton`; raises AssertionError if the numbers are wrong."""
+    from tests.kernels import ptx_triton, small_triton
 
-    program = small_gluon.compile_product(contraction, programs, shift)
+    program = small_triton.compile_product(contraction, programs, shift)
     dense, values, positions = make_sparse(64, contraction)
     shape = 64 * programs, contraction
     x = np.random.default_rng(1).integers(-8, 9, shape).astype(jnp.bfloat16)
-    packed = small_gluon.pack(values.astype(jnp.bfloat16), positions)
+    packed = small_triton.pack(values.astype(jnp.bfloat16), positions)
     (out,) = ptx_triton.run_program(
         edit(program.ptx), programs, [packed[0], x.view(np.int32), packed[1]],
-        [small_gluon.describe_output(programs)],
+        [small_triton.describe_output(programs)],
         shared_memory_bytes=program.shared_memory_bytes, **options,
     )  # fmt: skip
     assert (out == dense @ x.astype(np.float32).T).all()
@@ -261,6 +263,25 @@ def test_shapes_and_random_orders(contraction, programs, copies, seed):
     check_product(contraction, programs, copies=copies, order="random", seed=seed)
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("copies", ["early", "late", "random"])
+@pytest.mark.parametrize("rows", [64, 40])
+def test_copies_that_triton_arranges(rows, copies, order):
+    from tests.kernels import ptx_triton, small_triton
+
+    program = small_triton.compile_dense_product(rows, 128)
+    assert "mma.sync.aligned.m16n8k16" in program.ptx and "cp.async" in program.ptx
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-8, 9, x).astype(jnp.bfloat16) for x in ((rows, 128), (128, 64)))
+    (out,) = ptx_triton.run_program(
+        program.ptx, 1, [a, b], [jax.ShapeDtypeStruct((rows, 64), jnp.float32)],
+        copies=copies, order=order, shared_memory_bytes=program.shared_memory_bytes,
+    )  # fmt: skip
+    product = a.astype(np.float32) @ b.astype(np.float32)
+    assert (out == product - product.max(axis=1, keepdims=True)).all()
+
+
 def replace(pattern, replacement):
     """Return a function that edits PTX at the first place of a pattern."""
 
@@ -273,16 +294,16 @@ def replace(pattern, replacement):
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "error", "message"),
     [
-        dict(edit=replace(r"wait_group 1;", "wait_group 2;")),
-        dict(edit=replace(r"bar\.sync\s+0;", "")),
-        dict(edit=replace(r"(mma.sp.*), 0;", r"\1, 1;")),
-        dict(shift=1),
+        (dict(edit=replace(r"wait_group 1;", "wait_group 2;")), PtxError, "on its way"),
+        (dict(edit=replace(r"bar\.sync\s+0;", "")), PtxError, "race"),
+        (dict(edit=replace(r"(mma.sp.*), 0;", r"\1, 1;")), AssertionError, None),
+        (dict(shift=1), PtxError, "on its way"),
     ],
     ids=["one group more", "no barrier", "selector", "slot"],
 )
 @pytest.mark.parametrize("copies", ["early", "late"])
-def test_a_fault_is_found(fault, copies):
-    with pytest.raises((PtxError, AssertionError)):
+def test_a_fault_is_found(fault, error, message, copies):
+    with pytest.raises(error, match=message):
         check_product(256, 1, copies=copies, **fault)

@@ -1,4 +1,7 @@
-"""A small 2:4 product in Gluon, for tests of the PTX machine: 64 rows, by blocks of 64 columns."""
+"""Small kernels for tests of the PTX machine: a 2:4 product in Gluon, and a dense one in Triton.
+
+Both have 64 rows. Programs of the sparse one have 64 columns each.
+"""
 
 import functools
 
@@ -9,13 +12,18 @@ import pytest
 
 from tests.kernels.ptx_triton import compile_program
 
-# Gluon comes with the extra.
+# Nothing is compiled, and no test that needs it runs, where the extra is not installed.
 jax_triton = pytest.importorskip("jax_triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 gluon = pytest.importorskip("triton.experimental.gluon")
 gl = pytest.importorskip("triton.experimental.gluon.language")
 async_copy = pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere.async_copy")
 
-TILE, STAGES = 64, 3
+STAGES = 3
+_OPTIONS = dict(
+    compute_capability=80, backend_options={"ptx_version": 86, "enable_fp_fusion": True}
+)
 # Two by two warps, of 16 out of every 32 rows and 8 out of every 16 columns.
 _SUMS = gl.NVMMADistributedLayout([2, 0], [2, 2], [16, 8])
 # Of metadata a thread has a word for each 16 of its warp's rows.
@@ -126,8 +134,7 @@ def compile_product(contraction, programs, shift=0):
             out_type=describe_output(programs),
             grid=(programs,),
             num_warps=4,
-            compute_capability=80,
-            backend_options={"ptx_version": 86, "enable_fp_fusion": True},
+            **_OPTIONS,
             K=contraction, SUMS=_SUMS, WORDS=_WORDS, STAGES=STAGES, SHIFT=shift,
         )  # fmt: skip
 
@@ -158,3 +165,43 @@ def pack(values, positions):
     words = halves[:, :, 0] | halves[:, :, 1] << 16
     words = words.transpose(3, 1, 2, 4, 0).reshape(-1)
     return values.reshape(64, -1).view(np.int32), words.view(np.int32)
+
+
+@triton.jit
+def dense_product(left, right, out, M: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr):
+    row, column = tl.arange(0, 64), tl.arange(0, 64)
+    sums = tl.zeros([64, 64], tl.float32)
+    for first in range(0, K, STEP):
+        k = first + tl.arange(0, STEP)
+        a = tl.load(left + row[:, None] * K + k[None, :], mask=row[:, None] < M, other=0.0)
+        b = tl.load(right + k[:, None] * 64 + column[None, :])
+        sums = tl.dot(a, b, sums)
+    sums -= tl.max(sums, 1)[:, None]
+    tl.store(out + row[:, None] * 64 + column[None, :], sums, mask=row[:, None] < M)
+
+
+def compile_dense_product(rows, contraction):
+    """Compile a dense product less the maximum of each row, whose copies Triton arranges.
+
+    Args:
+      rows: int, of the left operand and of the result, 64 at most.
+      contraction: int, a multiple of 32.
+
+    Returns:
+      TritonProgram.
+    """
+
+    def launch(left, right):
+        return jax_triton.triton_call(
+            left, right,
+            kernel=dense_product,
+            out_type=jax.ShapeDtypeStruct((rows, 64), jnp.float32),
+            grid=(1,),
+            num_warps=4,
+            num_stages=3,
+            **_OPTIONS,
+            M=rows, K=contraction, STEP=32,
+        )  # fmt: skip
+
+    sizes = (rows, contraction), (contraction, 64)
+    return compile_program(launch, *(jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes))
