@@ -25,7 +25,7 @@ from tests.kernels.ptx_tensor_cores import (
 )
 from tests.kernels.ptx_threads import ThreadUnits
 
-# Of a barrier and of "no thread".
+# In place of a thread or of a warp.
 _NOBODY, _SEVERAL = -1, -2
 
 
