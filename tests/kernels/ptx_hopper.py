@@ -12,9 +12,10 @@ import re
 
 import numpy as np
 
-from tests.kernels.ptx_machine import PARAM_BASE, SHARED_BASE, WARP, whole
+from tests.kernels.ptx_machine import PARAM_BASE, SHARED_BASE
 from tests.kernels.ptx_program import PtxError, split_operands
 from tests.kernels.ptx_tensor_cores import TensorCores, swizzle
+from tests.kernels.ptx_threads import ThreadUnits
 
 # Instructions that order what this machine does in order, or that only say how fast to run.
 _NOTHING = ("setmaxnreg", "griddepcontrol")
@@ -75,7 +76,8 @@ class HopperUnits:
         self.copies = copies
         self.tensor_cores = TensorCores(machine, reads)
         self.random = random.Random(seed)
-        self.barriers, self.named = {}, {}
+        self.threads = ThreadUnits(machine)
+        self.barriers = {}
         self.loads = []
         # Of each thread: copies to global memory that are not committed, and groups of them.
         self.stores, self.store_groups = {}, {}
@@ -106,7 +108,7 @@ class HopperUnits:
     # Threads that wait for one another.
 
     def _sync(self, instruction):
-        name, operands = instruction.name, instruction.operands
+        name = instruction.name
         base = name[0]
         if base in _NOTHING:
             return lambda group, index: None
@@ -114,63 +116,12 @@ class HopperUnits:
             if name[1] == "proxy":
                 return self._proxy_fence
             return (lambda group, index: None) if name[1] == "mbarrier_init" else None
-        if base in ("bar", "barrier") and "sync" in name:
-            return self._bar(operands)
-        if base == "elect":
-            lane, elected = operands[0].split("|")
-            write, write_lane = self.machine.writer(elected, "?"), self.machine.writer(lane, "u4")
-
-            def elect(group, index):
-                write(index, group.threads % WARP == 0)
-                write_lane(index, 0)
-
-            return whole(WARP, elect)
-        if base == "shfl" and name[1] == "sync":
-            return self._shuffle(name[2], operands)
-        return None
+        return self.threads.decode(instruction)
 
     def _proxy_fence(self, group, index):
         # All that threads wrote, also other threads: those have met this one at a barrier, or else
         # the program is wrong in a way that this does not see.
         self.machine.async_shared[:] = self.machine.shared
-
-    def _bar(self, operands):
-        read = self.machine.reader(operands[0], "u4")
-        count = self.machine.reader(operands[1], "u4") if len(operands) > 1 else None
-
-        def step(group, index):
-            (which,) = set(np.broadcast_to(read(index), len(group.threads)).tolist())
-            wanted = int(count(index).flat[0]) if count else self.machine.num_threads
-            generation, arrived = self.named.setdefault(which, [0, set()])
-            if group.threads[0] in arrived:
-                raise PtxError(f"a thread arrives twice at barrier {which}")
-            arrived |= set(group.threads.tolist())
-            if len(arrived) > wanted:
-                raise PtxError(f"{len(arrived)} threads at barrier {which} of {wanted}")
-            if len(arrived) == wanted:
-                self.named[which] = [generation + 1, set()]
-                return None
-            # Those that waited go on behind the barrier.
-            group.pc += 1
-            why = f"barrier {which}, {len(arrived)} are there"
-            return lambda: self.named[which][0] > generation, why, False
-
-        return step
-
-    def _shuffle(self, mode, operands):
-        write = self.machine.writer(operands[0], "u4")
-        read, lane_of = (self.machine.reader(x, "u4") for x in operands[1:3])
-        if operands[3:] != ["31", "-1"] or mode not in ("idx", "bfly"):
-            raise PtxError("this form of shfl is unknown")
-
-        def step(group, index):
-            values = np.broadcast_to(read(index), len(group.threads)).reshape(-1, WARP)
-            lanes = np.broadcast_to(lane_of(index), len(group.threads)).reshape(-1, WARP)
-            if mode == "bfly":
-                lanes = lanes ^ np.arange(WARP, dtype=np.uint32)
-            write(index, np.take_along_axis(values, (lanes & 31).astype(np.int64), 1).ravel())
-
-        return whole(WARP, step)
 
     # Barriers in shared memory.
 

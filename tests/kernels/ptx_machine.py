@@ -1,14 +1,16 @@
 """A machine in NumPy that runs the PTX of one kernel, after the PTX ISA.
 
 Every instruction is decoded once to a function of the threads that run it. Threads of a warpgroup
-that stand at the same instruction run as one vector; of several places, the earliest goes first, so
-that threads meet again. What cannot go on (a barrier, an instruction that wants all threads of a
-warp) waits, and if nothing can go on the machine says who waits for what. An instruction that it
-does not know is an error.
+(or of a warp) that stand at the same instruction run as one vector; of several places, the earliest
+goes first, so that threads meet again. What cannot go on (a barrier, an instruction that wants all
+threads of a warp) waits, and if nothing can go on the machine says who waits for what. An
+instruction that it does not know is an error.
 
-Instructions of Hopper's asynchronous units are in `ptx_hopper`, arithmetic is in `ptx_arithmetic`.
+Instructions of the asynchronous units are in `ptx_hopper` and `ptx_ampere`, those by which threads
+wait for one another in `ptx_threads`, arithmetic is in `ptx_arithmetic`.
 """
 
+import random
 import re
 
 import numpy as np
@@ -89,14 +91,30 @@ def whole(unit, step):
 class Machine:
     """One block of threads with its registers and shared memory.
 
+    Args:
+      program: Program.
+      memory: GlobalMemory.
+      params: values of the parameters.
+      block, grid: (x, y, z) of this block and of the launch.
+      units: function of the machine that returns its other units, such as `HopperUnits`.
+      pool: int, threads that run as one vector where they can: of a warp or of a warpgroup.
+      order: whose turn it is of the pools, each of which runs until it waits: "first" to last,
+        "last" to first, or "random".
+      seed: int, of the random order.
+      shared_size: int, bytes of shared memory.
+
     Attributes:
       registers: dict from name to an array with a value for each thread.
       shared: bytes as threads see them.
       async_shared: bytes as copies and tensor cores see them: what threads wrote is not there
         before a proxy fence.
+      watch: function that units may set, called as `check_shared` at each access to shared memory.
     """
 
-    def __init__(self, program, memory, params, block, grid, units):
+    def __init__(
+        self, program, memory, params, block, grid, units,
+        *, pool=WARPGROUP, order="first", seed=0, shared_size=SHARED_SIZE,
+    ):  # fmt: skip
         self.program, self.memory, self.params = program, memory, params
         self.num_threads = program.num_threads
         self.special = {
@@ -106,16 +124,17 @@ class Machine:
             "nctaid": grid,
         }
         # Not a number in every format.
-        self.shared = np.full(SHARED_BASE + SHARED_SIZE, 0xFF, np.uint8)
+        self.shared = np.full(SHARED_BASE + shared_size, 0xFF, np.uint8)
         self.async_shared = self.shared.copy()
         self.registers = {}
-        self.barriers = {}
+        self.watch = None
         self.units = units(self)
         self.steps = [self._decode(i) for i in program.instructions]
         threads = np.arange(self.num_threads)
         self.pools = [
-            [Group(part, 0)] for part in np.split(threads, max(1, self.num_threads // WARPGROUP))
+            [Group(part, 0)] for part in np.split(threads, max(1, self.num_threads // pool))
         ]
+        self.order, self.random = order, random.Random(seed)
 
     def register(self, name):
         """Return the array of a register."""
@@ -141,7 +160,7 @@ class Machine:
             value = self.special[special[1]]["xyz".index(special[2])]
             if np.ndim(value):
                 return value.astype(dtype).__getitem__
-        elif operand.startswith("__dynamic_shmem"):
+        elif operand.startswith(("__dynamic_shmem", "global_smem")):
             value = SHARED_BASE
         elif operand in self.program.params:
             value = PARAM_BASE + 4096 * self.program.params.index(operand)
@@ -170,13 +189,22 @@ class Machine:
 
     def address(self, operand, offset_by=0):
         """Return a function of an index that gives addresses of `[register + number]`."""
-        match = re.fullmatch(r"\[([^\]+]+?)(?:\s*\+\s*(-?\d+))?\]", operand)
+        match = re.fullmatch(r"\[([^\]+]+?)(?:\s*\+\s*(-?\d+))?\s*\]", operand)
         if not match:
             raise PtxError(f"unknown address {operand}")
         base, offset = match[1].strip(), int(match[2] or 0) + offset_by
         is_wide = self.program.register_types.get(base) is not np.uint32
         read = self.reader(base, np.uint64 if is_wide else np.uint32)
         return lambda index: read(index).astype(np.int64) + offset
+
+    def check_shared(self, threads, at, size, writes):
+        """Raise if threads may not access `size` bytes each of shared memory at some addresses."""
+        if (at % size).any():
+            raise PtxError("an address is not aligned")
+        if (at < SHARED_BASE).any() or (at + size > self.shared.size).any():
+            raise PtxError("outside of shared memory")
+        if self.watch is not None:
+            self.watch(threads, at, size, writes)
 
     def _decode(self, instruction):
         try:
@@ -217,14 +245,13 @@ class Machine:
 
         def step(group, index):
             at = address(index)
-            if (at % (size * len(access))).any():
-                raise PtxError("an address is not aligned")
             if space == "global":
+                if (at % (size * len(access))).any():
+                    raise PtxError("an address is not aligned")
                 at = self.memory.offsets(at, size * len(access))
                 words = self.memory.bytes.view(dtype)
             else:
-                if (at < SHARED_BASE).any() or (at + size * len(access) > self.shared.size).any():
-                    raise PtxError("outside of shared memory")
+                self.check_shared(group.threads, at, size * len(access), not is_load)
                 words = self.shared.view(dtype)
             at = at // size
             for i, one in enumerate(access):
@@ -239,10 +266,15 @@ class Machine:
         """Run until every thread has returned."""
         with np.errstate(all="ignore"):
             while any(self.pools):
-                progress = [self._run_pool(pool) for pool in self.pools]
+                progress = [self._run_pool(pool) for pool in self._in_turn()]
                 if not any(progress) and not self.units.advance():
                     raise PtxError("no thread can go on:\n" + "\n".join(self._who_waits()))
         self.units.check_end()
+
+    def _in_turn(self):
+        if self.order == "random":
+            return self.random.sample(self.pools, len(self.pools))
+        return {"first": self.pools, "last": self.pools[::-1]}[self.order]
 
     def _who_waits(self):
         for pool in self.pools:
@@ -252,7 +284,7 @@ class Machine:
                 yield f"  {len(group.threads)} from thread {group.threads[0]}: {why}: {text[:90]}"
 
     def _run_pool(self, pool):
-        """Run the threads of a warpgroup until none can go on; return whether any did."""
+        """Run the threads of a pool until none can go on; return whether any did."""
         progress = False
         while True:
             ready = [g for g in pool if g.waits is None or g.waits[0]()]

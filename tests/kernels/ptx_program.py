@@ -69,7 +69,7 @@ def parse(ptx):
     text = re.sub(r"//[^\n]*", "", ptx)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.MULTILINE)
     head, _, body = text.partition(".visible .entry")[2].partition("\n{")
-    threads = re.search(r"\.maxntid (\d+), 1, 1", head)
+    threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:,\s*1)*\s*(?:\.|$)", head)
     program = Program([], {}, {}, re.findall(r"(\w+_param_\d+)", head), int(threads[1]))
     scopes, pos, count = [{}], 0, 0
     token = re.compile(r"\s*(?:([{}])|([$\w]+):(?!:)|([^;]+);)")

@@ -5,6 +5,7 @@ is issued and where its group is waited for: `reads="early"` and "late" are the 
 """
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -12,9 +13,6 @@ import numpy as np
 from tests.kernels.ptx_arithmetic import widen_bf16
 from tests.kernels.ptx_machine import SHARED_BASE, WARP, WARPGROUP, whole
 from tests.kernels.ptx_program import PtxError, split_operands
-
-_LANE = np.arange(WARPGROUP) % WARP
-_WARP = np.arange(WARPGROUP) // WARP
 
 
 def swizzle(address, size):
@@ -73,7 +71,7 @@ class TensorCores:
 
     def decoders(self):
         """Return functions that decode an instruction or return None."""
-        return self._wgmma, self._matrices
+        return self._wgmma, functools.partial(decode_matrices, self.machine)
 
     def check_end(self):
         """Raise if a block ends while something is on its way."""
@@ -146,7 +144,7 @@ class TensorCores:
                 stored = depth // 2 if is_sparse else depth
                 if in_registers:
                     words = np.stack([x[index] for x in left])
-                    a = _to_float(unpack_left(words), dtype)
+                    a = to_float(unpack_left(words), dtype)
                 else:
                     a = self._read(describe_a, 64, stored, not left_outside, dtype)
                 if is_sparse:
@@ -172,92 +170,113 @@ class TensorCores:
         places = operand.addresses(outer, inner, contraction_is_inner=contraction_is_inner)
         if places.min() < SHARED_BASE or places.max() >= self.machine.shared.size:
             raise PtxError("an operand outside of shared memory")
-        return _to_float(self.machine.async_shared.view(np.uint16)[places // 2], dtype)
-
-    def _matrices(self, instruction):
-        """`stmatrix` and `ldmatrix`: four matrices of 8 by 8, a row at the address of each lane."""
-        name, operands = instruction.name, instruction.operands
-        if name[0] not in ("stmatrix", "ldmatrix"):
-            return None
-        plain = instruction.opcode.replace(".trans", "")
-        if plain != f"{name[0]}.sync.aligned.m8n8.x4.shared.b16":
-            raise PtxError("this form is unknown")
-        is_store, turns = name[0] == "stmatrix", "trans" in name
-        place, data = operands if is_store else operands[::-1]
-        address = self.machine.address(place)
-        access = self.machine.reader if is_store else self.machine.writer
-        registers = [access(x.strip(), "u4") for x in split_operands(data.strip("{}"))]
-
-        def step(group, index):
-            rows = address(index).reshape(-1, 4, 8)
-            if (rows % 16).any() or (rows < SHARED_BASE).any():
-                raise PtxError("a row of a matrix is not aligned")
-            places = rows[..., None] // 2 + np.arange(8)
-            memory = self.machine.shared.view(np.uint16)
-            if is_store:
-                memory[places] = as_matrices([r(index) for r in registers], turns)
-                return
-            for register, values in zip(registers, as_words(memory[places], turns), strict=True):
-                register(index, values)
-
-        return whole(WARP, step)
+        return to_float(self.machine.async_shared.view(np.uint16)[places // 2], dtype)
 
 
-def accumulator_places(columns):
-    """Return row and column of each sum of each thread, [registers, 128]."""
-    register = np.arange(columns // 2)[:, None]
-    row = 16 * _WARP + _LANE // 4 + 8 * (register // 2 % 2)
-    return row, 8 * (register // 4) + 2 * (_LANE % 4) + register % 2
+def decode_matrices(machine, instruction):
+    """`stmatrix` and `ldmatrix`: matrices of 8 by 8, a row at the address of each lane."""
+    name, operands = instruction.name, instruction.operands
+    if name[0] not in ("stmatrix", "ldmatrix"):
+        return None
+    plain = instruction.opcode.replace(".trans", "").replace("shared::cta", "shared")
+    form = re.fullmatch(rf"{name[0]}\.sync\.aligned\.m8n8\.x([124])\.shared\.b16", plain)
+    is_store, turns = name[0] == "stmatrix", "trans" in name
+    place, data = operands if is_store else operands[::-1]
+    address = machine.address(place)
+    access = machine.reader if is_store else machine.writer
+    registers = [access(x, "u4") for x in split_operands(data.strip("{}"))]
+    if form is None or len(registers) != int(form[1]):
+        raise PtxError("this form is unknown")
+    lanes = 8 * len(registers)
+
+    def step(group, index):
+        # Further lanes give addresses that nobody reads.
+        rows = address(index).reshape(-1, WARP)[:, :lanes]
+        machine.check_shared(group.threads.reshape(-1, WARP)[:, :lanes], rows, 16, is_store)
+        places = rows.reshape(-1, len(registers), 8, 1) // 2 + np.arange(8)
+        memory = machine.shared.view(np.uint16)
+        if is_store:
+            memory[places] = as_matrices([read(index) for read in registers], turns)
+            return
+        for write, values in zip(registers, as_words(memory[places], turns), strict=True):
+            write(index, values)
+
+    return whole(WARP, step)
+
+
+@functools.cache
+def accumulator_places(columns, num_threads=WARPGROUP):
+    """Return row and column of each sum of each thread, [registers, threads]."""
+    register, thread = np.arange(columns // 2)[:, None], np.arange(num_threads)
+    row = 16 * (thread // WARP) + thread % WARP // 4 + 8 * (register // 2 % 2)
+    return row, 8 * (register // 4) + 2 * (thread % 4) + register % 2
 
 
 def unpack_left(words):
-    """Return the bits of A[64, 16] of which each thread holds four words."""
-    matrix = np.zeros((64, 16), np.uint16)
-    for i in range(4):
-        row = 16 * _WARP + _LANE // 4 + 8 * (i % 2)
-        column = 8 * (i // 2) + 2 * (_LANE % 4)
-        matrix[row, column], matrix[row, column + 1] = words[i] & 0xFFFF, words[i] >> 16
-    return matrix
+    """Return the bits of A[16 * warps, 16] of which each thread holds four words."""
+    halves = np.stack(words).astype(np.uint32).view(np.uint16)
+    return halves.reshape(-1)[_left_places(len(words[0]))]
+
+
+@functools.cache
+def _left_places(num_threads):
+    """Return where A has each of its elements, in the halves of words [4, threads]."""
+    row, column = np.indices((num_threads // 2, 16))
+    thread = WARP * (row // 16) + 4 * (row % 8) + column % 8 // 2
+    word = row % 16 // 8 + 2 * (column // 8)
+    return 2 * (word * num_threads + thread) + column % 2
 
 
 def spread(values, words, selector):
-    """Return A[64, 32] of its kept values [64, 16] and of the metadata of each thread.
+    """Return A[16 * warps, 32] of its kept values [.., 16] and of the metadata of each thread.
 
     Of every four lanes two supply metadata, which the selector chooses. Such a lane describes 16
     columns of row lane / 4 in its lower half, and of the row 8 further down in its upper half.
     """
-    threads = np.arange(WARPGROUP)[selector == _LANE % 4 // 2]
-    dense = np.zeros((64, 32), np.float32)
-    for upper in range(2):
-        row = 16 * _WARP[threads] + _LANE[threads] // 4 + 8 * upper
-        bits = words[threads] >> np.uint32(16 * upper) & 0xFFFF
-        for group in range(4):
-            nibble = bits >> np.uint32(4 * group) & 0xF
-            if (nibble & 3 >= nibble >> 2).any():
-                raise PtxError("metadata that are not two rising positions")
-            column = 16 * (_LANE[threads] % 2) + 4 * group
-            for which, position in enumerate((nibble & 3, nibble >> 2)):
-                dense[row, column + position] = values[row, column // 2 + which]
+    threads, row, kept, column = _described(len(words), selector)
+    halves = words[threads] >> np.array([[0], [16]], np.uint32)
+    nibbles = halves[..., None] >> 4 * np.arange(4, dtype=np.uint32) & 0xF
+    positions = np.stack([nibbles & 3, nibbles >> 2], axis=-1)
+    if (positions[..., 0] >= positions[..., 1]).any():
+        raise PtxError("metadata that are not two rising positions")
+    dense = np.zeros((len(words) // 2, 32), np.float32)
+    dense[row, column + positions] = values[row, kept]
     return dense
 
 
+@functools.cache
+def _described(num_threads, selector):
+    """Return what threads supply, and of each of it [halves, threads, groups, 2]: row and columns.
+
+    The columns are those of the kept value, and of the first of the four that it may be in.
+    """
+    if selector not in (0, 1):
+        raise PtxError(f"the selector {selector}")
+    threads = np.arange(num_threads)
+    threads = threads[threads % 4 // 2 == selector]
+    row = 16 * (threads // WARP) + threads % WARP // 4 + np.array([[0], [8]])
+    part, group = threads[:, None, None] % 2, np.arange(4)[:, None]
+    return threads, row[..., None, None], 8 * part + 2 * group + [0, 1], 16 * part + 4 * group
+
+
 def as_matrices(words, turns):
-    """Return matrices [warps, 4, 8, 8] of four words of each thread, two neighbours in each."""
+    """Return matrices [warps, count, 8, 8] of words of each thread, two neighbours in each."""
     words = np.stack([word.reshape(-1, WARP) for word in words], axis=1)
     halves = np.stack([words & 0xFFFF, words >> 16], axis=-1).astype(np.uint16)
-    matrices = halves.reshape(-1, 4, 8, 8)
+    matrices = halves.reshape(*words.shape[:2], 8, 8)
     return matrices.swapaxes(2, 3) if turns else matrices
 
 
 def as_words(matrices, turns):
-    """Return four words of each thread of matrices [warps, 4, 8, 8]."""
+    """Return words of each thread of matrices [warps, count, 8, 8], one for each matrix."""
     matrices = matrices.swapaxes(2, 3) if turns else matrices
-    halves = matrices.reshape(-1, 4, WARP, 2).astype(np.uint32)
+    halves = matrices.reshape(*matrices.shape[:2], WARP, 2).astype(np.uint32)
     words = halves[..., 0] | halves[..., 1] << 16
-    return [words[:, i].ravel() for i in range(4)]
+    return [words[:, i].ravel() for i in range(words.shape[1])]
 
 
-def _to_float(bits, dtype):
+def to_float(bits, dtype):
+    """Return the float32 values of bits of bf16 or f16."""
     return widen_bf16(bits) if dtype == "bf16" else bits.view(np.float16).astype(np.float32)
 
 

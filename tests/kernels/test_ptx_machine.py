@@ -1,13 +1,17 @@
 """The machine that runs PTX, against values worked out by hand from the PTX ISA."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from tests.kernels import ptx_arithmetic, ptx_machine, ptx_program, ptx_tensor_cores
 from tests.kernels.ptx_hopper import HopperUnits
 
+_HOPPER = functools.partial(HopperUnits, maps={})
 
-def run(body, params=(), num_threads=32, **options):
+
+def run(body, params=(), num_threads=32, *, units=_HOPPER, **options):
     """Run a kernel of some lines; return its machine and its memory."""
     memory = ptx_machine.GlobalMemory()
     addresses = [memory.add(x) for x in params]
@@ -19,10 +23,9 @@ def run(body, params=(), num_threads=32, **options):
     )
     program = ptx_program.parse(ptx)
 
-    def units(machine):
-        return HopperUnits(machine, {}, **options)
-
-    machine = ptx_machine.Machine(program, memory, addresses, (0, 0, 0), (1, 1, 1), units)
+    machine = ptx_machine.Machine(
+        program, memory, addresses, (0, 0, 0), (1, 1, 1), units, **options
+    )
     machine.run()
     return machine, [
         memory.read(a, x.shape, x.dtype) for a, x in zip(addresses, params, strict=True)
@@ -165,7 +168,8 @@ def test_a_register_that_is_overwritten_in_flight(reads, expected):
         "mov.u32 %r9, %tid.x; shl.b32 %r9, %r9, 3; add.s32 %r9, %r9, 1024; mov.b32 %r8, 0x3F803F80;"
         "st.shared.v2.b32 [%r9], {%r8, %r8}; bar.sync 0; fence.proxy.async.shared::cta;"
     )
-    machine, _ = run(fill + _WGMMA.format("mov.b32 %r5, 0x40004000;"), num_threads=128, reads=reads)
+    body = fill + _WGMMA.format("mov.b32 %r5, 0x40004000;")
+    machine, _ = run(body, num_threads=128, units=functools.partial(_HOPPER, reads=reads))
     assert (machine.registers["%r1"].view(np.float32) == expected).all()
 
 
