@@ -36,6 +36,10 @@ def widen_bf16(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def _widen_f16(bits):
+    return bits.view(np.float16).astype(np.float32)
+
+
 def _shift_left(x, n):
     width = 8 * x.dtype.itemsize
     return np.where(n < width, x << np.minimum(n, width - 1).astype(x.dtype), 0).astype(x.dtype)
@@ -182,6 +186,15 @@ def decode(machine, instruction):
 
         reads = [kind, kind, wide][: len(operands) - 1]
         return _compute(machine, operands, wide, reads, multiply)
+    if base == "add" and name[-2:] in (["f32", "bf16"], ["f32", "f16"]) and name[1:-2] == ["rn"]:
+        # The first of the two is half as wide.
+        widen = widen_bf16 if name[-1] == "bf16" else _widen_f16
+        return _compute(machine, operands, "f4", ["u2", "f4"], lambda x, y: widen(x) + y)
+    if name[-1] == "f32x2" and base in _PAIRWISE and modifiers <= {"rn"}:
+        return _compute(
+            machine, operands, "u8", ["u8"] * (len(operands) - 1),
+            lambda *x: _PAIRWISE[base](*(v.view(np.float32) for v in x)).view(np.uint64),
+        )  # fmt: skip
     if base not in _KNOWN or not modifiers <= _PLAIN | {"hi"}:
         return None
     kind = dtype_of(name[-1])
@@ -209,9 +222,7 @@ def decode(machine, instruction):
     elif base == "fma":
         if kind != np.float32:
             return None
-
-        def function(x, y, z):
-            return (x.astype(np.float64) * y + z).astype(np.float32)
+        function = _multiply_add
     elif base == "div":
         function = np.divide if kind.kind == "f" else _divide
     elif base == "rem":
@@ -219,6 +230,12 @@ def decode(machine, instruction):
     return _compute(machine, operands, kind, reads, lambda *x: _flush(function(*x), name))
 
 
+def _multiply_add(x, y, z):
+    return (x.astype(np.float64) * y + z).astype(np.float32)
+
+
+# Two numbers in one register.
+_PAIRWISE = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _multiply_add}
 _KNOWN = {
     *_UNARY, *_BINARY, "max", "min", "shl", "shr", "bfe", "mul", "mad", "fma", "div", "rem",
 }  # fmt: skip
@@ -307,7 +324,7 @@ def _decode_conversion(machine, name, operands):
     if to == "f32" and source in ("bf16", "f16") and not options:
 
         def widen(x):
-            return widen_bf16(x) if source == "bf16" else x.view(np.float16).astype(np.float32)
+            return widen_bf16(x) if source == "bf16" else _widen_f16(x)
 
         return _compute(machine, operands, "f4", ["u2"], widen)
     if not (_CONVERT.match(to) and _CONVERT.match(source)) or not options <= {"rn", "rzi"}:

@@ -1,17 +1,25 @@
 """Runs Triton kernels on `ptx_machine`: the PTX that Triton writes for a GPU that is not there."""
 
+import contextlib
+import contextvars
 import functools
 import re
+from unittest import mock
 
 import jax
 import numpy as np
 
+from pallas_kernels.triton.launch import launch
+from pallas_kernels.triton.tile_tables import Tile
 from pallas_kernels.triton_programs import find_triton_programs
 from tests.kernels import ptx_machine, ptx_program
 from tests.kernels.ptx_ampere import AmpereUnits
 
 # Behind the pointers of a kernel Triton has two of its own, of scratch memory; both are null.
 _SCRATCH_POINTERS = 2
+# How kernels of a call are run, see `run_program`.
+_conditions = {}
+_compiled = {}
 
 
 def compile_program(function, *args, capability=(8, 0)):
@@ -82,3 +90,46 @@ def run_program(
         memory.read(address, t.shape, t.dtype)
         for address, t in zip(addresses[len(arrays) :], outputs, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def conditions(**options):
+    """Run kernels that are launched inside as `run_program` is told by keyword.
+
+    Args:
+      **options: of `run_program`, and `change`, a function that changes the PTX.
+    """
+    with mock.patch.dict(_conditions, options):
+        yield
+
+
+def run_gluon(kernel, programs, inputs, outputs, constants, capability):
+    """Run a kernel in Gluon, see `pallas_kernels.triton.interpretation.Interpretation`.
+
+    Its constants name its warps and stages as those of `nm_matmul` do.
+
+    Args:
+      capability: (major, minor), to compile for.
+    """
+    names = [name for name in kernel.arg_names if name in inputs or name in outputs]
+    assert names == [*inputs, *outputs], "pointers come in the order of the kernel's parameters"
+    structs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in inputs.items()}
+    key = repr((kernel.cache_key, structs, outputs, sorted(constants.items()), capability))
+    if key not in _compiled:
+        warps = constants["WARPS_R"] * constants["WARPS_P"]
+
+        def call(*arrays):
+            return launch(
+                kernel, dict(zip(inputs, arrays, strict=True)), outputs, constants,
+                programs=programs, tile=Tile(0, 0, warps, constants["STAGES"]),
+                capability=capability, takes_all_registers=True,
+            )  # fmt: skip
+
+        # In a context of its own, in which kernels are compiled.
+        compiling = functools.partial(compile_program, call, *structs.values())
+        _compiled[key] = contextvars.Context().run(compiling, capability=capability)
+    program = _compiled[key]
+    options = {"shared_memory_bytes": program.shared_memory_bytes} | _conditions
+    ptx = options.pop("change", str)(program.ptx)
+    results = run_program(ptx, programs, [*inputs.values()], [*outputs.values()], **options)
+    return tuple(results)

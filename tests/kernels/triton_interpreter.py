@@ -10,9 +10,13 @@ What the interpreter of Triton 3.9 gets wrong or does not look at is mended here
 - Functions that kernels call patch `triton.language` and leave it so; it is restored.
 
 Order inside a program, such as that of asynchronous copies, is the compiler's work and not seen.
+
+Kernels in Gluon are not interpreted. Their PTX is run instead, see `ptx_triton`: with the order of
+what happens inside a program.
 """
 
 import contextlib
+import functools
 import threading
 from unittest import mock
 
@@ -23,11 +27,13 @@ import pytest
 
 from pallas_kernels.triton.device import check_device
 from pallas_kernels.triton.interpretation import interpret_with
+from tests.kernels import ptx_triton
 
 # Nothing is interpreted, and no test that needs it runs, where the extra is not installed.
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 jit = pytest.importorskip("triton.runtime.jit")
+gluon = pytest.importorskip("triton.experimental.gluon._runtime")
 
 _NAMES = {
     "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8",
@@ -57,12 +63,17 @@ def triton_kernels(capability=(8, 0)):
             pytest.skip(str(reason))
         yield
         return
-    with interpret_with(run, capability):
+    with interpret_with(functools.partial(run, capability=capability), capability):
         yield
 
 
-def run(kernel, programs, inputs, outputs, constants):
-    """Interpret a kernel, see `pallas_kernels.triton.interpretation.Interpretation`."""
+def run(kernel, programs, inputs, outputs, constants, capability=(8, 0)):
+    """Interpret a kernel, see `pallas_kernels.triton.interpretation.Interpretation`.
+
+    The PTX of a kernel in Gluon is that for `capability`.
+    """
+    if isinstance(kernel, gluon.GluonJITFunction):
+        return ptx_triton.run_gluon(kernel, programs, inputs, outputs, constants, capability)
     with _LOCK, np.errstate(all="ignore"):
         memory = _Memory(inputs, outputs)
         with _patched(memory):
