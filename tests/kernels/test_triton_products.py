@@ -155,6 +155,15 @@ def test_a_gradient_is_pruned_and_packed_at_once(exact, dtype):
 
 
 @pytest.mark.ci
+def test_the_dense_product_for_comparison():
+    a, _, b, _ = make_operands(128, 192, 70)
+    with triton_kernels():
+        out = products.multiply_dense(a, b, cut=tiles._NARROW)
+    a, b, out = (np.asarray(x).astype(float) for x in (a, b, out))
+    np.testing.assert_allclose(out, b @ a.T, 2.0**-8, 2.0**-8)
+
+
+@pytest.mark.ci
 def test_one_layout_serves_both_instructions():
     w, mask, x, _ = make_operands(128, 128, 40)
     w, mask = w.T, mask.T

@@ -23,7 +23,7 @@ from pallas_kernels.nm_matmul.sparse_products import (
 )
 from pallas_kernels.nm_matmul.triton.pack import pack_weight, prune_and_pack
 from pallas_kernels.nm_matmul.triton.tiles import SparseTile, count_splits, find_product_tile
-from pallas_kernels.triton.batching import fold_vmap
+from pallas_kernels.triton.batching import fold_vmap, repeat_shared
 from pallas_kernels.triton.device import check_device
 from pallas_kernels.triton.launch import launch
 
@@ -121,14 +121,41 @@ def multiply(
         tile=cut,
         capability=capability,
     )
-    operands = jax.tree.map(lambda x: x[None], (tuple(sparse), dense, bias))
+    operands = jax.tree.map(lambda x: x[None], (*sparse, dense, bias))
     return [out[0] for out in fold_vmap(launched)(*operands)]
 
 
+def multiply_dense(a: jax.Array, b: jax.Array, *, cut: SparseTile) -> jax.Array:
+    """Multiply two dense matrices by the same kernel, for comparison with sparse ones.
+
+    Args:
+      a: bf16 or f16[R, C], C a multiple of 64.
+      b: [P, C].
+      cut: tile, whose rows divide R; with dense values its ring takes more memory.
+
+    Returns:
+      [P, R], dtype of b: (A B^T)^T.
+    """
+    (out,) = _multiply(
+        a[None],
+        None,
+        b[None],
+        None,
+        is_turned=False,
+        activation=None,
+        keeps_inputs=False,
+        splits=1,
+        tile=cut,
+        capability=check_device(),
+    )
+    return out[0]
+
+
 def _multiply(
-    sparse,
-    dense,
-    bias,
+    values: jax.Array,
+    metadata: jax.Array | None,
+    dense: jax.Array,
+    bias: jax.Array | None,
     *,
     is_turned,
     activation,
@@ -140,12 +167,10 @@ def _multiply(
     # Imported where it is launched: kernels need the extra.
     from pallas_kernels.nm_matmul.triton import product_kernel
 
-    values, metadata = sparse
-    B = max(x.shape[0] for x in jax.tree.leaves((sparse, dense, bias)))
-    if values.shape[0] != metadata.shape[0]:
-        values, metadata = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in sparse)
-    rows, contraction = values.shape[1], 2 * values.shape[2]
-    columns = dense.shape[2 if is_turned else 1]
+    if metadata is not None and len(values) != len(metadata):
+        values, metadata = repeat_shared((values, metadata))
+    B = max(len(x) for x in (values, dense, bias) if x is not None)
+    rows, (contraction, columns) = values.shape[1], dense.shape[1:][:: 1 if is_turned else -1]
     parts = 2 if activation in GATED else 1
     dtype = dense.dtype if splits == 1 else jnp.float32
     results = launch(
