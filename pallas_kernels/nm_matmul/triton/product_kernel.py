@@ -24,7 +24,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 # Functions in Gluon are not Python: values of a kernel have types that Python knows nothing of.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportPossiblyUnboundVariable=false
 
 # Positions of the contraction that a step covers: two instructions, which share their metadata.
 _DEPTH = gl.constexpr(64)

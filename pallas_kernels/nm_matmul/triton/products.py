@@ -47,17 +47,12 @@ def tile(facts: NMFacts) -> str:
         check(facts)
     except NotImplementedError:
         return ""
-    capability = check_device()
-    cuts = []
-    for name, (rows, contraction, columns) in list_products(facts).items():
-        cut = find_product_tile(
-            capability, rows=rows, columns=columns, divides_columns=name == "dw"
-        )
-        splits = 1
-        if name != "y" or not (facts.activation or facts.has_bias):
-            splits = count_splits(capability, cut, rows, contraction, columns)
-        cuts.append(f"{name} {cut}" + (f" {splits} parts" if splits > 1 else ""))
-    return ", ".join(cuts)
+    named = []
+    for name, sizes in list_products(facts).items():
+        is_plain = name != "y" or not (facts.activation or facts.has_bias)
+        cut, splits = _choose_cut(*sizes, divides_columns=name == "dw", is_plain=is_plain)
+        named.append(f"{name} {cut}" + (f" {splits} parts" if splits > 1 else ""))
+    return ", ".join(named)
 
 
 def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
@@ -102,24 +97,21 @@ def multiply(
       list of the result, [P, R], or [P, R / 2] for a gated activation, and what the activation was
       applied to, [P, R], if `keeps_inputs`.
     """
-    capability = check_device()
-    rows, contraction = sparse.shape
-    columns = dense.shape[0 if dense_is_transposed else 1]
-    if cut is None:
-        cut = find_product_tile(
-            capability, rows=rows, columns=columns, divides_columns=not dense_is_transposed
-        )
-    splits = 1
-    if bias is None and activation is None and not keeps_inputs:
-        splits = count_splits(capability, cut, rows, contraction, columns)
+    chosen, splits = _choose_cut(
+        *sparse.shape,
+        dense.shape[0 if dense_is_transposed else 1],
+        divides_columns=not dense_is_transposed,
+        is_plain=bias is None and activation is None and not keeps_inputs,
+        cut=cut,
+    )
     launched = functools.partial(
         _multiply,
         is_turned=not dense_is_transposed,
         activation=activation,
         keeps_inputs=keeps_inputs,
         splits=splits,
-        tile=cut,
-        capability=capability,
+        tile=chosen,
+        capability=check_device(),
     )
     operands = jax.tree.map(lambda x: x[None], (*sparse, dense, bias))
     return [out[0] for out in fold_vmap(launched)(*operands)]
@@ -151,19 +143,39 @@ def multiply_dense(a: jax.Array, b: jax.Array, *, cut: SparseTile) -> jax.Array:
     return out[0]
 
 
+def _choose_cut(
+    rows: int,
+    contraction: int,
+    columns: int,
+    *,
+    divides_columns: bool,
+    is_plain: bool,
+    cut: SparseTile | None = None,
+) -> tuple[SparseTile, int]:
+    """Return the tile of a product, or a given one, and in how many parts it is summed."""
+    capability = check_device()
+    if cut is None:
+        cut = find_product_tile(
+            capability, rows=rows, columns=columns, divides_columns=divides_columns
+        )
+    # Only sums of parts can be added; bias and activation come after the last.
+    splits = count_splits(capability, cut, rows, contraction, columns) if is_plain else 1
+    return cut, splits
+
+
 def _multiply(
     values: jax.Array,
     metadata: jax.Array | None,
     dense: jax.Array,
     bias: jax.Array | None,
     *,
-    is_turned,
-    activation,
-    keeps_inputs,
-    splits,
+    is_turned: bool,
+    activation: str | None,
+    keeps_inputs: bool,
+    splits: int,
     tile: SparseTile,
-    capability,
-):
+    capability: tuple[int, int],
+) -> list[jax.Array]:
     # Imported where it is launched: kernels need the extra.
     from pallas_kernels.nm_matmul.triton import product_kernel
 
