@@ -145,7 +145,11 @@ def make_call(op, implementation):
       op: name of the op.
       implementation: name of the backend.
     """
-    narrow = implementation == "mosaic_sm90" or op == "pack_nm"
+    narrow = (
+        implementation == "mosaic_sm90"
+        or op == "pack_nm"
+        or (op, implementation) == ("nm_matmul", "triton")
+    )
     run, arrays = _OPS[op](implementation, jnp.bfloat16 if narrow else jnp.float32)
 
     def call(*arrays):
