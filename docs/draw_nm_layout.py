@@ -56,9 +56,9 @@ def draw_strip(axis, mask):
         yticks=[0.5, 7.5, 8.5, 15.5], yticklabels=[0, 7, 8, 15], ylabel="row of the strip",
     )  # fmt: skip
     axis.set_title(
-        "One warp's part of the sparse operand, 16 rows and 64 columns, with the lane that holds "
-        "its metadata.\nBlack entries are kept, two of every four. The four warps of a warpgroup "
-        "have 64 rows.",
+        "A strip of the sparse operand, 16 rows and 64 columns, with the lane that holds its "
+        "metadata. Black entries are kept, two of every four.\nmma.sp multiplies one strip, "
+        "wgmma.sp four, one of each warp of a warpgroup.",
         fontsize=11, loc="left",
     )  # fmt: skip
     for start, text in (

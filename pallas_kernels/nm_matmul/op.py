@@ -67,13 +67,13 @@ def nm_matmul(
       packed: PackedNM or None, what `pack_nm` returned for this w and mask: axis 0, or "both" if
         transposable. It is not compared with them and gets no gradient. "xla" and "reference" have
         no use for it and read w.
-      pattern: (n, m). "mosaic_sm90" knows (2, 4).
+      pattern: (n, m). "mosaic_sm90" and "triton" know (2, 4).
       check_mask: bool, look at the values of a mask that is not traced. False for a weight whose
         mask may still keep everything: "xla" and "reference" compute with any mask; a kernel that
         packs the weight itself looks all the same.
-      implementation: "xla", the dense product on the masked weight; "reference"; "mosaic_sm90"; or
-        None: the kernels where they were proven and are faster, else "xla". A named one runs or
-        raises.
+      implementation: "xla", the dense product on the masked weight; "reference"; a kernel,
+        "mosaic_sm90" on Hopper GPUs or "triton" on NVIDIA's since Ampere; or None: a kernel where
+        it was proven and is faster, else "xla". A named one runs or raises.
 
     Returns:
       float[..., N], or [..., N / 2] for a gated activation, typed like x.

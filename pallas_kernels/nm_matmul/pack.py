@@ -27,10 +27,10 @@ def pack_nm(
     axis: PackAxis = 0,
     implementation: Implementation | None = None,
 ) -> PackedNM:
-    """Pack a 2:4 sparse weight for Hopper's sparse tensor cores.
+    """Pack a 2:4 sparse weight for the sparse tensor cores of NVIDIA GPUs since Ampere.
 
     Pack once per optimizer step, after `w` or `mask` changed, and pass the result as
-    `nm_matmul(..., packed=)` for every micro-batch.
+    `nm_matmul(..., packed=)` for every micro-batch. Kernels of either backend read the same words.
 
     A group with fewer than two kept entries is filled up with zeros. Kept zeros of either sign, and
     NaN, are kept as they are; what w holds where the mask is False has no effect.

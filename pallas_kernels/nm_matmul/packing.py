@@ -1,8 +1,8 @@
-"""2:4 sparse matrices as Hopper's tensor cores read them: kept values and where they were.
+"""2:4 sparse matrices as sparse tensor cores read them: kept values and where they were.
 
-The sparse operand of `wgmma.mma_async.sp` has rows R and a contraction C, and keeps two of every
-four consecutive values of a row. Values are stored row by row. Metadata are four bits a group, two
-positions of two bits, in words of 32 bits that lie as the threads of a warpgroup hold them:
+The sparse operand has rows R and a contraction C, and keeps two of every four consecutive values of
+a row. Values are stored row by row. Metadata are four bits a group, two positions of two bits, in
+words of 32 bits that lie as the threads of four warps hold them, each with a strip of 16 rows:
 
   metadata[R/64, C/64, t], t = 32 warp + 4 row + quarter, bits 16 half + 4 group + 2 which
 
@@ -10,6 +10,10 @@ is the position of kept value `which` of group `group` among the 16 columns 16 `
 16 warp + 8 half + row of a tile of 64 rows and 64 columns. Every thread reads one word for two
 instructions of 32 columns: lanes with an even quarter pair supply the first, the others the second
 (selector 0 and 1 of the instruction), so that a warp reads 128 consecutive bytes and none is idle.
+
+One layout serves two instructions: `wgmma.mma_async.sp` of Hopper, whose 64 rows are those of a
+warpgroup, and `mma.sp`, m16n8k32, since Ampere, whose 16 rows are those of one warp. Within a strip
+both read the same word of each lane.
 
 A weight [K, N] is packed along K for y = x w, whose sparse operand is w^T, and along N for
 dx = dy w^T, whose sparse operand is w.
@@ -25,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 TILE = 64
-"""Rows, and columns, that the words of one warpgroup describe."""
+"""Rows, and columns, that 128 words describe: those of four warps."""
 
 
 class Compressed(NamedTuple):

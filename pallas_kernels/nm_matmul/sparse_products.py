@@ -29,7 +29,7 @@ class SparseKernels(NamedTuple):
     """The kernels of one backend, as pure functions of arrays.
 
     Attributes:
-      pack_weight: (PackArrays, PackFacts) -> PackedNM.
+      pack_weight: (arrays PackArrays, facts PackFacts) -> PackedNM, as `packing.compress` packs.
       prune: (dz[M, N], bits uint32[M/4, N], exact) -> Compressed [N, M], of what `mvue.prune_drawn`
         keeps of dz; M and N are multiples of 64.
       multiply: (sparse Compressed [R, C], dense[P, C]) -> list of the result, (A B)^T [P, R]. By
@@ -89,7 +89,7 @@ def multiply_packed(arrays: NMArrays, facts: NMFacts, kernels: SparseKernels) ->
     """Multiply on sparse tensor cores, after packing the weight if that is not done.
 
     Args:
-      arrays: NMArrays.
+      arrays: NMArrays, whose weight is packed here if `packed` is None.
       facts: NMFacts, static.
       kernels: SparseKernels, static.
 
@@ -145,7 +145,10 @@ def pad_rows(array: jax.Array, multiple: int) -> jax.Array:
 
     Args:
       array: [M, ...].
-      multiple: int, of which the result has a multiple of rows.
+      multiple: int, that the rows of the result are a multiple of.
+
+    Returns:
+      [M + missing, ...].
     """
     missing = -array.shape[0] % multiple
     return jnp.pad(array, ((0, missing), (0, 0))) if missing else array

@@ -59,7 +59,7 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
 
 
 def pack_weight(arrays: PackArrays, facts: PackFacts) -> PackedNM:
-    """Pack a weight for Hopper's sparse tensor cores, with the bits that their kernel makes."""
+    """Pack a weight for sparse tensor cores, with the bits that the kernels make."""
     w, mask = arrays
     return PackedNM(
         compress(w.T, mask.T) if facts.along_k else None,

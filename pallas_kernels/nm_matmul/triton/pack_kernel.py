@@ -63,13 +63,15 @@ def select_two(w0, w1, w2, w3, kept0, kept1, kept2, kept3):
 
 @triton.jit
 def join_hopper_words(first_at, second_at):
-    """Join positions to the words that `wgmma.mma_async.sp` reads, see `nm_matmul.packing`.
+    """Join positions to the words that `wgmma.mma_async.sp` and `mma.sp` read.
+
+    See `nm_matmul.packing`.
 
     Args:
       first_at, second_at: uint32[64, 16].
 
     Returns:
-      uint32[128], words of the threads of a warpgroup.
+      uint32[128], words of the threads of four warps.
     """
     # Row 16 warp + 8 half + row, group 4 quarter + group.
     code = (first_at | (second_at << 2)).reshape([4, 2, 8, 4, 4])

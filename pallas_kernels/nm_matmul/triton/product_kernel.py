@@ -116,6 +116,9 @@ def metadata_layout(strips, warps_r, warps_p):
     Args:
       strips: int, rows of a tile by 16.
       warps_r, warps_p: int, warps along rows and columns of a tile.
+
+    Returns:
+      DistributedLinearLayout of [strips, 32], with strips / warps_r registers in each thread.
     """
     powers = [1 << i for i in range(strips.bit_length() - 1)]
     return gl.DistributedLinearLayout(
