@@ -22,6 +22,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from pallas_kernels.nm_matmul.triton.sparse_instructions import (
+    metadata_layout,
+    write_bfloat16,
+    write_float16,
+    write_wait,
+)
+
 # Functions in Gluon are not Python: values of a kernel have types that Python knows nothing of.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -34,100 +41,6 @@ _WORDS, _NUMBERS = gl.constexpr(4), gl.constexpr(8)
 # 2 sqrt(2 / pi), of the tanh form of GELU.
 _LINEAR = gl.constexpr(1.5957691216057308)
 _CUBIC = gl.constexpr(0.044715 * 1.5957691216057308)
-
-
-@gluon.constexpr_function
-def _write_products(outputs, inputs, dtype):
-    """Write the instructions of one step.
-
-    Registers come in the order of their layouts: blocks of 16 rows or of 8 columns, then parts of
-    the contraction, then the words of a fragment. Of B read turned, halves of words come.
-
-    Args:
-      outputs: names of the sums.
-      inputs: names of the sums before, of the words of A and of B, and of a word of the metadata
-        for each block of rows; no metadata if A is dense.
-      dtype: "bf16" or "f16".
-    """
-    (sums,) = outputs
-    before, a, b, *metadata = inputs
-    # Of a thread, A has 4 words for each block of rows and part of the contraction, and the sums 4
-    # for each block of rows and of columns.
-    words_b = 4 if metadata else 2
-    parts = (_DEPTH.value // 32) if metadata else (_DEPTH.value // 16)
-    blocks_r = len(a) // (4 * parts)
-    blocks_p = len(sums) // (4 * blocks_r)
-    lines = []
-    if len(b) == 2 * words_b * blocks_p * parts:
-        words = [f"word{i}" for i in range(len(b) // 2)]
-        lines.append(f".reg .b32 {', '.join(words)};")
-        pairs = zip(words, b[::2], b[1::2], strict=True)
-        lines += [f"mov.b32 {word}, {{{low}, {high}}};" for word, low, high in pairs]
-        b = words
-    name = (
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k32"
-        if metadata
-        else ("mma.sync.aligned.m16n8k16")
-    )
-    for part in range(parts):
-        for r in range(blocks_r):
-            # One word of metadata describes both parts; the instruction is told which.
-            described = f", {metadata[0][r]}, 0x{part}" if metadata else ""
-            for p in range(blocks_p):
-                at = 4 * (r * blocks_p + p)
-                added = sums if part else before
-                fragments = (
-                    sums[at : at + 4],
-                    a[4 * (r * parts + part) :][:4],
-                    b[words_b * (p * parts + part) :][:words_b],
-                    added[at : at + 4],
-                )
-                operands = ", ".join(f"{{{', '.join(names)}}}" for names in fragments)
-                lines.append(f"{name}.row.col.f32.{dtype}.{dtype}.f32 {operands}{described};")
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-@gluon.constexpr_function
-def _write_bfloat16(outputs, inputs):
-    return _write_products(outputs, inputs, "bf16")
-
-
-@gluon.constexpr_function
-def _write_float16(outputs, inputs):
-    return _write_products(outputs, inputs, "f16")
-
-
-@gluon.constexpr_function
-def _write_wait(groups):
-    """Write the wait for all but the last groups of copies.
-
-    `async_copy.wait_group` says the same, but jax-triton 0.4.1 compiles Gluon as if it were Triton,
-    and Triton's pipeliner makes every wait one for all groups.
-    """
-    return f"cp.async.wait_group {groups};"
-
-
-@gluon.constexpr_function
-def metadata_layout(strips, warps_r, warps_p):
-    """Return the layout of words [strips, 32]: a lane holds its word of each strip of its warp.
-
-    Warps take strips of 16 rows in turn, as they take rows of the sums.
-
-    Args:
-      strips: int, rows of a tile by 16.
-      warps_r, warps_p: int, warps along rows and columns of a tile.
-
-    Returns:
-      DistributedLinearLayout of [strips, 32], with strips / warps_r registers in each thread.
-    """
-    powers = [1 << i for i in range(strips.bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[i, 0] for i in powers if i >= warps_r],
-        lane_bases=[[0, 1 << i] for i in range(5)],
-        warp_bases=[[0, 0]] * (warps_p.bit_length() - 1) + [[i, 0] for i in powers if i < warps_r],
-        block_bases=[],
-        shape=[strips, 32],
-    )
 
 
 @gluon.jit
@@ -169,6 +82,12 @@ def _silu(z):
 
 
 @gluon.jit
+def _halve(x):
+    """Split [BR, BP] into two of [BR, BP / 2]."""
+    return gl.split(x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)))
+
+
+@gluon.jit
 def _store_turned(out, tile, row, column, columns, width: gl.constexpr, warps: gl.constexpr):
     """Write a tile [BR, BP] to out[P, width] from row and column on.
 
@@ -188,6 +107,43 @@ def _store_turned(out, tile, row, column, columns, width: gl.constexpr, warps: g
     start = out + column * width + row
     is_there = (p < columns - column)[None, :] & (r >= 0)[:, None]
     gl.store(start + (p[None, :] * width + r[:, None]), turned, mask=is_there)
+
+
+@gluon.jit
+def _finish(
+    sums, bias, inputs, out, row, column, R: gl.constexpr, P: gl.constexpr, PARTS: gl.constexpr,
+    ACTIVATION: gl.constexpr, warps: gl.constexpr,
+):  # fmt: skip
+    """Add the bias, apply the activation and write.
+
+    Args:
+      sums: tuple of f32[BR, BP], values and, if `PARTS` is 2, gates.
+      bias, inputs, out: pointers to the example's; the first two may be None.
+      row: int, of A, of the first value.
+      column: int64, of B, likewise.
+    """
+    WIDTH: gl.constexpr = R // PARTS
+    ROWS: gl.constexpr = sums[0].shape[0]
+    layout: gl.constexpr = sums[0].type.layout
+    biased = ()
+    for part in gl.static_range(PARTS):
+        z = sums[part]
+        first = row + part * WIDTH
+        if bias is not None:
+            r = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            z += gl.load(bias + first + r).to(gl.float32)[:, None]
+        if inputs is not None:
+            _store_turned(inputs, z, first, column, P, R, warps)
+        biased += (z,)
+    if ACTIVATION == "gelu":
+        y = _gelu(biased[0])
+    elif ACTIVATION == "geglu":
+        y = biased[0] * _gelu(biased[1])
+    elif ACTIVATION == "swiglu":
+        y = biased[0] * _silu(biased[1])
+    else:
+        y = biased[0]
+    _store_turned(out, y, row, column, P, WIDTH, warps)
 
 
 @gluon.jit
@@ -231,7 +187,7 @@ def multiply_sparse(
     row_words: gl.constexpr = C // 4 if is_sparse else C // 2
     step_words: gl.constexpr = _DEPTH // 4 if is_sparse else _DEPTH // 2
     dtype: gl.constexpr = values.dtype.element_ty
-    write: gl.constexpr = _write_bfloat16 if dtype == gl.bfloat16 else _write_float16
+    write: gl.constexpr = write_bfloat16 if dtype == gl.bfloat16 else write_float16
 
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS_R, WARPS_P], [16, 8])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 1)
@@ -328,7 +284,7 @@ def multiply_sparse(
     for _ in gl.static_range(PARTS):
         sums += (gl.zeros([ROWS, BP], gl.float32, sums_layout),)
     for step in range(steps):
-        gl.inline_asm(_write_wait(STAGES - 2), "~{memory}")
+        gl.inline_asm(write_wait(STAGES - 2), "~{memory}")
         gl.barrier()
         ahead = step + STAGES - 1
         if ahead < steps:
@@ -360,21 +316,16 @@ def multiply_sparse(
             added += (z,)
         sums = added
 
-    parts = ()
+    halves = ()
     for part in gl.static_range(PARTS):
-        z = sums[part]
-        if bias is not None:
-            r = gl.arange(0, ROWS, gl.SliceLayout(1, sums_layout)) + part * WIDTH + row
-            z += gl.load(bias + (example if BIAS > 1 else 0) * R + r).to(gl.float32)[:, None]
-        if inputs is not None:
-            _store_turned(inputs + example * P * R, z, row + part * WIDTH, column, P, R, warps)
-        parts += (z,)
-    if ACTIVATION == "gelu":
-        y = _gelu(parts[0])
-    elif ACTIVATION == "geglu":
-        y = parts[0] * _gelu(parts[1])
-    elif ACTIVATION == "swiglu":
-        y = parts[0] * _silu(parts[1])
-    else:
-        y = parts[0]
-    _store_turned(out + result * P * WIDTH, y, row, column, P, WIDTH, warps)
+        halves += (_halve(sums[part]),)
+    # Half of the columns at a time, so that results need fewer registers beside the sums.
+    for half in gl.static_range(2):
+        chosen = ()
+        for part in gl.static_range(PARTS):
+            chosen += (halves[part][half],)
+        _finish(
+            chosen, bias if bias is None else bias + (example if BIAS > 1 else 0) * R,
+            inputs if inputs is None else inputs + example * P * R, out + result * P * WIDTH, row,
+            column + half * (BP // 2), R, P, PARTS, ACTIVATION, warps,
+        )  # fmt: skip
