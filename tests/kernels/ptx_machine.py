@@ -167,8 +167,8 @@ class Machine:
         elif number := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", operand):
             constant = np.array([int(number[1], 16)], np.uint32).view(dtype)
             return lambda index: constant
-        elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", operand):
-            value = int(operand, 0)
+        elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
+            value = int(operand.removesuffix("U"), 0)
         else:
             raise PtxError(f"unknown operand {operand}")
         if dtype == np.bool_:

@@ -222,7 +222,7 @@ BROKEN = {
 _SIGNS = {
     "machine code": r"writes a register|touches a sum|arrives at|fence is missing|\(C75\d\d\)|"
     r"in flight|groups of products",
-    "interpreter": r"saw a race|other values|observed|was touched",
+    "interpreter": r"saw a race|other values|observed|was touched|violates the inv",
     "PTX": r"other values|on their way|rising positions|after all of the phase|from thread",
 }
 
