@@ -56,7 +56,7 @@ _MORE: Mapping[str, Sequence[Mapping[str, Any]]] = {
     # A gate, and so few tiles of the gradient of the weight that its contraction is divided.
     "nm_matmul": (
         {
-            "rows": 1000,
+            "rows": 8192,
             "inner": 640,
             "columns": 1280,
             "dtype": "float16",
