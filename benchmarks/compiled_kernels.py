@@ -32,6 +32,7 @@ from pallas_kernels.doctor.makers import MAKERS
 from pallas_kernels.nm_matmul.call import NMFacts, PackFacts, PruneFacts
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.transposable_mask.call import TransposableFacts
+from pallas_kernels.triton.tile_tables import find_row
 from pallas_kernels.verdicts import describe_call
 
 FOLDER = RESULTS / "compiled_kernels"
@@ -51,6 +52,15 @@ def list_targets() -> dict[tuple[int, int], list[aot.GpuTarget]]:
     for gpu in aot.TARGETS.values():
         targets.setdefault(gpu.compute_capability, []).append(gpu)
     return dict(sorted(targets.items()))
+
+
+def find_block_bytes(capability: tuple[int, int]) -> int:
+    """Return the shared memory that a block may take on all devices of a compute capability.
+
+    Args:
+      capability: (major, minor); one that no device has gets what an older one has.
+    """
+    return min(gpu.shared_memory_per_block_bytes for gpu in find_row(list_targets(), capability))
 
 
 def _list_attention() -> Iterator[AttentionFacts]:

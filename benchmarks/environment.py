@@ -50,6 +50,9 @@ def _fixed_facts() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
     }
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability:
+        facts["compute_capability"] = capability
     driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if driver:
         facts["driver"] = driver.splitlines()[0]
@@ -65,7 +68,8 @@ def describe_environment() -> dict[str, str]:
 
     Returns:
       dict with `device`, `python`, `jax`, `jaxlib`, `flax`, `numpy`, `date` (UTC, to the minute),
-      and, where they exist, `driver` (NVIDIA) and `revision` (git, `+changes` if files differ).
+      and, where they exist, `compute_capability` and `driver` (NVIDIA) and `revision` (git,
+      `+changes` if files differ).
     """
     now = datetime.datetime.now(datetime.UTC)
     return {**_fixed_facts(), "date": now.strftime("%Y-%m-%d %H:%M")}

@@ -53,6 +53,18 @@ _MORE: Mapping[str, Sequence[Mapping[str, Any]]] = {
         {"causal": True, "has_lse": False, "head_dim": 128, "dtype": "float16"},
         {"causal": True, "has_lse": False, "head_dim": 80, "dtype": "float32"},
     ),
+    # A gate, and so few tiles of the gradient of the weight that its contraction is divided.
+    "nm_matmul": (
+        {
+            "rows": 8192,
+            "inner": 640,
+            "columns": 1280,
+            "dtype": "float16",
+            "activation": "swiglu",
+            "grad_pruning": "mvue_exact",
+            "has_bias": False,
+        },
+    ),
 }
 
 

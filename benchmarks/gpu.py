@@ -37,6 +37,7 @@ CONTRACTS = (
     "test_triton_block_matmul.py",
     "test_triton_map.py",
     "test_triton_nm.py",
+    "test_triton_products.py",
     "test_transposable_mask.py",
 )
 # What a model makes of lengths between blocks goes through the kernels too.

@@ -220,16 +220,23 @@ def _summary(key: Key, values: Mapping[str, Mapping[str, Any]]) -> str:
     return settings + ": " + ", ".join(f"{n} {outcome(v)}" for n, v in values.items())
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    choices: Mapping[str, Sequence[str]] = {},
+) -> argparse.Namespace:
     """Parse the command line that every benchmark shares.
 
     Args:
       description: one sentence for `--help`.
       arguments: list of str, `sys.argv[1:]` if None.
+      choices: options of this benchmark alone: name -> values.
 
     Returns:
       Namespace with `force` and `budget_seconds`, keyword arguments of `run_points`, and
-      `headline`, for the benchmark to choose its points by.
+      `headline`, for the benchmark to choose its points by. An option of `choices` that is not
+      given is None.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--force", action="store_true", help="measure points already recorded")
@@ -239,4 +246,6 @@ def parse_arguments(description: str, arguments: Sequence[str] | None = None) ->
     parser.add_argument(
         "--headline", action="store_true", help="measure only the points that `make gpu` measures"
     )
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, help="measure nothing else")
     return parser.parse_args(arguments)

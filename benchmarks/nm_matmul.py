@@ -3,8 +3,11 @@
     python -m benchmarks.nm_matmul [--headline] [--force] [--budget-seconds=N]
 
 Every function of a point is checked before it is timed, sparse ones against the reference in f32,
-dense ones, which multiply by the whole weight, against themselves in f32. Rates are effective: the
-operations of the dense product over the time.
+dense ones, which multiply by the whole weight, against XLA's product in f32. Rates are effective:
+the operations of the dense product over the time.
+
+Where "triton" is measured, products that are packed beforehand have one more dense rival: the same
+kernel with the same tile, and no sparsity ("dense_triton").
 
 Operands of less than 128 MB would stay in the cache of a GPU. There one call works on several sets
 of inputs, as many as fill 128 MB, so that launching a call is not what is timed either.
@@ -17,11 +20,13 @@ from typing import Any
 
 import jax
 
+from benchmarks.environment import find_triton_refusal
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.nm_matmul_functions import (
     in_full_precision,
     make_dense,
     make_error,
+    make_own_dense,
     make_sparse,
     on_every_set,
 )
@@ -35,6 +40,8 @@ from benchmarks.nm_matmul_report import (
     COLUMNS,
     DENSE,
     HOPPER,
+    OWN_DENSE,
+    TRITON,
     XLA,
     evaluate_targets,
 )
@@ -43,33 +50,44 @@ from benchmarks.records import Results
 from pallas_kernels import Implementation
 
 
-def choose_kernel(device: Any) -> tuple[Implementation, dict[str, str]]:
-    """Choose the implementation that is measured on a device.
+def choose_kernels(device: Any) -> tuple[tuple[Implementation, ...], dict[str, str]]:
+    """Choose the implementations that are measured on a device.
 
     Returns:
-      (name, why the Hopper kernel is absent if it is); no reason on a CPU.
+      (names, at least one; why each kernel that is absent is). On a CPU there are no reasons.
     """
     if device.platform == "cpu":
-        return XLA, {}
+        return (XLA,), {}
+    kernels: list[Implementation] = []
+    absent = {}
     if device.compute_capability.startswith("9."):
-        return HOPPER, {}
-    return XLA, {HOPPER: f"needs compute capability 9, found {device.compute_capability}"}
+        kernels.append(HOPPER)
+    else:
+        absent[HOPPER] = f"needs compute capability 9, found {device.compute_capability}"
+    refusal = find_triton_refusal()
+    if refusal is None:
+        kernels.append(TRITON)
+    else:
+        absent[TRITON] = refusal
+    return tuple(kernels) or (XLA,), absent
 
 
-def make_case(problem: Problem, *, kernel: Implementation, on_cpu: bool) -> Case:
+def make_case(problem: Problem, *, kernels: Sequence[Implementation], on_cpu: bool) -> Case:
     """Make the functions that one point compares.
 
     Args:
       problem: the setting.
-      kernel: "mosaic_sm90" or "xla".
+      kernels: of "mosaic_sm90", "triton" and "xla".
       on_cpu: bool, where there is no cache to defeat and no cuSPARSELt.
     """
     count = 1 if on_cpu else problem.count_sets()
-    make = jax.jit(functools.partial(make_inputs, problem, packs=kernel == HOPPER))
+    has_own_dense = problem.measure == "gemm" and TRITON in kernels
+    packs = any(kernel != XLA for kernel in kernels)
+    make = jax.jit(functools.partial(make_inputs, problem, packs=packs, turns=has_own_dense))
     sets = tuple(make(seed) for seed in range(count))
     error, tolerance = make_error(problem)
     case = Case(
-        functions={kernel: on_every_set(make_sparse(problem, kernel))},
+        functions={kernel: on_every_set(make_sparse(problem, kernel)) for kernel in kernels},
         args=sets,
         reference=on_every_set(
             make_sparse(problem, XLA if problem.measure == "pack" else "reference")
@@ -83,16 +101,19 @@ def make_case(problem: Problem, *, kernel: Implementation, on_cpu: bool) -> Case
     foreign, absent = {}, {}
     if not on_cpu and problem.measure in ("gemm", "gemm_with_packing"):
         foreign, absent = make_torch_calls(sets, packs=problem.measure != "gemm")
-    dense = make_dense(problem)
-    names = (kernel, DENSE, CUSPARSELT)
+    dense = {DENSE: make_dense(problem)}
+    precise = on_every_set(in_full_precision(dense[DENSE]))
+    if has_own_dense:
+        dense[OWN_DENSE] = make_own_dense(problem)
+    functions = {**case.functions, **{name: on_every_set(f) for name, f in dense.items()}}
     flops = problem.flops()
     assert flops is not None, "only packing has none"
     return case._replace(
-        functions={**case.functions, DENSE: on_every_set(dense)},
-        references={DENSE: on_every_set(in_full_precision(dense))},
+        functions=functions,
+        references=dict.fromkeys(dense, precise),
         foreign=foreign,
         absent=absent,
-        flops=dict.fromkeys(names, flops),
+        flops=dict.fromkeys((*functions, CUSPARSELT), flops),
     )
 
 
@@ -108,10 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
     choose_problems = headline_problems if parsed.pop("headline") else sweep_problems
     device = jax.devices()[0]
-    kernel, absent = choose_kernel(device)
+    kernels, absent = choose_kernels(device)
 
     def make(problem: Problem) -> Case:
-        case = make_case(problem, kernel=kernel, on_cpu=device.platform == "cpu")
+        case = make_case(problem, kernels=kernels, on_cpu=device.platform == "cpu")
         return case._replace(absent={**absent, **case.absent})
 
     points = [

@@ -11,9 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.compiled_kernels import find_block_bytes
 from benchmarks.nm_matmul_problems import Inputs, Problem
 from pallas_kernels import nm_matmul, pack_nm
 from pallas_kernels.doctor.timing import relative_error
+from pallas_kernels.nm_matmul.packing import TILE
+from pallas_kernels.nm_matmul.triton import products
+from pallas_kernels.nm_matmul.triton.tiles import SparseTile, find_product_tile
+from pallas_kernels.triton.device import check_device
 
 # Its overloads and literals tell apart what a name in a variable cannot.
 _NM_MATMUL: Any = nm_matmul
@@ -26,7 +31,7 @@ def make_sparse(problem: Problem, implementation: str) -> Callable[[Inputs], Any
     """Make the function of a setting in one implementation of `nm_matmul`.
 
     Args:
-      implementation: "mosaic_sm90", "xla" or "reference".
+      implementation: "mosaic_sm90", "triton", "xla" or "reference".
 
     Returns:
       function of Inputs; of "ffn" it returns a dict with y, dx, dw_up and dw_down.
@@ -94,6 +99,39 @@ def make_dense(problem: Problem) -> Callable[[Inputs], Any]:
         "dw": lambda s: s.x.T @ s.d_out,
         "ffn": ffn,
     }[problem.measure]
+
+
+def make_own_dense(problem: Problem) -> Callable[[Inputs], jax.Array]:
+    """Make the dense product by the kernel of "triton", with the tile of the sparse product.
+
+    Args:
+      problem: Problem, of "gemm".
+
+    Returns:
+      function of Inputs that have `turned`.
+    """
+
+    def multiply(s: Inputs):
+        capability = check_device()
+        cut = find_product_tile(
+            capability, rows=problem.columns, columns=problem.rows, divides_columns=False
+        )
+        return products.multiply_dense(s.turned, s.x, cut=fit_dense(cut, capability))
+
+    return multiply
+
+
+def fit_dense(cut: SparseTile, capability: tuple[int, int]) -> SparseTile:
+    """Fit the tile of a sparse product to a dense one, whose steps take more shared memory.
+
+    Args:
+      capability: (major, minor), of the device.
+
+    Returns:
+      SparseTile of the same rows, columns and warps, with as many of its stages as fit.
+    """
+    step_bytes = 2 * TILE * (cut.rows + cut.columns)
+    return cut._replace(stages=min(cut.stages, find_block_bytes(capability) // step_bytes))
 
 
 def in_full_precision(function: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:

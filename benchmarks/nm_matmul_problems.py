@@ -138,6 +138,7 @@ class Inputs(NamedTuple):
       mask_down: bool, shaped like w_down.
       packed: PackedNM of w.
       key: key[] of gradient pruning.
+      turned: [N, K], w^T, as our own dense kernel reads it.
     """
 
     x: Any = None
@@ -148,14 +149,18 @@ class Inputs(NamedTuple):
     mask_down: Any = None
     packed: Any = None
     key: Any = None
+    turned: Any = None
 
 
-def make_inputs(problem: Problem, seed: jax.typing.ArrayLike, *, packs: bool) -> Inputs:
+def make_inputs(
+    problem: Problem, seed: jax.typing.ArrayLike, *, packs: bool, turns: bool = False
+) -> Inputs:
     """Make random inputs; jit it, or `jax.eval_shape` it for their shapes.
 
     Args:
       seed: int, may be traced, so that one program makes all sets.
       packs: bool, whether what is measured takes a packed weight.
+      turns: bool, whether it takes a turned one.
 
     Returns:
       Inputs; products are of order 1.
@@ -185,7 +190,7 @@ def make_inputs(problem: Problem, seed: jax.typing.ArrayLike, *, packs: bool) ->
     if packs and problem.measure in ("gemm", "dx"):
         axis = 0 if problem.measure == "gemm" else "both"
         inputs = inputs._replace(packed=pack_nm(w, mask, axis=axis, implementation="xla"))
-    return inputs
+    return inputs._replace(turned=w.T) if turns else inputs
 
 
 class Block(NamedTuple):

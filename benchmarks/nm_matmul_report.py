@@ -8,7 +8,14 @@ from benchmarks.records import Column
 from benchmarks.targets import Record, Target, evaluate, times_faster
 from pallas_kernels import aot
 
-HOPPER, XLA, DENSE = "mosaic_sm90", "xla", "dense"
+HOPPER, TRITON, XLA, DENSE = "mosaic_sm90", "triton", "xla", "dense"
+# Dense as well, by the kernel of `TRITON` with the same tile.
+OWN_DENSE = "dense_triton"
+_TIMED = {
+    "Hopper": HOPPER, "Triton": TRITON, "xla": XLA, "dense": DENSE, "dense Triton": OWN_DENSE,
+    "cuSPARSELt": CUSPARSELT,
+}  # fmt: skip
+_KERNELS = {title: _TIMED[title] for title in ("Hopper", "Triton", "xla")}
 
 
 def read_problem(record: Record) -> Problem:
@@ -89,22 +96,17 @@ COLUMNS = (
     Column("tokens", lambda r: None if _is_packing(read_problem(r)) else str(r["key"]["rows"])),
     Column("K x N", lambda r: "{inner} x {columns}".format(**r["key"])),
     *(Column(n.replace("_", " "), _option(n)) for n in ("activation", "grad_pruning", "dtype")),
-    Column("Hopper us", _microseconds(HOPPER), optional=True),
-    Column("xla us", _microseconds(XLA), optional=True),
-    Column("dense us", _microseconds(DENSE)),
-    Column("cuSPARSELt us", _microseconds(CUSPARSELT), optional=True),
-    Column("Hopper TFLOP/s", _tflops(HOPPER), optional=True),
-    Column("xla TFLOP/s", _tflops(XLA), optional=True),
-    Column("dense TFLOP/s", _tflops(DENSE)),
-    Column("cuSPARSELt TFLOP/s", _tflops(CUSPARSELT), optional=True),
-    Column("Hopper against dense", _ratio(HOPPER, DENSE), optional=True),
-    Column("xla against dense", _ratio(XLA, DENSE), optional=True),
-    Column("Hopper against cuSPARSELt", _ratio(HOPPER, CUSPARSELT), optional=True),
-    Column("Hopper GB/s", _gigabytes_per_second(HOPPER), optional=True),
-    Column("xla GB/s", _gigabytes_per_second(XLA), optional=True),
+    *(Column(f"{t} us", _microseconds(n), optional=n != DENSE) for t, n in _TIMED.items()),
+    *(Column(f"{t} TFLOP/s", _tflops(n), optional=n != DENSE) for t, n in _TIMED.items()),
+    *(Column(f"{t} against dense", _ratio(n, DENSE), optional=True) for t, n in _KERNELS.items()),
+    Column("Triton against dense Triton", _ratio(TRITON, OWN_DENSE), optional=True),
+    *(
+        Column(f"{title} against cuSPARSELt", _ratio(_KERNELS[title], CUSPARSELT), optional=True)
+        for title in ("Hopper", "Triton")
+    ),
+    *(Column(f"{t} GB/s", _gigabytes_per_second(n), optional=True) for t, n in _KERNELS.items()),
     Column("floor us", _floor, optional=True),
-    Column("Hopper MB", _megabytes(HOPPER), optional=True),
-    Column("xla MB", _megabytes(XLA), optional=True),
+    *(Column(f"{t} MB", _megabytes(n), optional=True) for t, n in _KERNELS.items()),
     Column("dense MB", _megabytes(DENSE)),
 )
 
@@ -117,6 +119,12 @@ def _where(
 
 def _is_large_product(problem):
     return problem.measure == "gemm" and min(problem.rows, problem.inner, problem.columns) >= 4096
+
+
+def _against_own_dense(record):
+    capability = record["environment"].get("compute_capability", "")
+    is_meant = capability == "9.0" or capability.startswith("8.")
+    return times_faster(record, TRITON, OWN_DENSE) if is_meant else None
 
 
 TARGETS = (
@@ -145,6 +153,12 @@ TARGETS = (
             lambda p: p.measure == "ffn" and p.grad_pruning == "mvue" and p.inner >= 2048,
             lambda r: times_faster(r, HOPPER, DENSE),
         ),
+        lambda ratio: ratio >= 1.3,
+    ),
+    Target(
+        "`triton` at least 1.3x its own dense kernel of the same tile, 4096 x 4096 x 4096 and "
+        "above, compute capability 8 and 9.0",
+        _where(_is_large_product, _against_own_dense),
         lambda ratio: ratio >= 1.3,
     ),
 )

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
-from benchmarks.nm_matmul import choose_kernel
+from benchmarks.nm_matmul import choose_kernels
 from benchmarks.nm_matmul_functions import activate, on_every_set
 from benchmarks.nm_matmul_problems import BLOCKS, Inputs, Problem, make_inputs
 from benchmarks.nm_matmul_report import HOPPER
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
     del parsed["headline"]
-    if choose_kernel(jax.devices()[0])[0] != HOPPER:
+    if HOPPER not in choose_kernels(jax.devices()[0])[0]:
         print(f"tiles are timed on a Hopper GPU, found {jax.devices()[0]}", file=sys.stderr)
         return 2
     points = [

@@ -1,6 +1,6 @@
 """Which tiles make the Triton kernels fastest on this GPU? Candidates timed one beside another.
 
-    python -m benchmarks.tune [--force] [--budget-seconds=N]
+    python -m benchmarks.tune [--op=NAME] [--force] [--budget-seconds=N]
 
 Each point is one kernel of an op and one key of its table of tiles. What comes out, printed and
 below the table, are rows for the tables (`<op>/triton/tiles.py`) of the compute capability that was
@@ -16,7 +16,7 @@ from benchmarks.environment import device_name
 from benchmarks.harness import RESULTS, Case, Point, parse_arguments, run_points
 from benchmarks.records import Column, Results
 from benchmarks.targets import Record
-from benchmarks.tune_kernels import Kernel, list_kernels
+from benchmarks.tune_kernels import TUNED_OPS, Kernel, list_kernels
 from pallas_kernels.triton.device import check_device
 from pallas_kernels.triton.tile_tables import Cut
 
@@ -111,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       int, exit code: 0 if every candidate agreed with its reference, 2 where Triton cannot run.
     """
-    parsed = vars(parse_arguments((__doc__ or "").splitlines()[0], arguments))
+    description = (__doc__ or "").splitlines()[0]
+    parsed = vars(parse_arguments(description, arguments, choices={"op": TUNED_OPS}))
     del parsed["headline"]
+    op = parsed.pop("op")
     try:
         capability = check_device()
     except NotImplementedError as reason:
@@ -130,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make_case=functools.partial(make_case, kernel),
         )
         for kernel in list_kernels(capability)
+        if op in (None, kernel.op)
     ]
     failures = run_points("tune", points, COLUMNS, **parsed)
     rows = describe_rows(Results(RESULTS / "tune.json").records, device_name())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import aot
+from benchmarks.compiled_kernels import find_block_bytes
 from pallas_kernels.attention_map.call import MapFacts
 from pallas_kernels.attention_map.triton import launches as map_launches
 from pallas_kernels.attention_map.triton import mean_map
@@ -37,6 +37,10 @@ from pallas_kernels.triton.tile_tables import Cut, Tile
 
 # What barriers and reductions take of shared memory beside the tiles.
 _SPARE_BYTES = 8192
+TUNED_OPS = (
+    "block_sparse_attention", "block_sparse_matmul", "nm_matmul", "transposable_mask",
+    "mean_attention_map",
+)  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -93,12 +97,8 @@ def list_kernels(capability: tuple[int, int]) -> list[Kernel]:
 
 
 def _find_shared_bytes(capability: tuple[int, int]) -> int:
-    """Return what a block may take, of the newest device that is not above the capability."""
-    row = max(
-        (gpu for gpu in aot.TARGETS.values() if gpu.compute_capability <= capability),
-        key=lambda gpu: gpu.compute_capability,
-    )
-    return row.shared_memory_per_block_bytes - _SPARE_BYTES
+    """Return what the tiles of a block may take."""
+    return find_block_bytes(capability) - _SPARE_BYTES
 
 
 def _list_attention(

@@ -77,6 +77,23 @@ def test_products_run_on_tensor_cores_and_tiles_are_copied_ahead(op):
             assert is_wide or "LDGSTS" in found, where
 
 
+def test_sparse_products_run_on_sparse_tensor_cores_alone():
+    products = [
+        (call, capability, kernel)
+        for call, capability, kernels in _list_programs("nm_matmul")
+        for kernel in kernels
+        if kernel["name"] == "multiply_sparse"
+    ]
+    assert {capability for _, capability, _ in products} == set(list_targets())
+    for call, capability, kernel in products:
+        found, where = kernel["instructions"], (call, capability)
+        # Of all products of tensor cores, as many are sparse: none is dense.
+        assert found["HMMA.SP"] == found["HMMA"] >= 1, where
+        assert not {"HGMMA", "UTCHMMA"} & set(found), where
+        assert found["LDSM"] >= 1 and found["LDGSTS"] >= 1, where
+        assert kernel["spill_bytes"] == kernel["stack_bytes"] == 0, where
+
+
 @pytest.mark.parametrize("op", _PRODUCTS)
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
 def test_large_tiles_take_the_instructions_of_their_family(op, capability):

@@ -16,6 +16,7 @@ from pallas_kernels.attention_map.call import MapFacts
 from pallas_kernels.doctor.makers import MAKERS
 from pallas_kernels.doctor.trials import Trial, list_default_calls
 from pallas_kernels.machine import Gpu
+from pallas_kernels.nm_matmul.call import NMFacts
 from pallas_kernels.tables import TABLES
 
 _MAP = MapFacts(num_queries=72, num_keys=40, head_dim=16, dtype="bfloat16", causal=True)
@@ -23,6 +24,8 @@ _ATTENTION = dataclasses.replace(
     dict(reversed(list_default_calls()))["block_sparse_attention"],
     num_queries=64, num_keys=64, num_heads=1, num_kv_heads=1, head_dim=32, block_q=16, block_kv=16,
 )  # fmt: skip
+
+_NM = NMFacts(rows=64, inner=64, columns=128, dtype="bfloat16", transposable=True)
 
 # What a machine has that lacks both: importing them fails.
 _WITHOUT_TRITON = """
@@ -47,21 +50,26 @@ for entry in json.loads((folder / "manifest.json").read_text())["calls"]:
 
 @pytest.mark.ci
 def test_an_exported_call_is_compiled_where_triton_cannot_be_imported(tmp_path, monkeypatch):
-    calls = [("block_sparse_attention", _ATTENTION), ("mean_attention_map", _MAP)]
+    calls = [
+        ("block_sparse_attention", _ATTENTION),
+        ("mean_attention_map", _MAP),
+        ("nm_matmul", _NM),
+    ]
     refused = dataclasses.replace(_MAP, head_dim=8)
     monkeypatch.setattr(
         exported_calls, "list_calls", lambda: [*calls, ("mean_attention_map", refused)]
     )
     said = []
     assert exported_calls.export_calls("h200", tmp_path, say=said.append) == 0
-    assert [line.rpartition(": ")[2].partition(", ")[2] for line in said[:2]] == [
+    assert [line.rpartition(": ")[2].partition(", ")[2] for line in said[:3]] == [
         "forward and gradient",
         "forward",
+        "forward and gradient",
     ]
-    assert "head_dim=8, causal): not exported: the Triton kernels take head dims from" in said[2]
+    assert "head_dim=8, causal): not exported: the Triton kernels take head dims from" in said[3]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["target"] == "h200" and manifest["capability"] == "9.0"
-    assert len(manifest["calls"]) == 2
+    assert len(manifest["calls"]) == 3
     compiled = subprocess.run(
         [sys.executable, "-c", _WITHOUT_TRITON, tmp_path],
         cwd=ROOT,
@@ -74,6 +82,7 @@ def test_an_exported_call_is_compiled_where_triton_cannot_be_imported(tmp_path, 
     assert compiled.stdout.splitlines() == [
         f"{name}forward {name}backward_queries {name}backward_keys",
         "attention_log_sum_exp mean_attention_map",
+        "pack_nm multiply_sparse multiply_sparse",
     ]
 
 

@@ -181,3 +181,7 @@ def test_arguments():
         "budget_seconds": 5.0,
         "headline": False,
     }
+    one = parse_arguments("op", ["--part=b"], choices={"part": ("a", "b"), "other": ("c",)})
+    assert (one.part, one.other) == ("b", None)
+    with pytest.raises(SystemExit):
+        parse_arguments("op", ["--part=c"], choices={"part": ("a", "b")})

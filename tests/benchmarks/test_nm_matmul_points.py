@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import nm_matmul
+from benchmarks.compiled_kernels import find_block_bytes, list_targets
 from benchmarks.harness import RESULTS, measure_case
-from benchmarks.nm_matmul import choose_kernel, make_case
+from benchmarks.nm_matmul import choose_kernels, make_case
 from benchmarks.nm_matmul_functions import (
+    fit_dense,
     make_error,
     make_sparse,
     on_every_set,
@@ -36,6 +39,7 @@ from benchmarks.nm_matmul_tiles import (
 from benchmarks.nm_matmul_torch import CUSPARSELT
 from pallas_kernels import aot, check_nm_mask, unpack_nm
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import SHARED_MEMORY_BYTES, count_shared_bytes
+from pallas_kernels.nm_matmul.triton import tiles as triton_tiles
 
 QUICK = {"repeats": 3, "sample_seconds": 0.0}
 GEMM = Problem(measure="gemm", rows=64, inner=64, columns=128)
@@ -119,7 +123,7 @@ def test_inputs_are_random_and_packed_only_for_what_takes_it():
     ids=lambda p: f"{p.measure}-{p.dtype}",
 )
 def test_every_measure_runs_and_agrees_on_a_cpu(problem):
-    case = make_case(problem, kernel="xla", on_cpu=True)
+    case = make_case(problem, kernels=("xla",), on_cpu=True)
     values = measure_case(case, **QUICK)
     assert set(values) == ({"xla"} if problem.measure == "pack" else {"xla", "dense"})
     assert all("median_seconds" in value for value in values.values()), values
@@ -128,7 +132,7 @@ def test_every_measure_runs_and_agrees_on_a_cpu(problem):
 @pytest.mark.ci
 def test_one_call_works_on_every_set_and_times_are_those_of_one(monkeypatch):
     monkeypatch.setattr(Problem, "count_sets", lambda self: 3)
-    case = make_case(GEMM, kernel="xla", on_cpu=False)
+    case = make_case(GEMM, kernels=("xla",), on_cpu=False)
     assert case.units == len(case.args) == 3
     results = case.functions["xla"](*case.args)
     assert len(results) == 3 and not jnp.array_equal(results[0], results[1])
@@ -137,15 +141,56 @@ def test_one_call_works_on_every_set_and_times_are_those_of_one(monkeypatch):
     assert values["tflops_per_second"] == GEMM.flops() / values["median_seconds"] / 1e12
 
 
-def test_the_hopper_kernel_is_measured_on_hopper_only():
+@pytest.mark.parametrize(
+    ("capability", "refusal", "kernels", "absent"),
+    [
+        ("9.0", None, ("mosaic_sm90", "triton"), set()),
+        ("9.0", "no Triton", ("mosaic_sm90",), {"triton"}),
+        ("8.0", None, ("triton",), {"mosaic_sm90"}),
+        ("12.0", None, ("triton",), {"mosaic_sm90"}),
+        ("7.5", "too old", ("xla",), {"mosaic_sm90", "triton"}),
+    ],
+)
+def test_each_device_is_measured_with_the_kernels_that_it_has(
+    capability, refusal, kernels, absent, monkeypatch
+):
     class Device:
-        platform, compute_capability = "gpu", "9.0"
+        platform, compute_capability = "gpu", capability
 
-    assert choose_kernel(Device()) == ("mosaic_sm90", {})
-    Device.compute_capability = "8.0"
-    name, absent = choose_kernel(Device())
-    assert name == "xla" and "found 8.0" in absent["mosaic_sm90"]
-    assert choose_kernel(jax.devices("cpu")[0]) == ("xla", {})
+    monkeypatch.setattr(nm_matmul, "find_triton_refusal", lambda: refusal)
+    chosen, reasons = choose_kernels(Device())
+    assert chosen == kernels and set(reasons) == absent
+    assert reasons.get("triton", refusal) == refusal
+    assert f"found {capability}" in reasons.get("mosaic_sm90", f"found {capability}")
+    assert choose_kernels(jax.devices("cpu")[0]) == (("xla",), {})
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("measure", ["gemm", "dx"])
+def test_triton_is_measured_beside_its_own_dense_kernel(measure):
+    pytest.importorskip("jax_triton")
+    from tests.kernels.triton_interpreter import triton_kernels
+
+    problem = dataclasses.replace(GEMM, measure=measure)
+    with triton_kernels():
+        case = make_case(problem, kernels=("triton",), on_cpu=True)
+        values = measure_case(case, **QUICK)
+    assert set(values) == {"triton", "dense"} | ({"dense_triton"} if measure == "gemm" else set())
+    assert all("tflops_per_second" in value for value in values.values()), values
+    # Both dense products multiply by the whole weight, and one reference serves them.
+    assert len(set(case.references.values())) == 1
+
+
+def test_dense_products_take_the_tile_of_sparse_ones_with_the_stages_that_fit():
+    for capability in list_targets():
+        row = triton_tiles.find_row(triton_tiles._TABLE, capability)
+        for cut in filter(None, (row.product, row.wide_product)):
+            fitted = fit_dense(cut, capability)
+            assert fitted._replace(stages=cut.stages) == cut and 2 <= fitted.stages <= cut.stages
+            taken = fitted.stages * 128 * (cut.rows + cut.columns)
+            assert taken <= find_block_bytes(capability)
+            more = taken + 128 * (cut.rows + cut.columns)
+            assert fitted == cut or more > find_block_bytes(capability)
 
 
 @pytest.mark.ci

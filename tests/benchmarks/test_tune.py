@@ -34,6 +34,14 @@ def test_candidates_fit_the_device(capability):
                 assert staged < min(limits)
 
 
+def test_one_op_may_be_tuned_alone():
+    with interpret_with(lambda *_: (), (8, 0)):
+        kernels = tune_kernels.list_kernels((8, 0))
+    assert {kernel.op for kernel in kernels} == set(tune_kernels.TUNED_OPS)
+    with pytest.raises(SystemExit):
+        tune.main(["--op=pack_nm"])
+
+
 _SMALL = {
     "attention": functools.partial(tune_kernels._list_attention, head_dim=64, length=256, heads=1),
     "map": functools.partial(tune_kernels._list_map, head_dim=64, length=160, heads=2),
