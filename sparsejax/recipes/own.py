@@ -46,8 +46,8 @@ def make_own_recipe(name: str, facts: RecipeFacts) -> Recipe:
       facts: what it is called with.
 
     Raises:
-      ValueError: if there is no such function, it fails with a TypeError or does not return a Recipe,
-        or the phases of the recipe are not what a run needs.
+      ValueError: if there is no such function, it fails with a TypeError, it does not return a
+        Recipe, or the phases of the recipe are not what a run needs.
     """
     try:
         recipe = find_function(name, "recipe.name")(facts)
