@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from sparsejax.config.shipped import extend_path, find_config, suggest
 
 _CONFIG_FLAG = ("--config", "-config")
+_HELP = re.compile(r"--?(\?|help\w*)")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
 _SET_RECIPE = re.compile(r"--?(?:no)?config\.recipe\.(\w+)\.")
 # What absl and ml_collections say of a value that is not of its setting's type.
@@ -144,6 +145,8 @@ def _refuse_without_config(arguments: Sequence[str]) -> None:
     """Ask for a config: without one absl knows no --config.KEY, and there is nothing to change."""
     if any(argument.partition("=")[0] in _CONFIG_FLAG for argument in arguments):
         return
+    if any(_HELP.fullmatch(argument) for argument in arguments):
+        return  # absl lists the flags, and ends the process
     names = {re.split(r"[.=]", argument)[0] for argument in arguments if argument.startswith("-")}
     close = difflib.get_close_matches(_CONFIG_FLAG[0], sorted(names - {*_CONFIG_FLAG}), n=1)
     hint = f"; {close[0]} is no flag" if close else ""
