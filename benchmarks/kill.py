@@ -6,7 +6,7 @@
 Each run is a process that sends itself SIGKILL when it comes to a moment for the n-th time, once or
 twice, and is then let finish. What is compared with a run that was let alone: every bit of every
 checkpoint that is kept, the position in the data, metrics and summary but for the clock, and the
-names of all files. Exits with 1 if anything differs.
+names of all files but for those that chance or the clock decides. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import importlib
 import os
 import pathlib
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -37,6 +38,8 @@ from sparsejax.training.loop import train_and_evaluate
 from sparsejax.training.setup import prepare_run
 
 _CLOCK = ("seconds", "per_second", "speedup")
+# Arrays of Orbax, and events, of which every process begins a file.
+_NAMED_BY_CHANCE = re.compile(r"[0-9a-f]{32}|events\.out\.tfevents\..*")
 
 
 class Moment(NamedTuple):
@@ -174,15 +177,20 @@ def describe(settings: Mapping[str, Any], workdir: pathlib.Path, target: pathlib
         }
     summary = load_json((workdir / "summary.json").read_bytes())
     left_out = ("workdir", "checkpoint")
-    files = {str(path.relative_to(workdir)) for path in workdir.iterdir()}
     content = {
         "checkpoints": checkpoints,
         "metrics": [_drop_clock(row) for row in read_metrics(workdir / "metrics.jsonl")],
         "summary": _drop_clock({k: v for k, v in summary.items() if k not in left_out}),
         "flops": load_json((workdir / "flops.json").read_bytes()),
-        "files": sorted(files),
+        "files": list_names(workdir),
     }
     target.write_text(dump_json(content))
+
+
+def list_names(folder: pathlib.Path) -> list[str]:
+    """List what lies below a folder, but for files that are named by chance or by the clock."""
+    found = (path for path in folder.rglob("*") if not _NAMED_BY_CHANCE.fullmatch(path.name))
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def _hash(leaf: jax.Array) -> str:
@@ -223,7 +231,7 @@ def plan_kills(counts: Mapping[str, int], rng: random.Random, first: int) -> lis
     Args:
       counts: how often an unharmed run comes to each moment.
       rng: decides.
-      first: number of the run; every moment has its turn.
+      first: which moment comes first; of numbers in succession, every moment has its turn.
 
     Returns:
       list of Kill; a second one may not be reached by what is left of the run.
@@ -324,7 +332,9 @@ def main(arguments: Sequence[str]) -> int:
             if name not in counts:
                 folder.mkdir()
                 counts[name] = make_reference(settings_of(folder), folder)
-            kills = plan_kills(counts[name], rng, number // len(names) + number)
+            # So that those of each recipe, and those of a round, are different.
+            first = number // len(names) + number % len(names)
+            kills = plan_kills(counts[name], rng, first)
             run = folder / str(number)
             run.mkdir()
             differences = kill_and_resume(settings_of(folder), run, kills)

@@ -76,6 +76,7 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "rigl": {"recipe": "rigl"},
     "set": {"recipe": "set"},
     "magnitude": {"recipe": "magnitude"},
+    "static_weights": {"recipe": "static_weights"},
     "spion+fst": {"recipe": "spion+fst", "checkpoint__every_steps": 2},
 }
 """What is trained, by a name for the table: `make_settings` takes these."""

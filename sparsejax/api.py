@@ -1,5 +1,6 @@
 """Train, evaluate and load from Python; `sparsejax` itself offers all three."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from sparsejax.dotted import name_function
 from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
 from sparsejax.report.progress import say
-from sparsejax.report.writers import RowWriter
+from sparsejax.report.writers import OptionalWriter, RowWriter
 from sparsejax.tools import evaluate as evaluation
 from sparsejax.tools.load import TrainedModel as TrainedModel
 from sparsejax.tools.load import load_model as load_model
@@ -39,40 +40,32 @@ def train(
         None = what `config.recipe.name` says.
       data: function at the top of a module, which makes the source of the data, likewise.
       model: subclass of Transformer at the top of a module, which takes its place, likewise.
-      writers: told of every row of `metrics.jsonl`, and closed at the end: a tracking service, say.
-        Training goes on without one that fails.
+      writers: told of every row of `metrics.jsonl`, and closed at the end, whatever ends the run: a
+        tracking service, say. Training goes on without one that fails.
 
     Returns:
       Scalars by name, also written to `summary.json`; None if a signal stopped the run.
 
     Raises:
       ConfigError: if a setting has to be changed; the message says which.
-      NonFiniteError: if loss or gradient was not finite for too many steps in a row.
+      NonFiniteError: if too many steps in a row were skipped, their loss, gradient, weights or
+        optimizer state not being finite, or the last validation is not finite.
+      CheckpointError: if a checkpoint cannot be saved.
+      OSError: if another file of the run cannot be written.
     """
-    if not isinstance(config, TrainConfig | Mapping) and not hasattr(config, "items"):
-        raise ConfigError(f"config must be a mapping or a TrainConfig, got {config!r:.60}")
     if not isinstance(writers, Sequence) or not all(hasattr(w, "write") for w in writers):
         raise ConfigError(f"writers must be a sequence of RowWriter, got {writers!r:.60}")
-    mapping = config.to_dict() if isinstance(config, TrainConfig) else _to_dict(config)
-    for name in ("recipe", "model", "data"):
-        if not isinstance(mapping.get(name), dict):
-            raise ConfigError(f"missing section {name} of config")
-    try:
-        if recipe is not None:
-            mapping["recipe"] = {"own": {"sparse_weights": ""}} | mapping["recipe"]
-            mapping["recipe"]["name"] = name_function(recipe, "recipe")
-        if model is not None:
-            mapping["model"]["own_class"] = name_function(model, "model")
-        if data is not None:
-            mapping["data"]["source"] = f"own:{name_function(data, 'data')}"
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    use_compilation_cache()
-    command = f"sparsejax.train(config, {str(workdir)!r})"
-    parsed = parse_config(mapping)
-    if unused := describe_unused(mapping):
-        say(unused)
-    return train_and_evaluate(parsed, workdir, resume_command=command, writers=writers)
+    with contextlib.ExitStack() as stack:
+        told = [OptionalWriter(writer, say) for writer in writers]
+        for writer in told:
+            stack.callback(writer.close)
+        mapping = _make_mapping(config, recipe=recipe, data=data, model=model)
+        use_compilation_cache()
+        command = f"sparsejax.train(config, {str(workdir)!r})"
+        parsed = parse_config(mapping)
+        if unused := describe_unused(mapping):
+            say(unused)
+        return train_and_evaluate(parsed, workdir, resume_command=command, writers=told)
 
 
 def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -88,7 +81,35 @@ def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ConfigError: if the folder holds no whole checkpoint, or the data is no longer there.
     """
+    use_compilation_cache()
     return evaluation.evaluate(read_run(workdir).config, workdir)
+
+
+def _make_mapping(
+    config: TrainConfig | Mapping[str, Any],
+    *,
+    recipe: Callable[[RecipeFacts], Recipe] | None,
+    data: Callable[[DataConfig], Source] | None,
+    model: type[Transformer] | None,
+) -> dict[str, Any]:
+    """Return settings as nested dicts, with the names of what is of the caller's own."""
+    if not isinstance(config, TrainConfig | Mapping) and not hasattr(config, "items"):
+        raise ConfigError(f"config must be a mapping or a TrainConfig, got {config!r:.60}")
+    mapping = config.to_dict() if isinstance(config, TrainConfig) else _to_dict(config)
+    for name in ("recipe", "model", "data"):
+        if not isinstance(mapping.get(name), dict):
+            raise ConfigError(f"missing section {name} of config")
+    try:
+        if recipe is not None:
+            mapping["recipe"] = {"own": {"sparse_weights": ""}} | mapping["recipe"]
+            mapping["recipe"]["name"] = name_function(recipe, "recipe")
+        if model is not None:
+            mapping["model"]["own_class"] = name_function(model, "model")
+        if data is not None:
+            mapping["data"]["source"] = f"own:{name_function(data, 'data')}"
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return mapping
 
 
 def _to_dict(config: Mapping[str, Any]) -> dict[str, Any]:

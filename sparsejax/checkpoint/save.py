@@ -61,7 +61,7 @@ _RUN = "run.json"
 
 
 class CheckpointError(RuntimeError):
-    """A save that was under way has failed; the checkpoints before it are untouched."""
+    """A save, or the check of older checkpoints, has failed; those that are kept are untouched."""
 
 
 class Checkpointer:
@@ -146,7 +146,8 @@ class Checkpointer:
           block: bool, return only when the checkpoint is whole on disk.
 
         Raises:
-          CheckpointError: if the save before this one failed, or this one with `block`.
+          CheckpointError: if the save before this one failed, or the check of older checkpoints, or
+            this one with `block`.
           ValueError: if an argument cannot be stored exactly, or `best_metric` is not among
             the metrics.
         """
@@ -168,7 +169,7 @@ class Checkpointer:
         arrays = {name: check_storable(name, leaf) for name, leaf in leaves.items()}
         final = choose_folder(self._directory, step)
         unfinished = get_unfinished(final)
-        with _reporting_failure(final):
+        with _reporting_failure(f"saving {final}", self._directory):
             write = ocp.save_async(
                 str(unfinished), {k: v for k, v in arrays.items() if v is not None}
             )
@@ -183,7 +184,7 @@ class Checkpointer:
           metrics: floats by name, `best_metric` among them.
 
         Raises:
-          CheckpointError: if the save under way failed.
+          CheckpointError: if the save under way failed, or the check of older checkpoints.
         """
         self.wait()
         rank = metrics[self._best_metric]
@@ -206,7 +207,7 @@ class Checkpointer:
         """Wait until the save under way, if any, is whole on disk.
 
         Raises:
-          CheckpointError: if it failed.
+          CheckpointError: if it failed, or the check of older checkpoints.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -216,7 +217,7 @@ class Checkpointer:
         """Wait for the save under way, and leave nothing of one that failed.
 
         Raises:
-          CheckpointError: if the save failed.
+          CheckpointError: if the save failed, or the check of older checkpoints.
         """
         try:
             self.wait()
@@ -245,7 +246,7 @@ class Checkpointer:
     def _finish(
         self, write: ocp.AsyncResponse, unfinished: Path, final: Path, manifest: dict[str, Any]
     ) -> None:
-        with _reporting_failure(final):
+        with _reporting_failure(f"saving {final}", self._directory):
             write.result()
             manifest["files"] = measure_files(unfinished)
             write_durably(unfinished / MANIFEST, seal_manifest(manifest))
@@ -253,11 +254,12 @@ class Checkpointer:
             self._drop_old(describe_checkpoint(final, manifest))
 
     def _find_whole(self) -> None:
-        found = find_checkpoints(self._directory)
-        self._whole = [info for info in found if info.problem is None]
-        if self._whole:
-            # What an earlier run was about to delete when it was killed.
-            self._drop_old(self._whole[0])
+        with _reporting_failure(f"opening {self._directory}", self._directory):
+            found = find_checkpoints(self._directory)
+            self._whole = [info for info in found if info.problem is None]
+            if self._whole:
+                # What an earlier run was about to delete when it was killed.
+                self._drop_old(self._whole[0])
 
     def _drop_old(self, new: CheckpointInfo) -> None:
         known = [new, *(info for info in self._whole if info.step < new.step)]
@@ -365,18 +367,19 @@ def check_free_space(directory: str | os.PathLike, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _reporting_failure(path: Path) -> Iterator[None]:
+def _reporting_failure(what: str, directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _clear_leftovers(path.parent)
+        _clear_leftovers(directory)
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"saving {path} failed: {reason}") from error
+        raise CheckpointError(f"{what} failed: {reason}") from error
 
 
 def _clear_leftovers(directory: Path) -> None:
     for leftover in find_leftovers(directory):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            delete_leftover(leftover)
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from sparsejax.config.shipped import extend_path, find_config, suggest
 
 _CONFIG_FLAG = ("--config", "-config")
+_HELP = re.compile(r"--?(\?|help\w*)")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
-_SET_RECIPE = re.compile(r"--?config\.recipe\.(\w+)\.")
+_SET_RECIPE = re.compile(r"--?(?:no)?config\.recipe\.(\w+)\.")
 # What absl and ml_collections say of a value that is not of its setting's type.
 _MISTYPED = re.compile(
     r"flag --config\.([\w.]+)=(.*?): (invalid literal for int|could not convert string to float"
@@ -133,10 +134,10 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
         rest = flags(argv)
         config.value.to_dict()  # a missing file shows only when the settings are read
         clear_settings(config.value, cleared)
-        _refuse_unused(argv, str(config.value.recipe["name"]))
+        _refuse_unused(arguments, str(config.value.recipe["name"]))
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
-        raise ValueError(describe_error(error)) from error
+        raise ValueError(describe_error(error, [f"--{name}" for name in flags])) from error
     return rest
 
 
@@ -144,16 +145,18 @@ def _refuse_without_config(arguments: Sequence[str]) -> None:
     """Ask for a config: without one absl knows no --config.KEY, and there is nothing to change."""
     if any(argument.partition("=")[0] in _CONFIG_FLAG for argument in arguments):
         return
+    if any(_HELP.fullmatch(argument) for argument in arguments):
+        return  # absl lists the flags, and ends the process
     names = {re.split(r"[.=]", argument)[0] for argument in arguments if argument.startswith("-")}
     close = difflib.get_close_matches(_CONFIG_FLAG[0], sorted(names - {*_CONFIG_FLAG}), n=1)
     hint = f"; {close[0]} is no flag" if close else ""
     raise ValueError(f"--config must be the name of a config or a .py file, got none{hint}")
 
 
-def _refuse_unused(argv: Sequence[str], name: str) -> None:
+def _refuse_unused(arguments: Sequence[str], name: str) -> None:
     """Refuse flags that set another method than the recipe of this name."""
     used = {"own" if ":" in method else method for method in name.split("+")}
-    for argument in argv:
+    for argument in arguments:
         match = _SET_RECIPE.match(argument)
         if match and match[1] not in used:
             raise ValueError(
@@ -162,11 +165,12 @@ def _refuse_unused(argv: Sequence[str], name: str) -> None:
             )
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: Exception, known: Sequence[str] = ()) -> str:
     """Return what ml_collections raised, as one line.
 
     Args:
-      error: for an unknown key, a mistyped value or a missing file.
+      error: for an unknown flag or key, a mistyped value or a missing file.
+      known: flags that may have been meant.
 
     Example:
       >>> describe_error(KeyError("no such key"))
@@ -180,7 +184,7 @@ def describe_error(error: Exception) -> str:
         kind = next(k for s, k in zip(starts, _KINDS, strict=True) if match[3].startswith(s))
         return f"{match[1]} must be {kind}, got {match[2]!r}"
     if match := _UNKNOWN_FLAG.search(text):
-        meant = suggest(f"--{match[1]}", ("--config", "--workdir", "--mode", "--profile_steps"))
+        meant = suggest(f"--{match[1]}", known)
         return f"there is no flag --{match[1]}; settings are given as --config.KEY=VALUE{meant}"
     if match := _NO_FILE.search(text):
         return f"--config must be the name of a config or an existing .py file, got {match[1]!r}"

@@ -1,5 +1,6 @@
 """From nested mappings, as users edit them, to frozen settings: checked, listed, compared."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -29,6 +30,21 @@ _FLOAT32_LIMIT = float(2**128)
 
 class ConfigError(ValueError):
     """A setting that a user has to change: the message names key, value and expectation."""
+
+
+@contextlib.contextmanager
+def naming_data() -> Iterator[None]:
+    """Turn what the data layer refuses, which names its own fields, into a ConfigError.
+
+    Raises:
+      ConfigError: if the body raises ValueError, with "data." before its message.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from error
 
 
 class Setting(NamedTuple):
@@ -106,7 +122,8 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
         }
         for section in ("model", "optimizer", "checkpoint"):
             values[section] = _build(hints[section], mapping[section], f"{section}.")
-        values["data"] = _build_data(mapping["data"], values["seed"])
+        with naming_data():
+            values["data"] = _build(DataConfig, mapping["data"], "data.", seed=values["seed"])
         values["recipe"] = _read_recipe(mapping["recipe"])
         config = TrainConfig(**values)
         _refuse_early(config)
@@ -197,16 +214,6 @@ def _build(cls: type, mapping: Mapping[str, Any], prefix: str, **known: Any) -> 
     """Build a dataclass from a mapping that has exactly its fields, but for those known."""
     hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in known}
     return cls(**_cast_section(mapping, hints, prefix), **known)
-
-
-def _build_data(mapping: Mapping[str, Any], seed: int) -> DataConfig:
-    try:
-        return _build(DataConfig, mapping, "data.", seed=seed)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        # The data layer names its own fields.
-        raise ConfigError(f"data.{error}") from error
 
 
 def _read_recipe(mapping: Mapping[str, Any]) -> RecipeSettings:

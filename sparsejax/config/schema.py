@@ -150,7 +150,8 @@ class TrainConfig:
       eval_every_steps: steps between two validations.
       num_eval_batches: batches of a validation; 0 = the whole validation split.
       log_every_steps: steps between two progress lines.
-      max_consecutive_skips: non-finite steps in a row before the run stops.
+      max_consecutive_skips: steps in a row that may be skipped because they are not finite. The run
+        fails if more are, or if all of its steps are.
       label_smoothing: share of a target that is spread over all classes, in training only.
       data: DataConfig; its seed is that of the run.
     """

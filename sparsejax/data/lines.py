@@ -33,6 +33,6 @@ def read_lines(path: Path) -> Iterator[bytes]:
                         f"{path}, line {number} is longer than {_MOST_LINE_BYTES:,} bytes; "
                         "expected one item a line"
                     )
-                yield line.rstrip(b"\r\n")
+                yield line.removesuffix(b"\r\n").removesuffix(b"\n")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error

@@ -46,15 +46,16 @@ def make_own_recipe(name: str, facts: RecipeFacts) -> Recipe:
       facts: what it is called with.
 
     Raises:
-      ValueError: if there is no such function, it does not return a Recipe, or the phases of the
-        recipe are not what a run needs.
+      ValueError: if there is no such function, it fails with a TypeError, it does not return a
+        Recipe, or the phases of the recipe are not what a run needs.
     """
     try:
         recipe = find_function(name, "recipe.name")(facts)
     except TypeError as error:
-        # What a Recipe says that lacks a field.
+        # Which a Recipe that lacks a field raises, too.
         raise ValueError(
-            f"recipe.name={name!r} must return a sparsejax.recipes.Recipe, got TypeError: {error}"
+            f"recipe.name={name!r} must return a sparsejax.recipes.Recipe, but fails with "
+            f"TypeError: {error}"
         ) from error
     if not isinstance(recipe, Recipe):
         raise ValueError(

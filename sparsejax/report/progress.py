@@ -183,8 +183,8 @@ def format_summary(
             f" {format_speedup(summary['sparse_step_speedup'])} than in the dense phase"
         )
     for phase, metrics in summary.get("phase_metrics", {}).items():
-        known = (f"{name.replace('_', ' ')} {_format_layers(x)}" for name, x in metrics.items())
-        lines.append(f"  {phase + ' phase':<18} began with {', '.join(known)}")
+        known = format_metrics({name.replace("_", " "): x for name, x in metrics.items()})
+        lines.append(f"  {phase + ' phase':<18} began with {known}")
     lines += [f"  {line}" for line in format_flops(totals)]
     lines.append(f"  pictures, metrics  {summary['workdir']}")
     lines.append(f"  checkpoint         {summary['checkpoint']}")
@@ -211,10 +211,6 @@ def _format_phase(summary: Mapping[str, Any], phase: str) -> list[str]:
     }
     found = {name: summary.get(f"{phase}_{name}") for name in formats}
     return [formats[name](value) for name, value in found.items() if value is not None]
-
-
-def _format_layers(values: Sequence[float]) -> str:
-    return "[" + ", ".join(f"{value:.2f}" for value in values) + "]"
 
 
 def _format_duration(seconds: float) -> str:

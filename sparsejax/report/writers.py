@@ -1,7 +1,7 @@
 """Who else is told of every row of metrics, and what happens if that fails."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 
@@ -39,25 +39,24 @@ class OptionalWriter:
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Pass a row on."""
         if self._writer is not None:
-            with self._giving_up(self._writer):
+            try:
                 self._writer.write(step, row)
+            except Exception as error:
+                self._tell("failed, training goes on without it", error)
+                with contextlib.suppress(Exception):
+                    self._writer.close()
+                self._writer = None
 
     def close(self) -> None:
-        """Close the writer, if it has not failed."""
+        """Close the writer, unless it has failed or is closed."""
         if self._writer is not None:
-            with self._giving_up(self._writer):
+            try:
                 self._writer.close()
-
-    @contextlib.contextmanager
-    def _giving_up(self, writer: RowWriter) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
+            except Exception as error:
+                self._tell("could not be closed", error)
             self._writer = None
-            with contextlib.suppress(Exception):
-                writer.close()
-            reason = " ".join(str(error).split())
-            self._warn(
-                f"warning: {type(writer).__name__} failed, training goes on without it: "
-                f"{type(error).__name__}: {reason}"
-            )
+
+    def _tell(self, what: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())
+        name = type(self._writer).__name__
+        self._warn(f"warning: {name} {what}: {type(error).__name__}: {reason}")

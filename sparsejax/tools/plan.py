@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from pallas_kernels import aot
-from sparsejax.config.parse import ConfigError
+from sparsejax.config.parse import ConfigError, naming_data
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import DataSpec, describe_data
 from sparsejax.models import Choice, assume_proven, record_choices
@@ -96,11 +96,8 @@ def make_plan(config: TrainConfig, *, target: str = "h200") -> Plan:
     if target not in aot.TARGETS:
         raise ConfigError(f"--target must be one of {list(aot.TARGETS)}, got {target!r}")
     gpu = aot.TARGETS[target]
-    try:
+    with naming_data():
         spec = describe_data(config.data)
-    except ValueError as error:
-        # The data layer names its own fields.
-        raise ConfigError(f"data.{error}") from error
     try:
         mesh = aot.make_gpu_mesh(gpu)
     except RuntimeError as error:

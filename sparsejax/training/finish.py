@@ -51,7 +51,7 @@ def finish_run(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str
         summary["waited_until"] = phase.ends_when
     write_durably(workdir / "summary.json", dump_json(summary) + "\n")
     write_durably(workdir / "flops.json", dump_json(totals) + "\n")
-    if rows:
+    if any("loss" in row or "validation_loss" in row for row in rows):
         plot_training(rows, path=workdir / "training.png", title=make_title(run, workdir))
         run.recipe.draw_run(rows, folder=workdir)
     say(format_summary(summary, totals, phases=phases))

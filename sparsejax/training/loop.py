@@ -1,5 +1,6 @@
 """Train and evaluate: phases, validation, checkpoints, and a state that resumes bit for bit."""
 
+import contextlib
 import math
 import os
 import time
@@ -30,7 +31,7 @@ from sparsejax.report.progress import (
     say,
 )
 from sparsejax.report.tensorboard import TensorBoardWriter
-from sparsejax.report.writers import OptionalWriter, RowWriter
+from sparsejax.report.writers import RowWriter
 from sparsejax.training.describe import describe_costs, describe_model, make_title
 from sparsejax.training.finish import finish_run
 from sparsejax.training.profile import StepProfiler, StepRange
@@ -72,7 +73,8 @@ def train_and_evaluate(
       config: settings, recorded with the checkpoints.
       workdir: folder of the run: checkpoints, metrics, pictures, summary.
       resume_command: shown when a signal stops the run.
-      writers: told of every row of metrics, and closed at the end.
+      writers: told of every row of metrics, and closed after the last; those that are told of none
+        are the caller's to close.
       profile_steps: what JAX's profiler traces, None for nothing.
 
     Returns:
@@ -89,15 +91,15 @@ def train_and_evaluate(
         start = open_or_resume(run, path, description)
         # With it, a model can be loaded where its data is not.
         keep_tokenizer(run.data.tokenizer, path)
-        if profile_steps is not None:
-            profile_steps.check_within(start.step + 1, config.num_steps)
         if start.state is None:
             say(f"{path} is finished: {start.step} steps were trained")
-            for writer in writers:
-                OptionalWriter(writer, say).close()
+            if profile_steps is not None:
+                say("warning: no trace of steps: a finished run trains none")
             with _open_checkpoints(run, path, description):
                 pass  # which deletes what a kill after the last save has left
             return finish_run(run, path, start.checkpoint)
+        if profile_steps is not None:
+            profile_steps.check_within(start.step + 1, config.num_steps)
         if start.checkpoint is None:
             say(f"training {path}: {describe_model(run, start.state)}")
         else:
@@ -123,12 +125,15 @@ def train_and_evaluate(
 
 def _open_checkpoints(run: Run, workdir: Path, description: dict[str, Any]) -> Checkpointer:
     kept = run.config.checkpoint
-    return Checkpointer(
-        workdir / "checkpoints",
-        keep_last=kept.keep_last,
-        keep_best=kept.keep_best,
-        run_metadata=description | {"implementations": run.choices},
-    )
+    try:
+        return Checkpointer(
+            workdir / "checkpoints",
+            keep_last=kept.keep_last,
+            keep_best=kept.keep_best,
+            run_metadata=description | {"implementations": run.choices},
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _run_steps(
@@ -146,16 +151,18 @@ def _run_steps(
         TensorBoardWriter(workdir, resume_step=resume_step, settings=run.config.to_dict()),
         TrainingPicture(workdir, make_title(run, workdir)),
     )
-    try:
-        check_totals(start.totals or {})
-        checkpointer = _open_checkpoints(run, workdir, description)
-        writer = MetricsWriter(
-            workdir, resume_step=resume_step, writers=[*own_writers, *writers], warn=say
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    profiler = StepProfiler(workdir, profile_steps, warn=say)
-    with checkpointer, writer, profiler:
+    with contextlib.ExitStack() as stack:
+        try:
+            check_totals(start.totals or {})
+            checkpointer = stack.enter_context(_open_checkpoints(run, workdir, description))
+            writer = stack.enter_context(
+                MetricsWriter(
+                    workdir, resume_step=resume_step, writers=[*own_writers, *writers], warn=say
+                )
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        profiler = stack.enter_context(StepProfiler(workdir, profile_steps, warn=say))
 
         def record_choices() -> None:
             checkpointer.describe_run(description | {"implementations": run.choices})
@@ -356,11 +363,13 @@ class _Loop:
         if values["skipped"]:
             say(f"warning: step {step} skipped: {explain_skip(values)}")
         # A run that trains nothing fails, however short it is.
-        limit = min(self.run.config.max_consecutive_skips, self.run.config.num_steps - 1)
-        if self.num_skipped > limit:
+        most, num_steps = self.run.config.max_consecutive_skips, self.run.config.num_steps
+        if self.num_skipped > min(most, num_steps - 1):
+            few = self.num_skipped <= most
+            reached = f"num_steps={num_steps}" if few else f"max_consecutive_skips={most}"
             raise NonFiniteError(
                 f"step {step} skipped, as were {self.num_skipped} in a row: {explain_skip(values)} "
-                f"(max_consecutive_skips={self.run.config.max_consecutive_skips})",
+                f"({reached})",
                 step - self.num_skipped,
             )
         if step == 1 or step % self.run.config.log_every_steps == 0:

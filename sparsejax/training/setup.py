@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sparsejax.config.parse import ConfigError
+from sparsejax.config.parse import ConfigError, naming_data
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Data, describe_data, make_data
 from sparsejax.models import TransformerConfig, VerdictsError, record_choices, use_recorded
@@ -137,7 +137,7 @@ def prepare_run(config: TrainConfig) -> Run:
     Raises:
       ConfigError: if the data cannot be used as configured, or a setting does not fit it.
     """
-    with _naming_data(config):
+    with _opening_data(config):
         spec = describe_data(config.data)
     try:
         model_config = make_transformer_config(config, **spec._asdict())
@@ -149,7 +149,7 @@ def prepare_run(config: TrainConfig) -> Run:
             "model.dtype must be 'float32' or 'bfloat16', whose products a CPU has, got 'float16'"
         )
     # After the settings were checked: to prepare data may take hours.
-    with _naming_data(config):
+    with _opening_data(config):
         data = make_data(
             config.data, process_index=jax.process_index(), process_count=jax.process_count()
         )
@@ -170,12 +170,10 @@ def prepare_run(config: TrainConfig) -> Run:
 
 
 @contextlib.contextmanager
-def _naming_data(config: TrainConfig) -> Iterator[None]:
+def _opening_data(config: TrainConfig) -> Iterator[None]:
     try:
-        yield
-    except ValueError as error:
-        # The data layer names its own fields.
-        raise ConfigError(f"data.{error}") from error
+        with naming_data():
+            yield
     except OSError as error:
         raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
 

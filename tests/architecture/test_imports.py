@@ -163,6 +163,7 @@ ARROWS = {
         "sparsejax.training",
         "sparsejax.tools",
         "sparsejax.checkpoint",
+        "sparsejax.report",
     ),
     # One of its commands is the doctor's own.
     "sparsejax.__main__": (

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
+from benchmarks import kill
 from benchmarks.environment import ROOT
-from benchmarks.kill import MOMENTS, find_differences, plan_kills
+from benchmarks.kill import MOMENTS, find_differences, list_names, plan_kills
+from benchmarks.tiny_runs import RUNS
+from sparsejax.recipes.registry import RECIPES
 
 
 def test_every_moment_has_its_turn_and_is_reached():
@@ -18,6 +21,27 @@ def test_every_moment_has_its_turn_and_is_reached():
     assert {kill.moment for kills in plans for kill in kills} == {*MOMENTS}
     for kills in plans:
         assert 1 <= kills[0].count <= counts[kills[0].moment]
+
+
+def test_each_recipe_has_the_moments_in_turn(tmp_path, monkeypatch):
+    firsts = []
+    monkeypatch.setattr(kill, "keep_programs", lambda folder: None)
+    monkeypatch.setattr(kill, "make_reference", lambda settings, folder: {})
+    monkeypatch.setattr(kill, "plan_kills", lambda counts, rng, first: firsts.append(first) or [])
+    monkeypatch.setattr(kill, "kill_and_resume", lambda settings, folder, kills: [])
+    assert kill.main([f"--output={tmp_path / 'kill.json'}"]) == 0
+    assert {*RECIPES} < {*RUNS} and len(firsts) == 40
+    assert {*firsts} >= {*range(len(MOMENTS))}
+    for i in range(len(RUNS)):
+        of_recipe = firsts[i :: len(RUNS)]
+        assert of_recipe == [*range(i, i + len(of_recipe))]
+
+
+def test_names_are_those_of_all_files_but_for_chance_and_clock(tmp_path):
+    for name in ("tensorboard/events.out.tfevents.17.01.host", "4/state/d/" + 8 * "9ac5", "4/mark"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_names(tmp_path) == ["4", "4/mark", "4/state", "4/state/d", "tensorboard"]
 
 
 def test_differences_are_found_and_named():

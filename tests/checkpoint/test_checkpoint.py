@@ -1,7 +1,9 @@
 """Checkpoints come back bit for bit, and broken ones are told from whole ones."""
 
 import dataclasses
+import functools
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from sparsejax.checkpoint import save
 from sparsejax.checkpoint.save import (
     CheckpointError,
     check_free_space,
@@ -231,6 +234,18 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_training(tmp_path, ful
         checkpointer.save(2, large, {}, metadata={})
         raise ZeroDivisionError
     assert "00000002 failed" in caught.value.__notes__[0]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_as_a_failure(directory, monkeypatch):
+    fail = functools.partial(os.stat, directory / "absent")
+    monkeypatch.setattr(save, "delete_checkpoint", lambda path: fail())
+    message = rf"^opening {directory} failed: .*No such file or directory: '.*absent'$"
+    with pytest.raises(CheckpointError, match=message), open_checkpointer(directory, keep_last=1):
+        pass
+    with pytest.raises(ZeroDivisionError) as caught, open_checkpointer(directory, keep_last=1):
+        raise ZeroDivisionError
+    assert re.search(message, caught.value.__notes__[0])
+    assert [info.step for info in find_checkpoints(directory)] == [20, 10]
 
 
 def test_run_metadata_is_kept_and_a_garbled_one_named(tmp_path):

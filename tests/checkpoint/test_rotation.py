@@ -1,11 +1,17 @@
 """Which checkpoints are whole, which are kept, and what is left alone."""
 
 import os
+import shutil
 
 import jax.numpy as jnp
 import pytest
 
-from sparsejax.checkpoint.files import find_last_good, read_manifest, seal_manifest
+from sparsejax.checkpoint.files import (
+    find_last_good,
+    find_leftovers,
+    read_manifest,
+    seal_manifest,
+)
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from tests.checkpoint.saves import (
     assert_identical,
@@ -148,6 +154,23 @@ def test_nothing_is_deleted_or_in_the_way_that_no_save_has_made(directory):
     assert all((directory / name).is_symlink() for name in links)
     found = find_checkpoints(directory)
     assert [i.path.name for i in found if i.problem is None] == ["00000040-2"]
+
+
+def test_what_a_failed_save_has_left_keeps_its_mark_to_the_last(directory, monkeypatch):
+    left = directory / "00000030.tmp"
+
+    def stop(folder, **_):
+        for file in folder.glob("_*"):
+            file.unlink()
+        raise OSError("in mid-deletion")
+
+    with open_checkpointer(directory) as checkpointer:
+        checkpointer.wait()
+        (left / "state").mkdir(parents=True)
+        (left / "_CHECKPOINT_METADATA").touch()
+        monkeypatch.setattr(shutil, "rmtree", stop)
+    assert find_leftovers(directory) == [left]
+    assert (left / "_CHECKPOINT_METADATA").exists()
 
 
 def test_manifests_of_other_versions_are_refused_in_one_line(directory):

@@ -53,7 +53,7 @@ def test_every_setting_has_a_meaning():
                 "recipe__name": "static_attention",
                 "recipe__static_attention__dense_fraction": 0.9999,
             },
-            r"num_steps must be above 1000, the step at which phase 'dense' ends, got 1000",
+            r"dense_fraction must be small enough to leave a sparse step of 1000, got 0.9999",
         ),
         (
             {"num_steps": 1200, "schedule_steps": 1000, "optimizer__schedule": "triangle"},

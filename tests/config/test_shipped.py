@@ -23,6 +23,7 @@ def read(monkeypatch):
         values = flags.FlagValues()
         options = {"lock_config": True, "flag_values": values}
         config = config_flags.DEFINE_config_file("config", None, **options)
+        flags.DEFINE_string("target", "h200", "GPU to plan for.", flag_values=values)
         read_settings(sys.argv, values, config)
         return config.value.to_dict()
 
@@ -117,6 +118,15 @@ def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
             "--config.recipe.sat.density=0.3",
             "^config.recipe.sat.density must not be set in recipe 'spion', which has no use for",
         ),
+        (
+            "--config.recipe.sat.latest_switch_fraction=None",
+            "^config.recipe.sat.latest_switch_fraction must not be set in recipe 'spion'",
+        ),
+        (
+            "--noconfig.recipe.sat.continue_schedule",
+            "^noconfig.recipe.sat.continue_schedule must not be set in recipe 'spion'",
+        ),
+        ("--taget=h100", "no flag --taget; .*; did you mean '--target'"),
         ("--config=nowhere.py", "an existing .py file, got 'nowhere.py'$"),
     ],
 )

@@ -101,7 +101,7 @@ ABSURD_IDX = {
     "four billion labels": (announce(2**32 - 1), "announces the shape .4294967295,.; expected 1"),
     "labels that are not there": (announce(2**31 - 1) + b"12", "holds 2 values; expected 21474836"),
     "a bomb": (announce(6) + bytes(1 << 26), "holds more than 6 values; expected so many for"),
-    "a header cut off": (announce(6)[:7], "begins with '00000801'; expected the IDX header"),
+    "a header cut off": (announce(6)[:7], "ends after 7 bytes; expected an IDX header of 8$"),
     "nothing": (b"", "begins with ''; expected the IDX header"),
 }
 

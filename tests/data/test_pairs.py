@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sparsejax.data import DataConfig, describe_data, make_data
+from sparsejax.data.lines import read_lines
 
 PAIRS = {
     "train": [("ab", "xyz"), ("", "w"), ("abcde", ""), ("é", "ü!")],
@@ -90,6 +91,12 @@ def test_a_line_break_at_the_end_is_no_sentence(tmp_path):
     pairs = {"train": [("a\u2028b", "x\x0by")] * 2, "validation": PAIRS["validation"]}
     config = make_config(write_pairs(tmp_path, pairs), batch_size=2)
     assert set(read_sentences(next(make_data(config).train))) == {("a\u2028b", "x\x0by")}
+
+
+def test_a_line_ends_with_one_break_and_other_returns_are_part_of_it(tmp_path):
+    file = tmp_path / "lines"
+    file.write_bytes(b"a\r\r\nb\n\r\n\rc\r")
+    assert list(read_lines(file)) == [b"a\r", b"b", b"", b"\rc\r"]
 
 
 def test_both_sides_share_one_trained_vocabulary(tmp_path):

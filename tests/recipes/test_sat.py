@@ -243,6 +243,10 @@ def test_w_may_begin_small_and_learn_at_a_rate_of_its_own():
         ({"pattern_rate_scale": -1.0}, "pattern_rate_scale must be positive, got -1.0"),
         ({"pruned_logits": "none"}, "pruned_logits must be 'masked' or 'zero', got 'none'"),
         ({"latest_switch_fraction": 0}, r"latest_switch_fraction must be in \(0, 1\) or None, got"),
+        (
+            {"latest_switch_fraction": 0.999},
+            "latest_switch_fraction must be small enough to leave a sparse step of .*, got 0.999",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

@@ -188,6 +188,11 @@ def test_what_the_phases_are():
             {"latest_switch_fraction": 1.0},
             "latest_switch_fraction must be in (0, 1) or None, got 1.0",
         ),
+        (
+            {"probe_interval_fraction": 0.4, "latest_switch_fraction": 0.9},
+            "latest_switch_fraction must be at or before the last check, after step 80 of 100 with "
+            "probe_interval_fraction=0.4, got 0.9",
+        ),
         ({"block_size": 12}, "block_size must be a divisor of the sequence length 32, got 12"),
         ({"block_size": 0}, "block_size must be positive, got 0"),
         ({"length": 0}, "length must be positive, got 0"),

@@ -81,6 +81,10 @@ def test_the_key_decides_the_random_blocks():
             "density must be in [0.125, 1], the diagonal being kept always, got 0.1",
         ),
         ({"dense_fraction": -1}, "dense_fraction must be in [0, 1), got -1"),
+        (
+            {"dense_fraction": 0.999},
+            "dense_fraction must be small enough to leave a sparse step of 100, got 0.999",
+        ),
         ({"pruned_logits": "one"}, "pruned_logits must be 'masked' or 'zero', got 'one'"),
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
         ({"num_blocks": 0}, "num_blocks must be positive, got 0"),

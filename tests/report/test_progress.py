@@ -66,6 +66,14 @@ def test_what_rows_lack_the_summary_leaves_out():
     assert "last phase         never began" in nothing
 
 
+def test_what_a_phase_began_with_may_be_a_number_a_list_or_partly_unknown():
+    rows, totals = make_rows(0.4, 0.1), make_totals(1e12)
+    metrics = {"untrained_share": [0.125, None], "kept": 0.5, "count": 3}
+    text = tell([*rows, rows[0] | {"phase_metrics": metrics}], totals)
+    expected = "began with untrained share [0.125, -], kept 0.5, count 3"
+    assert f"  dense phase        {expected}" in text.splitlines()
+
+
 def test_the_time_left_goes_by_the_median_of_recent_steps(monkeypatch):
     # The second step is slow; then something interrupts.
     ends = itertools.chain([0.0, 1.0, 101.0, 102.0, 103.0], [500.0, 501.0])

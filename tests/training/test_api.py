@@ -141,6 +141,19 @@ def test_own_recipe_and_own_source_from_python(tmp_path):
     assert model(tokens).logits.shape == (1, 8, 256)
 
 
+class Listener:
+    """A writer of one's own, which remembers what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def write(self, step, row):
+        self.told.append({"step": step, **row})
+
+    def close(self):
+        self.told.append("close")
+
+
 class Sharper(Transformer):
     """A model of one's own: its logits are twice as large."""
 
@@ -164,19 +177,11 @@ def test_a_function_of_a_script_has_no_name_and_one_of_python_m_has(monkeypatch)
 def test_own_model_from_python(tmp_path):
     settings = make_settings(tmp_path, **_SHORT | {"num_steps": 2, "eval_every_steps": 2})
     settings["recipe"]["name"] = "dense"
-    told = []
-
-    class Listener:
-        def write(self, step, row):
-            told.append({"step": step, **row})
-
-        def close(self):
-            told.append("close")
-
-    sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[Listener()])
-    assert told == [*read_metrics(tmp_path / "run" / "metrics.jsonl"), "close"]
-    sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[Listener()])
-    assert told[-2:] == ["close", "close"], "a finished run has nothing to tell"
+    listener = Listener()
+    sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[listener])
+    assert listener.told == [*read_metrics(tmp_path / "run" / "metrics.jsonl"), "close"]
+    sparsejax.train(settings, tmp_path / "run", model=Sharper, writers=[listener])
+    assert listener.told[-2:] == ["close", "close"], "a finished run has nothing to tell"
     recorded = load_json((tmp_path / "run" / "checkpoints" / "run.json").read_text())
     assert recorded["config"]["model"]["own_class"] == f"{__name__}:Sharper"
     model, _, _ = sparsejax.load_model(tmp_path / "run")
@@ -202,3 +207,19 @@ def test_own_model_from_python(tmp_path):
 def test_arguments_that_cannot_be_used_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         sparsejax.train(make_settings(tmp_path), **{"workdir": tmp_path / "run"} | options)
+
+
+@pytest.mark.parametrize("options", [{"data": make_no_source}, {"model": make_source}])
+def test_writers_are_closed_whatever_ends_the_run(options, tmp_path):
+    listener = Listener()
+    with pytest.raises(ConfigError):
+        sparsejax.train(make_settings(tmp_path), tmp_path / "run", writers=[listener], **options)
+    assert listener.told == ["close"]
+
+
+def test_evaluation_keeps_compiled_programs_as_its_command_does(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("sparsejax.api.use_compilation_cache", lambda: called.append(True))
+    with pytest.raises(ConfigError):
+        sparsejax.evaluate(tmp_path)
+    assert called

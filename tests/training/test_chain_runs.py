@@ -141,6 +141,11 @@ def make_twice(facts):
     return Recipe("twice", (Phase("x", last_step=2), Phase("x")))
 
 
+def make_late(facts):
+    """Return a recipe whose first phase ends after the run."""
+    return Recipe("late", (Phase("x", last_step=99), Phase("y")))
+
+
 @pytest.mark.ci
 def test_a_recipe_of_ones_own_trains_and_the_run_says_so(tmp_path):
     name = f"{__name__}:make_attention_recipe"
@@ -163,8 +168,12 @@ def test_a_recipe_of_ones_own_trains_and_the_run_says_so(tmp_path):
         (f"{__name__}:_NO_RECIPE", "has no function '_NO_RECIPE'"),
         (":make", "the module and name of a function"),
         (f"{__name__}:make_nothing", "must return a sparsejax.recipes.Recipe, got <class 'None"),
-        (f"{__name__}:make_incomplete", "TypeError: .* missing .* 'phases'"),
+        (
+            f"{__name__}:make_incomplete",
+            "must return a sparsejax.recipes.Recipe, but fails with TypeError: .* 'phases'",
+        ),
         (f"{__name__}:make_twice", r"phases of different names, got \['x', 'x'\]"),
+        (f"{__name__}:make_late", "num_steps must be above 99, .* phase 'x' ends, got 10"),
     ],
 )
 def test_what_is_no_recipe_is_refused(name, message, tmp_path):

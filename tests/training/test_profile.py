@@ -69,7 +69,7 @@ def test_other_steps_are_refused(text):
 
 
 @pytest.mark.ci
-def test_a_run_leaves_the_trace_of_its_steps(tmp_path):
+def test_a_run_leaves_the_trace_of_its_steps(tmp_path, capsys):
     config = parse_config(make_settings(tmp_path, num_steps=3, recipe__name="dense"))
     options = {"resume_command": "the same command"}
     beyond = StepRange(4, 5)
@@ -77,6 +77,11 @@ def test_a_run_leaves_the_trace_of_its_steps(tmp_path):
         train_and_evaluate(config, tmp_path / "run", **options, profile_steps=beyond)
     train_and_evaluate(config, tmp_path / "run", **options, profile_steps=StepRange(2, 3))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    # A finished run is told, whatever it names.
+    for steps in (StepRange(2, 3), beyond):
+        capsys.readouterr()
+        train_and_evaluate(config, tmp_path / "run", **options, profile_steps=steps)
+        assert "warning: no trace of steps: a finished run trains none\n" in capsys.readouterr().out
 
 
 @pytest.fixture(name="cache_config")

@@ -1,18 +1,21 @@
 """A run that is killed and resumed ends in the same bits as one that is not."""
 
 import json
+import logging
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from sparsejax import command
+from sparsejax.checkpoint import save
 from sparsejax.checkpoint.save import find_checkpoints, restore
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
@@ -270,12 +273,38 @@ def test_a_finished_run_is_summarised_from_what_is_left_of_its_metrics(
     assert "warning: " in (output := capsys.readouterr().out) and "lacks steps 1-6;" in output
     assert summary["training_flops"] == uninterrupted[1]["training_flops"]
     assert "dense_first_step" not in summary and summary["sparse_first_step"] == 6
+    # Without losses there is nothing to draw.
+    path.write_text("".join(line for line in lines if '"kind": "phase"' in line))
+    (workdir / "training.png").unlink()
+    assert "validation_loss" not in train(settings, workdir)
+    assert not (workdir / "training.png").exists()
     path.unlink()
+    capsys.readouterr()
     train(settings, workdir)
     output = capsys.readouterr().out
     assert f"{path} lacks steps 1-{NUM_STEPS};" in output and "never began" not in output
     path.write_text("garbage\n" + "".join(lines))
     with pytest.raises(ConfigError, match=r"metrics.jsonl, line 1, must be .* got b'garbage"):
+        train(settings, workdir)
+
+
+def test_what_was_opened_is_closed_if_the_metrics_are_garbage(settings, uninterrupted, tmp_path):
+    workdir = copy_until(uninterrupted[0], 9, tmp_path / "run")
+    (workdir / "metrics.jsonl").write_text("garbage\n")
+    filters = [*logging.getLogger("absl").filters]
+    with pytest.raises(ConfigError, match="metrics.jsonl, line 1, must be"):
+        train(settings, workdir)
+    assert logging.getLogger("absl").filters == filters
+    assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+
+
+def test_checkpoints_of_a_finished_run_that_cannot_be_opened_are_named(
+    settings, uninterrupted, tmp_path, monkeypatch
+):
+    workdir = copy_until(uninterrupted[0], NUM_STEPS, tmp_path / "run")
+    (workdir / "checkpoints" / "00000099.tmp").mkdir()
+    monkeypatch.setattr(save, "delete_leftover", lambda path: os.stat(path / "absent"))
+    with pytest.raises(ConfigError, match="directory=.*checkpoints must be a writable folder"):
         train(settings, workdir)
 
 

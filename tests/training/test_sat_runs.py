@@ -60,7 +60,7 @@ def test_every_dense_step_is_probed_and_the_sparse_phase_has_the_density(trained
     assert began[0] == {} and summary["phase_metrics"] == {"sparse": began[1]}
     assert len(began[1]["untrained_share"]) == 2
     assert all(0 <= share <= 1 for share in began[1]["untrained_share"])
-    shown = ", ".join(f"{share:.2f}" for share in began[1]["untrained_share"])
+    shown = ", ".join(f"{share:.3g}" for share in began[1]["untrained_share"])
     lines = format_summary(summary, {}, phases=("dense", "sparse")).splitlines()
     assert f"  sparse phase       began with untrained share [{shown}]" in lines
     # Dense steps are timed although each of them probes.

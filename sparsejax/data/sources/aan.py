@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsejax.data.cache import hash_json
+from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
 from sparsejax.data.lines import read_lines
 from sparsejax.data.source import Contents, Example, Options, Source, Split
@@ -53,12 +53,9 @@ def open_aan(config: DataConfig) -> Source:
         for number, line in enumerate(read_lines(files[split]), 1):
             yield _parse_line(line, files[split], number)
 
-    stats = [(file.name, file.stat()) for file in files.values()]
     return Source(
         contents=describe_aan(config),
-        identity={
-            "aan": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        },
+        identity={"aan": identify_files((file.name, file) for file in files.values())},
         read=read,
     )
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from sparsejax.data.cache import hash_json
+from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
 from sparsejax.data.patches import PatchGrid, find_grid, identify_patches, read_patches
 from sparsejax.data.source import Contents, Example, Options, Source, Split
@@ -74,11 +74,11 @@ def open_idx(config: DataConfig) -> Source:
                 document = read_patches(image[..., None], grid, config.image_size)
                 yield Example((document,), int(label))
 
-    stats = [(file.name, file.stat()) for pair in files.values() for file in pair]
+    found = itertools.chain(*files.values())
     return Source(
         contents=_describe(files, grid),
         identity={
-            "idx": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]),
+            "idx": identify_files((file.name, file) for file in found),
             **identify_patches(config),
         },
         read=read,
@@ -148,7 +148,11 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 def _parse_shape(path: Path, file: BinaryIO, num_axes: int) -> tuple[int, ...]:
     magic, header_bytes = bytes((0, 0, _UNSIGNED_BYTE, num_axes)), 4 * (1 + num_axes)
     header = file.read(header_bytes)
-    if header[:4] != magic or len(header) < header_bytes:
+    if header[:4] == magic and len(header) < header_bytes:
+        raise ValueError(
+            f"{path} ends after {len(header)} bytes; expected an IDX header of {header_bytes}"
+        )
+    if header[:4] != magic:
         raise ValueError(
             f"{path} begins with {header[:4].hex()!r}; expected the IDX header "
             f"{magic.hex()!r} (unsigned bytes, {num_axes} axes)"

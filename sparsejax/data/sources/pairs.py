@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsejax.data.cache import hash_json
+from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
 from sparsejax.data.lines import read_lines
 from sparsejax.data.source import Contents, Example, Options, Source, Split
@@ -30,7 +30,7 @@ def open_pairs(config: DataConfig) -> Source:
     """Open a folder with `train.src`, `train.tgt`, `validation.src` and `validation.tgt`.
 
     Line n of a `tgt` file translates line n of its `src` file; both are UTF-8. A line may be empty,
-    and a carriage return at its end belongs to the line break.
+    and a carriage return before a line break belongs to it.
 
     Args:
       config: Settings with `source="pairs:/folder"`; split names are the stems of the file names.
@@ -64,12 +64,10 @@ def open_pairs(config: DataConfig) -> Source:
                 _check_line(line, file, number)
             yield Example(lines)
 
-    stats = [(file.name, file.stat()) for file in itertools.chain(*files.values())]
+    found = itertools.chain(*files.values())
     return Source(
         contents=describe_pairs(config),
-        identity={
-            "pairs": hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        },
+        identity={"pairs": identify_files((file.name, file) for file in found)},
         read=read,
     )
 

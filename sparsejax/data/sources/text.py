@@ -3,11 +3,11 @@
 import codecs
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from sparsejax.data.cache import hash_json
+from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
 from sparsejax.data.source import Contents, Example, Options, Source, Split
 
@@ -94,7 +94,10 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, not_text: 
 
     return Source(
         contents=describe_text(config),
-        identity={"files": _describe_files(names.items()), "fraction": fraction},
+        identity={
+            "files": identify_files((name, file) for file, name in names.items()),
+            "fraction": fraction,
+        },
         read=read,
     )
 
@@ -123,7 +126,7 @@ def _open_file(config: DataConfig, path: Path) -> Source:
     spans = {"train": (0, cut), "validation": (cut, size)}
     return Source(
         contents=describe_text(config),
-        identity={"files": _describe_files([(path, path.name)]), "cut": cut},
+        identity={"files": identify_files([(path.name, path)]), "cut": cut},
         read=lambda split: _read_span(path, *spans[split]),
     )
 
@@ -187,11 +190,6 @@ def _is_text(path: Path) -> bool:
         return "\0" not in path.read_bytes().decode()
     except UnicodeDecodeError:
         return False
-
-
-def _describe_files(names: Iterable[tuple[Path, str]]) -> str:
-    stats = ((name, path.stat()) for path, name in names)
-    return hash_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _hash_fraction(name: str) -> float:

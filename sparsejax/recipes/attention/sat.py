@@ -113,6 +113,12 @@ class SatConfig:
             "latest_switch_fraction",
             "in (0, 1) or None",
         )
+        latest = self.latest_switch_step
+        check(
+            latest is None or latest < self.num_steps,
+            "latest_switch_fraction",
+            f"small enough to leave a sparse step of {self.num_steps}",
+        )
 
     @property
     def latest_switch_step(self) -> int | None:

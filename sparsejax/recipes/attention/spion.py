@@ -99,6 +99,14 @@ class SpionConfig:
             "latest_switch_fraction",
             "in (0, 1) or None",
         )
+        latest, interval = self.latest_switch_step, self.probe_every_steps
+        last_check = (self.num_steps - 1) // interval * interval
+        check(
+            latest is None or latest <= last_check,
+            "latest_switch_fraction",
+            f"at or before the last check, after step {last_check} of {self.num_steps} with "
+            f"probe_interval_fraction={self.probe_interval_fraction}",
+        )
 
     @property
     def probe_every_steps(self) -> int:

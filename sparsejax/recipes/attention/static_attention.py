@@ -55,6 +55,8 @@ class StaticAttentionConfig:
         expected = f"in [{diagonal:.4g}, 1], the diagonal being kept always"
         check(diagonal <= self.density <= 1, "density", expected)
         check(0 <= self.dense_fraction < 1, "dense_fraction", "in [0, 1)")
+        leaves = f"small enough to leave a sparse step of {self.num_steps}"
+        check(self.dense_steps < self.num_steps, "dense_fraction", leaves)
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
 
     @property

@@ -51,7 +51,7 @@ class FSTConfig:
         "ste" has no decay; "dense" trains densely and computes masks only to log flip rates.
       sr_ste_decay: what "sr_ste" decays: "gradients", in the backward pass and so before clipping,
         as its released code; or "weights", at the learning rate, after the optimizer, which is
-        ours.
+        ours. No effect with the other variants, so that a config may set it for who takes "sr_ste".
       decay_rate: lambda_W, decay of pruned weights per step; 0 for "ste" and "dense".
       decay_candidates: the rates that --mode=find_decay tries, separated by spaces; no effect in
         training.

@@ -51,13 +51,13 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 
 
 def list_phases(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """List the phases of a run with the last step before each.
+    """List the phases of a run, each with the last step before it.
 
     Args:
       rows: lines of `read_metrics`; rows of training steps tell where rows of phases are missing.
 
     Returns:
-      list of (name, step), in order.
+      list of (name, last step before it), in order.
     """
     first: dict[str, int] = {}
     for row in rows:
@@ -73,7 +73,7 @@ def mark_phases(panels: Sequence[Axes], phases: Sequence[tuple[str, int]]) -> No
 
     Args:
       panels: from top to bottom, with the limits they will have along x.
-      phases: (name, first step), in order.
+      phases: (name, last step before it), in order.
     """
     if len(phases) < 2:
         return
@@ -123,7 +123,7 @@ def plot_smoothed(
       panel: where.
       steps: along x.
       values: along y.
-      phases: (name, step before the first), in order; no mean crosses into another phase.
+      phases: (name, last step before it), in order; no mean crosses into another phase.
       color: of both.
       label: of the mean, or of the curve itself where there is none.
     """
