@@ -72,10 +72,13 @@ BROKEN = {
 }
 
 
-def is_right(change, conditions):
+WHOLE = {"narrow": tiles._NARROW, "wide": tiles._WIDE}
+
+
+def is_right(cut, change, conditions):
     with triton_kernels(), ptx_triton.conditions(change=change, **CONDITIONS[conditions]):
         try:
-            check_product(tiles._NARROW, (128, 256, 128))
+            check_product(cut, (cut.rows, 64 * (cut.stages + 1), cut.columns))
         except AssertionError:
             return False
         except jax.errors.JaxRuntimeError as error:
@@ -85,15 +88,17 @@ def is_right(change, conditions):
 
 
 @pytest.mark.parametrize("change", tier(BROKEN, fast=["selector", "barrier"]))
-def test_a_broken_program_is_rejected(change):
+@pytest.mark.parametrize("cut", tier(WHOLE, fast=["narrow"]))
+def test_a_broken_program_is_rejected(cut, change):
     def changed(ptx):
         broken = change(ptx)
         assert broken != ptx, "nothing was changed"
         return broken
 
-    assert not all(is_right(changed, conditions) for conditions in ("late", "mixed"))
+    assert not all(is_right(cut, changed, conditions) for conditions in ("late", "mixed"))
 
 
 @pytest.mark.ci
-def test_the_program_as_it_is_is_right():
-    assert all(is_right(lambda ptx: ptx, conditions) for conditions in ("late", "mixed"))
+@pytest.mark.parametrize("cut", WHOLE.values(), ids=WHOLE)
+def test_the_program_as_it_is_is_right(cut):
+    assert all(is_right(cut, lambda ptx: ptx, conditions) for conditions in ("late", "mixed"))
