@@ -47,7 +47,7 @@ class Ramp:
     stairs: int | None = None
 
     def __post_init__(self):
-        _check_stretch("ramp", self.start_step, self.end_step)
+        _check_stretch("a ramp", self.start_step, self.end_step)
         _check_sparsity("sparsity", self.sparsity)
         if self.shape not in ("linear", "cubic"):
             raise ValueError(f"shape must be 'linear' or 'cubic', got shape={self.shape!r}")
@@ -165,7 +165,7 @@ class AnnealingPhase:
     coefficient: float = 1.0
 
     def __post_init__(self):
-        _check_stretch("phase", self.start_step, self.end_step)
+        _check_stretch("a phase", self.start_step, self.end_step)
         if not 0 <= self.fraction <= 1:
             raise ValueError(f"fraction must be in [0, 1], got fraction={self.fraction}")
         if not 0 <= self.coefficient < math.inf:
@@ -283,7 +283,7 @@ def _check_stretch(what: str, start_step: int, end_step: int) -> None:
     _check_int("end_step", end_step, at_least=0)
     if end_step <= start_step:
         raise ValueError(
-            f"a {what} must end after it starts, got start_step={start_step}, end_step={end_step}"
+            f"{what} must end after the start, got start_step={start_step}, end_step={end_step}"
         )
 
 
