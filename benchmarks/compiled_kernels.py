@@ -37,11 +37,11 @@ from pallas_kernels.verdicts import describe_call
 
 FOLDER = RESULTS / "compiled_kernels"
 TABLE = RESULTS / "compiled_kernels.md"
-# What is counted in machine code: products on tensor cores by their family, sparse ones among them,
-# loads of their fragments, copies to shared memory ahead of their use, and accesses of 16 bytes.
-INSTRUCTIONS = (
-    "HMMA", "HMMA.SP", "HGMMA", "UTCHMMA", "LDSM", "LDGSTS", "LDG.E.128", "STG.E.128",
-)  # fmt: skip
+# What is counted in machine code: products on tensor cores by their family, copies to shared memory
+# ahead of their use, and accesses of 16 bytes. Of kernels with sparse products these as well, and
+# loads of fragments.
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "STG.E.128")
+_SPARSE_INSTRUCTIONS = ("HMMA.SP", "LDSM")
 
 type Record = Mapping[str, Any]
 
@@ -155,6 +155,18 @@ CALLS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def describe_program(op: str, facts: Any) -> str:
+    """Name a call of `CALLS`: by its options, and by its sizes if others have the same options.
+
+    Args:
+      op: name of the op.
+      facts: of the call.
+    """
+    call = describe_call(op, facts)
+    alike = [other for other in CALLS[op] if describe_call(op, other) == call]
+    return call if len(alike) == 1 else f"{call}, {' x '.join(map(str, facts.sizes))}"
+
+
 def hash_kernels(op: str) -> str:
     """Hash the code that decides an op's programs: its Triton folder, and the launch.
 
@@ -211,9 +223,10 @@ def _make_mesh(capability: tuple[int, int]) -> jax.sharding.Mesh:
 
 
 def _describe(kernel: aot.KernelReport) -> dict[str, Any]:
+    is_sparse = _SPARSE_INSTRUCTIONS[0] in kernel.sass
     counts = {
         name: len(re.findall(rf"(?<![A-Z]){re.escape(name)}\b", kernel.sass))
-        for name in INSTRUCTIONS
+        for name in (*INSTRUCTIONS, *(_SPARSE_INSTRUCTIONS if is_sparse else ()))
     }
     return {
         "name": kernel.name,
@@ -274,10 +287,10 @@ def _compile_op(op: str) -> list[str]:
         if (records["source"], records["versions"]) == (source, versions):
             programs = records["programs"]
     known = {(program["call"], tuple(program["capability"])) for program in programs}
-    wanted = {(describe_call(op, facts), c) for facts in CALLS[op] for c in list_targets()}
+    wanted = {(describe_program(op, facts), c) for facts in CALLS[op] for c in list_targets()}
     programs = [p for p in programs if (p["call"], tuple(p["capability"])) in wanted]
     for facts, capability in itertools.product(CALLS[op], list_targets()):
-        call = describe_call(op, facts)
+        call = describe_program(op, facts)
         if (call, capability) in known:
             continue
         kernels = compile_call(op, facts, capability)

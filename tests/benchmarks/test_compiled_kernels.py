@@ -5,7 +5,13 @@ import itertools
 import pytest
 
 from benchmarks import compiled_kernels
-from benchmarks.compiled_kernels import CALLS, find_faults, list_targets, read_records
+from benchmarks.compiled_kernels import (
+    CALLS,
+    describe_program,
+    find_faults,
+    list_targets,
+    read_records,
+)
 from pallas_kernels.attention_map.triton import tiles as map_tiles
 from pallas_kernels.block_sparse_attention.triton import tiles as attention_tiles
 from pallas_kernels.block_sparse_matmul.triton import tiles as product_tiles
@@ -13,7 +19,6 @@ from pallas_kernels.nm_matmul.triton import tiles as packing_tiles
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.tables import TABLES
 from pallas_kernels.transposable_mask.triton import tiles as transposable_tiles
-from pallas_kernels.verdicts import describe_call
 
 pytest.importorskip("jax_triton")
 
@@ -40,7 +45,7 @@ def test_the_report_is_of_the_kernels_as_they_are(op):
 @pytest.mark.parametrize("op", CALLS)
 def test_every_call_is_reported_for_every_capability(op):
     reported = [(call, capability) for call, capability, _ in _list_programs(op)]
-    calls = [describe_call(op, facts) for facts in CALLS[op]]
+    calls = [describe_program(op, facts) for facts in CALLS[op]]
     assert len(set(calls)) == len(calls)
     assert set(reported) == set(itertools.product(calls, list_targets()))
     assert len(reported) == len(set(reported))
@@ -131,7 +136,7 @@ def test_calls_reach_every_entry_of_the_tables():
 
 
 def _compare(op, facts, capability):
-    call = describe_call(op, facts)
+    call = describe_program(op, facts)
     (recorded,) = (k for c, found, k in _list_programs(op) if (c, found) == (call, capability))
     versions = read_records(op)["versions"]
     if versions != compiled_kernels.find_versions():

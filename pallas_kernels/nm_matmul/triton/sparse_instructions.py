@@ -62,13 +62,29 @@ def _write_products(outputs, inputs, dtype):
 
 @gluon.constexpr_function
 def write_bfloat16(outputs, inputs):
-    """Write the instructions of one step, of bfloat16."""
+    """Write the instructions of one step, of bfloat16.
+
+    Args:
+      outputs: see `_write_products`.
+      inputs: likewise.
+
+    Returns:
+      str, a block of PTX.
+    """
     return _write_products(outputs, inputs, "bf16")
 
 
 @gluon.constexpr_function
 def write_float16(outputs, inputs):
-    """Write the instructions of one step, of float16."""
+    """Write the instructions of one step, of float16.
+
+    Args:
+      outputs: see `_write_products`.
+      inputs: likewise.
+
+    Returns:
+      str, a block of PTX.
+    """
     return _write_products(outputs, inputs, "f16")
 
 
@@ -78,6 +94,12 @@ def write_wait(groups):
 
     `async_copy.wait_group` says the same, but jax-triton 0.4.1 compiles Gluon as if it were Triton,
     and Triton's pipeliner makes every wait one for all groups.
+
+    Args:
+      groups: int, how many may be outstanding.
+
+    Returns:
+      str, an instruction of PTX.
     """
     return f"cp.async.wait_group {groups};"
 
