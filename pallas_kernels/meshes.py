@@ -116,16 +116,21 @@ def run_on_mesh(
         jax.tree.map(functools.partial(spread, letters), x)
         for letters, x in zip(axes, arrays, strict=True)
     ]
-    placed = jax.tree.map(
-        lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), list(arrays), specs
-    )
+    placed = jax.tree.map(functools.partial(_place, mesh), list(arrays), specs)
     return jax.shard_map(
         run_part,
         mesh=mesh,
         in_specs=tuple(specs),
         out_specs=tuple(PartitionSpec(*(cuts.get(a) for a in letters)) for letters in results),
-        axis_names=set(mesh.explicit_axes),
+        # The empty set stands for all of a mesh, but for axes that vmap has taken away.
+        axis_names=set() if mesh.are_all_axes_explicit else set(mesh.explicit_axes),
     )(*placed)
+
+
+def _place(mesh, x, spec) -> jax.Array:
+    if _list_spec(x) == _list_names(spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
 def _find_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
@@ -140,8 +145,11 @@ def _find_mesh(arrays: Sequence[Any]) -> AbstractMesh | None:
 
 def _list_spec(x: jax.Array) -> dict[int, tuple[str, ...]]:
     """Position -> mesh axes, of the axes of an array that are sharded."""
-    spec = enumerate(jax.typeof(x).sharding.spec)
-    return {at: (n,) if isinstance(n, str) else tuple(n) for at, n in spec if n}
+    return _list_names(jax.typeof(x).sharding.spec)
+
+
+def _list_names(spec: PartitionSpec) -> dict[int, tuple[str, ...]]:
+    return {at: (n,) if isinstance(n, str) else tuple(n) for at, n in enumerate(spec) if n}
 
 
 def _find_cuts(

@@ -17,8 +17,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels as pk
+from tests.kernels.portable_forms import in_gpu_form
 
 KINDS = ("explicit", "auto", "shard_map")
+TRANSFORMS = ("eager", "remat", "vmap", "vmap over examples", "form for a GPU")
 IMPLEMENTATIONS = {
     "block_sparse_attention": ("xla", "dense", "reference"),
     "block_sparse_matmul": ("xla", "reference"),
@@ -48,6 +50,7 @@ class Problem(NamedTuple):
     out_spec: P
     differentiated: tuple[str, ...] = ()
     averages: bool = False
+
 
 _SHARDED = {
     "batch": P("data"),
@@ -118,9 +121,7 @@ def _make_block_matmul():
         "mask": jax.random.bernoulli(jax.random.key(2), 0.5, (4, 3)),
         "bias": _normal(3, 12),
     }
-    return Problem(
-        _multiply_blocks, arrays, {"x": P("data")}, P("data"), ("x", "w", "bias")
-    )
+    return Problem(_multiply_blocks, arrays, {"x": P("data")}, P("data"), ("x", "w", "bias"))
 
 
 def _multiply_nm(arrays, implementation, **options):
@@ -153,9 +154,7 @@ def _average_map(arrays, implementation):
 
 def _make_map(sharded):
     plain = _make_attention(sharded, None)
-    return plain._replace(
-        function=_average_map, out_spec=P(), differentiated=(), averages=True
-    )
+    return plain._replace(function=_average_map, out_spec=P(), differentiated=(), averages=True)
 
 
 def _make_packing():
@@ -217,8 +216,21 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 
 def list_calls() -> list[tuple[str, str, str]]:
-    """List (problem, implementation, kind)."""
-    return [
+    """List (problem, implementation, kind), the kind with a transform behind a plus."""
+    transformed = [
+        (problem, "xla", f"{kind}+{transform}")
+        for problem in (
+            "block_sparse_attention both",
+            "block_sparse_matmul batch",
+            "nm_matmul batch",
+            "nm_matmul batch, pruned",
+        )
+        for transform in TRANSFORMS
+        for kind in (("explicit", "shard_map") if transform == "form for a GPU" else KINDS[:1])
+        if not ("examples" in transform and ("attention" in problem or "pruned" in problem))
+        and not (kind == "shard_map" and "pruned" in problem)
+    ]
+    return transformed + [
         (problem, implementation, kind)
         for problem in PROBLEMS
         for implementation in IMPLEMENTATIONS[problem.split()[0]]
@@ -260,7 +272,9 @@ def check_call(name: str, implementation: str, kind: str) -> str:
       what is wrong, "" if nothing is.
     """
     problem = PROBLEMS[name]()
+    kind, _, transform = kind.partition("+")
     function = functools.partial(problem.function, implementation=implementation)
+    function = transform_call(function, transform)
     expected = jax.jit(_compute(problem, function))(problem.arrays)
     types = (AxisType.Explicit if kind == "explicit" else AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
@@ -268,13 +282,11 @@ def check_call(name: str, implementation: str, kind: str) -> str:
     if kind == "shard_map":
 
         def run_part(arrays):
-            out = problem.function(arrays, implementation)
+            out = transform_call(problem.function, transform)(arrays, implementation=implementation)
             names = {name for spec in problem.specs.values() for name in spec if name}
             return jax.lax.pmean(out, tuple(names)) if problem.averages else out
 
-        function = jax.shard_map(
-            run_part, mesh=mesh, in_specs=(specs,), out_specs=problem.out_spec
-        )
+        function = jax.shard_map(run_part, mesh=mesh, in_specs=(specs,), out_specs=problem.out_spec)
     placed = {
         name: jax.device_put(x, NamedSharding(mesh, specs[name]))
         for name, x in problem.arrays.items()
@@ -282,7 +294,7 @@ def check_call(name: str, implementation: str, kind: str) -> str:
     run = jax.jit(_compute(problem, function))
     with jax.set_mesh(mesh):
         compiled = run.lower(placed).compile()
-        found = compiled(placed)
+        found = _compute(problem, function)(placed) if transform == "eager" else compiled(placed)
     faults = []
     for path, one in jax.tree_util.tree_leaves_with_path(expected):
         many = functools.reduce(lambda tree, key: _step(tree, key), path, found)
@@ -297,6 +309,32 @@ def check_call(name: str, implementation: str, kind: str) -> str:
     if "all-gather" in compiled.as_text() and not partitioned and "pruned" not in name:
         faults.append("gathers")
     return "; ".join(faults)
+
+
+def transform_call(function: Callable[..., Any], transform: str) -> Callable[..., Any]:
+    """Return a call under a transform of JAX, or in the form for a GPU.
+
+    Args:
+      function: (arrays, ...) -> pytree of arrays.
+      transform: of TRANSFORMS, or "".
+    """
+    if transform == "remat":
+        return jax.checkpoint(function)
+    if transform == "vmap":
+
+        def call_twice(arrays, **options):
+            def call(scale):
+                return function({**arrays, **{n: arrays[n] * scale for n in scaled}}, **options)
+
+            scaled = [name for name in "qx" if name in arrays]
+            return jax.vmap(call)(jnp.array([1.0, 0.5]))
+
+        return call_twice
+    if transform == "vmap over examples":
+        return lambda arrays, **options: jax.vmap(
+            lambda x: function({**arrays, "x": x}, **options)
+        )(arrays["x"])
+    return in_gpu_form(function) if transform == "form for a GPU" else function
 
 
 def _step(tree, key):
