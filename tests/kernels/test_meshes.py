@@ -20,11 +20,9 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _CALLS = ["/".join(call) for call in list_calls()]
 _FAST = (
     "block_sparse_attention batch/xla/explicit",
-    "block_sparse_matmul batch/xla/explicit",
     "block_sparse_matmul batch/xla/shard_map",
     "nm_matmul batch/xla/explicit",
     "nm_matmul batch/xla/shard_map",
-    "transposable_mask rows/xla/explicit",
 )
 
 
