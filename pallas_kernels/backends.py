@@ -204,6 +204,30 @@ def explain_choice[Arrays, F: Facts](
     return _choose_proven(op, backends, facts)
 
 
+def without_kernels[Arrays, F](
+    backends: Sequence[Backend[Arrays, F]],
+) -> tuple[Backend[Arrays, F], ...]:
+    """Return a table whose kernels refuse: XLA partitions what surrounds them, but not them.
+
+    Args:
+      backends: table of an op.
+    """
+
+    def refuse(name, facts):
+        del facts
+        raise NotImplementedError(
+            f"implementation={name!r} cannot be partitioned over a mesh with explicit axes; call "
+            "it inside jax.shard_map"
+        )
+
+    return tuple(
+        dataclasses.replace(backend, check=functools.partial(refuse, backend.name))
+        if backend.needs_verdict
+        else backend
+        for backend in backends
+    )
+
+
 def find_backend[Arrays, F](
     op: str, backends: Sequence[Backend[Arrays, F]], name: str
 ) -> Backend[Arrays, F]:

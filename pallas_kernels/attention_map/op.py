@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention_map.backends import BACKENDS
 from pallas_kernels.attention_map.call import MapArrays, MapFacts
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.meshes import run_on_mesh, vary_like
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -69,18 +70,32 @@ def mean_attention_map(
       [0.5, 0.5, 0.0, 0.0]
     """
     _check(q_BTNH, k_BSKH, causal, kv_mask_BS, lse)
-    facts = MapFacts(
-        num_queries=q_BTNH.shape[1],
-        num_keys=k_BSKH.shape[1],
-        head_dim=q_BTNH.shape[3],
-        dtype=q_BTNH.dtype.name,
-        causal=causal,
-        has_kv_mask=kv_mask_BS is not None,
-        has_lse=lse is not None,
+
+    def average(q_BTNH, k_BSKH, kv_mask_BS, lse, *, whole):
+        facts = MapFacts(
+            num_queries=q_BTNH.shape[1],
+            num_keys=k_BSKH.shape[1],
+            head_dim=q_BTNH.shape[3],
+            dtype=q_BTNH.dtype.name,
+            causal=causal,
+            has_kv_mask=kv_mask_BS is not None,
+            has_lse=lse is not None,
+        )
+        table = without_kernels(BACKENDS) if whole else BACKENDS
+        backend = choose_backend("mean_attention_map", table, implementation, facts)
+        q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))
+        map_TS = backend.run(MapArrays(q_BTNH, k_BSKH, kv_mask_BS, lse), facts)
+        return (vary_like(map_TS, q_BTNH),)
+
+    (map_TS,) = run_on_mesh(
+        average,
+        (q_BTNH, k_BSKH, kv_mask_BS, lse),
+        ("BTNH", "BSNH", "BS", "BTN"),
+        ("TS",),
+        parts={"B": 1, "N": 1},
+        mean=True,
     )
-    backend = choose_backend("mean_attention_map", BACKENDS, implementation, facts)
-    q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))
-    return backend.run(MapArrays(q_BTNH, k_BSKH, kv_mask_BS, lse), facts)
+    return map_TS
 
 
 def _check(q, k, causal, kv_mask, lse):

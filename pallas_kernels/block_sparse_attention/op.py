@@ -14,10 +14,11 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
 from pallas_kernels.block_sparse_attention.backends import BACKENDS
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
 from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
+from pallas_kernels.meshes import run_on_mesh
 
 type PrunedLogits = Literal["masked", "zero"]
 
@@ -149,31 +150,43 @@ def block_sparse_attention(
     _check_arrays(q, k, v, block_q, block_kv, kv_mask, segment_ids)
     _check_mask(mask_or_schedule, q, k, block_q, block_kv)
     _check_options(causal, removed_keys_finite, scale, pruned_logits, return_lse)
-    facts = AttentionFacts(
-        batch=q.shape[0],
-        num_queries=q.shape[1],
-        num_keys=k.shape[1],
-        num_heads=q.shape[2],
-        num_kv_heads=k.shape[2],
-        head_dim=q.shape[3],
-        dtype=q.dtype.name,
-        mask_shape=_mask_shape(mask_or_schedule),
-        block_q=block_q,
-        block_kv=block_kv,
-        causal=causal,
-        has_kv_mask=kv_mask is not None,
-        has_segments=segment_ids is not None,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
-        pruned_logits=pruned_logits,
-        return_lse=return_lse,
+
+    def attend(q, k, v, mask_or_schedule, kv_mask, segment_ids, *, whole):
+        facts = AttentionFacts(
+            batch=q.shape[0],
+            num_queries=q.shape[1],
+            num_keys=k.shape[1],
+            num_heads=q.shape[2],
+            num_kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            dtype=q.dtype.name,
+            mask_shape=_mask_shape(mask_or_schedule),
+            block_q=block_q,
+            block_kv=block_kv,
+            causal=causal,
+            has_kv_mask=kv_mask is not None,
+            has_segments=segment_ids is not None,
+            scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+            pruned_logits=pruned_logits,
+            return_lse=return_lse,
+        )
+        table = without_kernels(BACKENDS) if whole else BACKENDS
+        backend = choose_backend("block_sparse_attention", table, implementation, facts)
+        if kv_mask is not None and not removed_keys_finite:
+            # A removed key meets probability 0, but 0 * NaN is NaN; zeros in its place are safe.
+            k, v = (jnp.where(kv_mask[:, :, None, None], x, 0) for x in (k, v))
+        arrays = AttentionArrays(q, k, v, mask_or_schedule, kv_mask, segment_ids)
+        out, lse = backend.run(arrays, facts)
+        return (out, lse) if return_lse else (out,)
+
+    results = run_on_mesh(
+        attend,
+        (q, k, v, mask_or_schedule, kv_mask, segment_ids),
+        ("BTNH", "BSNH", "BSNH", "BN", "BS", "BT"),
+        ("BTNH", "BTN") if return_lse else ("BTNH",),
+        parts={"B": 1, "N": 1},
     )
-    backend = choose_backend("block_sparse_attention", BACKENDS, implementation, facts)
-    if kv_mask is not None and not removed_keys_finite:
-        # A removed key meets probability 0, but 0 * NaN is NaN; zeros in its place are safe.
-        k, v = (jnp.where(kv_mask[:, :, None, None], x, 0) for x in (k, v))
-    arrays = AttentionArrays(q, k, v, mask_or_schedule, kv_mask, segment_ids)
-    out, lse = backend.run(arrays, facts)
-    return (out, lse) if return_lse else out
+    return results if return_lse else results[0]
 
 
 def _mask_shape(mask_or_schedule):

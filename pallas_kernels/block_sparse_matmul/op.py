@@ -11,9 +11,10 @@ Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the w
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
 from pallas_kernels.block_sparse_matmul.backends import BACKENDS
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
+from pallas_kernels.meshes import name_axes, run_on_mesh
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -82,17 +83,30 @@ def block_sparse_matmul(
         grad_mask = mask
     elif grad_mask.shape != mask.shape:
         raise ValueError(f"grad_mask must be bool{list(mask.shape)}, got {grad_mask.shape=}")
-    x_MK = x.reshape(-1, w.shape[0])
-    facts = BlockFacts(
-        rows=x_MK.shape[0],
-        shape=w.shape,
-        grid=mask.shape,
-        dtype=x.dtype.name,
-        has_bias=bias is not None,
+
+    def multiply(x, w, mask, grad_mask, bias, *, whole):
+        x_MK = x.reshape(-1, w.shape[0])
+        facts = BlockFacts(
+            rows=x_MK.shape[0],
+            shape=w.shape,
+            grid=mask.shape,
+            dtype=x.dtype.name,
+            has_bias=bias is not None,
+        )
+        table = without_kernels(BACKENDS) if whole else BACKENDS
+        backend = choose_backend("block_sparse_matmul", table, implementation, facts)
+        y = backend.run(BlockArrays(x_MK, w, mask, grad_mask, bias), facts)
+        return (y.reshape(*x.shape[:-1], w.shape[1]),)
+
+    tokens = name_axes(x.ndim - 1)
+    (y,) = run_on_mesh(
+        multiply,
+        (x, w, mask, grad_mask, bias),
+        (tokens + "K", "KN", "IJ", "IJ", "N"),
+        (tokens + "N",),
+        parts=dict.fromkeys(tokens, 1),
     )
-    backend = choose_backend("block_sparse_matmul", BACKENDS, implementation, facts)
-    y = backend.run(BlockArrays(x_MK, w, mask, grad_mask, bias), facts)
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    return y
 
 
 def _check_arrays(x, w, bias):

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.meshes import name_axes, run_on_mesh
 from pallas_kernels.nm_matmul.activations import ACTIVATIONS, GATED
 from pallas_kernels.nm_matmul.backends import BACKENDS
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
@@ -113,22 +114,36 @@ def nm_matmul(
     _check_packed(packed, w, transposable)
     if check_mask:
         check_known_mask(mask, pattern=pattern, transposable=transposable)
-    inner, columns = w.shape
-    x_MK = x.reshape(-1, inner)
-    facts = NMFacts(
-        rows=x_MK.shape[0],
-        inner=inner,
-        columns=columns,
-        dtype=x.dtype.name,
-        pattern=pattern,
-        transposable=transposable,
-        grad_pruning=grad_pruning,
-        activation=activation,
-        has_bias=bias is not None,
+
+    def multiply(x, w, mask, packed, bias, key, *, whole):
+        inner, columns = w.shape
+        x_MK = x.reshape(-1, inner)
+        facts = NMFacts(
+            rows=x_MK.shape[0],
+            inner=inner,
+            columns=columns,
+            dtype=x.dtype.name,
+            pattern=pattern,
+            transposable=transposable,
+            grad_pruning=grad_pruning,
+            activation=activation,
+            has_bias=bias is not None,
+        )
+        table = without_kernels(BACKENDS) if whole else BACKENDS
+        backend = choose_backend("nm_matmul", table, implementation, facts)
+        out = backend.run(NMArrays(x_MK, w, mask, packed, bias, key), facts)
+        return (out.reshape(*x.shape[:-1], out.shape[-1]),)
+
+    tokens = name_axes(x.ndim - 1)
+    (out,) = run_on_mesh(
+        multiply,
+        (x, w, mask, packed, bias, key),
+        (tokens + "K", "KN", "KN", "", "N", ""),
+        (tokens if activation in GATED else tokens + "N",),
+        # Pruning draws bits for all tokens in one order.
+        parts=dict.fromkeys(tokens, 1) if key is None else {},
     )
-    backend = choose_backend("nm_matmul", BACKENDS, implementation, facts)
-    out = backend.run(NMArrays(x_MK, w, mask, packed, bias, key), facts)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    return out
 
 
 def _check_arrays(x, w, mask, bias):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.meshes import name_axes, run_on_mesh, vary_like
 from pallas_kernels.nm_matmul.backends import PACK_BACKENDS
 from pallas_kernels.nm_matmul.call import PackArrays, PackFacts
 from pallas_kernels.nm_matmul.mask_check import check_nm_mask
@@ -65,17 +66,30 @@ def pack_nm(
         shape=w.shape[-2:],
         dtype=w.dtype.name,
     )
-    backend = choose_backend("pack_nm", PACK_BACKENDS, implementation, facts)
     if not isinstance(mask, Tracer):
         for packed_axis in [0] * facts.along_k + [1] * facts.along_n:
             check_nm_mask(mask, axis=packed_axis)
 
-    def pack(arrays):
-        return backend.run(arrays, facts)
+    def pack_layers(w, mask, *, whole):
+        table = without_kernels(PACK_BACKENDS) if whole else PACK_BACKENDS
+        backend = choose_backend("pack_nm", table, implementation, facts)
 
-    for _ in w.shape[:-2]:
-        pack = jax.vmap(pack)
-    return pack(PackArrays(w, mask))
+        def pack(arrays):
+            return backend.run(arrays, facts)
+
+        for _ in w.shape[:-2]:
+            pack = jax.vmap(pack)
+        return (vary_like(pack(PackArrays(w, mask)), w),)
+
+    layers = name_axes(w.ndim - 2)
+    (packed,) = run_on_mesh(
+        pack_layers,
+        (w, mask),
+        (layers + "KN", layers + "KN"),
+        (layers,),
+        parts=dict.fromkeys(layers, 1),
+    )
+    return packed
 
 
 def unpack_nm(packed: PackedNM) -> jax.Array:

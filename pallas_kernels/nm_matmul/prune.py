@@ -5,7 +5,8 @@ Letters: G groups of four.
 
 import jax
 
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.meshes import name_axes, run_on_mesh, vary_like
 from pallas_kernels.nm_matmul.backends import PRUNE_BACKENDS
 from pallas_kernels.nm_matmul.call import PruneArrays, PruneFacts
 from pallas_kernels.nm_matmul.mvue import GROUP, draw_bits
@@ -72,5 +73,12 @@ def prune_mvue(
     if x.shape[axis] % GROUP:
         raise ValueError(f"axis {axis} of x must be a multiple of {GROUP} long, got {x.shape=}")
     facts = PruneFacts(shape=x.shape, axis=axis, dtype=x.dtype.name, exact=exact)
-    backend = choose_backend("prune_mvue", PRUNE_BACKENDS, implementation, facts)
-    return backend.run(PruneArrays(x, draw_bits(key, x.shape, axis)), facts)
+
+    def prune(x, key, *, whole):
+        table = without_kernels(PRUNE_BACKENDS) if whole else PRUNE_BACKENDS
+        backend = choose_backend("prune_mvue", table, implementation, facts)
+        results = backend.run(PruneArrays(x, draw_bits(key, x.shape, axis)), facts)
+        return vary_like(results, x)
+
+    axes = name_axes(x.ndim)
+    return run_on_mesh(prune, (x, key), (axes, ""), (axes, axes), parts={})

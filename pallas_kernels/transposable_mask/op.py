@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend
+from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.meshes import name_axes, run_on_mesh, vary_like
 from pallas_kernels.transposable_mask.backends import BACKENDS
 from pallas_kernels.transposable_mask.call import TILE, TransposableArrays, TransposableFacts
 
@@ -62,7 +63,17 @@ def transposable_mask(w: jax.Array, *, implementation: Implementation | None = N
         raise ValueError(
             f"w must be [..., K, N] with K and N positive multiples of 4, got w.shape={w.shape}"
         )
-    w_KN = jax.lax.stop_gradient(w).reshape(-1, w.shape[-1])
-    facts = TransposableFacts(rows=w_KN.shape[0], columns=w_KN.shape[1], dtype=w.dtype.name)
-    backend = choose_backend("transposable_mask", BACKENDS, implementation, facts)
-    return backend.run(TransposableArrays(w_KN), facts).reshape(w.shape)
+
+    def search(w, *, whole):
+        w_KN = jax.lax.stop_gradient(w).reshape(-1, w.shape[-1])
+        facts = TransposableFacts(rows=w_KN.shape[0], columns=w_KN.shape[1], dtype=w.dtype.name)
+        table = without_kernels(BACKENDS) if whole else BACKENDS
+        backend = choose_backend("transposable_mask", table, implementation, facts)
+        mask = backend.run(TransposableArrays(w_KN), facts).reshape(w.shape)
+        return (vary_like(mask, w),)
+
+    layers = name_axes(w.ndim - 2)
+    axes = layers + "KN"
+    parts = dict.fromkeys(layers, 1) | {"K": TILE, "N": TILE}
+    (mask,) = run_on_mesh(search, (w,), (axes,), (axes,), parts=parts)
+    return mask

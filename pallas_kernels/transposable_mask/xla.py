@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import targets_gpu
+from pallas_kernels.meshes import vary_like
 from pallas_kernels.transposable_mask.call import TILE, TransposableArrays, TransposableFacts
 from pallas_kernels.transposable_mask.magnitudes import cap_magnitudes
 
@@ -67,7 +68,7 @@ def _search_in_pieces(strips_S4N, at_a_time):
         piece = jax.lax.dynamic_slice_in_dim(strips_S4N, start, at_a_time)
         return jax.lax.dynamic_update_slice_in_dim(mask_S4N, _search(piece), start, axis=0)
 
-    mask_S4N = jnp.zeros(strips_S4N.shape, bool)
+    mask_S4N = vary_like(jnp.zeros(strips_S4N.shape, bool), strips_S4N)
     return jax.lax.fori_loop(0, -(-strips // at_a_time), search, mask_S4N)
 
 

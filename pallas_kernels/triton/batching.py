@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.meshes import vary_like
+
 
 def fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let vmap batch a function whose arrays have a leading axis of examples.
@@ -19,7 +21,11 @@ def fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
       The function; under vmap it is called with the new axis folded into the leading one, and
       arguments that all examples share are not copied for each.
     """
-    run = jax.custom_batching.custom_vmap(function)
+
+    # The type of a launch does not say that what it writes varies from device to device.
+    @jax.custom_batching.custom_vmap
+    def run(*arguments):
+        return vary_like(function(*arguments), arguments)
 
     def run_batched(axis_size, in_batched, *arguments):
         leaves = zip(jax.tree.leaves(arguments), jax.tree.leaves(in_batched), strict=True)

@@ -19,6 +19,7 @@ from pallas_kernels.block_sparse_attention.call import AttentionArrays, Attentio
 from pallas_kernels.block_sparse_attention.xla.folding import fold_blocks, unfold_blocks
 from pallas_kernels.block_sparse_attention.xla.operands import Operands, fold_operands, matmul
 from pallas_kernels.block_sparse_attention.xla.tiles import make_key_tiles, make_query_tiles
+from pallas_kernels.meshes import vary_like
 
 
 class _Rows(NamedTuple):
@@ -59,6 +60,7 @@ def differentiate(
     dq_start = None
     if not parallel:
         dq_start = jnp.zeros(operands.q_XYQH.swapaxes(-1, -2).shape, jnp.float32)
+        dq_start = vary_like(dq_start, operands.q_XYQH)
     dq_XYHQ, key_gradients = _walk_key_lists(operands, rows, key_tiles, dq_start)
     if dq_XYHQ is not None:
         dq_XYQH = dq_XYHQ.swapaxes(-1, -2)
@@ -148,7 +150,7 @@ def _walk_key_lists(
                 dq_XYHQ = _add_blocks(dq_XYHQ, dq_XRHQ, visited_RW)
             return dq_XYHQ, dk, dv
 
-        zeros = jnp.zeros(k_XRCH.shape, jnp.float32)
+        zeros = vary_like(jnp.zeros(k_XRCH.shape, jnp.float32), k_XRCH)
         dq_XYHQ, dk, dv = jax.lax.fori_loop(0, tile.num_steps, step, (dq_XYHQ, zeros, zeros))
         return dq_XYHQ, (dk, dv)
 
@@ -191,7 +193,7 @@ def _walk_query_lists(operands: Operands, rows: _Rows, tiles: Tile | tuple[Tile,
             )
             return dq + matmul("xrqc,xrch->xrqh", ds.astype(q_XRQH.dtype), visit.k_XRCH)
 
-        start = jnp.zeros(q_XRQH.shape, jnp.float32)
+        start = vary_like(jnp.zeros(q_XRQH.shape, jnp.float32), q_XRQH)
         return None, (jax.lax.fori_loop(0, tile.num_steps, step, start),)
 
     _, (dq_XYQH,) = walk_tiles(walk, None, tiles)

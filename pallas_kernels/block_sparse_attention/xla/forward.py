@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits,
 from pallas_kernels.block_sparse_attention.xla.folding import unfold_blocks
 from pallas_kernels.block_sparse_attention.xla.operands import fold_operands, matmul
 from pallas_kernels.block_sparse_attention.xla.tiles import make_query_tiles
+from pallas_kernels.meshes import vary_like
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -59,6 +60,7 @@ def attend(
             jnp.zeros(q_XRQH.shape, jnp.float32),
             jnp.zeros(rows, jnp.int32),
         )
+        start = vary_like(start, q_XRQH)
         top, total, acc, kept = jax.lax.fori_loop(0, tile.num_steps, step, start)
         some = total > 0
         out = acc * jnp.where(some, 1 / total, 0.0)[..., None]

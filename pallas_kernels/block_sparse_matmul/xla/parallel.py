@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_lists import gather_blocks, list_kept, make_tiles, walk_tiles
 from pallas_kernels.block_sparse_matmul.call import find_sides
+from pallas_kernels.meshes import vary_like
 
 _matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -80,7 +81,7 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
             return jax.lax.dynamic_update_slice_in_dim(dw_1RKN, part, start, axis=2)
 
         lists, positions = tile.visited.shape
-        start = jnp.zeros((1, lists, positions * rows, columns), jnp.float32)
+        start = vary_like(jnp.zeros((1, lists, positions * rows, columns), jnp.float32), x_MK)
         return None, (jax.lax.fori_loop(0, tile.num_steps, set_blocks, start),)
 
     _, (dw_1JKN,) = walk_tiles(
@@ -116,7 +117,7 @@ def _sum_over_lists(x_MK: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -> jax
             )
             return total_1RNM + _matmul("xrkn,xrkm->xrnm", w_1RKN, x_1RKM)
 
-        start = jnp.zeros((1, tile.owner.shape[0], columns, M), jnp.float32)
+        start = vary_like(jnp.zeros((1, tile.owner.shape[0], columns, M), jnp.float32), x_MK)
         return None, (jax.lax.fori_loop(0, tile.num_steps, add_blocks, start),)
 
     _, (y_1JNM,) = walk_tiles(

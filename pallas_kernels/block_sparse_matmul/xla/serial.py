@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_matmul.call import find_sides
+from pallas_kernels.meshes import vary_like
 
 _dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -32,7 +33,7 @@ def multiply(
     Returns:
       f32[M, N].
     """
-    start_MN = jnp.zeros((x_MK.shape[0], w_KN.shape[1]), jnp.float32)
+    start_MN = vary_like(jnp.zeros((x_MK.shape[0], w_KN.shape[1]), jnp.float32), x_MK)
     if bias_N is not None:
         start_MN += bias_N.astype(jnp.float32)[None]
     return _add_products(start_MN, x_MK, w_KN, mask_IJ, transposed=False)
@@ -49,7 +50,7 @@ def multiply_transposed(dy_MN: jax.Array, w_KN: jax.Array, mask_IJ: jax.Array) -
     Returns:
       f32[M, K].
     """
-    start_MK = jnp.zeros((dy_MN.shape[0], w_KN.shape[0]), jnp.float32)
+    start_MK = vary_like(jnp.zeros((dy_MN.shape[0], w_KN.shape[0]), jnp.float32), dy_MN)
     return _add_products(start_MK, dy_MN, w_KN, mask_IJ, transposed=True)
 
 
@@ -74,7 +75,8 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
         dy = jax.lax.dynamic_slice_in_dim(dy_MN, n, columns, axis=1)
         return jax.lax.dynamic_update_slice(dw_KN, _dot(x.T, dy), (k, n))
 
-    return jax.lax.fori_loop(0, count, set_block, jnp.zeros((K, N), jnp.float32))
+    start_KN = vary_like(jnp.zeros((K, N), jnp.float32), x_MK)
+    return jax.lax.fori_loop(0, count, set_block, start_KN)
 
 
 def _add_products(start, x, w_KN, mask_IJ, *, transposed: bool) -> jax.Array:
