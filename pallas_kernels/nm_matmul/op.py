@@ -19,7 +19,7 @@ from pallas_kernels.nm_matmul.activations import ACTIVATIONS, GATED
 from pallas_kernels.nm_matmul.backends import BACKENDS
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 from pallas_kernels.nm_matmul.mask_check import check_known_mask, check_pattern
-from pallas_kernels.nm_matmul.packing import PackedNM
+from pallas_kernels.nm_matmul.packing import PackedNM, describe_compressed
 
 type GradPruning = Literal["none", "mvue", "mvue_exact"]
 type Activation = Literal["gelu", "geglu", "swiglu"]
@@ -97,7 +97,7 @@ def nm_matmul(
     Derivatives:
       Reverse mode. "reference" is plain JAX where `grad_pruning` is "none": forward mode and
       reverse mode twice too; tangents of pruned weights pass straight through as well. "xla" adds
-      forward mode of the gradient, for Hessian products; kernels add nothing.
+      forward mode of the gradient, for Hessian products; kernels refuse it.
 
     References:
       FST, arXiv:2404.01847, equations 2 to 4 and section 5.
@@ -213,3 +213,13 @@ def _check_packed(packed, w, transposable):
             "packed must have the shape and dtype of w, "
             f"got {packed.shape=}, {packed.dtype=}, {w.shape=}, {w.dtype=}"
         )
+    # A kernel would read behind the end of a part that is too small.
+    inner, columns = w.shape
+    for name, sides in (("along_k", (columns, inner)), ("along_n", (inner, columns))):
+        part = getattr(packed, name)
+        for found, expected in zip(part or (), describe_compressed(*sides, w.dtype), strict=False):
+            if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+                raise ValueError(
+                    f"packed.{name} must hold {expected.dtype}{list(expected.shape)}, as pack_nm "
+                    f"makes it, got {found.dtype}{list(found.shape)}"
+                )

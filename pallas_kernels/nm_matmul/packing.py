@@ -82,6 +82,23 @@ class PackedNM:
         return compressed
 
 
+def describe_compressed(
+    rows: int, columns: int, dtype: jnp.dtype
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Return shapes and dtypes of values and metadata of a compressed matrix [R, C].
+
+    Args:
+      rows: R, a multiple of 64.
+      columns: C, likewise.
+      dtype: of the values.
+    """
+    metadata = (rows // TILE, columns // TILE, 2 * TILE)
+    return (
+        jax.ShapeDtypeStruct((rows, columns // 2), dtype),
+        jax.ShapeDtypeStruct(metadata, jnp.uint32),
+    )
+
+
 def compress(w_RC: jax.Array, mask_RC: jax.Array) -> Compressed:
     """Compress a matrix along its rows.
 

@@ -24,6 +24,9 @@ from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
 from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
 
+# Kernels count what a row of a tile is away from the first in 32 bits.
+_MOST = 2**25
+
 
 class SparseKernels(NamedTuple):
     """The kernels of one backend, as pure functions of arrays.
@@ -67,6 +70,11 @@ def check_packable(facts: NMFacts, name: str) -> None:
             f"implementation={name!r} takes weights [K, N] of multiples of {TILE}, and of "
             f"{2 * TILE} columns with a gate, got w.shape={(facts.inner, facts.columns)}, "
             f"activation={facts.activation!r}; pad them"
+        )
+    if max(facts.sizes) >= _MOST:
+        raise NotImplementedError(
+            f"implementation={name!r} takes fewer than {_MOST} tokens, rows and columns, got "
+            f"(M, K, N)={facts.sizes}"
         )
 
 
@@ -114,6 +122,7 @@ def multiply_packed(arrays: NMArrays, facts: NMFacts, kernels: SparseKernels) ->
         arrays = arrays._replace(packed=packed)
 
     def forward(x, w, mask, packed: PackedNM, bias, activation, keeps_z):
+        packed = _take_packed(packed, w)
         assert packed.along_k is not None, "checked by the op"
         out, *z = kernels.multiply(
             packed.along_k, x, bias=bias, activation=activation, keeps_inputs=keeps_z
@@ -121,6 +130,7 @@ def multiply_packed(arrays: NMArrays, facts: NMFacts, kernels: SparseKernels) ->
         return out, z[0] if keeps_z else None
 
     def input_gradient(dz, w, mask, packed: PackedNM):
+        packed = _take_packed(packed, w)
         assert packed.along_n is not None, "checked by the op"
         return kernels.multiply(packed.along_n, dz)[0]
 
@@ -138,6 +148,22 @@ def multiply_packed(arrays: NMArrays, facts: NMFacts, kernels: SparseKernels) ->
         weight_gradient=XLA_PRODUCTS.weight_gradient if is_dense else weight_gradient,
     )
     return multiply_straight_through(arrays, facts, products)
+
+
+@jax.custom_jvp
+def _take_packed(packed: PackedNM, w: jax.Array) -> PackedNM:
+    """Return a packed weight, for products that are not differentiated with respect to it."""
+    del w
+    return packed
+
+
+@_take_packed.defjvp
+def _refuse_derivative(primals, tangents):
+    # The packed weight says nothing of how it came from w: the derivative would be left out.
+    raise NotImplementedError(
+        "the kernels of nm_matmul have gradients and no derivatives of gradients with respect to "
+        "the weight; implementation='xla' has Hessian products"
+    )
 
 
 def pad_rows(array: jax.Array, multiple: int) -> jax.Array:

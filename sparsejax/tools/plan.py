@@ -133,7 +133,9 @@ def compile_programs(
     Raises:
       NotImplementedError: if the configured kernel does not run on the GPU.
     """
-    steps = make_steps(config, spec, phase)
+    # Shapes of masks come of a search for them, whose backend is the GPU's too.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        steps = make_steps(config, spec, phase)
     return {
         name: aot.compile_for(
             step, *steps.arguments, mesh=mesh, donate_argnums=() if name == EVALUATION else 0

@@ -1,5 +1,6 @@
 """What `nm_matmul` and its companions refuse, in which words, and which backend runs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -105,6 +106,15 @@ def _pack_along(name):
     return lambda: PackedNM(**{"along_k": None, "along_n": None, name: getattr(_pack(), name)})
 
 
+def _pack_too_little(name):
+    def make():
+        part = getattr(_pack(), name)
+        cut = part._replace(metadata=part.metadata[:1, :1])
+        return dataclasses.replace(_pack(), **{name: cut})
+
+    return make
+
+
 def _pack_two():
     return jax.tree.map(lambda x: jnp.stack([x, x]), _pack())
 
@@ -132,6 +142,16 @@ def _pack_two():
             _pack,
             {"dtype": jnp.float16},
             "must have the shape and dtype of w.*w.dtype=dtype.'float16'",
+        ),
+        (
+            _pack_too_little("along_k"),
+            {},
+            r"packed.along_k must hold uint32\[2, 1, 128\], .* got uint32\[1, 1, 128\]",
+        ),
+        (
+            _pack_too_little("along_n"),
+            {"transposable": True},
+            r"packed.along_n must hold uint32\[1, 2, 128\], .* got uint32\[1, 1, 128\]",
         ),
     ],
 )

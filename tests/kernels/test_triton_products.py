@@ -210,6 +210,34 @@ def test_vmap_is_one_launch_and_shares_what_examples_share():
     )
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_derivative_of_the_gradient_is_refused(is_packed):
+    w, mask, x, _ = make_operands(64, 64, 8)
+    w, mask = w.T, mask.T
+    packed = pack_nm(w, mask, implementation="xla") if is_packed else None
+
+    def differentiate(w):
+        def loss(w):
+            y = nm_matmul(x, w, mask, packed=packed, implementation="triton")
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss)(w)
+
+    with triton_kernels():
+        assert jnp.isfinite(differentiate(w)).all()
+        with pytest.raises(NotImplementedError, match="'xla' has Hessian products"):
+            jax.jvp(differentiate, (w,), (w,))
+
+
+def test_offsets_that_32_bits_do_not_hold_are_refused():
+    x = jax.ShapeDtypeStruct((2**25, 64), jnp.bfloat16)
+    w, mask = (jax.ShapeDtypeStruct((64, 64), t) for t in (jnp.bfloat16, jnp.bool_))
+    multiply = functools.partial(nm_matmul, implementation="triton")
+    with triton_kernels(), pytest.raises(NotImplementedError, match="fewer than 33554432 tokens"):
+        jax.eval_shape(multiply, x, w, mask)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
