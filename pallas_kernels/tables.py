@@ -40,7 +40,7 @@ def list_backends(op: str) -> tuple[Implementation, ...]:
 
     Example:
       >>> list_backends("nm_matmul")
-      ('mosaic_sm90', 'reference', 'xla')
+      ('mosaic_sm90', 'triton', 'reference', 'xla')
     """
     return tuple(backend.name for backend in _find_table(op))
 

@@ -36,7 +36,7 @@ FUNCTIONS = {
     "block_sparse_attention/mosaic_sm90/program.py launch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/walk.py make_walk": _ATTENTION,
     "block_sparse_matmul/mosaic_sm90/kernel.py fence_products": _BLOCKS,
-    "nm_matmul/mosaic_sm90/products.py _weight_gradient": _LAYER,
+    "nm_matmul/mosaic_sm90/products.py run": _LAYER,
     "nm_matmul/mosaic_sm90/kernel.py multiply_sparse": _PRODUCT,
     "nm_matmul/mosaic_sm90/pack.py pack_weight": _LAYER,
     "nm_matmul/mosaic_sm90/thread_words.py _address": _PACK,
