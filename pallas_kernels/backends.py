@@ -152,6 +152,8 @@ def choose_backend[Arrays, F: Facts](
     backends: Sequence[Backend[Arrays, F]],
     implementation: str | None,
     facts: F,
+    *,
+    whole: bool = False,
 ) -> Backend[Arrays, F]:
     """Choose the backend that a call runs.
 
@@ -164,12 +166,14 @@ def choose_backend[Arrays, F: Facts](
         everywhere.
       implementation: name the caller passed, or None.
       facts: static facts of the call.
+      whole: XLA is to partition the call over a mesh, which it cannot do with a kernel.
 
     Raises:
       ValueError: if the op has no backend of that name; those it has are listed.
       NotImplementedError: if the named one cannot run, with the reason.
     """
-    choice = explain_choice(op, backends, implementation, facts)
+    table = without_kernels(backends) if whole else backends
+    choice = explain_choice(op, table, implementation, facts)
     for choices in _records.get():
         choices.append(choice)
     _logger.debug("%s: %r on %s: %s", choice.call, choice.backend, target_platform(), choice.reason)

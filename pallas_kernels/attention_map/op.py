@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention_map.backends import BACKENDS
 from pallas_kernels.attention_map.call import MapArrays, MapFacts
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.meshes import run_on_mesh, vary_like
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -81,8 +81,7 @@ def mean_attention_map(
             has_kv_mask=kv_mask_BS is not None,
             has_lse=lse is not None,
         )
-        table = without_kernels(BACKENDS) if whole else BACKENDS
-        backend = choose_backend("mean_attention_map", table, implementation, facts)
+        backend = choose_backend("mean_attention_map", BACKENDS, implementation, facts, whole=whole)
         q_BTNH, k_BSKH, lse = jax.lax.stop_gradient((q_BTNH, k_BSKH, lse))
         map_TS = backend.run(MapArrays(q_BTNH, k_BSKH, kv_mask_BS, lse), facts)
         return (vary_like(map_TS, q_BTNH),)

@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.block_sparse_attention.backends import BACKENDS
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
 from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
@@ -170,8 +170,9 @@ def block_sparse_attention(
             pruned_logits=pruned_logits,
             return_lse=return_lse,
         )
-        table = without_kernels(BACKENDS) if whole else BACKENDS
-        backend = choose_backend("block_sparse_attention", table, implementation, facts)
+        backend = choose_backend(
+            "block_sparse_attention", BACKENDS, implementation, facts, whole=whole
+        )
         if kv_mask is not None and not removed_keys_finite:
             # A removed key meets probability 0, but 0 * NaN is NaN; zeros in its place are safe.
             k, v = (jnp.where(kv_mask[:, :, None, None], x, 0) for x in (k, v))

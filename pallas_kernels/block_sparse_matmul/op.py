@@ -11,7 +11,7 @@ Letters: M rows (tokens)   K contracted axis   N columns   I x J blocks of the w
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.block_sparse_matmul.backends import BACKENDS
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
 from pallas_kernels.meshes import name_axes, run_on_mesh
@@ -93,8 +93,9 @@ def block_sparse_matmul(
             dtype=x.dtype.name,
             has_bias=bias is not None,
         )
-        table = without_kernels(BACKENDS) if whole else BACKENDS
-        backend = choose_backend("block_sparse_matmul", table, implementation, facts)
+        backend = choose_backend(
+            "block_sparse_matmul", BACKENDS, implementation, facts, whole=whole
+        )
         y = backend.run(BlockArrays(x_MK, w, mask, grad_mask, bias), facts)
         return (y.reshape(*x.shape[:-1], w.shape[1]),)
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.meshes import name_axes, run_on_mesh
 from pallas_kernels.nm_matmul.activations import ACTIVATIONS, GATED
 from pallas_kernels.nm_matmul.backends import BACKENDS
@@ -129,8 +129,7 @@ def nm_matmul(
             activation=activation,
             has_bias=bias is not None,
         )
-        table = without_kernels(BACKENDS) if whole else BACKENDS
-        backend = choose_backend("nm_matmul", table, implementation, facts)
+        backend = choose_backend("nm_matmul", BACKENDS, implementation, facts, whole=whole)
         out = backend.run(NMArrays(x_MK, w, mask, packed, bias, key), facts)
         return (out.reshape(*x.shape[:-1], out.shape[-1]),)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.meshes import name_axes, run_on_mesh, vary_like
 from pallas_kernels.nm_matmul.backends import PACK_BACKENDS
 from pallas_kernels.nm_matmul.call import PackArrays, PackFacts
@@ -71,8 +71,7 @@ def pack_nm(
             check_nm_mask(mask, axis=packed_axis)
 
     def pack_layers(w, mask, *, whole):
-        table = without_kernels(PACK_BACKENDS) if whole else PACK_BACKENDS
-        backend = choose_backend("pack_nm", table, implementation, facts)
+        backend = choose_backend("pack_nm", PACK_BACKENDS, implementation, facts, whole=whole)
 
         def pack(arrays):
             return backend.run(arrays, facts)

@@ -5,7 +5,7 @@ Letters: G groups of four.
 
 import jax
 
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.meshes import name_axes, run_on_mesh, vary_like
 from pallas_kernels.nm_matmul.backends import PRUNE_BACKENDS
 from pallas_kernels.nm_matmul.call import PruneArrays, PruneFacts
@@ -75,8 +75,7 @@ def prune_mvue(
     facts = PruneFacts(shape=x.shape, axis=axis, dtype=x.dtype.name, exact=exact)
 
     def prune(x, key, *, whole):
-        table = without_kernels(PRUNE_BACKENDS) if whole else PRUNE_BACKENDS
-        backend = choose_backend("prune_mvue", table, implementation, facts)
+        backend = choose_backend("prune_mvue", PRUNE_BACKENDS, implementation, facts, whole=whole)
         results = backend.run(PruneArrays(x, draw_bits(key, x.shape, axis)), facts)
         return vary_like(results, x)
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
@@ -23,6 +22,7 @@ from pallas_kernels.nm_matmul.mvue import draw_bits
 from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
 from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
+from pallas_kernels.padding import pad_rows
 
 # Kernels count what a row of a tile is away from the first in 32 bits.
 _MOST = 2**25
@@ -164,17 +164,3 @@ def _refuse_derivative(primals, tangents):
         "the kernels of nm_matmul have gradients and no derivatives of gradients with respect to "
         "the weight; implementation='xla' has Hessian products"
     )
-
-
-def pad_rows(array: jax.Array, multiple: int) -> jax.Array:
-    """Append rows of zeros.
-
-    Args:
-      array: [M, ...].
-      multiple: int, that the rows of the result are a multiple of.
-
-    Returns:
-      [M + missing, ...].
-    """
-    missing = -array.shape[0] % multiple
-    return jnp.pad(array, ((0, missing), (0, 0))) if missing else array

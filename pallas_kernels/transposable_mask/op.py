@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.backends import Implementation, choose_backend, without_kernels
+from pallas_kernels.backends import Implementation, choose_backend
 from pallas_kernels.meshes import name_axes, run_on_mesh, vary_like
 from pallas_kernels.transposable_mask.backends import BACKENDS
 from pallas_kernels.transposable_mask.call import TILE, TransposableArrays, TransposableFacts
@@ -67,8 +67,7 @@ def transposable_mask(w: jax.Array, *, implementation: Implementation | None = N
     def search(w, *, whole):
         w_KN = jax.lax.stop_gradient(w).reshape(-1, w.shape[-1])
         facts = TransposableFacts(rows=w_KN.shape[0], columns=w_KN.shape[1], dtype=w.dtype.name)
-        table = without_kernels(BACKENDS) if whole else BACKENDS
-        backend = choose_backend("transposable_mask", table, implementation, facts)
+        backend = choose_backend("transposable_mask", BACKENDS, implementation, facts, whole=whole)
         mask = backend.run(TransposableArrays(w_KN), facts).reshape(w.shape)
         return (vary_like(mask, w),)
 

@@ -26,6 +26,7 @@ from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import (
 )
 from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
 from pallas_kernels.dispatch import check_hopper, count_processors
+from pallas_kernels.padding import pad_rows
 
 BLOCKS = (64, 128)
 # Row tiles of x that are taken together: they stay in the cache while all columns read them.
@@ -125,7 +126,7 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
     shape = (x_MK.shape[1], dy_MN.shape[1])
     plan = make_gradient_plan(shape, mask_IJ.shape)
     tokens = TILE * (NUM_COMPUTE if plan.is_split else 1)
-    x_MK, dy_MN = (_pad_rows(array, tokens) for array in (x_MK, dy_MN))
+    x_MK, dy_MN = (pad_rows(array, tokens) for array in (x_MK, dy_MN))
     counts = jnp.where(mask_IJ.ravel(), x_MK.shape[0] // tokens, 0)
     lists = _start_longest_first(counts, None)
     return multiply_lists(x_MK, dy_MN, lists, None, shape, plan, num_programs=count_processors())
@@ -227,7 +228,7 @@ def _multiply_rows(lhs, w_KN, lists, bias, grid, *, transposed):
     plan = make_row_plan(
         num_rows, w_KN.shape, grid, transposed=transposed, num_programs=num_programs
     )
-    lhs = _pad_rows(lhs, NUM_COMPUTE * plan.shape[0])
+    lhs = pad_rows(lhs, NUM_COMPUTE * plan.shape[0])
     out_shape = (lhs.shape[0], w_KN.shape[0 if transposed else 1])
     out = multiply_lists(lhs, w_KN, lists, bias, out_shape, plan, num_programs=num_programs)
     return out[:num_rows]
@@ -237,8 +238,3 @@ def _start_longest_first(counts_U: jax.Array, entries_UP: jax.Array | None) -> L
     order_U = jnp.argsort(-counts_U, stable=True).astype(jnp.int32)
     counts_U = counts_U[order_U].astype(jnp.int32)
     return Lists(order_U, counts_U, None if entries_UP is None else entries_UP[order_U])
-
-
-def _pad_rows(array: jax.Array, multiple: int) -> jax.Array:
-    missing = -array.shape[0] % multiple
-    return jnp.pad(array, ((0, missing), (0, 0))) if missing else array

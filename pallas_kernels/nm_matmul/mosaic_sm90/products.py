@@ -19,8 +19,8 @@ from pallas_kernels.nm_matmul.sparse_products import (
     check_packable,
     list_products,
     multiply_packed,
-    pad_rows,
 )
+from pallas_kernels.padding import pad_rows
 
 
 def check(facts: NMFacts) -> None:
