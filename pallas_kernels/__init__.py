@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_attention import make_block_schedule as make_bl
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul as block_sparse_matmul
 from pallas_kernels.nm_matmul import PackedNM as PackedNM
 from pallas_kernels.nm_matmul import check_nm_mask as check_nm_mask
+from pallas_kernels.nm_matmul import draw_pruning_bits as draw_pruning_bits
 from pallas_kernels.nm_matmul import nm_matmul as nm_matmul
 from pallas_kernels.nm_matmul import pack_nm as pack_nm
 from pallas_kernels.nm_matmul import prune_mvue as prune_mvue

@@ -22,7 +22,8 @@ class NMArrays(NamedTuple):
       mask: bool[K, N], True = kept.
       packed: PackedNM of both, or None.
       bias: float[N] or None, dtype of x.
-      key: key[] or None, typed random key of gradient pruning.
+      draws: what gradient pruning draws by, or None: key[], typed random key, or
+        uint32[ceil(M / 4), N], random bits.
     """
 
     x: jax.Array
@@ -30,7 +31,7 @@ class NMArrays(NamedTuple):
     mask: jax.Array
     packed: PackedNM | None
     bias: jax.Array | None
-    key: jax.Array | None
+    draws: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

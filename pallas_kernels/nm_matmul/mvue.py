@@ -33,6 +33,23 @@ def draw_bits(key: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return jax.random.bits(key, shape, jnp.uint32)
 
 
+def take_bits(draws: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Return the random bits of all groups of four consecutive rows.
+
+    Args:
+      draws: key[], typed random key; or uint32[G, columns], bits that were drawn before, of the
+        first G groups. Those of groups behind them are zero: they prune rows of zeros.
+      rows: int, of what is pruned, a multiple of 4.
+      columns: int, of what is pruned.
+
+    Returns:
+      uint32[rows / 4, columns].
+    """
+    if jnp.issubdtype(draws.dtype, jax.dtypes.prng_key):
+        return draw_bits(draws, (rows, columns), 0)
+    return jnp.pad(draws, ((0, rows // GROUP - draws.shape[0]), (0, 0)))
+
+
 def prune_drawn(
     x: jax.Array, bits: jax.Array, *, axis: int, exact: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,24 +76,25 @@ def prune_drawn(
     return pruned, mask
 
 
-def prune_tokens(dz: jax.Array, key: jax.Array | None, grad_pruning: str) -> jax.Array:
+def prune_tokens(dz: jax.Array, draws: jax.Array | None, grad_pruning: str) -> jax.Array:
     """Prune a gradient 2:4 along its tokens as `grad_pruning` says.
 
     S(dz): groups of four consecutive rows; the last group is filled up with rows of zeros.
 
     Args:
       dz: float[M, N], gradient of M tokens.
-      key: key[] or None, typed random key; None where nothing is pruned.
+      draws: key[], typed random key, or uint32[ceil(M / 4), N], random bits; None where nothing is
+        pruned.
       grad_pruning: "none", "mvue" or "mvue_exact".
 
     Returns:
       float[M, N], typed like dz.
     """
-    if grad_pruning == "none" or key is None:
+    if grad_pruning == "none" or draws is None:
         return dz
     rows = dz.shape[0]
     dz = jnp.pad(dz, ((0, -rows % GROUP), (0, 0)))
-    bits = draw_bits(key, dz.shape, 0)
+    bits = take_bits(draws, *dz.shape)
     return prune_drawn(dz, bits, axis=0, exact=grad_pruning == "mvue_exact")[0][:rows]
 
 

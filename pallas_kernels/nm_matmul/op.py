@@ -8,6 +8,7 @@ without a new compilation.
 Letters: M rows (tokens)   K contracted axis   N columns of the weight.
 """
 
+import math
 from typing import Literal, get_args
 
 import jax
@@ -19,6 +20,7 @@ from pallas_kernels.nm_matmul.activations import ACTIVATIONS, GATED
 from pallas_kernels.nm_matmul.backends import BACKENDS
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 from pallas_kernels.nm_matmul.mask_check import check_known_mask, check_pattern
+from pallas_kernels.nm_matmul.mvue import GROUP, draw_bits
 from pallas_kernels.nm_matmul.packing import PackedNM, describe_compressed
 
 type GradPruning = Literal["none", "mvue", "mvue_exact"]
@@ -35,6 +37,7 @@ def nm_matmul(
     transposable: bool = False,
     grad_pruning: GradPruning = "none",
     key: jax.Array | None = None,
+    bits: jax.Array | None = None,
     bias: jax.Array | None = None,
     activation: Activation | None = None,
     packed: PackedNM | None = None,
@@ -61,7 +64,12 @@ def nm_matmul(
         product too.
       grad_pruning: "none"; "mvue", dz is pruned by two draws; or "mvue_exact", with the least
         possible variance.
-      key: key[], typed random key of the draws; given exactly where `grad_pruning` is not "none".
+      key: key[], typed random key of the draws. Where `grad_pruning` is not "none", exactly one of
+        key and bits is given; else neither.
+      bits: uint32[..., N], random bits in the place of a key, one number for each column and each
+        four consecutive tokens, as `draw_pruning_bits` draws them; any leading axes, with a
+        row for every four of all tokens. Cut like the tokens, they prune the same on any number
+        of devices. No gradient.
       bias: float[N] or None, dtype of x.
       activation: None; "gelu" (tanh form); or "geglu", "swiglu": columns 0..N/2 are the value,
         the others the gate, y = value * gelu(gate) or value * silu(gate).
@@ -109,13 +117,14 @@ def nm_matmul(
       [4.0, 2.0]
     """
     _check_arrays(x, w, mask, bias)
-    _check_options(transposable, grad_pruning, key, activation, check_mask, w)
+    _check_options(transposable, grad_pruning, activation, check_mask, w)
+    _check_draws(grad_pruning, key, bits, x, w)
     _check_groups(mask, pattern, transposable)
     _check_packed(packed, w, transposable)
     if check_mask:
         check_known_mask(mask, pattern=pattern, transposable=transposable)
 
-    def multiply(x, w, mask, packed, bias, key, *, whole):
+    def multiply(x, w, mask, packed, bias, key, bits, *, whole):
         inner, columns = w.shape
         x_MK = x.reshape(-1, inner)
         facts = NMFacts(
@@ -130,19 +139,67 @@ def nm_matmul(
             has_bias=bias is not None,
         )
         backend = choose_backend("nm_matmul", BACKENDS, implementation, facts, whole=whole)
-        out = backend.run(NMArrays(x_MK, w, mask, packed, bias, key), facts)
+        draws = key if bits is None else bits.reshape(-1, columns)
+        out = backend.run(NMArrays(x_MK, w, mask, packed, bias, draws), facts)
         return (out.reshape(*x.shape[:-1], out.shape[-1]),)
 
     tokens = name_axes(x.ndim - 1)
+    parts, bits_axes = dict.fromkeys(tokens, 1), ""
+    if grad_pruning != "none":
+        groups = _list_groups(x.shape)
+        if bits is not None and bits.shape[:-1] == groups and len(groups) == len(tokens):
+            # A part has the bits of its own groups.
+            parts[tokens[-1]], bits_axes = GROUP, tokens + "N"
+        else:
+            # One order of groups for all tokens: they run on from one row of an axis to the next,
+            # and a key draws for all of them.
+            parts = {}
     (out,) = run_on_mesh(
         multiply,
-        (x, w, mask, packed, bias, key),
-        (tokens + "K", "KN", "KN", "", "N", ""),
+        (x, w, mask, packed, bias, key, bits),
+        (tokens + "K", "KN", "KN", "", "N", "", bits_axes),
         (tokens if activation in GATED else tokens + "N",),
-        # Pruning draws bits for all tokens in one order.
-        parts=dict.fromkeys(tokens, 1) if key is None else {},
+        parts=parts,
     )
     return out
+
+
+def draw_pruning_bits(key: jax.Array, x_shape: tuple[int, ...], columns: int) -> jax.Array:
+    """Draw the random bits of gradient pruning that `nm_matmul` would draw from a key.
+
+    They are cut along tokens and columns as x and y are, for `jax.shard_map`, inside which a key
+    draws the same bits on all devices; and on meshes with explicit axes.
+
+    Args:
+      key: key[], typed random key.
+      x_shape: [..., T, K], of the x that `nm_matmul` is given.
+      columns: int, N of the weight.
+
+    Returns:
+      uint32[..., T / 4, N]; where T is no multiple of 4, or x has one axis, uint32[ceil(M / 4), N]
+      of all M tokens.
+
+    Raises:
+      ValueError: if the key is not one typed key.
+
+    Example:
+      >>> draw_pruning_bits(jax.random.key(0), (2, 8, 16), 4).shape
+      (2, 2, 4)
+      >>> draw_pruning_bits(jax.random.key(0), (3, 6, 16), 4).shape
+      (5, 4)
+    """
+    _check_key(key)
+    groups = _list_groups(x_shape)
+    bits = draw_bits(key, (GROUP * math.prod(groups), columns), 0)
+    return bits.reshape(*groups, columns)
+
+
+def _list_groups(x_shape):
+    """The axes of groups of four tokens."""
+    *leading, _ = x_shape
+    if leading and leading[-1] % GROUP == 0:
+        return (*leading[:-1], leading[-1] // GROUP)
+    return (-(-math.prod(leading) // GROUP),)
 
 
 def _check_arrays(x, w, mask, bias):
@@ -162,7 +219,7 @@ def _check_arrays(x, w, mask, bias):
         )
 
 
-def _check_options(transposable, grad_pruning, key, activation, check_mask, w):
+def _check_options(transposable, grad_pruning, activation, check_mask, w):
     for name, value in (("transposable", transposable), ("check_mask", check_mask)):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be a bool, got {name}={value!r}")
@@ -174,12 +231,36 @@ def _check_options(transposable, grad_pruning, key, activation, check_mask, w):
         raise ValueError(
             f"grad_pruning must be one of {get_args(GradPruning.__value__)}, got {grad_pruning!r}"
         )
+
+
+def _check_draws(grad_pruning, key, bits, x, w):
+    given = [name for name, value in (("key", key), ("bits", bits)) if value is not None]
     if grad_pruning == "none":
-        if key is not None:
-            raise ValueError("key must be None where grad_pruning='none', which draws nothing")
-    elif key is None:
-        raise ValueError(f"key must be given where grad_pruning={grad_pruning!r}")
-    elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        if given:
+            raise ValueError(
+                "key and bits must be None where grad_pruning='none', which draws nothing, "
+                f"got {' and '.join(given)}"
+            )
+    elif len(given) != 1:
+        raise ValueError(
+            f"exactly one of key and bits must be given where {grad_pruning=}, "
+            f"got {' and '.join(given) or 'neither'}"
+        )
+    elif bits is None:
+        _check_key(key)
+    else:
+        tokens, columns = math.prod(x.shape[:-1]), w.shape[1]
+        rows = -(-tokens // GROUP)
+        is_shaped = bits.shape[-1:] == (columns,) and math.prod(bits.shape[:-1]) == rows
+        if bits.dtype != jnp.uint32 or not is_shaped:
+            raise ValueError(
+                f"bits must be uint32[..., {columns}] of {rows} rows, one for every {GROUP} of "
+                f"{tokens} tokens, got {bits.dtype}{list(bits.shape)}"
+            )
+
+
+def _check_key(key):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
         raise ValueError(
             f"key must be one typed key, as jax.random.key makes it, got {key.dtype}"
             f"{list(key.shape)}"

@@ -29,14 +29,14 @@ def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:
     References:
       FST, arXiv:2404.01847, equations 2 to 4.
     """
-    x, w, mask, _, bias, key = arrays
+    x, w, mask, _, bias, draws = arrays
     x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
     z = _dot(x32, _mask_weight(w32, mask))
     if facts.grad_pruning != "none":
         # The first product is the value and gives dx; the second is zero and gives dw.
         zero = _dot(jax.lax.stop_gradient(x32), _mask_weight(w32, jnp.zeros_like(mask)))
         z = _dot(x32, jax.lax.stop_gradient(_mask_weight(w32, mask)))
-        z += jnp.asarray(_prune_gradient(zero, key, facts.grad_pruning))
+        z += jnp.asarray(_prune_gradient(zero, draws, facts.grad_pruning))
     if bias is not None:
         z = z + bias.astype(jnp.float32)[None]
     if facts.activation == "gelu":
@@ -66,11 +66,11 @@ def _pass_all_gradients(primals, tangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _prune_gradient(z, key, grad_pruning) -> jax.Array:
+def _prune_gradient(z, draws, grad_pruning) -> jax.Array:
     return z
 
 
 _prune_gradient.defvjp(
-    lambda z, key, grad_pruning: (z, key),
-    lambda grad_pruning, key, dz: (prune_tokens(dz, key, grad_pruning), None),
+    lambda z, draws, grad_pruning: (z, draws),
+    lambda grad_pruning, draws, dz: (prune_tokens(dz, draws, grad_pruning), None),
 )

@@ -18,7 +18,7 @@ import jax
 from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts, PackArrays, PackFacts
 from pallas_kernels.nm_matmul.mask_check import check_known_mask
-from pallas_kernels.nm_matmul.mvue import draw_bits
+from pallas_kernels.nm_matmul.mvue import take_bits
 from pallas_kernels.nm_matmul.packing import TILE, Compressed, PackedNM
 from pallas_kernels.nm_matmul.straight_through import NMProducts, multiply_straight_through
 from pallas_kernels.nm_matmul.xla import XLA_PRODUCTS
@@ -134,10 +134,10 @@ def multiply_packed(arrays: NMArrays, facts: NMFacts, kernels: SparseKernels) ->
         assert packed.along_n is not None, "checked by the op"
         return kernels.multiply(packed.along_n, dz)[0]
 
-    def weight_gradient(x, dz, key, grad_pruning):
+    def weight_gradient(x, dz, draws, grad_pruning):
         # Padding does not change the random bits that a token gets.
         dz, x = (pad_rows(array, TILE) for array in (dz, x))
-        bits = draw_bits(key, dz.shape, 0)
+        bits = take_bits(draws, *dz.shape)
         sparse = kernels.prune(dz, bits, exact=grad_pruning == "mvue_exact")
         return kernels.multiply(sparse, x, dense_is_transposed=False)[0]
 

@@ -27,8 +27,8 @@ class NMProducts(NamedTuple):
         (out, z), with out = act(z) and z[M, N], the pre-activation, both typed like x; z is None
         unless keeps_z.
       input_gradient: (dz[M, N], w, mask, packed) -> dx[M, K], typed like dz.
-      weight_gradient: (x[M, K], dz[M, N], key or None, grad_pruning) -> dw[K, N], typed like x,
-        dense; dz pruned along M unless grad_pruning is "none".
+      weight_gradient: (x[M, K], dz[M, N], draws or None, grad_pruning) -> dw[K, N], typed like x,
+        dense; dz pruned along M, see `mvue.take_bits`, unless grad_pruning is "none".
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array | None]]
@@ -44,7 +44,7 @@ def multiply_straight_through(arrays: NMArrays, facts: NMFacts, products: NMProd
     Kept for the backward pass: the arrays, and z where there is an activation.
 
     Args:
-      arrays: NMArrays; `packed` is handed to the products. Mask, packed and key get no gradient.
+      arrays: NMArrays; `packed` is handed to the products. Mask, packed and draws get no gradient.
       facts: NMFacts, static.
       products: NMProducts, static.
 
@@ -55,21 +55,21 @@ def multiply_straight_through(arrays: NMArrays, facts: NMFacts, products: NMProd
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _multiply(x, w, mask, packed, bias, key, products, activation, grad_pruning):
+def _multiply(x, w, mask, packed, bias, draws, products, activation, grad_pruning):
     return products.forward(x, w, mask, packed, bias, activation, False)[0]
 
 
-def _multiply_fwd(x, w, mask, packed, bias, key, products, activation, grad_pruning):
+def _multiply_fwd(x, w, mask, packed, bias, draws, products, activation, grad_pruning):
     keeps_z = activation is not None
     out, z = products.forward(x, w, mask, packed, bias, activation, keeps_z)
-    return out, (x, w, mask, packed, bias, key, z)
+    return out, (x, w, mask, packed, bias, draws, z)
 
 
 def _multiply_bwd(products, activation, grad_pruning, residuals, d_out):
-    x, w, mask, packed, bias, key, z = residuals
+    x, w, mask, packed, bias, draws, z = residuals
     dz = activation_gradient(z, d_out, activation)
     dx = products.input_gradient(dz, w, mask, packed)
-    dw = products.weight_gradient(x, dz, key, grad_pruning)
+    dw = products.weight_gradient(x, dz, draws, grad_pruning)
     d_bias = None
     if bias is not None:
         d_bias = dz.sum(axis=0, dtype=jnp.float32).astype(bias.dtype)

@@ -41,8 +41,8 @@ def _input_gradient(dz, w, mask, packed):
     return jnp.einsum("mn,kn->mk", dz, _mask_weight(w, mask))
 
 
-def _weight_gradient(x, dz, key, grad_pruning):
-    return jnp.einsum("mk,mn->kn", x, prune_tokens(dz, key, grad_pruning))
+def _weight_gradient(x, dz, draws, grad_pruning):
+    return jnp.einsum("mk,mn->kn", x, prune_tokens(dz, draws, grad_pruning))
 
 
 XLA_PRODUCTS = NMProducts(_forward, _input_gradient, _weight_gradient)

@@ -146,6 +146,15 @@ def _make_nm_matmul(**options):
     )
 
 
+def _make_nm_matmul_with_bits(spec):
+    """Parts of four tokens: one group on each device, where tokens are cut."""
+    plain = _make_nm_matmul(grad_pruning="mvue")
+    arrays = {name: plain.arrays[name] for name in ("w", "mask", "bias")}
+    arrays["x"] = _normal(0, 4, 16, 16)
+    arrays["bits"] = pk.draw_pruning_bits(plain.arrays["key"], arrays["x"].shape, 8)
+    return plain._replace(arrays=arrays, specs={"x": spec, "bits": spec}, out_spec=spec)
+
+
 def _average_map(arrays, implementation):
     return pk.mean_attention_map(
         arrays["q"], arrays["k"], causal=True, implementation=implementation
@@ -206,6 +215,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "block_sparse_matmul batch": _make_block_matmul,
     "nm_matmul batch": _make_nm_matmul,
     "nm_matmul batch, pruned": lambda: _make_nm_matmul(grad_pruning="mvue"),
+    "nm_matmul bits of the batch": lambda: _make_nm_matmul_with_bits(P("data")),
+    "nm_matmul bits of tokens": lambda: _make_nm_matmul_with_bits(P(None, "data")),
     "mean_attention_map batch": lambda: _make_map("batch"),
     "mean_attention_map heads": lambda: _make_map("heads"),
     "pack_nm layers": _make_packing,
@@ -224,10 +235,11 @@ def list_calls() -> list[tuple[str, str, str]]:
             "block_sparse_matmul batch",
             "nm_matmul batch",
             "nm_matmul batch, pruned",
+            "nm_matmul bits of tokens",
         )
         for transform in TRANSFORMS
         for kind in (("explicit", "shard_map") if transform == "form for a GPU" else KINDS[:1])
-        if not ("examples" in transform and ("attention" in problem or "pruned" in problem))
+        if not ("examples" in transform and problem.endswith(("both", "pruned", "tokens")))
         and not (kind == "shard_map" and "pruned" in problem)
     ]
     return transformed + [

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import nm_matmul, prune_mvue
+from pallas_kernels import draw_pruning_bits, nm_matmul, prune_mvue
 from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal, plain_nm_matmul
 
 NAMES = ("y", "dx", "dw", "dbias")
@@ -237,3 +237,20 @@ def check_pruned_gradient(case, implementation, *, optimise=True):
     expected, _ = prune(dz, case.key)
     off = error(pruned[:rows], expected[:rows])
     assert off == 0, f"{case}: pruned gradient off by {off}"
+
+
+def check_bits_of_a_key(case, implementation):
+    """Assert that results and gradients by bits are those by their key, to the bit."""
+    matmul = call_nm(implementation)
+
+    def multiply_by_bits(x, w, mask, *, key, **options):
+        return matmul(x, w, mask, bits=draw_pruning_bits(key, x.shape, w.shape[1]), **options)
+
+    arguments = *case.inputs(), case.masks()["whole"]
+    by_key, by_bits = (
+        compile_nm_case(case, function, optimise=False)(*arguments)
+        for function in (matmul, multiply_by_bits)
+    )
+    for name, expected, actual in zip(NAMES, by_key, by_bits, strict=True):
+        off = error(actual, expected)
+        assert off == 0, f"{case}: {name} by bits off by {off}"

@@ -25,6 +25,8 @@ _FAST = (
     "block_sparse_matmul batch/xla/shard_map",
     "nm_matmul batch/xla/explicit",
     "nm_matmul batch/xla/shard_map",
+    "nm_matmul bits of the batch/xla/explicit",
+    "nm_matmul bits of the batch/xla/shard_map",
 )
 
 
@@ -80,6 +82,28 @@ def test_a_mesh_of_one_device_divides_nothing():
     assert seen == [((2, 4), False), ((2, 4), True)]
 
 
+@pytest.mark.parametrize(("length", "is_cut"), [(16, True), (12, False)])
+def test_a_part_holds_what_two_arrays_have_together(length, is_cut):
+    """Groups of four of one array, and one entry for each of another."""
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    seen = []
+
+    def add(x, y, whole):
+        seen.append((x.shape, y.shape, whole))
+        return (x,)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        x, y = (
+            jax.ShapeDtypeStruct((n,), jnp.float32, sharding=NamedSharding(mesh, spec))
+            for n, spec in ((length, P("data")), (length // 4, P()))
+        )
+        jax.eval_shape(
+            lambda *arrays: run_on_mesh(add, arrays, ("a", "a"), ("a",), parts={"a": 4}), x, y
+        )
+    expected = ((4,), (1,), False) if is_cut else ((length,), (length // 4,), True)
+    assert seen == [expected]
+
+
 @pytest.mark.parametrize("op", TABLES)
 def test_kernels_are_not_partitioned(op):
     for backend in without_kernels(TABLES[op]):
@@ -119,6 +143,13 @@ def test_a_kernel_works_on_parts_and_sums_the_gradient_of_the_weight(implementat
     if implementation == "triton":
         pytest.importorskip("jax_triton")
     assert "psum" in _trace_gradient(axis_type, implementation)
+
+
+@pytest.mark.ci
+def test_a_kernel_works_on_parts_with_the_bits_of_their_tokens():
+    bits = jnp.zeros((4, 32, 128), jnp.uint32)
+    traced = _trace_gradient(AxisType.Explicit, "mosaic_sm90", grad_pruning="mvue", bits=bits)
+    assert "psum" in traced
 
 
 def test_a_kernel_refuses_what_draws_for_all_devices():

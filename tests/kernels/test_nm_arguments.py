@@ -15,6 +15,7 @@ _X = jnp.ones((2, 8))
 _W = jnp.ones((8, 12))
 _MASK = jnp.arange(8)[:, None] % 4 < jnp.full(12, 2)
 _KEY = jax.random.key(0)
+_BITS = jnp.zeros((1, 12), jnp.uint32)
 
 
 def _call(**changes):
@@ -44,8 +45,36 @@ def _call(**changes):
             r"activation='geglu' needs an even N, got w.shape=\(8, 3\)",
         ),
         ({"grad_pruning": "topk", "key": _KEY}, "grad_pruning must be one of .*, got 'topk'"),
-        ({"grad_pruning": "mvue"}, "key must be given where grad_pruning='mvue'"),
-        ({"key": _KEY}, "key must be None where grad_pruning='none'"),
+        (
+            {"grad_pruning": "mvue"},
+            "exactly one of key and bits must be given where grad_pruning='mvue', got neither",
+        ),
+        (
+            {"grad_pruning": "mvue_exact", "key": _KEY, "bits": _BITS},
+            "exactly one of key and bits .* grad_pruning='mvue_exact', got key and bits",
+        ),
+        ({"key": _KEY}, "key and bits must be None where grad_pruning='none', .* got key$"),
+        ({"bits": _BITS}, "key and bits must be None where grad_pruning='none', .* got bits$"),
+        (
+            {"grad_pruning": "mvue", "bits": jnp.zeros((2, 12), jnp.uint32)},
+            r"bits must be uint32\[..., 12\] of 1 rows, .* of 2 tokens, got uint32\[2, 12\]",
+        ),
+        (
+            {"grad_pruning": "mvue", "bits": jnp.zeros((1, 8), jnp.uint32)},
+            r"bits must be uint32\[..., 12\] of 1 rows, .* got uint32\[1, 8\]",
+        ),
+        (
+            {"grad_pruning": "mvue", "bits": jnp.uint32(0)},
+            r"bits must be uint32\[..., 12\] of 1 rows, .* got uint32\[\]",
+        ),
+        (
+            {"grad_pruning": "mvue", "bits": jnp.zeros((1, 12), jnp.int32)},
+            r"bits must be uint32\[..., 12\] of 1 rows, .* got int32\[1, 12\]",
+        ),
+        (
+            {"grad_pruning": "mvue", "bits": _KEY},
+            r"bits must be uint32\[..., 12\] of 1 rows, .* got key<fry>\[\]",
+        ),
         (
             {"grad_pruning": "mvue", "key": jnp.zeros(2, jnp.uint32)},
             r"key must be one typed key, as jax.random.key makes it, got uint32\[2\]",

@@ -100,6 +100,12 @@ def test_two_of_four_tokens_make_the_weight_gradient(name):
 
 
 @pytest.mark.ci
+def test_bits_are_supplied_for_rows_that_are_appended():
+    with triton_kernels():
+        nm_contract.check_bits_of_a_key(NM_KERNEL_CASES["bf16_mvue_odd_rows"], "triton")
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize("turned", [False, True], ids=["plain", "turned"])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_every_tile_whatever_is_slow(cut, turned):
