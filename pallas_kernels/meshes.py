@@ -88,7 +88,7 @@ def run_on_mesh(
       axes: for each, letters of the leading axes of its arrays; axes without one belong to no part.
       results: the same for what the function returns.
       parts: letter -> what the length of a part is a multiple of, for the axes that the op can work
-        on part by part; of the array that is longest there, which others have fractions of.
+        on part by part.
       mean: whether results are averaged over parts.
 
     Returns:
@@ -172,18 +172,12 @@ def _can_cut(found, arrays, axes, parts, mesh) -> bool:
         return False
     over = [name for (names,) in found.values() for name in names]
     counts = {a: math.prod(mesh.shape[name] for name in names) for a, (names,) in found.items()}
-    lengths = sorted(
-        (length, letter)
+    return len(set(over)) == len(over) and all(
+        length == 1 or length % (counts[letter] * parts[letter]) == 0
         for letters, tree in zip(axes, arrays, strict=True)
         for x in jax.tree.leaves(tree)
         for letter, length in zip(letters, x.shape, strict=False)
-        if letter in counts and length > 1
-    )
-    longest = {letter: length for length, letter in lengths}
-    return (
-        len(set(over)) == len(over)
-        and all(length % counts[letter] == 0 for length, letter in lengths)
-        and all(length % (counts[a] * parts[a]) == 0 for a, length in longest.items())
+        if letter in counts
     )
 
 

@@ -145,15 +145,14 @@ def nm_matmul(
 
     tokens = name_axes(x.ndim - 1)
     parts, bits_axes = dict.fromkeys(tokens, 1), ""
-    if grad_pruning != "none":
-        groups = _list_groups(x.shape)
-        if bits is not None and bits.shape[:-1] == groups and len(groups) == len(tokens):
-            # A part has the bits of its own groups.
-            parts[tokens[-1]], bits_axes = GROUP, tokens + "N"
-        else:
-            # One order of groups for all tokens: they run on from one row of an axis to the next,
-            # and a key draws for all of them.
-            parts = {}
+    if bits is not None and _follow_tokens(bits, x):
+        # Parts hold whole groups, because bits are cut where tokens are; one group stays whole.
+        bits_axes = tokens + "N"
+        if bits.shape[-2] == 1:
+            del parts[tokens[-1]]
+    elif grad_pruning != "none":
+        # Groups, and what a key draws for them, run on from one part to the next.
+        parts = {}
     (out,) = run_on_mesh(
         multiply,
         (x, w, mask, packed, bias, key, bits),
@@ -189,17 +188,19 @@ def draw_pruning_bits(key: jax.Array, x_shape: tuple[int, ...], columns: int) ->
       (5, 4)
     """
     _check_key(key)
-    groups = _list_groups(x_shape)
-    bits = draw_bits(key, (GROUP * math.prod(groups), columns), 0)
-    return bits.reshape(*groups, columns)
-
-
-def _list_groups(x_shape):
-    """The axes of groups of four tokens."""
     *leading, _ = x_shape
+    tokens = math.prod(leading)
+    bits = draw_bits(key, (tokens + -tokens % GROUP, columns), 0)
     if leading and leading[-1] % GROUP == 0:
-        return (*leading[:-1], leading[-1] // GROUP)
-    return (-(-math.prod(leading) // GROUP),)
+        bits = bits.reshape(*leading[:-1], leading[-1] // GROUP, columns)
+    return bits
+
+
+def _follow_tokens(bits, x):
+    """Whether bits have the axes of tokens, with one number for four of the last."""
+    if bits.ndim != x.ndim or x.ndim == 1:
+        return False
+    return (*bits.shape[:-2], GROUP * bits.shape[-2]) == x.shape[:-1]
 
 
 def _check_arrays(x, w, mask, bias):

@@ -82,28 +82,6 @@ def test_a_mesh_of_one_device_divides_nothing():
     assert seen == [((2, 4), False), ((2, 4), True)]
 
 
-@pytest.mark.parametrize(("length", "is_cut"), [(16, True), (12, False)])
-def test_a_part_holds_what_two_arrays_have_together(length, is_cut):
-    """Groups of four of one array, and one entry for each of another."""
-    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Explicit,))
-    seen = []
-
-    def add(x, y, whole):
-        seen.append((x.shape, y.shape, whole))
-        return (x,)
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        x, y = (
-            jax.ShapeDtypeStruct((n,), jnp.float32, sharding=NamedSharding(mesh, spec))
-            for n, spec in ((length, P("data")), (length // 4, P()))
-        )
-        jax.eval_shape(
-            lambda *arrays: run_on_mesh(add, arrays, ("a", "a"), ("a",), parts={"a": 4}), x, y
-        )
-    expected = ((4,), (1,), False) if is_cut else ((length,), (length // 4,), True)
-    assert seen == [expected]
-
-
 @pytest.mark.parametrize("op", TABLES)
 def test_kernels_are_not_partitioned(op):
     for backend in without_kernels(TABLES[op]):
@@ -150,6 +128,24 @@ def test_a_kernel_works_on_parts_with_the_bits_of_their_tokens():
     bits = jnp.zeros((4, 32, 128), jnp.uint32)
     traced = _trace_gradient(AxisType.Explicit, "mosaic_sm90", grad_pruning="mvue", bits=bits)
     assert "psum" in traced
+
+
+@pytest.mark.parametrize(
+    ("leading", "is_cut"),
+    [((8,), True), ((12,), False), ((4,), False), ((6,), False), ((3, 8), True), ((2, 6), False)],
+)
+def test_tokens_are_cut_in_whole_groups(leading, is_cut):
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    bits = pk.draw_pruning_bits(jax.random.key(0), (*leading, 8), 4)
+    w, mask = jnp.ones((8, 4)), jnp.broadcast_to(jnp.arange(8)[:, None] % 4 < 2, (8, 4))
+    spec = P(*[None] * (len(leading) - 1), "data")
+
+    def multiply(x):
+        return pk.nm_matmul(x, w, mask, grad_pruning="mvue", bits=bits, implementation="xla")
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        x = jax.ShapeDtypeStruct((*leading, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
+        assert ("shard_map" in str(jax.make_jaxpr(multiply)(x))) == is_cut
 
 
 def test_a_kernel_refuses_what_draws_for_all_devices():

@@ -60,9 +60,11 @@ def test_padding_does_not_change_the_bits_of_a_token(seed):
         assert not prune_tokens(zeros, draws, "mvue")[6:].any()
 
 
-@pytest.mark.parametrize("leading", [(6, 12), (2, 3, 12), (2, 1, 3, 12)])
-def test_any_leading_axes_give_one_order_of_groups(leading):
-    case = _CASES["batch"]
+@pytest.mark.parametrize(
+    ("tokens", "leading"), [((2, 12), (6,)), ((2, 12), (2, 1, 3)), ((24,), (2, 3)), ((3,), ())]
+)
+def test_any_leading_axes_give_one_order_of_groups(tokens, leading):
+    case = dataclasses.replace(_CASES["batch"], leading=tokens)
     x, w, _ = case.inputs()
     mask = case.masks()["whole"]
     bits = draw_pruning_bits(jax.random.key(0), x.shape, w.shape[1])
@@ -74,7 +76,7 @@ def test_any_leading_axes_give_one_order_of_groups(leading):
 
         return jax.grad(loss)(w)
 
-    shape = (*leading[:-1], w.shape[1])
+    shape = (*leading, w.shape[1])
     np.testing.assert_array_equal(
         *(np.asarray(gradient(b), np.float32) for b in (bits, bits.reshape(shape)))
     )
