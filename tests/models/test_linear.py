@@ -224,7 +224,9 @@ def test_pruned_gradients_follow_a_key_and_results_do_not():
 
 def test_a_key_is_asked_for_where_something_is_drawn():
     layer, x, key = make_layer(), draw(3, K), jax.random.key(0)
-    with pytest.raises(ValueError, match="key must be given where grad_pruning='mvue'"):
+    with pytest.raises(
+        ValueError, match="one of key and bits must be given where grad_pruning='mvue', got neither"
+    ):
         layer(x, options=MVUE)
     np.testing.assert_array_equal(layer(x, key=key), layer(x))
     layer(x, options=MVUE._replace(sparse=False))
