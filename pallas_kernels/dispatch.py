@@ -3,6 +3,9 @@
 import jax
 from jax._src import config as _jax_config
 
+# The platforms that CUDA devices go by.
+_CUDA = ("gpu", "cuda")
+
 
 def target_platform() -> str:
     """Return the platform that traced code will be compiled for.
@@ -28,17 +31,21 @@ def targets_gpu() -> bool:
     Returns:
       bool, True for the platforms that CUDA devices go by.
     """
-    return target_platform() in ("gpu", "cuda")
+    return target_platform() in _CUDA
 
 
 def runs_on_own_gpu() -> bool:
-    """Return whether traced code will run on a GPU of this machine.
+    """Return whether traced code will run on a GPU of this machine, or on one of that kind.
 
     Returns:
       bool, False for a GPU that is only compiled for.
     """
-    is_abstract = jax.sharding.get_abstract_mesh().abstract_device is not None
-    return targets_gpu() and not is_abstract
+    if not targets_gpu():
+        return False
+    # That of the mesh in force, be it of devices or abstract.
+    meant = jax.sharding.get_abstract_mesh().abstract_device
+    own = jax.devices()[0]
+    return meant is None or (own.platform in _CUDA and own.device_kind == meant.device_kind)
 
 
 def is_interpreted() -> bool:

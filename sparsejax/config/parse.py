@@ -23,7 +23,7 @@ from sparsejax.patterns import WeightBlocks
 from sparsejax.recipes.own import is_own
 from sparsejax.recipes.registry import RECIPES, RecipeEntry
 
-_SECTIONS = ("model", "data", "optimizer", "recipe", "checkpoint")
+_SECTIONS = ("model", "data", "optimizer", "recipe", "checkpoint", "mesh")
 _OWN = "own"
 _FLOAT32_LIMIT = float(2**128)
 
@@ -120,7 +120,7 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
             for name, hint in hints.items()
             if name not in _SECTIONS
         }
-        for section in ("model", "optimizer", "checkpoint"):
+        for section in ("model", "optimizer", "checkpoint", "mesh"):
             values[section] = _build(hints[section], mapping[section], f"{section}.")
         with naming_data():
             values["data"] = _build(DataConfig, mapping["data"], "data.", seed=values["seed"])

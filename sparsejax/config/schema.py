@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax.checks import check_setting, make_check
+from sparsejax.config.mesh import MeshConfig
 from sparsejax.data import DataConfig
 from sparsejax.models import (
     Implementation,
@@ -170,6 +171,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     recipe: RecipeSettings = dataclasses.field(default_factory=RecipeSettings)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
         for name in ("num_steps", "eval_every_steps", "log_every_steps", "num_micro_batches"):

@@ -18,10 +18,10 @@ from sparsejax.models.config import TransformerConfig as TransformerConfig
 from sparsejax.models.config import TransformerOptions as TransformerOptions
 from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patterns
 from sparsejax.models.embedding import SparseEmbed as SparseEmbed
-from sparsejax.models.linear import DENSE_LINEAR as DENSE_LINEAR
-from sparsejax.models.linear import LinearOptions as LinearOptions
 from sparsejax.models.linear import SparseLinear as SparseLinear
 from sparsejax.models.mlp import MLP as MLP
+from sparsejax.models.products import DENSE_LINEAR as DENSE_LINEAR
+from sparsejax.models.products import LinearOptions as LinearOptions
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer
 from sparsejax.models.transformer import find_model_class as find_model_class

@@ -6,12 +6,13 @@ heads, H head dim, I query blocks, J key blocks.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import (
     BlockSchedule,
@@ -21,10 +22,21 @@ from pallas_kernels import (
     mean_attention_map,
 )
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
-from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions, apply_linear, make_linear
+from sparsejax.models.linear import apply_linear, make_linear
+from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import make_bias_init, make_kernel_inits
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import BlockPattern
+from sparsejax.sharding import (
+    AXES,
+    BATCH,
+    HEADS,
+    constrain,
+    get_sizes,
+    is_mapped,
+    map_parts,
+    split_dealt,
+)
 
 
 class AttentionOptions(NamedTuple):
@@ -135,23 +147,19 @@ class BlockSparseAttention(nnx.Module):
             )
         project = functools.partial(apply_linear, options=linear_options, pruning_key=pruning_key)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q_BTNH, k_BSKH, v_BSKH = (
-            part.reshape(B, T, -1, self.head_dim)
-            for part in jnp.split(
-                project(self.qkv, x_BTD, name="attention/qkv"),
-                [sum(heads[:n]) * self.head_dim for n in (1, 2)],
-                axis=-1,
-            )
-        )
+        widths = [count * self.head_dim for count in heads]
+        qkv = project(self.qkv, x_BTD, name="attention/qkv", split="columns", segments=widths)
+        q_BTNH, k_BSKH, v_BSKH = split_heads(qkv, widths, self.head_dim)
         if self.rotary:
             q_BTNH, k_BSKH = apply_rotary(q_BTNH), apply_rotary(k_BSKH)
+        q_BTNH, k_BSKH, v_BSKH = deal_heads(q_BTNH, k_BSKH, v_BSKH)
         attention_map_TS = None
         if probe:
-            attention_map_TS = mean_attention_map(
+            attention_map_TS = _average_map(
                 q_BTNH,
                 k_BSKH,
+                kv_mask_BT,
                 causal=self.causal,
-                kv_mask_BS=kv_mask_BT,
                 implementation=_name_of_probe(options.implementation),
             )
         blocks, pattern, implementation = self._choose_blocks(T, schedule, options)
@@ -165,20 +173,20 @@ class BlockSparseAttention(nnx.Module):
         # Keys at padded positions come from activations there. Were those, or their products, not
         # finite, gradients of the projections, where they meet zeros, would be NaN whatever
         # attention does. Without gradients a NaN would spread from there: padding has to be finite.
-        y_BTNH = block_sparse_attention(
+        y_BTNH = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
             blocks,
+            kv_mask_BT,
             block_q=pattern.block_q,
             block_kv=pattern.block_kv,
             causal=self.causal,
-            kv_mask=kv_mask_BT,
             removed_keys_finite=True,
             pruned_logits=options.pruned_logits,
             implementation=implementation,
         )[:, :T]
-        y_BTD = project(self.out, y_BTNH.reshape(B, T, -1), name="attention/out")
+        y_BTD = project(self.out, y_BTNH.reshape(B, T, -1), name="attention/out", split="rows")
         return y_BTD, attention_map_TS
 
     def _choose_blocks(
@@ -196,6 +204,92 @@ class BlockSparseAttention(nnx.Module):
         num_q, num_kv = self.block.grid(_pad_length(length, self.block))
         kept = self.block_mask[...][:, :, :num_q, :num_kv]
         return kept, self.block, options.implementation
+
+
+_HEADS_SPEC, _POSITIONS_SPEC = P(BATCH, None, HEADS, None), P(BATCH, None)
+
+
+def split_heads(y_BTW: jax.Array, widths: Sequence[int], head_dim: int) -> Iterator[jax.Array]:
+    """Split the columns of a projection into heads.
+
+    Args:
+      y_BTW: float[B, T, W]; on a mesh its columns are dealt, see `deal_columns`.
+      widths: columns of queries, keys or values, whose sum is W.
+      head_dim: int, H.
+
+    Yields:
+      float[B, T, heads, H] for each width.
+    """
+    B, T, _ = y_BTW.shape
+    for part in split_dealt(y_BTW, widths, get_sizes()["tensor"]):
+        yield constrain(part.reshape(B, T, -1, head_dim), BATCH, "context", "tensor", None)
+
+
+def deal_heads(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Give each device all positions of its heads; without a mesh, return what is given.
+
+    Key/value heads that the devices do not divide are repeated until they do.
+
+    Args:
+      q_BTNH: float[B, T, N, H].
+      k_BSKH: float[B, S, K, H].
+      v_BSKH: like k.
+
+    Returns:
+      tuple of queries, keys and values, with as many heads as devices divide.
+    """
+    sizes = get_sizes()
+    parts, kv_heads = math.prod(sizes[name] for name in HEADS), k_BSKH.shape[2]
+    times = math.lcm(parts, kv_heads) // kv_heads
+    if times > 1:
+        k_BSKH, v_BSKH = (jnp.repeat(x, times, axis=2) for x in (k_BSKH, v_BSKH))
+    q_BTNH, k_BSKH, v_BSKH = (constrain(x, *_HEADS_SPEC) for x in (q_BTNH, k_BSKH, v_BSKH))
+    return q_BTNH, k_BSKH, v_BSKH
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    blocks: jax.Array | BlockSchedule | None,
+    kv_mask_BS: jax.Array | None,
+    **options: Any,
+) -> jax.Array:
+    """Attend with `block_sparse_attention`, on a mesh each device with its examples and heads.
+
+    Args:
+      q_BTNH: float[B, T, N, H].
+      k_BSKH: float[B, S, K, H].
+      v_BSKH: like k.
+      blocks: what is attended to, alike for all examples and heads.
+      kv_mask_BS: bool[B, S], True = may be attended; None = all.
+      **options: of `block_sparse_attention`.
+
+    Returns:
+      float[B, T, N, H]; on a mesh each device has its positions of the heads of its part.
+    """
+
+    def run(q, k, v, blocks, kv_mask):
+        return block_sparse_attention(q, k, v, blocks, kv_mask=kv_mask, **options)
+
+    specs = (_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, P(), _POSITIONS_SPEC)
+    y_BTNH = map_parts(run, specs, _HEADS_SPEC)(q_BTNH, k_BSKH, v_BSKH, blocks, kv_mask_BS)
+    return constrain(y_BTNH, BATCH, "context", "tensor", None)
+
+
+def _average_map(q_BTNH, k_BSKH, kv_mask_BS, **options):
+    """Average on each device, then over all."""
+
+    def average(q, k, kv_mask):
+        found = mean_attention_map(q, k, kv_mask_BS=kv_mask, **options)
+        return jax.lax.pmean(found, AXES) if cut else found
+
+    cut = is_mapped()
+    return map_parts(average, (_HEADS_SPEC, _HEADS_SPEC, _POSITIONS_SPEC), P())(
+        q_BTNH, k_BSKH, kv_mask_BS
+    )
 
 
 def _name_of_probe(implementation: Implementation | None) -> Implementation | None:

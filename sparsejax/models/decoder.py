@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import block_sparse_attention
-from sparsejax.models.attention import apply_rotary
+from sparsejax.models.attention import apply_rotary, attend, deal_heads, split_heads
 from sparsejax.models.config import TransformerConfig
-from sparsejax.models.linear import LinearOptions
+from sparsejax.models.linear import apply_linear
 from sparsejax.models.mlp import MLP
+from sparsejax.models.products import DENSE_LINEAR, LinearOptions
 from sparsejax.models.residual import (
     dropout,
     make_bias_init,
@@ -23,6 +23,7 @@ from sparsejax.models.residual import (
     make_layer_norm,
 )
 from sparsejax.models.stack import make_stack, scan_stack
+from sparsejax.sharding import cut_positions
 
 # Folded into keys: the decoder draws other numbers than the encoder.
 _DECODER = zlib.crc32(b"decoder")
@@ -49,6 +50,7 @@ class DenseAttention(nnx.Module):
           rngs: nnx.Rngs with a `params` stream.
         """
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
         self.causal, self.rotary = causal, rotary
         width = config.model_dim
         kernel_init, out_kernel_init = _make_kernel_inits(config)
@@ -80,24 +82,26 @@ class DenseAttention(nnx.Module):
           Those of `block_sparse_attention`.
         """
         (B, T, _), S = x_BTD.shape, memory_BSD.shape[1]
-        q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
-        k_BSKH, v_BSKH = (
-            part.reshape(B, S, self.num_kv_heads, -1)
-            for part in jnp.split(self.key_value(memory_BSD), 2, axis=-1)
-        )
+        H = self.head_dim
+        widths = [self.num_kv_heads * H] * 2
+        query = self._project(self.query, x_BTD, split="columns")
+        key_value = self._project(self.key_value, memory_BSD, split="columns", segments=widths)
+        (q_BTNH,) = split_heads(query, [self.num_heads * H], H)
+        k_BSKH, v_BSKH = split_heads(key_value, widths, H)
         if self.rotary:
             q_BTNH, k_BSKH = apply_rotary(q_BTNH), apply_rotary(k_BSKH)
-        y_BTNH = block_sparse_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
+        y_BTNH = attend(
+            *deal_heads(q_BTNH, k_BSKH, v_BSKH),
             None,
+            kv_mask_BS,
             block_q=T,
             block_kv=S,
             causal=self.causal,
-            kv_mask=kv_mask_BS,
         )
-        return self.out(y_BTNH.reshape(B, T, -1))
+        return self._project(self.out, y_BTNH.reshape(B, T, -1), split="rows")
+
+    def _project(self, layer, x, **options):
+        return apply_linear(layer, x, name="", options=DENSE_LINEAR, pruning_key=None, **options)
 
 
 class DecoderBlock(nnx.Module):
@@ -145,17 +149,19 @@ class DecoderBlock(nnx.Module):
         """
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         h_BTD = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + dropout(self.attention(h_BTD, h_BTD), self.dropout_rate, keys[0])
+        x_BTD = cut_positions(
+            x_BTD + dropout(self.attention(h_BTD, h_BTD), self.dropout_rate, keys[0])
+        )
         h_BTD = self.cross_attention_norm(x_BTD)
         branch = self.cross_attention(h_BTD, encoded_BSD, kv_mask_BS=kv_mask_BS)
-        x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[1])
+        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, keys[1]))
         branch = self.mlp(
             self.mlp_norm(x_BTD),
             options=linear_options,
             pruning_key=pruning_key,
             dropout_key=dropout_key,
         )
-        return x_BTD + dropout(branch, self.dropout_rate, keys[2])
+        return cut_positions(x_BTD + dropout(branch, self.dropout_rate, keys[2]))
 
 
 class Decoder(nnx.Module):
@@ -224,7 +230,7 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + self.position[...][None, : x_BTD.shape[1]].astype(x_BTD.dtype)
         if config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
-        x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
+        x_BTD = cut_positions(dropout(x_BTD, config.dropout_rate, embedding_key))
 
         def apply(block, x_BTD, keys, _):
             dropout_key, pruning_key = keys

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import block_sparse_matmul
-from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions
+from sparsejax.models.products import SPARSE_LINEAR, LinearOptions, Weight, multiply_parts
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
+from sparsejax.sharding import BATCH, fit_axis, is_mapped, map_parts
 
 _EMBEDDING_INIT = nnx.initializers.normal(0.02)
 
@@ -88,10 +90,23 @@ class SparseEmbed(nnx.Module):
         x = jnp.take(embedding, tokens, axis=0)
         if not options.sparse:
             return x
-        kept, columns = self.embedding_mask[...], 1
+        return self.prune(x, tokens, self.embedding_mask[...])
+
+    def prune(self, x: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Set to 0 what a mask prunes of the vectors of tokens, but not of their gradients.
+
+        Args:
+          x: float[..., D].
+          tokens: i32[...], below V.
+          mask: like `embedding_mask`.
+
+        Returns:
+          float[..., D].
+        """
+        columns = 1
         if isinstance(self.pattern, WeightBlocks):
             tokens, columns = tokens // self.pattern.rows, self.pattern.columns
-        return _keep(x, jnp.take(kept, tokens, axis=0).repeat(columns, axis=-1))
+        return _keep(x, jnp.take(mask, tokens, axis=0).repeat(columns, axis=-1))
 
     def attend(self, x: jax.Array, *, options: LinearOptions = SPARSE_LINEAR) -> jax.Array:
         """Compute logits: the product of the head that is tied to this embedding.
@@ -161,7 +176,33 @@ def look_up(
     Returns:
       float[..., D].
     """
+    if is_mapped() and type(embed) in (nnx.Embed, SparseEmbed):
+        return _look_up_parts(embed, tokens, options)
     return embed(tokens, options=options) if isinstance(embed, SparseEmbed) else embed(tokens)
+
+
+def _look_up_parts(embed, tokens_BT, options):
+    """Look up on each device its tokens, in its rows of a table that is gathered over "fsdp"."""
+    (table,) = promote_dtype((embed.embedding[...],), dtype=embed.dtype)
+    mask = embed.embedding_mask[...] if isinstance(embed, SparseEmbed) and options.sparse else None
+    rows, columns = (
+        fit_axis(name, size) for name, size in zip(("tensor", "fsdp"), table.shape, strict=True)
+    )
+
+    def run(tokens, table, mask):
+        if columns is not None:
+            table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
+        if rows is None:
+            x = jnp.take(table, tokens, axis=0)
+        else:
+            first = jax.lax.axis_index(rows) * table.shape[0]
+            here = (tokens >= first) & (tokens < first + table.shape[0])
+            x = jnp.take(table, jnp.where(here, tokens - first, 0), axis=0)
+            x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), x.dtype)), rows)
+        return x if mask is None else embed.prune(x, tokens, mask)
+
+    positions = P(BATCH, "context")
+    return map_parts(run, (positions, P(rows, columns), P()), positions)(tokens_BT, table, mask)
 
 
 def compute_logits(
@@ -176,5 +217,24 @@ def compute_logits(
     Returns:
       f32[..., V].
     """
-    logits = embed.attend(x, options=options) if isinstance(embed, SparseEmbed) else embed.attend(x)
+    if is_mapped() and type(embed) in (nnx.Embed, SparseEmbed):
+        logits = _attend_parts(embed, x, options)
+    elif isinstance(embed, SparseEmbed):
+        logits = embed.attend(x, options=options)
+    else:
+        logits = embed.attend(x)
     return logits.astype(jnp.float32)
+
+
+def _attend_parts(embed, x_BTD, options):
+    x_BTD, table = promote_dtype((x_BTD, embed.embedding[...]), dtype=embed.dtype)
+    weight, pattern = Weight(table.T), None
+    if isinstance(embed, SparseEmbed) and options.sparse:
+        if isinstance(embed.pattern, WeightBlocks):
+            pattern = embed.pattern
+            masks = (embed.embedding_mask[...].T, embed.gradient_mask[...].T)
+            weight = Weight(table.T, None, *masks)
+        else:
+            weight = Weight(_keep(table, embed.embedding_mask[...]).T)
+    options = options._replace(grad_pruning="none")
+    return multiply_parts(x_BTD, weight, pattern=pattern, options=options, split="columns")

@@ -4,44 +4,29 @@ Legend: K contracted axis, N columns of the kernel, I x J its blocks.
 """
 
 import zlib
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from pallas_kernels import Implementation, block_sparse_matmul, nm_matmul
-from pallas_kernels.nm_matmul.op import Activation, GradPruning
+from sparsejax.models.products import (
+    SPARSE_LINEAR,
+    LayerActivation,
+    LinearOptions,
+    Split,
+    Weight,
+    activate,
+    get_groups,
+    multiply,
+    multiply_parts,
+)
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
+from sparsejax.sharding import is_mapped
 
-type LayerActivation = Activation | Literal["gelu_exact", "relu"]
-"""What may follow a layer."""
-
-# What no kernel fuses with a product.
-_UNFUSED = ("gelu_exact", "relu")
-
-
-class LinearOptions(NamedTuple):
-    """Static choices of one training phase about layers with sparse weights.
-
-    Attributes:
-      sparse: bool, False ignores the masks and everything below.
-      grad_pruning: "none"; or "mvue" or "mvue_exact", the gradient of a weight comes from two of
-        every four tokens, drawn without bias.
-      implementation: which kernel runs the product, None for the best on the device.
-    """
-
-    sparse: bool = True
-    grad_pruning: GradPruning = "none"
-    implementation: Implementation | None = None
-
-
-SPARSE_LINEAR = LinearOptions()
-DENSE_LINEAR = LinearOptions(sparse=False)
 _TWO_OF_FOUR = NMPattern(2, 4)
-_GATES = {"geglu": nnx.gelu, "swiglu": nnx.silu}
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
@@ -96,7 +81,7 @@ class SparseLinear(nnx.Module):
         Raises:
           ValueError: if the groups or blocks of the pattern do not fill an axis.
         """
-        _, m, transposable = _get_groups(pattern)
+        _, m, transposable = get_groups(pattern)
         sizes = {"in_features": in_features}
         if transposable:
             sizes["out_features"] = out_features
@@ -114,9 +99,7 @@ class SparseLinear(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), jnp.float32))
         else:
             self.bias = nnx.data(None)
-        self._multiply = _multiply_groups
         if isinstance(pattern, WeightBlocks):
-            self._multiply = _multiply_blocks
             shape = pattern.grid(shape)
             self.gradient_mask = SparsityMask(jnp.ones(shape, bool))
         self.kernel_mask = SparsityMask(jnp.ones(shape, bool))
@@ -150,96 +133,30 @@ class SparseLinear(nnx.Module):
           With dense options, those of `nnx.Linear` and then `activate`, bit for bit; otherwise
           those of `pallas_kernels.nm_matmul`, or of `block_sparse_matmul`.
         """
-        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote_dtype((x, kernel, bias), dtype=self.dtype)
-        if not options.sparse:
-            y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-            if bias is not None:
-                y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-            return activate(y, activation)
-        return self._multiply(self, x, kernel, bias, options, key, activation)
-
-
-def _multiply_blocks(layer, x, kernel, bias, options, key, activation):
-    del key
-    if options.grad_pruning != "none":
-        raise ValueError(
-            f"grad_pruning must be 'none' for weights in blocks, got {options.grad_pruning!r}"
+        x, weight = read_weight(self, x)
+        return multiply(
+            x, weight, pattern=self.pattern, options=options, key=key, activation=activation
         )
-    y = block_sparse_matmul(
-        x,
-        kernel,
-        layer.kernel_mask[...],
-        grad_mask=layer.gradient_mask[...],
-        bias=bias,
-        implementation=options.implementation,
-    )
-    return activate(y, activation)
 
 
-def _multiply_groups(layer, x, kernel, bias, options, key, activation):
-    n, m, transposable = _get_groups(layer.pattern)
-    y = nm_matmul(
-        x,
-        kernel,
-        layer.kernel_mask[...],
-        transposable=transposable,
-        grad_pruning=options.grad_pruning,
-        key=None if options.grad_pruning == "none" else key,
-        bias=bias,
-        activation=None if activation in _UNFUSED else activation,
-        pattern=(n, m),
-        # The mask of a layer that is not pruned yet keeps everything.
-        check_mask=False,
-        implementation=options.implementation,
-    )
-    return activate(y, activation) if activation in _UNFUSED else y
-
-
-def activate(z: jax.Array, activation: LayerActivation | None) -> jax.Array:
-    """Apply the activation of a feed-forward layer.
-
-    None: z,  "gelu" and "gelu_exact": gelu(z),  "relu": max(z, 0),
-    "geglu": value * gelu(gate),  "swiglu": value * silu(gate)
+def read_weight(layer: nnx.Linear | SparseLinear, x: jax.Array) -> tuple[jax.Array, Weight]:
+    """Read what a layer multiplies by, in one type with its input.
 
     Args:
-      z: float[..., N]; N is even for a gated activation, the first half is the value.
-      activation: None, "gelu" (tanh form), "gelu_exact" (error function), "relu", "geglu" (tanh
-        form) or "swiglu".
+      layer: of either kind.
+      x: float[..., K].
 
     Returns:
-      float[..., N], or [..., N / 2] if gated, typed like z, in whose type it is computed.
-
-    Raises:
-      ValueError: if the activation is unknown, or N odd for a gated one.
-
-    References:
-      Shazeer, arXiv:2002.05202.
+      x and Weight.
     """
-    if activation is None:
-        return z
-    if activation == "gelu":
-        return nnx.gelu(z)
-    if activation == "gelu_exact":
-        return nnx.gelu(z, approximate=False)
-    if activation == "relu":
-        return nnx.relu(z)
-    if activation not in _GATES:
-        raise ValueError(
-            "activation must be None, 'gelu', 'gelu_exact', 'relu', 'geglu' or 'swiglu', got "
-            f"{activation!r}"
-        )
-    if z.shape[-1] % 2:
-        raise ValueError(f"{activation=} needs an even number of columns, got {z.shape=}")
-    value, gate = jnp.split(z, 2, axis=-1)
-    return value * _GATES[activation](gate)
-
-
-def _get_groups(pattern: WeightPattern) -> tuple[int, int, bool]:
-    """Return n, m and whether groups run along both axes; without structure, groups of one."""
-    if isinstance(pattern, NMPattern):
-        return pattern.n, pattern.m, pattern.transposable
-    return 1, 1, False
+    kernel, bias = layer.kernel[...], None if layer.bias is None else layer.bias[...]
+    x, kernel, bias = promote_dtype((x, kernel, bias), dtype=layer.dtype)
+    if not isinstance(layer, SparseLinear):
+        return x, Weight(kernel, bias)
+    gradient_mask = None
+    if isinstance(layer.pattern, WeightBlocks):
+        gradient_mask = layer.gradient_mask[...]
+    return x, Weight(kernel, bias, layer.kernel_mask[...], gradient_mask)
 
 
 def make_linear(
@@ -267,8 +184,12 @@ def apply_linear(
     options: LinearOptions,
     pruning_key: jax.Array | None,
     activation: LayerActivation | None = None,
+    split: Split,
+    segments: Sequence[int] = (),
 ) -> jax.Array:
     """Apply a linear layer of a block, of either kind, and an activation.
+
+    On a mesh each device computes its part, see `multiply_parts`.
 
     Args:
       x: float[..., K].
@@ -276,13 +197,29 @@ def apply_linear(
       options: LinearOptions, static.
       pruning_key: typed key of the block, or None where no gradient is pruned.
       activation: as of `SparseLinear`.
+      split: what of the kernel is cut over "tensor".
+      segments: of the columns, as of `multiply_parts`.
 
     Returns:
-      float[..., N], or [..., N / 2] for a gated activation.
+      float[..., N], or [..., N / 2] for a gated activation; on a mesh its columns are dealt.
     """
+    key = None
+    if pruning_key is not None and isinstance(layer, SparseLinear):
+        key = jax.random.fold_in(pruning_key, zlib.crc32(name.encode()))
+    # Layers of a user's own do as they say, and XLA divides them.
+    if is_mapped() and type(layer) in (nnx.Linear, SparseLinear):
+        pattern = layer.pattern if isinstance(layer, SparseLinear) else None
+        x, weight = read_weight(layer, x)
+        return multiply_parts(
+            x,
+            weight,
+            pattern=pattern,
+            options=options,
+            key=key,
+            activation=activation,
+            split=split,
+            segments=segments,
+        )
     if not isinstance(layer, SparseLinear):
         return activate(layer(x), activation)
-    key = None
-    if pruning_key is not None:
-        key = jax.random.fold_in(pruning_key, zlib.crc32(name.encode()))
     return layer(x, options=options, key=key, activation=activation)

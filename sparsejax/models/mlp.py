@@ -15,7 +15,8 @@ from sparsejax.models.config import (
     TransformerConfig,
     sparse_weight_patterns,
 )
-from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions, apply_linear, make_linear
+from sparsejax.models.linear import apply_linear, make_linear
+from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import dropout, make_bias_init, make_kernel_inits
 
 # Folded into a block's key, which is split for its branches: neither changes the other's numbers.
@@ -91,6 +92,7 @@ class MLP(nnx.Module):
         Returns:
           float[B, T, D].
         """
+        gated = self.activation in GATED_ACTIVATIONS
         hidden_BTF = apply_linear(
             self.up,
             x_BTD,
@@ -98,10 +100,17 @@ class MLP(nnx.Module):
             options=options,
             pruning_key=pruning_key,
             activation=self.activation,
+            split="columns",
+            segments=[self.up.out_features // 2] * 2 if gated else (),
         )
         if dropout_key is not None:
             dropout_key = jax.random.fold_in(dropout_key, _HIDDEN)
         hidden_BTF = dropout(hidden_BTF, self.dropout_rate, dropout_key)
         return apply_linear(
-            self.down, hidden_BTF, name="mlp/down", options=options, pruning_key=pruning_key
+            self.down,
+            hidden_BTF,
+            name="mlp/down",
+            options=options,
+            pruning_key=pruning_key,
+            split="rows",
         )

@@ -10,6 +10,8 @@ import jax
 from flax import nnx
 
 from sparsejax.models.config import TransformerConfig
+from sparsejax.models.products import REMADE
+from sparsejax.sharding import is_mapped
 
 
 def make_stack[Block: nnx.Module](
@@ -64,7 +66,13 @@ def scan_stack(
         state, keys, inputs = layer
         return apply(nnx.merge(graphdef, state), x_BTD, keys, inputs)
 
-    if config.remat:
-        apply_layer = jax.checkpoint(apply_layer, prevent_cse=not config.scan_layers)
+    if config.remat or is_mapped():
+        # On a mesh at least weights are gathered again, rather than kept whole.
+        keep = None if config.remat else jax.checkpoint_policies.save_anything_except_these_names
+        apply_layer = jax.checkpoint(
+            apply_layer,
+            prevent_cse=not config.scan_layers,
+            policy=keep and keep(*REMADE),
+        )
     unroll = 1 if config.scan_layers else num_layers
     return jax.lax.scan(apply_layer, x_BTD, (state, layer_keys, inputs), unroll=unroll)

@@ -17,8 +17,8 @@ from sparsejax.models.block_lists import BlockLists
 from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.decoder import Decoder
 from sparsejax.models.embedding import compute_logits, look_up, make_embed
-from sparsejax.models.linear import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.mlp import MLP
+from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import (
     dropout,
     make_bias_init,
@@ -27,6 +27,7 @@ from sparsejax.models.residual import (
     make_layer_norm,
 )
 from sparsejax.models.stack import make_stack, scan_stack
+from sparsejax.sharding import cut_positions
 
 
 class ModelOutput(NamedTuple):
@@ -99,14 +100,15 @@ class Block(nnx.Module):
             pruning_key=pruning_key,
             probe=probe,
         )
-        x_BTD = x_BTD + dropout(branch, self.dropout_rate, keys[0])
+        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, keys[0]))
         branch = self.mlp(
             self.mlp_norm(x_BTD),
             options=linear_options,
             pruning_key=pruning_key,
             dropout_key=dropout_key,
         )
-        return x_BTD + dropout(branch, self.dropout_rate, keys[1]), attention_map
+        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, keys[1]))
+        return x_BTD, attention_map
 
 
 def make_transformer(config: TransformerConfig, *, rngs: nnx.Rngs) -> "Transformer":
@@ -274,7 +276,7 @@ class Transformer(nnx.Module):
         embedding_key = block_key = dropout_key
         if dropout_key is not None:
             embedding_key, block_key = jax.random.split(dropout_key)
-        x_BTD = dropout(x_BTD, config.dropout_rate, embedding_key)
+        x_BTD = cut_positions(dropout(x_BTD, config.dropout_rate, embedding_key))
         x_BTD, attention_maps = self._apply_blocks(
             x_BTD,
             mask_BT,

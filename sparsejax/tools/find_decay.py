@@ -158,7 +158,7 @@ def _measure(run: Run, begin, steps: tuple[int, int, int], rates: list[float]) -
     for rate in rates:
         state = run.create_state()
         # On the devices of the state: the compiled step takes no other.
-        on_devices = jax.device_put(np.float32(rate), run.state_sharding)
+        on_devices = jax.device_put(np.float32(rate), run.replicated)
         statistics = {**state.sparsity.statistics, "decay_rate": on_devices}
         sparsity = dataclasses.replace(state.sparsity, statistics=statistics)
         state = dataclasses.replace(state, sparsity=sparsity)

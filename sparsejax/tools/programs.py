@@ -12,6 +12,7 @@ from sparsejax.data import DataSpec, describe_data
 from sparsejax.models import record_choices
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import Phase
+from sparsejax.sharding import make_abstract_mesh
 from sparsejax.training.block_lists import make_block_lists
 from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
@@ -78,7 +79,7 @@ def list_kernel_calls(config: TrainConfig) -> list[tuple[str, Any]]:
     """List the sparse ops that the steps of a run call without naming a backend, by tracing them.
 
     Args:
-      config: settings of the run.
+      config: settings of the run; a mesh.data of -1 counts as 1.
 
     Returns:
       list of (op, its static facts), each once.
@@ -87,8 +88,11 @@ def list_kernel_calls(config: TrainConfig) -> list[tuple[str, Any]]:
       ValueError: if the data cannot be described, or settings contradict each other.
     """
     spec = describe_data(config.data)
-    recipe = make_recipe(config, make_transformer_config(config, **spec._asdict()))
-    with record_choices() as choices:
+    model = make_transformer_config(config, **spec._asdict())
+    recipe = make_recipe(config, model)
+    # No device is asked for: they are those of the run.
+    mesh = make_abstract_mesh(config.mesh.sizes)
+    with record_choices() as choices, jax.sharding.use_abstract_mesh(mesh):
         for phase in recipe.phases:
             steps = make_steps(config, spec, phase)
             for function in steps.functions.values():

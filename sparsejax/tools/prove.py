@@ -33,7 +33,9 @@ def prove_kernels(config: TrainConfig) -> None:
         return
     path = cache_folder() / file_name(gpu.kind, gpu.driver)
     try:
-        calls = read_calls(["-"], settings=json.dumps(config.to_dict()))
+        sizes = config.mesh.fit(gpu.count)
+        settings = config.to_dict() | {"mesh": sizes}
+        calls = read_calls(["-"], settings=json.dumps(settings))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:

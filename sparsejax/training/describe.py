@@ -23,7 +23,7 @@ def describe_model(run: Run, state: TrainState) -> str:
     return (
         f"{run.recipe.name}, {format_quantity(num_params)} parameters, {model.num_layers} layers, "
         f"{model.max_length} positions, {run.config.data.source} on "
-        f"{run.state_sharding.num_devices} x {jax.devices()[0].device_kind}"
+        f"{run.mesh.size} x {jax.devices()[0].device_kind}"
     )
 
 

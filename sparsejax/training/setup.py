@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sparsejax.accounting.units import format_quantity
 from sparsejax.config.parse import ConfigError, naming_data
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Data, describe_data, make_data
 from sparsejax.models import TransformerConfig, VerdictsError, record_choices, use_recorded
 from sparsejax.optimizer import Optimizer, make_optimizer
 from sparsejax.recipes import Phase, Recipe
+from sparsejax.report.progress import say
+from sparsejax.sharding import BATCH, list_whole_leaves, shard_tree, use_mesh
 from sparsejax.training.block_lists import BlockLists, make_block_lists
+from sparsejax.training.devices import find_share, make_run_mesh
 from sparsejax.training.state import (
     TrainState,
     create_train_state,
@@ -27,6 +31,7 @@ from sparsejax.training.state import (
     make_graphdef,
 )
 from sparsejax.training.step import Batch, make_eval_step, make_train_step
+from sparsejax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +45,7 @@ class Run:
       graphdef: static half of the model.
       recipe: what trains it.
       optimizer: its optimizer.
-      state_sharding: a copy of the state on every device.
-      batch_sharding: the examples of a batch, dealt out over the devices.
+      mesh: the devices of all processes.
       choices: what sparse ops run on, `Choice.call` -> backend: as recorded when the run was
         started, and as chosen since; compiling a phase adds to it.
     """
@@ -52,9 +56,18 @@ class Run:
     graphdef: nnx.GraphDef
     recipe: Recipe
     optimizer: Optimizer
-    state_sharding: NamedSharding
-    batch_sharding: NamedSharding
+    mesh: Mesh
     choices: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A copy on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The examples of a batch, dealt out over the devices."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
     @property
     def tokens_per_step(self) -> int:
@@ -71,7 +84,9 @@ class Run:
 
         # Put there explicitly, as a transfer guard may ask.
         seed = jax.device_put(np.asarray(self.config.seed))
-        return jax.jit(create, out_shardings=self.state_sharding)(seed)
+        shardings = self.shard_state(self.recipe.phases[0].name)
+        with use_mesh(self.mesh):
+            return jax.jit(create, out_shardings=shardings)(seed)
 
     def enter_phase(self, state: TrainState, phase: Phase, *, previous: Phase) -> TrainState:
         """Hand the state over to a later phase.
@@ -85,7 +100,8 @@ class Run:
         def enter(state):
             return enter_phase(state, self.recipe, phase, self.optimizer, previous=previous)
 
-        return jax.jit(enter, out_shardings=self.state_sharding)(state)
+        with use_mesh(self.mesh):
+            return jax.jit(enter, out_shardings=self.shard_state(phase.name))(state)
 
     def make_abstract_state(self, phase_name: str) -> TrainState:
         """Return shapes, types and shardings of the state in a phase.
@@ -98,8 +114,21 @@ class Run:
         """
         abstract = make_abstract_state(self.model_config, self.recipe, self.optimizer, phase_name)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.state_sharding), abstract
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            shard_tree(abstract, self.mesh),
         )
+
+    def shard_state(self, phase_name: str) -> PyTree:
+        """Return where every leaf of the state lies in a phase.
+
+        Args:
+          phase_name: of the recipe.
+
+        Raises:
+          ValueError: if the recipe has no such phase.
+        """
+        return jax.tree.map(lambda x: x.sharding, self.make_abstract_state(phase_name))
 
     def make_block_lists(self, state: TrainState, phase: Phase) -> BlockLists:
         """List the attention blocks that a state keeps, for the steps of a phase.
@@ -112,7 +141,8 @@ class Run:
           None where the phase does not go by carried lists.
         """
         make = functools.partial(make_block_lists, phase=phase)
-        return jax.jit(make, out_shardings=self.state_sharding)(state.sparsity.masks)
+        with use_mesh(self.mesh):
+            return jax.jit(make, out_shardings=self.replicated)(state.sparsity.masks)
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """Copy this process's part of a batch to the devices.
@@ -148,13 +178,11 @@ def prepare_run(config: TrainConfig) -> Run:
         raise ConfigError(
             "model.dtype must be 'float32' or 'bfloat16', whose products a CPU has, got 'float16'"
         )
+    mesh = make_run_mesh(config, model_config)
+    index, count = find_share(NamedSharding(mesh, PartitionSpec(BATCH)), config.data.batch_size)
     # After the settings were checked: to prepare data may take hours.
     with _opening_data(config):
-        data = make_data(
-            config.data, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-    devices = _choose_devices(config)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        data = make_data(config.data, process_index=index, process_count=count)
     run = Run(
         config=config,
         data=data,
@@ -162,10 +190,12 @@ def prepare_run(config: TrainConfig) -> Run:
         graphdef=make_graphdef(model_config),
         recipe=recipe,
         optimizer=make_optimizer(config.optimizer, num_steps=config.schedule_length),
-        state_sharding=NamedSharding(mesh, PartitionSpec()),
-        batch_sharding=NamedSharding(mesh, PartitionSpec("data")),
+        mesh=mesh,
     )
     _check_implementations(run)
+    whole = list_whole_leaves(run.make_abstract_state(recipe.phases[0].name), mesh)
+    for path, size in whole.items():
+        say(f"note: every device holds {path} whole, {format_quantity(size, 'B')}")
     return run
 
 
@@ -178,20 +208,6 @@ def _opening_data(config: TrainConfig) -> Iterator[None]:
         raise ConfigError(f"data.source={config.data.source!r}: {error}") from error
 
 
-def _choose_devices(config: TrainConfig) -> list[Any]:
-    """Take as many devices as can share a micro-batch evenly."""
-    examples = config.data.batch_size // config.num_micro_batches
-    devices = jax.devices()
-    if jax.process_count() == 1:
-        return devices[: max(n for n in range(1, len(devices) + 1) if examples % n == 0)]
-    if examples % len(devices):
-        raise ConfigError(
-            f"data.batch_size / num_micro_batches must be a multiple of the {len(devices)} devices "
-            f"of all processes, got {config.data.batch_size} / {config.num_micro_batches}"
-        )
-    return devices
-
-
 def _check_implementations(run: Run) -> None:
     """Trace every phase, to fail early if a kernel is unavailable."""
     named = run.config.named_implementations
@@ -202,7 +218,8 @@ def _check_implementations(run: Run) -> None:
     for phase in run.recipe.phases:
         step = make_eval_step(run.graphdef, run.recipe, phase, **options)
         try:
-            jax.eval_shape(step, run.make_abstract_state(phase.name), batch)
+            with use_mesh(run.mesh):
+                jax.eval_shape(step, run.make_abstract_state(phase.name), batch)
         except NotImplementedError as error:
             raise ConfigError(f"{named} must run on this device: {error}") from error
 
@@ -254,8 +271,8 @@ def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
       Function (state, batch, block_lists) -> totals.
     """
     step = make_eval_step(run.graphdef, run.recipe, phase, **run.config.step_options)
-    jitted = jax.jit(step, out_shardings=run.state_sharding)
-    with _keeping_choices(run):
+    jitted = jax.jit(step, out_shardings=run.replicated)
+    with _keeping_choices(run), use_mesh(run.mesh):
         return jitted.lower(*_make_abstract_arguments(run, phase, batch)).compile()
 
 
@@ -293,13 +310,16 @@ def _keeping_choices(run: Run) -> Iterator[None]:
 
 def _compile_phase(run: Run, phase: Phase, batch: Batch, start: float) -> Programs:
     arguments = _make_abstract_arguments(run, phase, batch)
+    shardings = run.shard_state(phase.name)
     build = {**run.config.step_options, "label_smoothing": run.config.label_smoothing}
 
     def compile_train_step(**options):
         step = make_train_step(run.graphdef, run.recipe, phase, run.optimizer, **build, **options)
-        # Whatever a step returns stays replicated, so that it fits the next step's program.
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=run.state_sharding)
-        return jitted.lower(*arguments).compile()
+        # The state stays where it is, so that it fits the next step's program.
+        told = (run.replicated,) * (2 if options.get("probes") else 1)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *told))
+        with use_mesh(run.mesh):
+            return jitted.lower(*arguments).compile()
 
     train_step = compile_train_step()
     probing_step = compile_train_step(probes=True) if phase.probe_every_steps else None
@@ -343,5 +363,9 @@ def compute_validation(
 
 def _make_abstract_arguments(run: Run, phase: Phase, batch: Batch) -> tuple[Any, ...]:
     state = run.make_abstract_state(phase.name)
-    lists = jax.eval_shape(functools.partial(run.make_block_lists, phase=phase), state)
+    make = functools.partial(make_block_lists, phase=phase)
+    lists = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated),
+        jax.eval_shape(make, state.sparsity.masks),
+    )
     return state, batch, lists

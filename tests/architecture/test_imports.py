@@ -23,6 +23,7 @@ RUN = (
     "sparsejax.durable",
     "sparsejax.report",
     "sparsejax.report.plots",
+    "sparsejax.sharding",
     "sparsejax.shares",
     "sparsejax.strict_json",
     "sparsejax.types",
@@ -51,6 +52,7 @@ ARROWS = {
         "sparsejax.patterns",
         "sparsejax.types",
     ),
+    "sparsejax.sharding": ("sparsejax.types",),
     "sparsejax.dotted": (),
     "sparsejax.recipes": (
         "sparsejax.checks",
@@ -58,6 +60,7 @@ ARROWS = {
         "sparsejax.masks",
         "sparsejax.patterns",
         "sparsejax.report.plots",
+        "sparsejax.sharding",
         "sparsejax.shares",
         "sparsejax.types",
     ),
@@ -66,6 +69,7 @@ ARROWS = {
         "sparsejax.checks",
         "sparsejax.dotted",
         "sparsejax.patterns",
+        "sparsejax.sharding",
         "sparsejax.types",
     ),
     "sparsejax.optimizer": (

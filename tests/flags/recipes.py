@@ -53,7 +53,7 @@ RECIPES = {
 """Name of the recipe -> changes of the settings."""
 
 
-def make_settings(folder, name):
+def make_settings(folder, name, **changes):
     """Return settings of a run of six steps of one layer.
 
     Args:
@@ -71,4 +71,4 @@ def make_settings(folder, name):
         "data__batch_size": 2,
         "recipe__name": name,
     }
-    return runs.make_settings(folder, **short | RECIPES[name])
+    return runs.make_settings(folder, **short | RECIPES[name] | changes)

@@ -18,7 +18,7 @@ from sparsejax.models import (
     SparsityMask,
     Transformer,
     decoder,
-    linear,
+    products,
     sparse_weight_patterns,
     transformer,
 )
@@ -271,7 +271,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
 
         monkeypatch.setattr(module, name, record)
 
-    watch(linear, "nm_matmul", lambda arguments, options: options["key"])
+    watch(products, "nm_matmul", lambda arguments, options: options["key"])
     for module in (transformer, decoder):
         watch(module, "dropout", lambda arguments, options: arguments[2])
     key, weights = jax.random.key(0), make_weights(SPARSE)

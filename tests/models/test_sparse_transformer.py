@@ -16,7 +16,7 @@ from sparsejax.models import (
     LinearOptions,
     SparsityMask,
     Transformer,
-    linear,
+    products,
     sparse_weight_patterns,
 )
 from sparsejax.patterns import NMPattern
@@ -185,8 +185,8 @@ def test_every_layer_draws_with_a_key_of_its_own(scan_layers, monkeypatch):
         jax.effects_barrier()
         return {shape: frozenset(keys) for shape, keys in seen.items()}
 
-    multiply_weights = linear.nm_matmul
-    monkeypatch.setattr(linear, "nm_matmul", record)
+    multiply_weights = products.nm_matmul
+    monkeypatch.setattr(products, "nm_matmul", record)
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     keys = look(config)
     assert {shape: len(found) for shape, found in keys.items()} == {

@@ -34,6 +34,7 @@ from sparsejax.recipes.weight_masks import (
     map_sparse_weights,
     map_weight_masks,
 )
+from sparsejax.sharding import map_tiles
 from sparsejax.shares import count_share
 
 _FINISH = "dense finish"
@@ -125,7 +126,7 @@ def make_fst(config: FSTConfig) -> Recipe:
             del mask
             pattern = config.patterns[name]
             if pattern.transposable:
-                return transposable_mask(w)
+                return map_tiles(transposable_mask, name, w.shape)(w)
             return magnitude_nm_mask(w, n=pattern.n, m=pattern.m, axis=-2)
 
         return map_weight_masks(find, masks, params)
