@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation, block_sparse_matmul, draw_pruning_bits, nm_matmul
 from pallas_kernels.nm_matmul.op import Activation, GradPruning
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
-from sparsejax.sharding import BATCH, deal_columns, fit_axis, get_sizes, map_parts
+from sparsejax.sharding import BATCH, constrain, deal_columns, fit_axis, get_sizes, map_parts
 
 type LayerActivation = Activation | Literal["gelu_exact", "relu"]
 """What may follow a layer."""
@@ -175,7 +175,11 @@ def multiply_parts(
     added, weight = weight.bias, weight._replace(bias=None) if summed else weight
     if split == "columns" and segments:
         deal = functools.partial(_deal, segments, parts, weight.kernel.shape[1])
-        weight, bits = jax.tree.map(deal, (weight, bits))
+        weight = jax.tree.map(deal, weight)
+        if bits is not None:
+            # Drawn and dealt on each device, so that nothing as large as activations moves.
+            whole = (BATCH, "context", None)
+            bits = constrain(deal(constrain(bits, *whole)), *whole)
 
     def place(x):
         if x.ndim == 1:
