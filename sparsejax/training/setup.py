@@ -17,6 +17,7 @@ from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_c
 from sparsejax.data import Data, describe_data, make_data
 from sparsejax.models import TransformerConfig, VerdictsError, record_choices, use_recorded
 from sparsejax.optimizer import Optimizer, make_optimizer
+from sparsejax.processes import first_alone
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.training.block_lists import BlockLists, make_block_lists
 from sparsejax.training.state import (
@@ -148,11 +149,11 @@ def prepare_run(config: TrainConfig) -> Run:
         raise ConfigError(
             "model.dtype must be 'float32' or 'bfloat16', whose products a CPU has, got 'float16'"
         )
+    # Of several processes this is where they meet, not to be left to one that is alone.
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     # After the settings were checked: to prepare data may take hours.
-    with _opening_data(config):
-        data = make_data(
-            config.data, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+    with _opening_data(config), first_alone("data"):
+        data = make_data(config.data, **share)
     devices = _choose_devices(config)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     run = Run(
