@@ -93,6 +93,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     from sparsejax import processes
 
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     if _DISTRIBUTED.value or _COORDINATOR.value is not None:
         try:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -116,7 +118,7 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
         processes.fail(message, code, patience=processes.PATIENCE_SECONDS if may_follow else 0)
     if message and processes.is_first():
         print(f"error: {message}", file=sys.stderr)
-    processes.disconnect()
+    processes.leave(code)
     return code
 
 
@@ -173,8 +175,6 @@ def _run_mode(
     from sparsejax.training.profile import StepRange
 
     workdir = _WORKDIR.value or ""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     if _MODE.value != "plan":  # which reads what the compiler says while it compiles
         use_compilation_cache()
     try:

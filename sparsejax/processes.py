@@ -254,13 +254,19 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         _Watch().start()
 
 
-def disconnect() -> None:
-    """Leave a run that ends alike on all processes."""
-    if count() == 1 or _Watch.current is None:
+def leave(code: int) -> None:
+    """Exit, if `connect` has found other processes, from a run that ends alike on all of them.
+
+    Args:
+      code: exit code.
+    """
+    if _Watch.current is None:
         return
     wait_for_all("end")
     _Watch.current.is_over = True
     jax.distributed.shutdown()
+    # The threads that watch may still be in JAX, which Python's own way out does not allow.
+    _exit(code)
 
 
 def is_alone(error: BaseException | None) -> bool:
@@ -299,16 +305,16 @@ class _Watch:
         self._process = distributed.global_state.process_id
         self._client = _client()
         self._ending = threading.Lock()
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._explain_abort)
 
     def start(self) -> None:
         """Begin to watch."""
         _Watch.current = self
         for target in (self._listen, self._count_alive):
             threading.Thread(target=target, daemon=True, name="processes").start()
-        # JAX aborts as soon as it misses a process. This delays it by 6 seconds, the number of the
-        # signal, in which the threads above end the process with a message and an exit code.
-        libc = ctypes.CDLL(None)
-        libc.signal(signal.SIGABRT, libc.sleep)
+        # JAX aborts when it misses a process, often before these threads have heard of it. A handler
+        # of Python's would run too late: this one runs in the thread that aborts.
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def fail(self, message: str, code: int) -> NoReturn:
         """Announce an error of this process, tell it and exit."""
@@ -367,23 +373,40 @@ class _Watch:
             LOST,
         )
 
+    def _explain_abort(self, _signal: int) -> None:
+        self._end(
+            "JAX has ended this process, as it says above; if another one no longer answers, the "
+            "same command goes on from the last checkpoint",
+            LOST,
+        )
+
     def _end(self, message: str, code: int) -> NoReturn:
         # Of several threads the first one ends the process.
         self._ending.acquire()
         if message:
             print(f"error: {message}", file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
+        # With the first process goes the service, so that it has to be the last.
+        if code != LOST:
+            self._wait_until_seen()
+        elif self._process == 0:
+            time.sleep(1)
+        _exit(code)
+
+    def _wait_until_seen(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_SEEN}{self._process}", "")
-            # With the first process goes the service, so that it has to be the last.
-            deadline = time.monotonic() + (2 if code == LOST else _FAREWELL_SECONDS)
+            deadline = time.monotonic() + _FAREWELL_SECONDS
             while self._process == 0 and time.monotonic() < deadline:
                 if len(self._client.key_value_dir_get(_SEEN)) == count():
-                    break
+                    return
                 time.sleep(0.1)
-        os._exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _client() -> Any:
