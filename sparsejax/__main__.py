@@ -16,11 +16,13 @@ class _Command(NamedTuple):
     options: tuple[str, ...] | None = None
 
 
+_PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 _COMMANDS = {
     "train": _Command(
-        "train a model, or resume its run", ("config", "workdir", "doctor", "profile_steps")
+        "train a model, or resume its run",
+        ("config", "workdir", "doctor", "profile_steps", *_PROCESSES),
     ),
-    "eval": _Command("evaluate the newest checkpoint of a run", ("config", "workdir")),
+    "eval": _Command("evaluate the newest checkpoint of a run", ("config", "workdir", *_PROCESSES)),
     "plan": _Command(
         "memory, largest batch and kernels on a GPU that need not be here", ("config", "target")
     ),
@@ -34,6 +36,10 @@ _USAGES = {
     "target": "[--target=GPU]",
     "doctor": "[--doctor=off]",
     "profile_steps": "[--profile_steps=FIRST:LAST]",
+    "distributed": "[--distributed]",
+    "coordinator": "[--coordinator=HOST:PORT",
+    "num_processes": "--num_processes=COUNT",
+    "process_id": "--process_id=INDEX]",
 }
 _HELP = ("--help", "-help", "-h")
 

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -35,6 +37,12 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay
 _DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps to be profiled.")
 _TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU to plan for.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes; which, SLURM, Open MPI or Kubernetes says."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
@@ -46,8 +54,9 @@ def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
 
     Raises:
       SystemExit: always, with the exit code: 0 done (or stopped by a signal and saved), 1 loss not
-        finite or a file not written, 2 a setting has to be changed, 130 interrupted before it
-        could save.
+        finite or a file not written, 2 a setting has to be changed, 3 another process of the run is
+        gone without a word, 130 interrupted before it could save. Where another process has ended
+        for an error, its code.
     """
     try:
         with RememberedInterrupt() as interrupt:
@@ -74,19 +83,86 @@ def describe_options(names: Sequence[str]) -> str:
 
 
 def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrupt) -> int:
+    if message := _find_wrong_process_flag():
+        return _fail(message)
     import jax  # not before, so that --help does not wait for it
 
-    workdir = _WORKDIR.value or ""
-    if len(argv) > 1:
-        return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
-    if _PROFILE.value is not None and _MODE.value != "train":
-        return _fail(f"--profile_steps must not be given with --mode={_MODE.value}")
     if _MODE.value == "plan":
         # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    elif not workdir or workdir.startswith("--"):
-        return _fail(f"--workdir must be a folder, got {workdir or 'none'}")
+    from sparsejax import processes
+
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+    if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+        try:
+            processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        except (ValueError, RuntimeError) as error:
+            return _fail(f"the processes of the run must come together: {_join(error)}")
+    code, message, error = 1, "", None
+    try:
+        code, message, error = _run_mode(argv, resume_command, interrupt)
+    except BaseException as failure:
+        if not processes.is_alone(failure):
+            raise
+        if isinstance(failure, KeyboardInterrupt):
+            code, message = 130, "interrupted; the same command goes on from the last checkpoint"
+        else:
+            traceback.print_exc()
+            message = f"{type(failure).__name__}: {_join(failure)}"
+        error = failure
+    if processes.is_alone(error):
+        # Of what JAX does, much goes wrong only because another process has gone.
+        may_follow = isinstance(error, jax.errors.JaxRuntimeError)
+        processes.fail(message, code, patience=processes.PATIENCE_SECONDS if may_follow else 0)
+    if message and processes.is_first():
+        print(f"error: {message}", file=sys.stderr)
+    processes.leave(code)
+    return code
+
+
+def _find_wrong_process_flag() -> str | None:
+    """Return what is wrong with the flags that say which process this is, or None."""
+    mode = _MODE.value
+    given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+    lacking = [f"--{name}" for name, value in given.items() if value is None]
+    if (_DISTRIBUTED.value or len(lacking) < 3) and mode not in ("train", "eval"):
+        return f"--mode={mode} must have one process, and no --distributed or --coordinator"
+    if _DISTRIBUTED.value and len(lacking) < 3:
+        return "--distributed finds out what the other flags say: give it, or those, not both"
+    if 0 < len(lacking) < 3:
+        together = "--coordinator, --num_processes and --process_id must be given together"
+        return f"{together}, got no {' and no '.join(lacking)}"
+    if lacking:
+        return None
+    coordinator, number, index = str(_COORDINATOR.value), _NUM_PROCESSES.value, _PROCESS_ID.value
+    if not re.fullmatch(r".+:\d+", coordinator):
+        return f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}"
+    if number is None or number < 1:
+        return f"--num_processes must be at least 1, got {number}"
+    if index is None or not 0 <= index < number:
+        return f"--process_id must be from 0 to {number - 1}, got {index}"
+    return None
+
+
+def _find_wrong_flag(argv: list[str]) -> str | None:
+    """Return what is wrong with the other flags, or None."""
+    mode, workdir = _MODE.value, _WORKDIR.value or ""
+    if len(argv) > 1:
+        return f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE"
+    if _PROFILE.value is not None and mode != "train":
+        return f"--profile_steps must not be given with --mode={mode}"
+    if mode != "plan" and (not workdir or workdir.startswith("--")):
+        return f"--workdir must be a folder, got {workdir or 'none'}"
+    return None
+
+
+def _run_mode(
+    argv: list[str], resume_command: str, interrupt: RememberedInterrupt
+) -> tuple[int, str, BaseException | None]:
+    """Do what the mode says; return the exit code, what to tell and the error behind it."""
+    from sparsejax import processes
     from sparsejax.checkpoint.save import CheckpointError
     from sparsejax.config.parse import ConfigError, describe_unused, parse_config
     from sparsejax.report.progress import say
@@ -98,40 +174,56 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
     from sparsejax.training.profile import StepRange
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+    workdir = _WORKDIR.value or ""
     if _MODE.value != "plan":  # which reads what the compiler says while it compiles
         use_compilation_cache()
     try:
         interrupt.check()
+        if message := _find_wrong_flag(argv):
+            raise ConfigError(message)
         settings = _CONFIG.value.to_dict()
         config = parse_config(settings)
+        _agree_on_flags(settings)
         if _MODE.value == "plan":
             print(format_plan(make_plan(config, target=_TARGET.value)))
         elif _MODE.value == "find_decay":
             find_decay(config, workdir)
         elif _MODE.value == "eval":
             for name, value in evaluate(config, workdir).items():
-                print(f"{name}: {value}")
+                say(f"{name}: {value}")
         else:
             steps = None if _PROFILE.value is None else StepRange.parse(_PROFILE.value)
             if _DOCTOR.value == "auto":
-                prove_kernels(config)
+                # One after the other: those of one host try the same GPUs.
+                with processes.first_alone("doctor"):
+                    prove_kernels(config)
             interrupt.check()
             if unused := describe_unused(settings):
                 say(unused)
             train_and_evaluate(config, workdir, resume_command=resume_command, profile_steps=steps)
     except ConfigError as error:
-        return _fail(str(error))
+        return 2, str(error), error
     except ModuleNotFoundError as error:
         if error.name not in DATA_PACKAGES:
             raise
         source = _CONFIG.value.data.source
-        return _fail(f"data.source={source!r} needs {error.name}: install sparsejax[data]")
+        return 2, f"data.source={source!r} needs {error.name}: install sparsejax[data]", error
     except (NonFiniteError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 1, str(error), error
+    return 0, "", None
+
+
+def _agree_on_flags(settings: dict[str, Any]) -> None:
+    """Refuse processes that were started differently."""
+    from sparsejax.checkpoint.workdir import require_same
+
+    given = {flag.name: flag.value for flag in (_MODE, _WORKDIR, _DOCTOR, _PROFILE)}
+    require_same("settings", {"config": settings, **given})
+
+
+def _join(error: BaseException) -> str:
+    """Return the message of an error in one line."""
+    return " ".join(str(error).split())
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from sparsejax.accounting.flops import count_transformer_flops
 from sparsejax.models import TransformerConfig, sparse_weight_patterns
 from sparsejax.patterns import NMPattern, WeightPattern
+from sparsejax.processes import find_replicated
 from sparsejax.recipes import Phase, compute_attention_density, compute_weight_density
 from sparsejax.types import PyTree
 
@@ -64,17 +65,23 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
     """
     attention = np.ones(model.num_layers, np.float32)
     if phase.sparse_attention and phase.position_mask is not None:
+        # On each process by itself.
         make_mask = jax.jit(phase.position_mask, static_argnums=0)
         kept_TT, visible_TT = jax.device_get(make_mask(model.max_length)), True
         if model.causal:
             visible_TT = np.tri(model.max_length, dtype=bool)
         attention *= kept_TT.mean(where=visible_TT)
     elif phase.sparse_attention:
-        measure = jax.jit(compute_attention_density, static_argnames="causal")
+        measure = jax.jit(
+            compute_attention_density,
+            static_argnames="causal",
+            out_shardings=find_replicated(masks),
+        )
         attention = jax.device_get(measure(masks, causal=model.causal))
     weights = {}
     if phase.sparse_weights:
-        weights = jax.device_get(jax.jit(compute_weight_density)(masks))
+        measure = jax.jit(compute_weight_density, out_shardings=find_replicated(masks))
+        weights = jax.device_get(measure(masks))
     return Density(attention, weights)
 
 

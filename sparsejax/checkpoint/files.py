@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ class CheckpointInfo:
     good: bool = False
     periodic: bool = False
     problem: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON value, for other processes."""
+        return dataclasses.asdict(self) | {"path": self.path.name}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], directory: Path) -> "CheckpointInfo":
+        """Return what `to_json` made a value of.
+
+        Args:
+          value: what it returned.
+          directory: folder of checkpoints.
+        """
+        return cls(**value | {"path": directory / value["path"]})
 
 
 def find_checkpoints(
@@ -111,17 +126,25 @@ def describe_checkpoint(path: Path, manifest: dict[str, Any]) -> CheckpointInfo:
     return CheckpointInfo(path=path, **{name: manifest[name] for name in names})
 
 
-def find_last_good(directory: str | os.PathLike, *, before_step: int) -> CheckpointInfo | None:
-    """Return the newest checkpoint that is whole and good.
+def check_free_space(directory: str | os.PathLike, needed_bytes: int) -> None:
+    """Refuse a folder whose disk has not room for the checkpoints.
 
     Args:
-      directory: folder of checkpoints.
-      before_step: int, checkpoints of this step and later ones are left out.
+      directory: folder, which need not exist yet.
+      needed_bytes: int; `keep_last + keep_best + 1` checkpoints exist at the peak.
+
+    Raises:
+      ValueError: if fewer bytes are free.
     """
-    for info in find_checkpoints(directory):
-        if info.problem is None and info.good and info.step < before_step:
-            return info
-    return None
+    existing = Path(directory).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"directory={directory} must have room for the checkpoints: they need "
+            f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free"
+        )
 
 
 def choose_folder(directory: Path, step: int) -> Path:
@@ -273,17 +296,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def measure_files(folder: Path) -> dict[str, list[int]]:
+def measure_files(
+    folder: Path, parts: str = "", *, known: Mapping[str, list[int]] | None = None
+) -> dict[str, list[int]]:
     """Measure every file below a folder.
+
+    Args:
+      folder: Path.
+      parts: str, glob of the folders in it whose files are measured; "" = all.
+      known: dict of what was measured before, which is not read again.
 
     Returns:
       [size in bytes, CRC-32] by path relative to the folder.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(file.relative_to(folder)): [file.stat().st_size, _compute_checksum(file)]
-        for file in files
-    }
+    measured = dict(known or {})
+    for file in sorted(folder.glob(f"{parts}/**/*".lstrip("/"))):
+        name = str(file.relative_to(folder))
+        if name not in measured and file.is_file():
+            measured[name] = [file.stat().st_size, _compute_checksum(file)]
+    return dict(sorted(measured.items()))
 
 
 def check_files(folder: Path, files: dict[str, list[int]], *, verify_checksums: bool) -> None:

@@ -21,7 +21,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -54,10 +53,13 @@ from sparsejax.checkpoint.leaves import (
     name_leaves,
 )
 from sparsejax.durable import write_durably
+from sparsejax.processes import collect, count, decide, fail, is_alone, is_first, wait_for_all
 from sparsejax.strict_json import dump_json, load_json
 from sparsejax.types import PyTree
 
 _RUN = "run.json"
+# What goes wrong because another process has gone is that one's to tell.
+_PATIENCE_SECONDS = 3
 
 
 class CheckpointError(RuntimeError):
@@ -67,8 +69,9 @@ class CheckpointError(RuntimeError):
 class Checkpointer:
     """Save checkpoints in the background, and keep the last ones and the best ones.
 
-    To be used as a context manager by one process at a time; leaving it waits for the save
-    under way. Opening it deletes what an interrupted save left behind.
+    To be used as a context manager by one run at a time; leaving it waits for the save
+    under way. Opening it deletes what an interrupted save left behind. All processes of a run use
+    it alike: each writes its part of the state, the first one everything else.
 
     Args:
       directory: folder for the checkpoints, made if absent.
@@ -79,7 +82,7 @@ class Checkpointer:
 
     Raises:
       ValueError: if a count is out of range, the metadata is not JSON, the folder cannot be
-        written, or JAX runs with several processes.
+        written.
       OSError: if the record of the run cannot be written.
     """
 
@@ -96,18 +99,22 @@ class Checkpointer:
             raise ValueError(f"keep_last must be at least 1, got keep_last={keep_last}")
         if keep_best < 0:
             raise ValueError(f"keep_best must be at least 0, got keep_best={keep_best}")
-        if jax.process_count() > 1:
-            raise ValueError(f"checkpoints need one JAX process, got {jax.process_count()}")
         run_text = dump_json(run_metadata, "run_metadata")
         self._directory = Path(directory).absolute()
         self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for leftover in find_leftovers(self._directory):
-                delete_leftover(leftover)
-        except OSError as error:
-            raise ValueError(f"directory={directory} must be a writable folder: {error}") from error
-        write_durably(self._directory / _RUN, run_text)
+
+        def open_folder() -> None:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for leftover in find_leftovers(self._directory):
+                    delete_leftover(leftover)
+            except OSError as error:
+                raise ValueError(
+                    f"directory={directory} must be a writable folder: {error}"
+                ) from error
+            write_durably(self._directory / _RUN, run_text)
+
+        decide(open_folder)
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._whole: list[CheckpointInfo] = []
@@ -167,7 +174,7 @@ class Checkpointer:
         # As it is now: the caller's dicts may change before it is written.
         manifest = load_json(dump_json(manifest, "checkpoint"))
         arrays = {name: check_storable(name, leaf) for name, leaf in leaves.items()}
-        final = choose_folder(self._directory, step)
+        final = self._directory / decide(lambda: choose_folder(self._directory, step).name)
         unfinished = get_unfinished(final)
         with _reporting_failure(f"saving {final}", self._directory):
             write = ocp.save_async(
@@ -201,7 +208,8 @@ class Checkpointer:
           ValueError: if it is not JSON.
           OSError: if it cannot be written.
         """
-        write_durably(self._directory / _RUN, dump_json(run_metadata, "run_metadata"))
+        text = dump_json(run_metadata, "run_metadata")
+        decide(lambda: write_durably(self._directory / _RUN, text))
 
     def wait(self) -> None:
         """Wait until the save under way, if any, is whole on disk.
@@ -248,18 +256,35 @@ class Checkpointer:
     ) -> None:
         with _reporting_failure(f"saving {final}", self._directory):
             write.result()
-            manifest["files"] = measure_files(unfinished)
+            self._put_in_place(unfinished, final, manifest)
+            self._drop_old(describe_checkpoint(final, manifest))
+
+    def _put_in_place(self, unfinished: Path, final: Path, manifest: dict[str, Any]) -> None:
+        """Seal a checkpoint that Orbax has written, and give it its name."""
+        # Of no process before Orbax has put together what all of them wrote.
+        wait_for_all("checkpoint written")
+        # Each measures what it wrote, which a shared disk may show others late.
+        own = f"*/ocdbt.process_{jax.process_index()}" if count() > 1 else ""
+        parts = collect("checkpoint files", measure_files(unfinished, own))
+
+        def finish() -> None:
+            known = {name: measured for part in parts for name, measured in part.items()}
+            manifest["files"] = measure_files(unfinished, known=known)
             write_durably(unfinished / MANIFEST, seal_manifest(manifest))
             unfinished.rename(final)
-            self._drop_old(describe_checkpoint(final, manifest))
+
+        decide(finish, "checkpoint finished")
 
     def _find_whole(self) -> None:
         with _reporting_failure(f"opening {self._directory}", self._directory):
-            found = find_checkpoints(self._directory)
-            self._whole = [info for info in found if info.problem is None]
+            found = decide(self._list_whole, "checkpoints found")
+            self._whole = [CheckpointInfo.from_json(info, self._directory) for info in found]
             if self._whole:
                 # What an earlier run was about to delete when it was killed.
                 self._drop_old(self._whole[0])
+
+    def _list_whole(self) -> list[dict[str, Any]]:
+        return [x.to_json() for x in find_checkpoints(self._directory) if x.problem is None]
 
     def _drop_old(self, new: CheckpointInfo) -> None:
         known = [new, *(info for info in self._whole if info.step < new.step)]
@@ -269,7 +294,7 @@ class Checkpointer:
         best = sorted(ranked, key=self._rank)[: self._keep_best]
         kept = {info.path for info in [new, *last, *best]}
         self._whole = [info for info in known if info.path in kept]
-        for path in self._directory.iterdir():
+        for path in self._directory.iterdir() if is_first() else ():
             order = parse_order(path)
             if order and order[0] <= new.step and path not in kept and is_saved(path):
                 delete_checkpoint(path)
@@ -345,27 +370,6 @@ def count_bytes(state: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def check_free_space(directory: str | os.PathLike, needed_bytes: int) -> None:
-    """Refuse a folder whose disk has not room for the checkpoints.
-
-    Args:
-      directory: folder, which need not exist yet.
-      needed_bytes: int; `keep_last + keep_best + 1` checkpoints exist at the peak.
-
-    Raises:
-      ValueError: if fewer bytes are free.
-    """
-    existing = Path(directory).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise ValueError(
-            f"directory={directory} must have room for the checkpoints: they need "
-            f"{needed_bytes / 1e6:,.1f} MB, {free_bytes / 1e6:,.1f} MB are free"
-        )
-
-
 @contextlib.contextmanager
 def _reporting_failure(what: str, directory: Path) -> Iterator[None]:
     try:
@@ -373,10 +377,15 @@ def _reporting_failure(what: str, directory: Path) -> Iterator[None]:
     except Exception as error:
         _clear_leftovers(directory)
         reason = " ".join(str(error).split())
+        if is_alone(error):
+            # At once: Orbax lets the others wait for this one for minutes.
+            fail(f"{what} failed: {reason}", code=1, patience=_PATIENCE_SECONDS)
         raise CheckpointError(f"{what} failed: {reason}") from error
 
 
 def _clear_leftovers(directory: Path) -> None:
+    if not is_first():
+        return
     for leftover in find_leftovers(directory):
         with contextlib.suppress(OSError):
             delete_leftover(leftover)

@@ -17,6 +17,7 @@ from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run
 from sparsejax.config.parse import ConfigError, find_differences, parse_config
 from sparsejax.config.schema import WATCHING, TrainConfig
 from sparsejax.data import DataSpec
+from sparsejax.processes import agree, count, decide, is_first
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _JAX_FLAGS = (
@@ -42,6 +43,7 @@ _JAX_FLAGS = (
     "jax_use_shardy_partitioner",
 )
 """Those that may change a bit of what a run computes."""
+_LOCK = ".lock"
 _WRITTEN = (".json", ".jsonl", ".png")
 """How the names of the files end that a run writes beside its checkpoints."""
 # Compilers read these themselves.
@@ -61,7 +63,11 @@ def describe_run(
     Returns:
       JSON values: "config", "data", "spec" and "versions", those of packages and whatever else
       decides about the bits: the device and flags of JAX and XLA.
+
+    Raises:
+      ConfigError: if the data of the processes is not the same.
     """
+    require_same("data", {"data": fingerprint, "spec": spec._asdict()})
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "config": config.to_dict(),
@@ -70,6 +76,7 @@ def describe_run(
         "versions": {
             "python": platform.python_version(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": count(),
             **versions,
             **{name: os.environ.get(name, "") for name in _ENVIRONMENT},
             **{name: str(jax.config.values.get(name)) for name in _JAX_FLAGS},
@@ -79,16 +86,33 @@ def describe_run(
 
 @contextlib.contextmanager
 def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
-    """Create the folder of a run, or find it, and keep other processes out of it.
+    """Create the folder of a run, or find it, and keep other runs out of it.
 
     Args:
-      workdir: path.
+      workdir: path, of a folder that all processes of the run see.
 
     Raises:
       ConfigError: if it is no folder, cannot be written, holds links, through which a run would
-        write elsewhere, or folders named as files are that a run writes, or another process trains
-        in it.
+        write elsewhere, or folders named as files are that a run writes, another process trains
+        in it, or one of this run does not see it.
     """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(_lock_workdir(workdir))
+
+        decide(lock)
+        path = Path(workdir)
+        if not is_first() and not (path / _LOCK).exists():
+            raise ConfigError(
+                f"--workdir={workdir} must be a folder that all processes share, but one that is "
+                "not the first does not see it"
+            )
+        yield path
+
+
+@contextlib.contextmanager
+def _lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
     if not isinstance(workdir, str | os.PathLike):
         raise ConfigError(f"workdir must be the path of a folder, got {workdir!r:.60}")
     path = Path(workdir)
@@ -106,7 +130,7 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
                 f"--workdir={workdir} must hold the run's own files and no links, got {links}; the "
                 "folder itself may be a link"
             )
-        lock = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "w")
+        lock = os.fdopen(os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "w")
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} must be a writable folder: {error}") from error
     with lock:
@@ -115,7 +139,7 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"--workdir={workdir} is in use by another process") from error
-        yield path
+        yield
 
 
 def keep_schedule(config: TrainConfig, checkpoints: Path) -> TrainConfig:
@@ -132,7 +156,7 @@ def keep_schedule(config: TrainConfig, checkpoints: Path) -> TrainConfig:
       ConfigError: if the folder's record is not what a run writes, or the run has steps beyond a
         schedule that ends with a rate of 0.
     """
-    before = _read_record(checkpoints)
+    before = decide(lambda: _read_record(checkpoints))
     steps = config.schedule_length
     if before is not None and not config.schedule_steps:
         steps = before["config"].get("schedule_steps")
@@ -157,6 +181,10 @@ def check_same_run(checkpoints: Path, description: dict[str, Any]) -> list[str]:
     Raises:
       ConfigError: if settings or data differ; the message lists the keys.
     """
+    return decide(lambda: _compare_runs(checkpoints, description))
+
+
+def _compare_runs(checkpoints: Path, description: dict[str, Any]) -> list[str]:
     before = _read_record(checkpoints)
     if before is None:
         return []
@@ -233,7 +261,8 @@ def read_choices(checkpoints: Path) -> dict[str, str]:
     Raises:
       ConfigError: if the folder's record is not what a run writes.
     """
-    choices = (_read_record(checkpoints) or {}).get("implementations", {})
+    record = decide(lambda: _read_record(checkpoints)) or {}
+    choices = record.get("implementations", {})
     if not isinstance(choices, dict) or not all(isinstance(x, str) for x in choices.values()):
         raise _make_error(checkpoints, "implementations", "names of backends by call", choices)
     return choices
@@ -251,10 +280,16 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
     Raises:
       ConfigError: if there are checkpoints and none is whole.
     """
+    found, problems = decide(lambda: _find_newest(checkpoints))
+    newest = None if found is None else CheckpointInfo.from_json(found, checkpoints)
+    return newest, problems
+
+
+def _find_newest(checkpoints: Path) -> tuple[dict[str, Any] | None, list[str]]:
     problems, committed = [], False
     for info in find_checkpoints(checkpoints):
         if info.problem is None:
-            return info, problems
+            return info.to_json(), problems
         problems.append(info.problem)
         committed |= parse_order(info.path) is not None
     if committed:
@@ -263,6 +298,52 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
             + "\n  ".join(problems)
         )
     return None, problems
+
+
+def find_last_good(checkpoints: Path, *, before_step: int) -> CheckpointInfo | None:
+    """Return the newest checkpoint that is whole and good.
+
+    Args:
+      checkpoints: folder of the run's checkpoints.
+      before_step: int, checkpoints of this step and later ones are left out.
+    """
+
+    def find() -> list[dict[str, Any]]:
+        found = (x for x in find_checkpoints(checkpoints) if x.problem is None and x.good)
+        return [info.to_json() for info in found if info.step < before_step][:1]
+
+    return next((CheckpointInfo.from_json(x, checkpoints) for x in decide(find)), None)
+
+
+def find_saved(checkpoints: Path, step: int) -> CheckpointInfo:
+    """Return the newest checkpoint of a step that this run has saved.
+
+    Args:
+      checkpoints: folder of the run's checkpoints.
+      step: optimiser steps done.
+    """
+
+    def find() -> dict[str, Any]:
+        saved = find_checkpoints(checkpoints, verify_checksums=False)
+        return next(info for info in saved if info.step == step).to_json()
+
+    return CheckpointInfo.from_json(decide(find), checkpoints)
+
+
+def require_same(what: str, value: Mapping[str, Any]) -> None:
+    """Refuse to go on unless all processes of the run have the same.
+
+    Args:
+      what: the name of what is compared.
+      value: nested mapping of JSON values.
+
+    Raises:
+      ConfigError: names the first process that differs, and its first difference.
+    """
+    try:
+        agree(what, value)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _read_record(checkpoints: Path) -> dict[str, Any] | None:

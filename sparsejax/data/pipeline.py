@@ -56,8 +56,8 @@ def make_train_iterator(
     """Make the endless iterator over shuffled batches.
 
     All epochs form one stream, each in its own order, in which every example occurs once per epoch;
-    batches may span two epochs. The processes take turns along the stream, so that their batches
-    together are the same whatever their number.
+    batches may span two epochs. The processes take turns along the batches of the stream: one after
+    the other they are the batch of one process, in its order, whatever their number.
 
     Args:
       examples: The training split.
@@ -79,8 +79,8 @@ def make_train_iterator(
     if transform is not None:
         stream = stream.map_with_index(_draw_by_position(transform, seed))
     return iter(
-        stream.slice(slice(process_index, None, process_count))
-        .batch(batch_size, drop_remainder=True)
+        stream.batch(batch_size, drop_remainder=True)
+        .slice(slice(process_index, None, process_count))
         .to_iter_dataset(
             grain.ReadOptions(
                 num_threads=num_reading_threads,
@@ -126,8 +126,8 @@ def make_validation(
         if max_batches is not None:
             num_batches = min(num_batches, max_batches)
         for start in range(0, num_batches * global_batch_size, global_batch_size):
-            stop = start + global_batch_size
-            positions = range(start + process_index, stop, process_count)
+            first = start + process_index * batch_size
+            positions = range(first, first + batch_size)
             yield _stack([_take_or_fill(shuffled, position) for position in positions])
 
     return validate

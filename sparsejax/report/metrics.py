@@ -1,5 +1,6 @@
 """Record metrics as JSON lines, fetched from the device one step late."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ import jax
 import numpy as np
 
 from sparsejax.durable import write_durably
+from sparsejax.processes import decide
 from sparsejax.recipes import Measured, Metric
-from sparsejax.report.writers import OptionalWriter, RowWriter
+from sparsejax.report.writers import OptionalWriter, RowWriter, SilentWriter
 from sparsejax.strict_json import dump_json, load_json
 
 
@@ -183,6 +185,34 @@ class MetricsWriter:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def open_metrics(
+    workdir: Path,
+    *,
+    resume_step: int | None,
+    writers: Sequence[RowWriter],
+    warn: Callable[[str], None],
+) -> Iterator[RowWriter]:
+    """Open what takes the rows of a run: of several processes on the first, which alone writes.
+
+    Args:
+      workdir: as of `MetricsWriter`, and so are the others.
+
+    Raises:
+      ValueError: as `MetricsWriter`.
+      OSError: likewise.
+    """
+    with contextlib.ExitStack() as stack:
+        opened: list[RowWriter] = [SilentWriter()]
+
+        def open_file() -> None:
+            writer = MetricsWriter(workdir, resume_step=resume_step, writers=writers, warn=warn)
+            opened.append(stack.enter_context(writer))
+
+        decide(open_file)
+        yield opened[-1]
 
 
 type Fetched = tuple[int, dict[str, Any]]

@@ -9,13 +9,15 @@ from typing import Any
 
 from sparsejax.accounting.ledger import FlopsByPhase, format_flops, summarise_flops
 from sparsejax.accounting.units import format_quantity
+from sparsejax.processes import is_first
 
 _RECENT_STEPS = 50
 
 
 def say(text: str) -> None:
-    """Print one line at once."""
-    print(text, flush=True)
+    """Print one line at once; of several processes the first does."""
+    if is_first():
+        print(text, flush=True)
 
 
 class StepTimer:

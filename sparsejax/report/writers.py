@@ -22,6 +22,16 @@ class RowWriter(Protocol):
         ...
 
 
+class SilentWriter:
+    """What a process has that does not write: of several the first one does."""
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class OptionalWriter:
     """A writer that training does without once it has failed.
 

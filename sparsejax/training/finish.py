@@ -9,6 +9,7 @@ from sparsejax.accounting.ledger import check_totals
 from sparsejax.checkpoint.files import CheckpointInfo
 from sparsejax.config.parse import ConfigError
 from sparsejax.durable import write_durably
+from sparsejax.processes import decide
 from sparsejax.report.metrics import find_missing_steps, format_steps, read_metrics
 from sparsejax.report.plots.training import plot_training
 from sparsejax.report.progress import format_summary, say, summarise
@@ -20,7 +21,8 @@ from sparsejax.training.setup import Run, find_phase
 def finish_run(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str, Any]:
     """Write the summary, the FLOPs and the pictures of a run whose last step is done.
 
-    What its metrics lack, they lack too; a warning says what that is.
+    What its metrics lack, they lack too; a warning says what that is. Of several processes the
+    first does it, and the others wait.
 
     Args:
       run: the run.
@@ -35,6 +37,10 @@ def finish_run(run: Run, workdir: Path, last: CheckpointInfo | None) -> dict[str
       OSError: if a file cannot be written.
     """
     assert last is not None, "a run that has ended has a checkpoint"
+    return decide(lambda: _finish(run, workdir, last))
+
+
+def _finish(run: Run, workdir: Path, last: CheckpointInfo) -> dict[str, Any]:
     totals, rows = last.metadata["flops"], _read_rows(workdir, last)
     phases = [phase.name for phase in run.recipe.phases]
     summary = {

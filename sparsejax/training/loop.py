@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,19 +11,26 @@ from typing import Any
 
 from sparsejax.accounting.density import compute_density
 from sparsejax.accounting.ledger import FlopsLedger, check_totals
-from sparsejax.checkpoint.files import find_checkpoints, find_last_good
 from sparsejax.checkpoint.save import Checkpointer
-from sparsejax.checkpoint.workdir import claim_workdir, describe_run, keep_schedule
+from sparsejax.checkpoint.workdir import (
+    claim_workdir,
+    describe_run,
+    find_last_good,
+    find_saved,
+    keep_schedule,
+    require_same,
+)
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import keep_tokenizer
+from sparsejax.processes import decide, fetch, is_first, share
 from sparsejax.recipes import Observation, Phase
 from sparsejax.report.live import TrainingPicture
 from sparsejax.report.metrics import (
     DeferredMetrics,
     Fetched,
-    MetricsWriter,
     fetch_metrics,
+    open_metrics,
 )
 from sparsejax.report.progress import (
     StepTimer,
@@ -90,7 +98,7 @@ def train_and_evaluate(
         description = describe_run(config, run.data.fingerprint, run.data.spec)
         start = open_or_resume(run, path, description)
         # With it, a model can be loaded where its data is not.
-        keep_tokenizer(run.data.tokenizer, path)
+        decide(lambda: keep_tokenizer(run.data.tokenizer, path))
         if start.state is None:
             say(f"{path} is finished: {start.step} steps were trained")
             if profile_steps is not None:
@@ -112,10 +120,9 @@ def train_and_evaluate(
                 # Asked after the save under way has ended, so that it counts.
                 good = find_last_good(path / "checkpoints", before_step=error.after_step)
                 message = f"{error}; last good checkpoint: {good.path if good else 'none'}"
-                raise NonFiniteError(message, error.after_step) from error
-            # Of the last step: a newer one may be damaged, so that this run did not start from it.
-            saved = find_checkpoints(path / "checkpoints", verify_checksums=False)
-            newest = next(info for info in saved if info.step == loop.step)
+                raise share(NonFiniteError(message, error.after_step)) from error
+            # A newer one may be damaged, so that this run did not start from it.
+            newest = find_saved(path / "checkpoints", loop.step)
             if loop.stopped_by is None:
                 return finish_run(run, path, newest)
             say(f"stopped by {loop.stopped_by}; step {newest.step} is saved in {newest.path}")
@@ -156,15 +163,18 @@ def _run_steps(
             check_totals(start.totals or {})
             checkpointer = stack.enter_context(_open_checkpoints(run, workdir, description))
             writer = stack.enter_context(
-                MetricsWriter(
+                open_metrics(
                     workdir, resume_step=resume_step, writers=[*own_writers, *writers], warn=say
                 )
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        profiler = stack.enter_context(StepProfiler(workdir, profile_steps, warn=say))
+        # Of all processes the first is traced.
+        traced = profile_steps if is_first() else None
+        profiler = stack.enter_context(StepProfiler(workdir, traced, warn=say))
 
         def record_choices() -> None:
+            require_same("backends of sparse ops", run.choices)
             checkpointer.describe_run(description | {"implementations": run.choices})
 
         loop = _Loop(run, start, writer, workdir, record_choices)
@@ -173,7 +183,7 @@ def _run_steps(
             loop.advance()
             profiler.end_step(loop.step, loop.state)
             # Asked once: a signal that comes later must not end the loop before a save.
-            last, loop.stopped_by = loop.step == run.config.num_steps, stop.signal_name
+            last, loop.stopped_by = loop.step == run.config.num_steps, stop.find_cause(loop.step)
             validates = last or loop.step % run.config.eval_every_steps == 0
             metrics = loop.validate() if validates else None
             loop.save(checkpointer, metrics, ends=last or loop.stopped_by is not None)
@@ -189,7 +199,7 @@ class _Loop:
         self,
         run: Run,
         start: Start,
-        writer: MetricsWriter,
+        writer: RowWriter,
         workdir: Path,
         record_choices: Callable[[], None],
     ):
@@ -324,16 +334,22 @@ class _Loop:
             "compile_seconds": programs.compile_seconds,
         }
         if begun := self.run.recipe.phase_metrics(self.state.sparsity, self.phase):
-            row["phase_metrics"] = fetch_metrics(begun)
+            row["phase_metrics"] = fetch_metrics(fetch(begun))
         if record:
             # Drawn first: TensorBoard shows the pictures beside the row.
-            self.run.recipe.draw_phase(
-                self.state.sparsity, self.phase, step=self.step, folder=self.workdir
-            )
+            self._draw_phase()
             self.writer.write(self.step, row)
         costs = describe_costs(self.ledger, density, programs)
         say(f"phase {self.phase.name!r} from step {self.step}: {costs}")
         return programs
+
+    def _draw_phase(self) -> None:
+        """Draw on all processes, as each may hold a part, and keep the picture of the first."""
+        with contextlib.ExitStack() as stack:
+            elsewhere = tempfile.TemporaryDirectory
+            folder = self.workdir if is_first() else Path(stack.enter_context(elsewhere()))
+            draw = self.run.recipe.draw_phase
+            draw(self.state.sparsity, self.phase, step=self.step, folder=folder)
 
     def _report(self, observation: Observation, step: int, began: float) -> bool:
         values, change = fetch_metrics(observation.metrics), bool(observation.change_phase)

@@ -18,6 +18,7 @@ from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_c
 from sparsejax.data import Data, describe_data, make_data
 from sparsejax.models import TransformerConfig, VerdictsError, record_choices, use_recorded
 from sparsejax.optimizer import Optimizer, make_optimizer
+from sparsejax.processes import first_alone
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.report.progress import say
 from sparsejax.sharding import BATCH, list_whole_leaves, shard_tree, use_mesh
@@ -179,9 +180,10 @@ def prepare_run(config: TrainConfig) -> Run:
             "model.dtype must be 'float32' or 'bfloat16', whose products a CPU has, got 'float16'"
         )
     mesh = make_run_mesh(config, model_config)
+    # Of several processes this is where they meet, not to be left to one that is alone.
     index, count = find_share(NamedSharding(mesh, PartitionSpec(BATCH)), config.data.batch_size)
     # After the settings were checked: to prepare data may take hours.
-    with _opening_data(config):
+    with _opening_data(config), first_alone("data"):
         data = make_data(config.data, process_index=index, process_count=count)
     run = Run(
         config=config,

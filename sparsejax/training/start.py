@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsejax.accounting.ledger import FlopsByPhase
-from sparsejax.checkpoint.files import CheckpointInfo
-from sparsejax.checkpoint.save import check_free_space, count_bytes, restore
+from sparsejax.checkpoint.files import CheckpointInfo, check_free_space
+from sparsejax.checkpoint.save import count_bytes, restore
 from sparsejax.checkpoint.workdir import check_same_run, find_newest_checkpoint, read_choices
 from sparsejax.checks import check_setting
 from sparsejax.config.parse import ConfigError
+from sparsejax.processes import decide
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
 from sparsejax.training.setup import Run, find_phase
@@ -94,5 +95,6 @@ def _open(run: Run, checkpoints: Path) -> Start:
     phase, kept = run.recipe.phases[0], run.config.checkpoint
     needed = count_bytes(run.make_abstract_state(phase.name))
     # All that are kept, and the one being written before the oldest goes.
-    check_free_space(checkpoints, needed * (kept.keep_last + kept.keep_best + 1))
+    most = needed * (kept.keep_last + kept.keep_best + 1)
+    decide(lambda: check_free_space(checkpoints, most))
     return Start(0, run.create_state(), phase, None, None)

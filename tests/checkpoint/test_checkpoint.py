@@ -18,9 +18,9 @@ import optax
 import pytest
 
 from sparsejax.checkpoint import save
+from sparsejax.checkpoint.files import check_free_space
 from sparsejax.checkpoint.save import (
     CheckpointError,
-    check_free_space,
     count_bytes,
     find_checkpoints,
     read_run_metadata,

@@ -10,6 +10,7 @@ import jax
 
 from sparsejax.checks import Check
 from sparsejax.masks import block_density
+from sparsejax.processes import fetch
 from sparsejax.recipes.recipe import Phase, Sparsity
 from sparsejax.types import PyTree
 
@@ -107,7 +108,7 @@ def draw_attention_patterns(
 
     pooled_LIJ = sparsity.statistics.get("pooled")
     plot_attention_patterns(
-        *jax.device_get((get_attention_masks(sparsity.masks), pooled_LIJ)),
+        *fetch((get_attention_masks(sparsity.masks), pooled_LIJ)),
         path=folder / "attention_patterns.png",
         causal=causal,
         title=f"{name}: attention blocks from step {step}",
