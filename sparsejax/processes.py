@@ -312,8 +312,8 @@ class _Watch:
         _Watch.current = self
         for target in (self._listen, self._count_alive):
             threading.Thread(target=target, daemon=True, name="processes").start()
-        # JAX aborts when it misses a process, often before these threads have heard of it. A handler
-        # of Python's would run too late: this one runs in the thread that aborts.
+        # JAX aborts when it misses a process, often before these threads have heard of it. A
+        # handler of Python's would run too late: this one runs in the thread that aborts.
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def fail(self, message: str, code: int) -> NoReturn:

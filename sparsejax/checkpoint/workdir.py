@@ -14,6 +14,7 @@ import jax
 
 from sparsejax.checkpoint.files import parse_order
 from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
+from sparsejax.config.mesh import MeshConfig
 from sparsejax.config.parse import ConfigError, find_differences, parse_config
 from sparsejax.config.schema import WATCHING, TrainConfig
 from sparsejax.data import DataSpec
@@ -69,14 +70,19 @@ def describe_run(
     """
     require_same("data", {"data": fingerprint, "spec": spec._asdict()})
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    settings, sizes = config.to_dict(), config.mesh.fit(jax.device_count())
+    # A run may go on on other devices: how they share the work is no part of what it computes.
+    del settings["mesh"]
+    if jax.device_count() > 1:
+        versions["processes"] = str(count())
+        versions["mesh"] = " x ".join(f"{name}={size}" for name, size in sizes.items())
     return {
-        "config": config.to_dict(),
+        "config": settings,
         "data": dict(fingerprint),
         "spec": spec._asdict(),
         "versions": {
             "python": platform.python_version(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "processes": count(),
             **versions,
             **{name: os.environ.get(name, "") for name in _ENVIRONMENT},
             **{name: str(jax.config.values.get(name)) for name in _JAX_FLAGS},
@@ -239,7 +245,7 @@ def read_run(workdir: str | os.PathLike) -> RecordedRun:
     recorded = _read_record(checkpoints)
     if recorded is None:
         raise ConfigError(f"workdir={str(workdir)!r} must hold a run's checkpoints, found none")
-    config = parse_config(recorded["config"])
+    config = parse_config({**recorded["config"], "mesh": dataclasses.asdict(MeshConfig())})
     spec, tokenizer = recorded["spec"], recorded["data"].get("tokenizer")
     kinds = {name: str if name == "task" else int for name in DataSpec._fields}
     if {name: type(value) for name, value in spec.items()} != kinds:

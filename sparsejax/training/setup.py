@@ -16,9 +16,15 @@ from sparsejax.accounting.units import format_quantity
 from sparsejax.config.parse import ConfigError, naming_data
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import Data, describe_data, make_data
-from sparsejax.models import TransformerConfig, VerdictsError, record_choices, use_recorded
+from sparsejax.models import (
+    Choice,
+    TransformerConfig,
+    VerdictsError,
+    record_choices,
+    use_recorded,
+)
 from sparsejax.optimizer import Optimizer, make_optimizer
-from sparsejax.processes import first_alone
+from sparsejax.processes import count, decide, first_alone
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.report.progress import say
 from sparsejax.sharding import BATCH, list_whole_leaves, shard_tree, use_mesh
@@ -85,9 +91,9 @@ class Run:
 
         # Put there explicitly, as a transfer guard may ask.
         seed = jax.device_put(np.asarray(self.config.seed))
-        shardings = self.shard_state(self.recipe.phases[0].name)
-        with use_mesh(self.mesh):
-            return jax.jit(create, out_shardings=shardings)(seed)
+        jitted = jax.jit(create, out_shardings=self.shard_state(self.recipe.phases[0].name))
+        with use_mesh(self.mesh), _keeping_choices(self, jitted, seed):
+            return jitted(seed)
 
     def enter_phase(self, state: TrainState, phase: Phase, *, previous: Phase) -> TrainState:
         """Hand the state over to a later phase.
@@ -101,8 +107,9 @@ class Run:
         def enter(state):
             return enter_phase(state, self.recipe, phase, self.optimizer, previous=previous)
 
-        with use_mesh(self.mesh):
-            return jax.jit(enter, out_shardings=self.shard_state(phase.name))(state)
+        jitted = jax.jit(enter, out_shardings=self.shard_state(phase.name))
+        with use_mesh(self.mesh), _keeping_choices(self, jitted, state):
+            return jitted(state)
 
     def make_abstract_state(self, phase_name: str) -> TrainState:
         """Return shapes, types and shardings of the state in a phase.
@@ -181,10 +188,10 @@ def prepare_run(config: TrainConfig) -> Run:
         )
     mesh = make_run_mesh(config, model_config)
     # Of several processes this is where they meet, not to be left to one that is alone.
-    index, count = find_share(NamedSharding(mesh, PartitionSpec(BATCH)), config.data.batch_size)
+    index, parts = find_share(NamedSharding(mesh, PartitionSpec(BATCH)), config.data.batch_size)
     # After the settings were checked: to prepare data may take hours.
     with _opening_data(config), first_alone("data"):
-        data = make_data(config.data, process_index=index, process_count=count)
+        data = make_data(config.data, process_index=index, process_count=parts)
     run = Run(
         config=config,
         data=data,
@@ -273,9 +280,11 @@ def compile_evaluation(run: Run, phase: Phase, batch: Batch) -> Callable:
       Function (state, batch, block_lists) -> totals.
     """
     step = make_eval_step(run.graphdef, run.recipe, phase, **run.config.step_options)
-    jitted = jax.jit(step, out_shardings=run.replicated)
-    with _keeping_choices(run), use_mesh(run.mesh):
-        return jitted.lower(*_make_abstract_arguments(run, phase, batch)).compile()
+    return _compile(
+        run,
+        jax.jit(step, out_shardings=run.replicated),
+        *_make_abstract_arguments(run, phase, batch),
+    )
 
 
 def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
@@ -290,27 +299,6 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
       ConfigError: if a sparse op cannot go on on the backend it had when the run was started.
     """
     start = time.perf_counter()
-    with _keeping_choices(run):
-        return _compile_phase(run, phase, batch, start)
-
-
-@contextlib.contextmanager
-def _keeping_choices(run: Run) -> Iterator[None]:
-    """Choose backends as the run did before, and record those that are new."""
-    try:
-        with use_recorded(run.choices), record_choices() as made:
-            yield
-    except VerdictsError as error:
-        raise ConfigError(str(error)) from error
-    except NotImplementedError as error:
-        raise ConfigError(
-            f"{error}; resume on the device the run was started on, or start it anew in another "
-            "--workdir"
-        ) from error
-    run.choices.update({choice.call: choice.backend for choice in made})
-
-
-def _compile_phase(run: Run, phase: Phase, batch: Batch, start: float) -> Programs:
     arguments = _make_abstract_arguments(run, phase, batch)
     shardings = run.shard_state(phase.name)
     build = {**run.config.step_options, "label_smoothing": run.config.label_smoothing}
@@ -320,8 +308,7 @@ def _compile_phase(run: Run, phase: Phase, batch: Batch, start: float) -> Progra
         # The state stays where it is, so that it fits the next step's program.
         told = (run.replicated,) * (2 if options.get("probes") else 1)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *told))
-        with use_mesh(run.mesh):
-            return jitted.lower(*arguments).compile()
+        return _compile(run, jitted, *arguments)
 
     train_step = compile_train_step()
     probing_step = compile_train_step(probes=True) if phase.probe_every_steps else None
@@ -337,6 +324,39 @@ def _compile_phase(run: Run, phase: Phase, batch: Batch, start: float) -> Progra
         + memory.temp_size_in_bytes,
         compile_seconds=time.perf_counter() - start,
     )
+
+
+def _compile(run: Run, jitted: Any, *arguments: Any) -> Any:
+    with use_mesh(run.mesh), _keeping_choices(run, jitted, *arguments):
+        return jitted.lower(*arguments).compile()
+
+
+@contextlib.contextmanager
+def _keeping_choices(run: Run, jitted: Any, *arguments: Any) -> Iterator[None]:
+    """Choose backends as the run did before, and record those that are new.
+
+    Of several processes the first one traces the program before the others, which choose as it did.
+    """
+    made: list[Choice] = []
+
+    def trace() -> dict[str, str]:
+        with use_recorded(run.choices), record_choices() as traced:
+            jax.eval_shape(jitted, *arguments)
+        return {choice.call: choice.backend for choice in traced}
+
+    try:
+        if count() > 1:
+            run.choices.update(decide(trace, "choices"))
+        with use_recorded(run.choices), record_choices() as made:
+            yield
+    except VerdictsError as error:
+        raise ConfigError(str(error)) from error
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{error}; resume on the device the run was started on, or start it anew in another "
+            "--workdir"
+        ) from error
+    run.choices.update({choice.call: choice.backend for choice in made})
 
 
 def compute_validation(
