@@ -1,7 +1,7 @@
-"""Runs on eight fake devices against the same runs on one: the program that `test_meshes` starts.
+"""Runs on eight fake devices against the same runs on one: what `test_mesh_runs` starts.
 
-JAX counts its devices once, so these runs need a process of their own. Arguments are "recipe mesh"
-pairs, or none for all; what differs from one device goes to standard output as JSON.
+JAX counts its devices once, so these runs need a process of their own. Arguments are names out of
+`list_runs`; what differs from one device goes to standard output as JSON.
 """
 
 import functools
@@ -9,14 +9,17 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
-import pytest
 
+from sparsejax.checkpoint.files import find_checkpoints
 from sparsejax.checkpoint.leaves import name_leaves
+from sparsejax.checkpoint.save import restore
+from sparsejax.config.parse import parse_config
 from sparsejax.training import devices, setup
 from tests.flags.recipes import RECIPES, make_settings
 from tests.training import runs
@@ -25,97 +28,152 @@ MESHES = {
     "fsdp=8": {"fsdp": 8},
     "data=2 fsdp=4": {"fsdp": 4},
     "data=2 fsdp=2 tensor=2": {"fsdp": 2, "tensor": 2},
-    "fsdp=2 context=4": {"fsdp": 2, "context": 4},
+    "context=4": {"context": 4},
 }
-_SIZES = {
-    "data__batch_size": 8,
-    "model__num_heads": 4,
-    "model__num_layers": 2,
+RESUMED = {"8 to 1": (8, 1), "1 to 8": (1, 8), "4 to 8": (4, 8)}
+SHORT = "short"
+"""A run of two steps: sparse weights, pruned gradients, new masks in every step."""
+
+_SIZES = {"data__batch_size": 8, "model__num_heads": 4, "model__num_layers": 2}
+_SHORT = {
+    "num_steps": 2,
+    "eval_every_steps": 2,
+    "checkpoint__every_steps": 2,
+    "optimizer__warmup_fraction": 0.5,
+    "recipe__fst__dense_fraction": 0.0,
+    # Gates, and fewer heads of keys and values.
+    "model__mlp_activation": "geglu",
+    "model__num_kv_heads": 2,
 }
 
 
-def list_runs() -> Iterator[tuple[str, str]]:
-    """List recipe and mesh of every run."""
-    for recipe in RECIPES:
-        for mesh in MESHES:
-            yield recipe, mesh
+def list_runs() -> list[str]:
+    """List the names of all runs: "recipe/mesh", or "resume/from to"."""
+    meshes = [f"{recipe}/{mesh}" for recipe in RECIPES for mesh in MESHES]
+    return [*meshes, *(f"resume/{name}" for name in RESUMED)]
 
 
-@functools.cache
-def train_on_one(recipe: str):
-    """Train on one device; return the rows of metrics and the last state."""
-    return _train(recipe, {}, jax.devices()[:1])
-
-
-def _train(recipe: str, mesh: dict[str, int], chosen: list[Any] | None):
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        folder = pathlib.Path(name)
-        make = functools.partial(devices.make_run_mesh, devices=chosen)
-        patch.setattr(setup, "make_run_mesh", make)
-        settings = make_settings(folder, recipe, **_SIZES)
-        settings["mesh"] |= mesh
+def _train(folder: pathlib.Path, recipe: str, mesh: dict[str, int], count: int, **changes: Any):
+    """Train on so many of the devices; return the rows of losses and the last state."""
+    name, sizes = ("fst", _SIZES | _SHORT) if recipe == SHORT else (recipe, _SIZES)
+    settings = make_settings(folder, name, **sizes | changes)
+    settings["mesh"] |= mesh
+    make_mesh = functools.partial(devices.make_run_mesh, devices=jax.devices()[:count])
+    with (
+        mock.patch.object(setup, "make_run_mesh", make_mesh),
+        mock.patch("jax.device_count", lambda: count),
+    ):
         runs.train(settings, folder / "run")
-        rows = [
-            row
+        losses = [
+            row.get("loss", row.get("validation_loss"))
             for row in runs.read_metrics(folder / "run" / "metrics.jsonl")
             if row["kind"] in ("train", "validation")
         ]
-        return rows, runs.load_end(settings, folder / "run")[0]
+        return losses, _load(settings, folder)
 
 
-def compare(recipe: str, mesh: str) -> dict[str, Any]:
-    """Compare a run on a mesh with that on one device.
+def _load(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, jax.Array]:
+    info = find_checkpoints(folder / "run" / "checkpoints")[0]
+    run = setup.prepare_run(parse_config(settings))
+    state, _ = restore(info, run.make_abstract_state(info.metadata["phase"]))
+    leaves = {name: leaf for name, leaf in name_leaves(state).items() if leaf is not None}
+    return leaves | {"key": jax.random.key_data(leaves["key"])}
+
+
+@functools.cache
+def _train_on_one(recipe: str):
+    with tempfile.TemporaryDirectory() as folder:
+        return _train(pathlib.Path(folder), recipe, {}, 1)
+
+
+def compare(recipe: str, mesh: str) -> dict[str, float]:
+    """Compare a run on a mesh of eight devices with that on one.
+
+    Args:
+      recipe: out of `RECIPES`, or `SHORT`.
+      mesh: out of `MESHES`.
 
     Returns:
-      "loss", the largest difference of a loss; "leaf", the same of the last state; "masks", the
-      fraction of entries of masks that differ.
+      As of `_measure`.
     """
-    (rows, state), (found_rows, found) = train_on_one(recipe), _train(recipe, MESHES[mesh], None)
-    losses = [
-        [row.get("loss", row.get("validation_loss")) for row in x] for x in (rows, found_rows)
-    ]
-    leaves, found_leaves = (
-        {k: v for k, v in name_leaves(x).items() if v is not None} for x in (state, found)
-    )
-    worst, differing, total = 0.0, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        found = _train(pathlib.Path(folder), recipe, MESHES[mesh], 8)
+    return _measure(_train_on_one(recipe), found)
+
+
+def compare_resumed(before: int, after: int) -> dict[str, float]:
+    """Compare a run that goes on on other devices with one that stays on one.
+
+    Args:
+      before: devices of the first half, all of "fsdp".
+      after: those of the second.
+
+    Returns:
+      As of `_measure`, and "restored", leaves that are not restored bit for bit.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        half = {"num_steps": 3, "schedule_steps": 6}
+        _, saved = _train(folder, "fst", {"fsdp": before}, before, **half)
+        settings = make_settings(folder, "fst", **_SIZES)
+        settings["mesh"] |= {"fsdp": after}
+        make_mesh = functools.partial(devices.make_run_mesh, devices=jax.devices()[:after])
+        with mock.patch.object(setup, "make_run_mesh", make_mesh):
+            restored = _load(settings, folder)
+        differing = sum(
+            not np.array_equal(np.asarray(leaf), np.asarray(restored[path]))
+            for path, leaf in saved.items()
+        )
+        found = _train(folder, "fst", {"fsdp": after}, after)
+    return _measure(_train_on_one("fst"), found) | {"restored": differing}
+
+
+def _measure(expected: Any, found: Any) -> dict[str, float]:
+    """Return how far a run is from another.
+
+    Returns:
+      "loss", the largest relative difference of a loss; "leaf", the largest difference of a float
+      of the last state; "masks", the fraction of bools that differ; "held", the fraction of the
+      state's bytes that one device holds.
+    """
+    (losses, leaves), (found_losses, found_leaves) = expected, found
+    assert leaves.keys() == found_leaves.keys() and len(losses) == len(found_losses)
+    worst, differing, total, held, size = 0.0, 0, 0, 0, 0
     for path, leaf in leaves.items():
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            continue
-        a, b = np.asarray(leaf), np.asarray(found_leaves[path])
+        a, other = np.asarray(leaf), found_leaves[path]
+        b = np.asarray(other)
+        held, size = held + other.addressable_shards[0].data.nbytes, size + b.nbytes
         if a.dtype == bool:
             differing, total = differing + int((a != b).sum()), total + a.size
         elif np.issubdtype(a.dtype, np.floating):
             worst = max(worst, float(np.abs(a - b).max()))
+        else:
+            assert np.array_equal(a, b), path
+    difference = np.abs(np.subtract(losses, found_losses) / losses)
     return {
-        "loss": float(np.abs(np.subtract(*losses)).max()),
+        "loss": float(difference.max()),
         "leaf": worst,
         "masks": differing / max(total, 1),
+        "held": held / size,
     }
 
 
-if __name__ == "__main__":
-    pairs = [tuple(pair.split("/")) for pair in sys.argv[1:]] or [*list_runs()]
-    sys.stdout, told = sys.stderr, sys.stdout
+def main(names: Sequence[str]) -> None:
+    """Print what is found of runs.
+
+    Args:
+      names: out of `list_runs`; none for all.
+    """
     results = {}
-    import time
-
-    for pair in pairs:
-        t = time.time()
-        train_on_one(pair[0])
-        t1 = time.time()
-        try:
-            results["/".join(pair)] = compare(*pair)
-        except Exception as e:
-            import traceback
-
-            traceback.print_exc()
-            results["/".join(pair)] = repr(e)[:400]
-        print(
-            pair,
-            results["/".join(pair)],
-            round(t1 - t, 1),
-            round(time.time() - t1, 1),
-            file=told,
-            flush=True,
-        )
+    told, sys.stdout = sys.stdout, sys.stderr
+    for name in names or list_runs():
+        first, _, second = name.partition("/")
+        if first == "resume":
+            results[name] = compare_resumed(*RESUMED[second])
+        else:
+            results[name] = compare(first, second)
     json.dump(results, told)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

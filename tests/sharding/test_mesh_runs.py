@@ -1,0 +1,81 @@
+"""Whole runs on eight devices: the losses, weights and masks of one device, by parts."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.flags.recipes import RECIPES
+from tests.sharding.mesh_runs import MESHES, RESUMED, SHORT, list_runs
+
+_ROOT = pathlib.Path(__file__).parents[2]
+# Programs are small: to compile them well would take longer than they run.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Every recipe on one mesh, and every mesh three times; `make test-all` runs all on all.
+_CHOSEN = [
+    f"{recipe}/{mesh}" for recipe, mesh in zip(RECIPES, itertools.cycle(MESHES), strict=False)
+]
+_REST = sorted({*list_runs()} - {*_CHOSEN} - {f"resume/{name}" for name in RESUMED})
+_HELD = {"fsdp=8": 0.2, "data=2 fsdp=4": 0.33, "data=2 fsdp=2 tensor=2": 0.33, "context=4": 1.0}
+
+
+def _run(*names):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.sharding.mesh_runs", *names],
+        cwd=_ROOT,
+        env=os.environ | {"XLA_FLAGS": _FLAGS, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def _check(name, found):
+    recipe, _, mesh = name.partition("/")
+    # Where gradients choose what grows, a rounding may choose otherwise.
+    tolerance = 1e-4 if recipe == "rigl" else 1e-6
+    assert found["loss"] <= tolerance
+    assert found["leaf"] <= tolerance
+    assert found["masks"] <= (1e-3 if recipe == "rigl" else 0)
+    if mesh in _HELD:
+        assert found["held"] <= _HELD[mesh]
+
+
+def test_parts_of_a_batch_a_state_and_a_layer():
+    name = f"{SHORT}/data=2 fsdp=2 tensor=2"
+    _check(name, _run(name)[name])
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    return _run(*_CHOSEN)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", _CHOSEN)
+def test_every_recipe(name, chosen):
+    _check(name, chosen[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _REST)
+def test_every_recipe_on_every_mesh(name):
+    _check(name, _run(name)[name])
+
+
+@pytest.fixture(scope="module")
+def resumed():
+    return _run(*(f"resume/{name}" for name in RESUMED))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_on_other_devices(name, resumed):
+    found = resumed[f"resume/{name}"]
+    assert found["restored"] == 0
+    _check("fst", found)
