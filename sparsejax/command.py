@@ -35,6 +35,7 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay
 _DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps to be profiled.")
 _TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU to plan for.")
+_HOSTS = flags.DEFINE_integer("hosts", 1, "Machines to plan for, that share the mesh evenly.")
 
 
 def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
@@ -81,6 +82,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
         return _fail(f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
     if _PROFILE.value is not None and _MODE.value != "train":
         return _fail(f"--profile_steps must not be given with --mode={_MODE.value}")
+    if _HOSTS.present and _MODE.value != "plan":
+        return _fail(f"--hosts must not be given with --mode={_MODE.value}")
     if _MODE.value == "plan":
         # Nothing runs on a GPU; and without one, JAX's CUDA plugin loads for compiling only.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -92,7 +95,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
     from sparsejax.report.progress import say
     from sparsejax.tools.evaluate import evaluate
     from sparsejax.tools.find_decay import find_decay
-    from sparsejax.tools.plan import format_plan, make_plan
+    from sparsejax.tools.plan import make_plan
+    from sparsejax.tools.plan_text import format_plan
     from sparsejax.tools.prove import prove_kernels
     from sparsejax.training.compilation_cache import use_compilation_cache
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
@@ -107,7 +111,7 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
         settings = _CONFIG.value.to_dict()
         config = parse_config(settings)
         if _MODE.value == "plan":
-            print(format_plan(make_plan(config, target=_TARGET.value)))
+            print(format_plan(make_plan(config, target=_TARGET.value, hosts=_HOSTS.value)))
         elif _MODE.value == "find_decay":
             find_decay(config, workdir)
         elif _MODE.value == "eval":

@@ -128,6 +128,7 @@ ARROWS = {
     # The one place where a run meets the compiler for absent GPUs, which models have no use for.
     "sparsejax.tools.plan": (
         "sparsejax.tools",
+        "sparsejax.accounting",
         "sparsejax.batch",
         "sparsejax.training",
         "sparsejax.recipes",
@@ -136,6 +137,7 @@ ARROWS = {
         "sparsejax.config",
         "sparsejax.report",
         "sparsejax.models",
+        "sparsejax.sharding",
         "sparsejax.types",
         "pallas_kernels.aot",
     ),
