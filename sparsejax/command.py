@@ -43,6 +43,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_HOSTS = flags.DEFINE_integer("hosts", 1, "Machines to plan for, that share the mesh evenly.")
 
 
 def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
@@ -153,6 +154,8 @@ def _find_wrong_flag(argv: list[str]) -> str | None:
         return f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE"
     if _PROFILE.value is not None and mode != "train":
         return f"--profile_steps must not be given with --mode={mode}"
+    if _HOSTS.present and mode != "plan":
+        return f"--hosts must not be given with --mode={mode}"
     if mode != "plan" and (not workdir or workdir.startswith("--")):
         return f"--workdir must be a folder, got {workdir or 'none'}"
     return None
@@ -168,7 +171,8 @@ def _run_mode(
     from sparsejax.report.progress import say
     from sparsejax.tools.evaluate import evaluate
     from sparsejax.tools.find_decay import find_decay
-    from sparsejax.tools.plan import format_plan, make_plan
+    from sparsejax.tools.plan import make_plan
+    from sparsejax.tools.plan_text import format_plan
     from sparsejax.tools.prove import prove_kernels
     from sparsejax.training.compilation_cache import use_compilation_cache
     from sparsejax.training.loop import NonFiniteError, train_and_evaluate
@@ -185,7 +189,7 @@ def _run_mode(
         config = parse_config(settings)
         _agree_on_flags(settings)
         if _MODE.value == "plan":
-            print(format_plan(make_plan(config, target=_TARGET.value)))
+            print(format_plan(make_plan(config, target=_TARGET.value, hosts=_HOSTS.value)))
         elif _MODE.value == "find_decay":
             find_decay(config, workdir)
         elif _MODE.value == "eval":

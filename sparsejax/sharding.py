@@ -230,6 +230,24 @@ def map_parts(
     return run
 
 
+def gather_weight(x: jax.Array, axis: int) -> jax.Array:
+    """Gather a weight that "fsdp" cuts, inside `map_parts`.
+
+    Its gradient is summed in parts: first "fsdp" deals them out, then each is added up over the
+    other devices that have examples or positions of their own. The other way round whole gradients
+    would be added up.
+
+    Args:
+      x: a device's part.
+      axis: that is cut.
+
+    Returns:
+      the whole along that axis.
+    """
+    x = jax.lax.pcast(x, ("data", "context"), to="varying")
+    return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+
 def fit_axis(name: str, size: int) -> str | None:
     """Return an axis of the mesh in force if it cuts a length into whole groups of four, else None.
 

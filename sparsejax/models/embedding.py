@@ -13,7 +13,7 @@ from pallas_kernels import block_sparse_matmul
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions, Weight, multiply_parts
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
-from sparsejax.sharding import BATCH, fit_axis, is_mapped, map_parts
+from sparsejax.sharding import BATCH, fit_axis, gather_weight, is_mapped, map_parts
 
 _EMBEDDING_INIT = nnx.initializers.normal(0.02)
 
@@ -191,7 +191,7 @@ def _look_up_parts(embed, tokens_BT, options):
 
     def run(tokens, table, mask):
         if columns is not None:
-            table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
+            table = gather_weight(table, 1)
         if rows is None:
             x = jnp.take(table, tokens, axis=0)
         else:

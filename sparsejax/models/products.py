@@ -19,7 +19,15 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Implementation, block_sparse_matmul, draw_pruning_bits, nm_matmul
 from pallas_kernels.nm_matmul.op import Activation, GradPruning
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
-from sparsejax.sharding import BATCH, constrain, deal_columns, fit_axis, get_sizes, map_parts
+from sparsejax.sharding import (
+    BATCH,
+    constrain,
+    deal_columns,
+    fit_axis,
+    gather_weight,
+    get_sizes,
+    map_parts,
+)
 
 type LayerActivation = Activation | Literal["gelu_exact", "relu"]
 """What may follow a layer."""
@@ -189,7 +197,7 @@ def multiply_parts(
 
     def gather(x, spec):
         if len(spec) == 2 and spec[gathered] is not None:
-            x = jax.lax.all_gather(x, "fsdp", axis=gathered, tiled=True)
+            x = gather_weight(x, gathered)
         return checkpoint_name(x, REMADE[0])
 
     specs = jax.tree.map(place, weight)

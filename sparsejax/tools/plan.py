@@ -1,7 +1,7 @@
-"""What a configured run needs on a GPU, found by compiling its programs on a machine without one.
+"""What a configured run needs on GPUs, found by compiling its programs on a machine without one.
 
-Memory is XLA's own account of each program, registers and spills are those of ptxas; nothing is
-computed and no data is opened.
+Memory is XLA's own account of each program, registers and spills are those of ptxas; what devices
+exchange is read from the program. Nothing is computed and no data is opened.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from pallas_kernels import aot
+from sparsejax.accounting.collectives import Collective, find_collectives
 from sparsejax.config.parse import ConfigError, naming_data
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
 from sparsejax.data import DataSpec, describe_data
@@ -19,18 +20,20 @@ from sparsejax.models import Choice, assume_proven, record_choices
 from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
+from sparsejax.sharding import list_whole_leaves
 from sparsejax.tools.programs import EVALUATION, PROBE, TRAIN, make_abstract_batch, make_steps
 from sparsejax.training.block_lists import make_block_lists
+from sparsejax.training.devices import check_run_parts, place_arguments, place_results
 from sparsejax.training.state import make_abstract_state
 from sparsejax.types import PyTree
 
-# What JAX takes of a GPU's memory when it starts, if XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
-_MEMORY_FRACTION = 0.75
+MEMORY_FRACTION = 0.75
+"""What JAX takes of a GPU's memory when it starts, if XLA_PYTHON_CLIENT_MEM_FRACTION is not set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhasePlan:
-    """What one phase needs.
+    """What one phase needs; bytes are those of one device.
 
     Attributes:
       name: str, the phase.
@@ -41,6 +44,8 @@ class PhasePlan:
       choices: what each sparse op runs on.
       largest_batch_size: int, examples with which a train step still fits, estimated; None if
         memory was not seen to grow with the batch.
+      collectives: of the train step; none on one device.
+      whole_leaves: large leaves of the state that no device holds a part of -> bytes.
     """
 
     name: str
@@ -48,6 +53,8 @@ class PhasePlan:
     programs: Mapping[str, aot.AotReport]
     choices: tuple[Choice, ...]
     largest_batch_size: int | None
+    collectives: tuple[Collective, ...] = ()
+    whole_leaves: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -60,52 +67,82 @@ class PhasePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run needs on one GPU.
+    """What a run needs on one GPU, or on each of several.
 
     Attributes:
       spec: DataSpec of the data set.
       phases: tuple of PhasePlan, in the order of training.
+      hosts: int, machines that the devices are in, as many in each.
     """
 
     config: TrainConfig
     spec: DataSpec
     target: aot.GpuTarget
     phases: tuple[PhasePlan, ...]
+    hosts: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """Parts of the mesh."""
+        return math.prod(self.config.mesh.sizes.values())
+
+    @property
+    def num_copies(self) -> int:
+        """Parts that the examples of a batch are dealt out to."""
+        return self.config.mesh.sizes["data"] * self.config.mesh.sizes["fsdp"]
+
+    @property
+    def device_name(self) -> str:
+        """How many of which GPU."""
+        on_hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
+        count = "one" if self.num_devices == 1 else self.num_devices
+        return f"{count} {self.target.name}{on_hosts}"
 
     @property
     def usable_bytes(self) -> int:
         """What JAX takes of the GPU's memory by default."""
-        return int(self.target.memory_bytes * _MEMORY_FRACTION)
+        return int(self.target.memory_bytes * MEMORY_FRACTION)
 
 
-def make_plan(config: TrainConfig, *, target: str = "h200") -> Plan:
+def make_plan(config: TrainConfig, *, target: str = "h200", hosts: int = 1) -> Plan:
     """Compile the programs of every phase, and the train step with two batch sizes.
+
+    There are as many devices as the configured mesh has parts, one along mesh.data if that is -1.
 
     Peak memory is taken to be a straight line over the batch size, through the peaks of steps
     compiled with the configured batch and with twice as much; the largest batch is where the line
-    meets what JAX takes of the GPU's memory, rounded down to a multiple of the micro-batches.
+    meets what JAX takes of the GPU's memory, rounded down so that parts stay equal.
 
     Args:
       target: str, one of `aot.TARGETS`.
+      hosts: int, machines that the devices are in, as many in each.
 
     Raises:
       ConfigError: if the target is unknown, the data cannot be described or does not fit the
-        settings, the named kernel does not run on the target, or the packages of the `compile`
-        extra are missing.
+        settings, the mesh cuts the batch or the model into unequal parts, the hosts would have
+        unequal numbers of devices, the named kernel does not run on the target, or the packages of
+        the `compile` extra are missing.
     """
     if target not in aot.TARGETS:
         raise ConfigError(f"--target must be one of {list(aot.TARGETS)}, got {target!r}")
     gpu = aot.TARGETS[target]
     with naming_data():
         spec = describe_data(config.data)
+    plan = Plan(config=config, spec=spec, target=gpu, phases=(), hosts=hosts)
+    if hosts < 1 or plan.num_devices % hosts:
+        raise ConfigError(
+            "--hosts must divide the number of devices of the mesh, "
+            f"{plan.num_devices}, got {hosts}"
+        )
+    model = _make_model(config, spec)
+    check_run_parts(config, model, config.mesh.sizes)
     try:
-        mesh = aot.make_gpu_mesh(gpu)
+        mesh = aot.make_gpu_mesh(gpu, axes=config.mesh.sizes, hosts=hosts)
     except RuntimeError as error:
         raise ConfigError(f"{error}; or run `make plan CONFIG=...`, which has them") from error
-    phases = make_recipe(config, _make_model(config, spec)).phases
+    phases = make_recipe(config, model).phases
     count = sum(3 + bool(phase.probe_every_steps) for phase in phases)
-    say(f"compiling {count} programs for one {gpu.name}")
-    plan = Plan(config=config, spec=spec, target=gpu, phases=())
+    say(f"compiling {count} programs for {plan.device_name}")
     planned = tuple(_plan_phase(plan, phase, mesh) for phase in phases)
     return dataclasses.replace(plan, phases=planned)
 
@@ -118,12 +155,12 @@ def compile_programs(
     mesh: jax.sharding.Mesh,
     names: Sequence[str] = (TRAIN, EVALUATION, PROBE),
 ) -> dict[str, aot.AotReport]:
-    """Compile the programs of one phase for a GPU.
+    """Compile the programs of one phase for a GPU, or for each of several.
 
     Args:
       spec: DataSpec of the data set.
       phase: Phase of the configured recipe.
-      mesh: from `aot.make_gpu_mesh`.
+      mesh: from `aot.make_gpu_mesh`; of several devices, with the axes of a run's mesh.
       names: of "train step", "evaluation step" and "probing train step"; the last is left out in
         a phase that does not probe.
 
@@ -136,9 +173,24 @@ def compile_programs(
     # Shapes of masks come of a search for them, whose backend is the GPU's too.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         steps = make_steps(config, spec, phase)
+    arguments = steps.arguments
+
+    def place(name):
+        if mesh.size == 1:
+            return {}
+        if name == EVALUATION:
+            return {"out_shardings": jax.sharding.NamedSharding(mesh, jax.P())}
+        return {"out_shardings": place_results(arguments[0], mesh, probes=name == PROBE)}
+
+    if mesh.size > 1:
+        arguments = place_arguments(*arguments, mesh)
     return {
         name: aot.compile_for(
-            step, *steps.arguments, mesh=mesh, donate_argnums=() if name == EVALUATION else 0
+            step,
+            *arguments,
+            mesh=mesh,
+            donate_argnums=() if name == EVALUATION else 0,
+            **place(name),
         )
         for name, step in steps.functions.items()
         if name in names
@@ -171,57 +223,6 @@ def estimate_largest_batch(
     return max(0, examples // multiple_of * multiple_of)
 
 
-def format_plan(plan: Plan) -> str:
-    """Lay a plan out as text, a column for each phase.
-
-    Returns:
-      str of several lines.
-    """
-    phases, config = plan.phases, plan.config
-    names = dict.fromkeys(name for phase in phases for name in phase.programs)
-
-    def temporaries(name):
-        reports = [phase.programs.get(name) for phase in phases]
-        return [_megabytes(report and report.temp_bytes) for report in reports]
-
-    rows = [("memory, MB", [phase.name for phase in phases])]
-    rows += [
-        (f"  {part}", [_megabytes(phase.parts[part]) for phase in phases])
-        for part in phases[0].parts
-    ]
-    totals = [_megabytes(sum(phase.parts.values())) for phase in phases]
-    rows.append(("  train step, together", totals))
-    rows += [(f"  temporaries of the {n}", temporaries(n)) for n in names if n != TRAIN]
-    rows.append(("  the most that any step needs", [_megabytes(p.peak_bytes) for p in phases]))
-    rows += [("", []), ("what fits", [])]
-    rows.append(("  GPU memory that JAX takes, MB", [_megabytes(plan.usable_bytes)] * len(phases)))
-    headroom = [_megabytes(plan.usable_bytes - phase.peak_bytes) for phase in phases]
-    rows.append(("  headroom, MB", headroom))
-    largest = [phase.largest_batch_size for phase in phases]
-    rows.append(("  largest batch, examples", ["–" if n is None else f"{n:,}" for n in largest]))
-    size = config.data.batch_size
-    shape = " x ".join(map(str, make_abstract_batch(config, plan.spec)["inputs"].shape))
-    unit = "bytes" if plan.spec.patch_values else "tokens"
-    return "\n".join(
-        [
-            f"recipe {config.recipe.name} on one {plan.target.name}, batch of {shape} {unit}, "
-            f"num_micro_batches={config.num_micro_batches}",
-            "",
-            _align(rows),
-            "",
-            f"JAX takes {_MEMORY_FRACTION:.0%} of the GPU's "
-            f"{_megabytes(plan.target.memory_bytes)} MB unless XLA_PYTHON_CLIENT_MEM_FRACTION is "
-            "set. The largest",
-            f"batch is an estimate: train steps compiled with {size} and {2 * size} examples, and "
-            "a straight line.",
-            "",
-            _format_choices(plan),
-            "",
-            _format_kernels(phases),
-        ]
-    )
-
-
 def _make_model(config: TrainConfig, spec: DataSpec):
     return make_transformer_config(config, **spec._asdict())
 
@@ -242,27 +243,36 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
     except NotImplementedError as error:
         named = config.named_implementations
         raise ConfigError(f"{named} must run on one {plan.target.name}: {error}") from error
+    state = _make_state(config, spec, phase)
     return PhasePlan(
         name=phase.name,
-        parts=_measure_parts(config, spec, phase, train),
+        parts=_measure_parts(plan, phase, state, train, mesh),
         programs=programs,
         choices=tuple(choices),
         largest_batch_size=estimate_largest_batch(
             (train.peak_bytes, twice.peak_bytes),
             batch_size=size,
             usable_bytes=plan.usable_bytes,
-            multiple_of=config.num_micro_batches,
+            multiple_of=config.num_micro_batches * plan.num_copies,
         ),
+        collectives=tuple(find_collectives(train.hlo, config.mesh.sizes, hosts=plan.hosts)),
+        whole_leaves={} if mesh.size == 1 else list_whole_leaves(state, mesh),
     )
 
 
-def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
+def _make_state(config, spec, phase):
     model = _make_model(config, spec)
     optimizer = make_optimizer(config.optimizer, num_steps=config.schedule_length)
-    state = make_abstract_state(model, make_recipe(config, model), optimizer, phase.name)
+    return make_abstract_state(model, make_recipe(config, model), optimizer, phase.name)
+
+
+def _measure_parts(plan: Plan, phase: Phase, state, train: aot.AotReport, mesh) -> dict[str, int]:
+    lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), state.sparsity.masks)
+    batch = make_abstract_batch(plan.config, plan.spec)
+    if mesh.size > 1:
+        state, batch, lists = place_arguments(state, batch, lists, mesh)
     sparsity = state.sparsity
     counters = (state.step, state.num_skipped, state.key, sparsity.phase_start_step)
-    lists = jax.eval_shape(functools.partial(make_block_lists, phase=phase), sparsity.masks)
     return {
         "parameters": _count_bytes((state.params, sparsity.params)),
         "optimizer state": _count_bytes(state.opt_state),
@@ -270,57 +280,15 @@ def _measure_parts(config, spec, phase, train: aot.AotReport) -> dict[str, int]:
             (sparsity.masks, sparsity.statistics, counters)
         ),
         "lists of attention blocks": _count_bytes(lists),
-        "batch": _count_bytes(make_abstract_batch(config, spec)),
+        "batch": _count_bytes(batch),
         "temporaries (activations, gradients)": train.temp_bytes,
         "metrics": train.output_bytes - train.alias_bytes,
     }
 
 
 def _count_bytes(tree: PyTree) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _format_choices(plan: Plan) -> str:
-    choices = {c.call: c for phase in plan.phases for c in phase.choices}
-    if not choices:
-        return "no sparse ops"
-    lines = [f"  {choice.backend} for {call}" for call, choice in choices.items()]
-    if any(not choice.is_named for choice in choices.values()):
-        lines.append(
-            f"Backends that no setting names are those that run on one {plan.target.name} if the "
-            "doctor finds them right and faster there."
-        )
-    return "\n".join(["backends of the sparse ops", *lines])
-
-
-def _format_kernels(phases: Sequence[PhasePlan]) -> str:
-    head = ["registers", "spill bytes", "shared memory, bytes"]
-    rows = [
-        (
-            f"  {phase.name}, {program}, {kernel.name}",
-            [
-                f"{count:,}"
-                for count in (kernel.registers, kernel.spill_bytes, kernel.shared_memory_bytes)
-            ],
-        )
-        for phase in phases
-        for program, report in phase.programs.items()
-        for kernel in report.kernels
-    ]
-    if not rows:
-        return "no Mosaic or Triton kernels"
-    return _align([("Mosaic and Triton kernels", head), *rows])
-
-
-def _align(rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    left = max(len(label) for label, _ in rows)
-    cells = [cell for _, row in rows for cell in row]
-    right = max(len(cell) for cell in cells)
-    lines = (
-        f"{label:<{left}}" + "".join(f"  {cell:>{right}}" for cell in row) for label, row in rows
+    """Count the bytes that one device holds."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
     )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _megabytes(count: int | None) -> str:
-    return "–" if count is None else f"{count / 1e6:,.1f}"

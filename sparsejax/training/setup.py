@@ -27,9 +27,15 @@ from sparsejax.optimizer import Optimizer, make_optimizer
 from sparsejax.processes import count, decide, first_alone
 from sparsejax.recipes import Phase, Recipe
 from sparsejax.report.progress import say
-from sparsejax.sharding import BATCH, list_whole_leaves, shard_tree, use_mesh
+from sparsejax.sharding import BATCH, list_whole_leaves, use_mesh
 from sparsejax.training.block_lists import BlockLists, make_block_lists
-from sparsejax.training.devices import find_share, make_run_mesh
+from sparsejax.training.devices import (
+    find_share,
+    make_run_mesh,
+    place_arguments,
+    place_results,
+    place_state,
+)
 from sparsejax.training.state import (
     TrainState,
     create_train_state,
@@ -121,11 +127,7 @@ class Run:
           ValueError: if the recipe has no such phase.
         """
         abstract = make_abstract_state(self.model_config, self.recipe, self.optimizer, phase_name)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract,
-            shard_tree(abstract, self.mesh),
-        )
+        return place_state(abstract, self.mesh)
 
     def shard_state(self, phase_name: str) -> PyTree:
         """Return where every leaf of the state lies in a phase.
@@ -300,17 +302,17 @@ def compile_phase(run: Run, phase: Phase, batch: Batch) -> Programs:
     """
     start = time.perf_counter()
     arguments = _make_abstract_arguments(run, phase, batch)
-    shardings = run.shard_state(phase.name)
     build = {**run.config.step_options, "label_smoothing": run.config.label_smoothing}
 
-    def compile_train_step(**options):
-        step = make_train_step(run.graphdef, run.recipe, phase, run.optimizer, **build, **options)
-        # The state stays where it is, so that it fits the next step's program.
-        told = (run.replicated,) * (2 if options.get("probes") else 1)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *told))
+    def compile_train_step(*, probes):
+        step = make_train_step(
+            run.graphdef, run.recipe, phase, run.optimizer, **build, probes=probes
+        )
+        results = place_results(arguments[0], run.mesh, probes=probes)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=results)
         return _compile(run, jitted, *arguments)
 
-    train_step = compile_train_step()
+    train_step = compile_train_step(probes=False)
     probing_step = compile_train_step(probes=True) if phase.probe_every_steps else None
     memory = train_step.memory_analysis()
     assert memory is not None, "XLA reports the memory of what it compiled"
@@ -386,8 +388,5 @@ def compute_validation(
 def _make_abstract_arguments(run: Run, phase: Phase, batch: Batch) -> tuple[Any, ...]:
     state = run.make_abstract_state(phase.name)
     make = functools.partial(make_block_lists, phase=phase)
-    lists = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated),
-        jax.eval_shape(make, state.sparsity.masks),
-    )
-    return state, batch, lists
+    lists = jax.eval_shape(make, state.sparsity.masks)
+    return place_arguments(state, batch, lists, run.mesh)

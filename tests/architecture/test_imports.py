@@ -134,6 +134,7 @@ ARROWS = {
     # The one place where a run meets the compiler for absent GPUs, which models have no use for.
     "sparsejax.tools.plan": (
         "sparsejax.tools",
+        "sparsejax.accounting",
         "sparsejax.batch",
         "sparsejax.training",
         "sparsejax.recipes",
@@ -142,6 +143,7 @@ ARROWS = {
         "sparsejax.config",
         "sparsejax.report",
         "sparsejax.models",
+        "sparsejax.sharding",
         "sparsejax.types",
         "pallas_kernels.aot",
     ),
