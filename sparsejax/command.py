@@ -104,7 +104,7 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
     try:
         code, message, error = _run_mode(argv, resume_command, interrupt)
     except BaseException as failure:
-        if not processes.is_alone(failure):
+        if not processes.is_watched():
             raise
         if isinstance(failure, KeyboardInterrupt):
             code, message = 130, "interrupted; the same command goes on from the last checkpoint"

@@ -269,13 +269,18 @@ def leave(code: int) -> None:
     _exit(code)
 
 
+def is_watched() -> bool:
+    """Tell whether `connect` has found others: then `fail` and `leave` are the ways out."""
+    return _Watch.current is not None
+
+
 def is_alone(error: BaseException | None) -> bool:
     """Tell whether an error is that of one of several processes, whose others have to be told.
 
     Args:
       error: the error; None for no error.
     """
-    return error is not None and _Watch.current is not None and not is_shared(error)
+    return error is not None and is_watched() and not is_shared(error)
 
 
 def fail(message: str, code: int, *, patience: float = 0) -> NoReturn:
@@ -312,8 +317,8 @@ class _Watch:
         _Watch.current = self
         for target in (self._listen, self._count_alive):
             threading.Thread(target=target, daemon=True, name="processes").start()
-        # JAX aborts when it misses a process, often before these threads have heard of it. A handler
-        # of Python's would run too late: this one runs in the thread that aborts.
+        # JAX aborts when it misses a process, often before these threads have heard of it. A
+        # handler of Python's would run too late: this one runs in the thread that aborts.
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def fail(self, message: str, code: int) -> NoReturn:

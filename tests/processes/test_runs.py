@@ -1,8 +1,6 @@
 """Runs of two processes: what they compute and write, how they stop, fail and go on."""
 
-import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
