@@ -32,6 +32,8 @@ from sparsejax.types import PyTree
 
 HEARTBEAT_SECONDS = 20
 """So long a process may say nothing before it counts as dead."""
+MEETING_SECONDS = 300
+"""So long the first processes wait for the last one."""
 PATIENCE_SECONDS = HEARTBEAT_SECONDS + 5
 """By then it is known that another process is dead."""
 LOST = 3
@@ -244,10 +246,14 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       ValueError: if JAX does not find out by itself what is None.
       RuntimeError: if the processes do not come together.
     """
+    # JAX aborts when it misses a process, often before a thread of ours has heard of it. A handler
+    # of Python's would run too late: this one runs in the thread that aborts.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     jax.distributed.initialize(
         coordinator,
         num_processes,
         process_id,
+        initialization_timeout=MEETING_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     if count() > 1:
@@ -310,19 +316,15 @@ class _Watch:
         self._process = distributed.global_state.process_id
         self._client = _client()
         self._ending = threading.Lock()
-        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._explain_abort)
 
     def start(self) -> None:
         """Begin to watch."""
         _Watch.current = self
         for target in (self._listen, self._count_alive):
             threading.Thread(target=target, daemon=True, name="processes").start()
-        # JAX aborts when it misses a process, often before these threads have heard of it. A
-        # handler of Python's would run too late: this one runs in the thread that aborts.
-        ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
 
     def fail(self, message: str, code: int) -> NoReturn:
-        """Announce an error of this process, tell it and exit."""
+        """Announce an error of this process, and end it."""
         failure = json.dumps({"process": self._process, "message": message, "code": code})
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(f"{_FAILURES}{self._process}", message)
@@ -334,7 +336,7 @@ class _Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             told = self._client.key_value_dir_get(_FAILURES)
         before = [text for key, text in told if int(key.rpartition("/")[2]) < self._process]
-        self._end("" if message in before else message, code)
+        self.end("" if message in before else message, code)
 
     def _listen(self) -> None:
         """Wait for the first failure that is announced."""
@@ -348,7 +350,7 @@ class _Watch:
             time.sleep(0.2)
             if not self._has_failed():
                 message = f"process {failure['process']} has ended: {failure['message']}"
-                self._end(message, failure["code"])
+                self.end(message, failure["code"])
 
     def _has_failed(self) -> bool:
         try:
@@ -373,19 +375,13 @@ class _Watch:
         if self.is_over or self._process in processes:
             return
         names = " and ".join(map(str, processes))
-        self._end(
+        self.end(
             f"process {names} no longer answers; the same command goes on from the last checkpoint",
             LOST,
         )
 
-    def _explain_abort(self, _signal: int) -> None:
-        self._end(
-            "JAX has ended this process, as it says above; if another one no longer answers, the "
-            "same command goes on from the last checkpoint",
-            LOST,
-        )
-
-    def _end(self, message: str, code: int) -> NoReturn:
+    def end(self, message: str, code: int) -> NoReturn:
+        """End this process with a message, whatever it does."""
         # Of several threads the first one ends the process.
         self._ending.acquire()
         if message:
@@ -405,6 +401,25 @@ class _Watch:
                 if len(self._client.key_value_dir_get(_SEEN)) == count():
                     return
                 time.sleep(0.1)
+
+
+def _explain_abort(_signal: int) -> None:
+    if _Watch.current is None:
+        print(
+            f"error: all processes must come together within {MEETING_SECONDS} s, but JAX has "
+            "given up, as it says above",
+            file=sys.stderr,
+        )
+        _exit(LOST)
+    _Watch.current.end(
+        "JAX has ended this process, as it says above; if another one no longer answers, the same "
+        "command goes on from the last checkpoint",
+        LOST,
+    )
+
+
+# As long as it is the handler, it must be there.
+_on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(_explain_abort)
 
 
 def _exit(code: int) -> NoReturn:
