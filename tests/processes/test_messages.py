@@ -30,14 +30,14 @@ class Store:
             return self._values[key]
 
 
-class Counts(threading.local):
+class Counts(dict):
     """What each process counts by itself."""
 
-    def __init__(self):
-        self._counts = {}
+    def __init__(self, place):
+        self._place = place
 
     def setdefault(self, key, default):
-        return self._counts.setdefault(key, default)
+        return super().setdefault((self._place.process_id, key), default)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def run_all(monkeypatch):
         process_id = property(lambda _: place.process_id)
 
     monkeypatch.setattr(processes, "distributed", types.SimpleNamespace(global_state=State()))
-    monkeypatch.setattr(processes, "_counts", Counts())
+    monkeypatch.setattr(processes, "_counts", Counts(place))
 
     def run(function):
         outcomes = [None] * 3
