@@ -100,12 +100,13 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
         try:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         except (ValueError, RuntimeError) as error:
-            return _fail(f"the processes of the run must come together: {_join(error)}")
+            flag = "--distributed" if _DISTRIBUTED.value else "--coordinator"
+            return _fail(f"{flag} must bring the processes together, but JAX says: {_join(error)}")
     code, message, error = 1, "", None
     try:
         code, message, error = _run_mode(argv, resume_command, interrupt)
     except BaseException as failure:
-        if not processes.is_alone(failure):
+        if not processes.is_watched():
             raise
         if isinstance(failure, KeyboardInterrupt):
             code, message = 130, "interrupted; the same command goes on from the last checkpoint"

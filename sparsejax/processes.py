@@ -4,19 +4,12 @@ The first process alone decides what files there are and writes them; what it fi
 the others, so that all take the same branch. Messages go through the key-value store of JAX's
 coordination service: no device takes part, and background threads may use it. With one process
 nothing is sent and nothing waits.
-
-A process that fails tells the others, which end with it. One that is killed tells nobody: the
-others see that its heartbeats are missing, or, if it is the first, that the service is gone.
 """
 
 import contextlib
-import ctypes
 import itertools
 import json
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -28,17 +21,13 @@ import jax
 from jax._src import distributed
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sparsejax.process_watch import FOREVER_MS, MEETING_SECONDS, Watch, exit_at_once, explain_aborts
 from sparsejax.types import PyTree
 
 HEARTBEAT_SECONDS = 20
 """So long a process may say nothing before it counts as dead."""
 PATIENCE_SECONDS = HEARTBEAT_SECONDS + 5
 """By then it is known that another process is dead."""
-LOST = 3
-"""Exit code where another process is gone without a word."""
-_PATIENCE_MS = 7 * 24 * 3600 * 1000
-_FAREWELL_SECONDS = 10
-_FAILED, _FAILURES, _SEEN = "sparsejax/failed", "sparsejax/failures/", "sparsejax/seen/"
 
 _counts: dict[str, Iterator[int]] = {}
 
@@ -60,7 +49,7 @@ def wait_for_all(name: str) -> None:
       name: of the place. Processes must come to places of one name in the same order.
     """
     if count() > 1:
-        _client().wait_at_barrier(_make_key(name), _PATIENCE_MS)
+        _client().wait_at_barrier(_make_key(name), FOREVER_MS)
 
 
 def decide[T](function: Callable[[], T], name: str = "decision") -> T:
@@ -88,7 +77,7 @@ def decide[T](function: Callable[[], T], name: str = "decision") -> T:
             raise share(error) from None
         _client().key_value_set(key, text)
     else:
-        text = _client().blocking_key_value_get(key, _PATIENCE_MS)
+        text = _client().blocking_key_value_get(key, FOREVER_MS)
     answer = json.loads(text)
     if "error" in answer:
         module, kind = answer["kind"]
@@ -113,7 +102,7 @@ def collect(name: str, value: Any) -> list[Any]:
     if not is_first():
         return []
     keys = [f"{key}/{process}" for process in range(count())]
-    return [json.loads(_client().blocking_key_value_get(each, _PATIENCE_MS)) for each in keys]
+    return [json.loads(_client().blocking_key_value_get(each, FOREVER_MS)) for each in keys]
 
 
 def agree(what: str, value: Mapping[str, Any]) -> None:
@@ -171,7 +160,7 @@ def first_alone(name: str) -> Iterator[None]:
         return
     key = _make_key(name)
     if not is_first():
-        _client().blocking_key_value_get(key, _PATIENCE_MS)
+        _client().blocking_key_value_get(key, FOREVER_MS)
     try:
         yield
     finally:
@@ -244,14 +233,16 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       ValueError: if JAX does not find out by itself what is None.
       RuntimeError: if the processes do not come together.
     """
+    explain_aborts()
     jax.distributed.initialize(
         coordinator,
         num_processes,
         process_id,
+        initialization_timeout=MEETING_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     if count() > 1:
-        _Watch().start()
+        Watch(_client(), distributed.global_state.process_id, count()).start()
 
 
 def leave(code: int) -> None:
@@ -260,13 +251,18 @@ def leave(code: int) -> None:
     Args:
       code: exit code.
     """
-    if _Watch.current is None:
+    if Watch.current is None:
         return
     wait_for_all("end")
-    _Watch.current.is_over = True
+    Watch.current.is_over = True
     jax.distributed.shutdown()
     # The threads that watch may still be in JAX, which Python's own way out does not allow.
-    _exit(code)
+    exit_at_once(code)
+
+
+def is_watched() -> bool:
+    """Tell whether `connect` has found others: then `fail` and `leave` are the ways out."""
+    return Watch.current is not None
 
 
 def is_alone(error: BaseException | None) -> bool:
@@ -275,7 +271,7 @@ def is_alone(error: BaseException | None) -> bool:
     Args:
       error: the error; None for no error.
     """
-    return error is not None and _Watch.current is not None and not is_shared(error)
+    return error is not None and is_watched() and not is_shared(error)
 
 
 def fail(message: str, code: int, *, patience: float = 0) -> NoReturn:
@@ -289,124 +285,10 @@ def fail(message: str, code: int, *, patience: float = 0) -> NoReturn:
       patience: seconds to wait before, where the death of another process may have caused the
         error; that death is then told instead.
     """
-    assert _Watch.current is not None, "connect comes first"
+    assert Watch.current is not None, "connect comes first"
     # Meanwhile the watch may end this process for the better reason.
     time.sleep(patience)
-    _Watch.current.fail(message, code)
-
-
-class _Watch:
-    """Threads that end this process when another one has failed or is gone."""
-
-    current: "_Watch | None" = None
-
-    def __init__(self):
-        self.is_over = False
-        self._process = distributed.global_state.process_id
-        self._client = _client()
-        self._ending = threading.Lock()
-        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._explain_abort)
-
-    def start(self) -> None:
-        """Begin to watch."""
-        _Watch.current = self
-        for target in (self._listen, self._count_alive):
-            threading.Thread(target=target, daemon=True, name="processes").start()
-        # JAX aborts when it misses a process, often before these threads have heard of it. A
-        # handler of Python's would run too late: this one runs in the thread that aborts.
-        ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
-
-    def fail(self, message: str, code: int) -> NoReturn:
-        """Announce an error of this process, tell it and exit."""
-        failure = json.dumps({"process": self._process, "message": message, "code": code})
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"{_FAILURES}{self._process}", message)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
-            self._client.key_value_set(_FAILED, failure)
-        # What all have found wrong is told once.
-        time.sleep(0.5)
-        told: list[tuple[str, str]] = []
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            told = self._client.key_value_dir_get(_FAILURES)
-        before = [text for key, text in told if int(key.rpartition("/")[2]) < self._process]
-        self._end("" if message in before else message, code)
-
-    def _listen(self) -> None:
-        """Wait for the first failure that is announced."""
-        try:
-            text = self._client.blocking_key_value_get(_FAILED, _PATIENCE_MS)
-        except jax.errors.JaxRuntimeError:
-            return self._lose([0])
-        failure = json.loads(text)
-        if failure["process"] != self._process:
-            # One that fails at the same time tells its own error.
-            time.sleep(0.2)
-            if not self._has_failed():
-                message = f"process {failure['process']} has ended: {failure['message']}"
-                self._end(message, failure["code"])
-
-    def _has_failed(self) -> bool:
-        try:
-            self._client.key_value_try_get(f"{_FAILURES}{self._process}")
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    def _count_alive(self) -> None:
-        processes = list(range(count()))
-        alive: Mapping[int, int] = dict.fromkeys(processes, 0)
-        while not self.is_over and len(alive) == len(processes):
-            time.sleep(1)
-            try:
-                # Returns when every process that is alive has asked.
-                alive = self._client.get_live_nodes(processes)
-            except jax.errors.JaxRuntimeError:
-                alive = {x: 0 for x in processes if x}
-        self._lose([process for process in processes if process not in alive])
-
-    def _lose(self, processes: list[int]) -> None:
-        if self.is_over or self._process in processes:
-            return
-        names = " and ".join(map(str, processes))
-        self._end(
-            f"process {names} no longer answers; the same command goes on from the last checkpoint",
-            LOST,
-        )
-
-    def _explain_abort(self, _signal: int) -> None:
-        self._end(
-            "JAX has ended this process, as it says above; if another one no longer answers, the "
-            "same command goes on from the last checkpoint",
-            LOST,
-        )
-
-    def _end(self, message: str, code: int) -> NoReturn:
-        # Of several threads the first one ends the process.
-        self._ending.acquire()
-        if message:
-            print(f"error: {message}", file=sys.stderr)
-        # With the first process goes the service, so that it has to be the last.
-        if code != LOST:
-            self._wait_until_seen()
-        elif self._process == 0:
-            time.sleep(1)
-        _exit(code)
-
-    def _wait_until_seen(self) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"{_SEEN}{self._process}", "")
-            deadline = time.monotonic() + _FAREWELL_SECONDS
-            while self._process == 0 and time.monotonic() < deadline:
-                if len(self._client.key_value_dir_get(_SEEN)) == count():
-                    return
-                time.sleep(0.1)
-
-
-def _exit(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    Watch.current.fail(message, code)
 
 
 def _client() -> Any:

@@ -90,8 +90,14 @@ def test_help_of_a_mode_lists_its_options_alone(name, handed_on, capsys):
         (["trian"], "got 'trian'; did you mean 'train'?"),
         (["--config=quickstart"], "must be one of train, eval, plan, find-decay, settings, doctor"),
         ([], "got none; see sparsejax --help"),
-        (["eval", "--target=h100"], "eval are --config, --workdir, got '--target=h100'"),
-        (["eval", "--mode=train"], "eval are --config, --workdir, got '--mode=train'"),
+        (
+            ["eval", "--target=h100"],
+            "--num_processes, --process_id, got '--target=h100'",
+        ),
+        (
+            ["eval", "--mode=train"],
+            "--num_processes, --process_id, got '--mode=train'",
+        ),
         (["settings", "optimiser"], "such as optimizer, got 'optimiser'"),
     ],
 )

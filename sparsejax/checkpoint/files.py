@@ -302,7 +302,7 @@ def measure_files(
     """Measure every file below a folder.
 
     Args:
-      folder: Path.
+      folder: Path of a checkpoint, whole or not.
       parts: str, glob of the folders in it whose files are measured; "" = all.
       known: dict of what was measured before, which is not read again.
 

@@ -26,12 +26,7 @@ from sparsejax.data import keep_tokenizer
 from sparsejax.processes import decide, fetch, is_first, share
 from sparsejax.recipes import Observation, Phase
 from sparsejax.report.live import TrainingPicture
-from sparsejax.report.metrics import (
-    DeferredMetrics,
-    Fetched,
-    fetch_metrics,
-    open_metrics,
-)
+from sparsejax.report.metrics import DeferredMetrics, Fetched, fetch_metrics, open_metrics
 from sparsejax.report.progress import (
     StepTimer,
     format_metrics,
@@ -348,8 +343,8 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             elsewhere = tempfile.TemporaryDirectory
             folder = self.workdir if is_first() else Path(stack.enter_context(elsewhere()))
-            draw = self.run.recipe.draw_phase
-            draw(self.state.sparsity, self.phase, step=self.step, folder=folder)
+            state, draw = self.state, self.run.recipe.draw_phase
+            draw(state.sparsity, self.phase, step=self.step, folder=folder)
 
     def _report(self, observation: Observation, step: int, began: float) -> bool:
         values, change = fetch_metrics(observation.metrics), bool(observation.change_phase)

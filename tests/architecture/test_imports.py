@@ -45,7 +45,8 @@ ARROWS = {
     # import this one.
     "pallas_kernels.transposable_mask": ("pallas_kernels",),
     "sparsejax.types": (),
-    "sparsejax.processes": ("sparsejax.types",),
+    "sparsejax.process_watch": (),
+    "sparsejax.processes": ("sparsejax.process_watch", "sparsejax.types"),
     "sparsejax.batch": (),
     "sparsejax.patterns": ("sparsejax.types",),
     "sparsejax.checks": (),

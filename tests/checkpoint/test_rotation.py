@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from sparsejax.checkpoint.files import (
-    find_last_good,
     find_leftovers,
     read_manifest,
     seal_manifest,
 )
 from sparsejax.checkpoint.save import find_checkpoints, restore
+from sparsejax.checkpoint.workdir import find_last_good
 from tests.checkpoint.saves import (
     assert_identical,
     flip_a_bit,

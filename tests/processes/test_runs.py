@@ -1,6 +1,7 @@
 """Runs of two processes: what they compute and write, how they stop, fail and go on."""
 
-import shutil
+import functools
+import signal
 
 import numpy as np
 import pytest
@@ -8,13 +9,13 @@ import pytest
 from sparsejax.checkpoint.save import find_checkpoints
 from sparsejax.report.metrics import read_metrics
 from tests.processes.launch import Launched, write_config
-from tests.training.runs import make_settings
+from tests.training.runs import copy_until, make_settings, train
 
 pytestmark = pytest.mark.ci
 
 
 def launch(folder, workdir, own=((), ()), devices=2, **changes):
-    """Start a run of the small settings in a folder of its own for what it says."""
+    """Start a run of the small settings, in a folder of its own for what it says."""
     said = folder / f"said{len(list(folder.glob('said*')))}"
     said.mkdir()
     config = write_config(said, make_settings(folder, **changes))
@@ -22,11 +23,25 @@ def launch(folder, workdir, own=((), ()), devices=2, **changes):
 
 
 def read_losses(workdir):
+    """Return what each row is of, and the losses of those that have one."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    return [(row["kind"], row["step"], row.get("loss", row.get("validation_loss"))) for row in rows]
+    losses = [row.get("loss", row.get("validation_loss")) for row in rows]
+    return [(row["kind"], row["step"]) for row in rows], [x for x in losses if x is not None]
 
 
-def list_steps(workdir):
+def read_own(run, index):
+    """Return the lines that are not those of the library that joins CPUs."""
+    return [line for line in run.read_out(index).splitlines() if not line.startswith("[Gloo]")]
+
+
+def has_trained(workdir, step):
+    """Tell whether a step is recorded."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and f'"step":{step},"kind":"train"' in path.read_text().replace(" ", "")
+
+
+def list_whole(workdir):
+    """Return the steps of the checkpoints that are whole, newest first."""
     return [info.step for info in find_checkpoints(workdir / "checkpoints") if not info.problem]
 
 
@@ -39,29 +54,71 @@ def finished(tmp_path_factory):
     return folder, run
 
 
-def test_two_processes_train_as_one_and_write_once(finished):
+def test_two_processes_train_as_one_does_and_write_once(finished):
     folder, run = finished
     for name in ("training.png", "attention_patterns.png", "summary.json", "flops.json"):
         assert (folder / "run" / name).stat().st_size
     assert len(list((folder / "run" / "tensorboard").iterdir())) == 1
-    assert "finished 10 steps" in run.read_out(0)
-    assert [x for x in run.read_out(1).splitlines() if not x.startswith("[Gloo]")] == []
+    assert read_own(run, 0)[-1].startswith("  checkpoint ") and read_own(run, 1) == []
     alone = launch(folder, folder / "alone", own=((),), devices=4)
     assert alone.wait() == [0], alone.explain()
-    names, steps, losses = zip(*read_losses(folder / "run"), strict=True)
-    same_names, same_steps, same_losses = zip(*read_losses(folder / "alone"), strict=True)
-    assert (names, steps) == (same_names, same_steps)
-    np.testing.assert_allclose([x for x in losses if x], [x for x in same_losses if x], rtol=1e-5)
-    # The one process goes on where the two were, and the other way round.
-    for source, own, devices in (("run", ((),), 4), ("alone", ((), ()), 2)):
-        workdir = folder / f"{source}-goes-on"
-        shutil.copytree(folder / source, workdir)
-        more = launch(folder, workdir, own=own, devices=devices, num_steps=12)
-        assert more.wait() == [0] * len(own), more.explain()
-        assert f"resuming {workdir} at step 10" in more.read_out(0)
-        assert "processes: " in more.read_out(0)
-    np.testing.assert_allclose(
-        [x[2] for x in read_losses(folder / "run-goes-on")[-3:]],
-        [x[2] for x in read_losses(folder / "alone-goes-on")[-3:]],
-        rtol=1e-5,
-    )
+    rows, losses = read_losses(folder / "run")
+    same_rows, same_losses = read_losses(folder / "alone")
+    assert rows == same_rows
+    np.testing.assert_allclose(losses, same_losses, rtol=1e-5)
+
+
+def test_one_process_goes_on_where_two_were(finished):
+    folder, _ = finished
+    workdir = copy_until(folder / "run", 8, folder / "goes on")
+    assert train(make_settings(folder), workdir) is not None
+    rows, losses = read_losses(workdir)
+    assert (rows, len(losses)) == (read_losses(folder / "run")[0], 12)
+    np.testing.assert_allclose(losses, read_losses(folder / "run")[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("index", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, index, number):
+    workdir = tmp_path / "run"
+    long = {"recipe__name": "dense", "num_steps": 1000, "eval_every_steps": 1000}
+    run = launch(tmp_path, workdir, **long)
+    run.wait_until(functools.partial(has_trained, workdir, 2))
+    run.processes[index].send_signal(number)
+    assert run.wait() == [0, 0], run.explain()
+    stopped, resume = read_own(run, 0)[-2:]
+    newest = list_whole(workdir)[0]
+    assert stopped.startswith("stopped by SIG") and f"step {newest} is saved" in stopped
+    assert resume.startswith("resume with: ") and read_own(run, 1) == []
+    assert read_losses(workdir)[0][-1] == ("train", newest)
+
+
+def test_after_a_kill_during_a_save_the_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    workdir, long = tmp_path / "run", {"recipe__name": "dense", "eval_every_steps": 1000}
+    run = launch(tmp_path, workdir, num_steps=1000, **long)
+    checkpoints = workdir / "checkpoints"
+
+    def saves():
+        return list_whole(workdir) and any(".tmp" in x.name for x in checkpoints.iterdir())
+
+    run.wait_until(saves)
+    run.processes[0].kill()
+    assert run.wait() == [-signal.SIGKILL, 3], run.explain()
+    assert run.read_errors(1)[-1].endswith("the same command goes on from the last checkpoint")
+    last = list_whole(workdir)[0]
+    more = launch(tmp_path, workdir, num_steps=1000, **long)
+    more.wait_until(functools.partial(has_trained, workdir, last + 2))
+    more.processes[1].send_signal(signal.SIGTERM)
+    assert more.wait() == [0, 0], more.explain()
+    assert any(f"resuming {workdir} at step {last} " in x for x in read_own(more, 0))
+    steps = [step for kind, step in read_losses(workdir)[0] if kind == "train"]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert not any(".tmp" in path.name for path in checkpoints.iterdir())
+
+
+def test_a_setting_that_differs_ends_all(tmp_path):
+    run = launch(tmp_path, tmp_path / "run", own=((), ("--config.optimizer.weight_decay=0.5",)))
+    assert run.wait() == [2, 2], run.explain()
+    ((told,), others) = run.read_errors(0), run.read_errors(1)
+    assert told.startswith("error: all processes must have the same settings, got config.optimizer")
+    assert told.endswith(" in process 0 and 0.5 in process 1") and others == []
+    assert not (tmp_path / "run").exists()
