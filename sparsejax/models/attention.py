@@ -230,7 +230,7 @@ def deal_heads(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Give each device all positions of its heads; without a mesh, return what is given.
 
-    Key/value heads that the devices do not divide are repeated until they do.
+    Key/value heads that "context" does not divide further are gathered, and repeated until it does.
 
     Args:
       q_BTNH: float[B, T, N, H].
@@ -244,7 +244,10 @@ def deal_heads(
     parts, kv_heads = math.prod(sizes[name] for name in HEADS), k_BSKH.shape[2]
     times = math.lcm(parts, kv_heads) // kv_heads
     if times > 1:
-        k_BSKH, v_BSKH = (jnp.repeat(x, times, axis=2) for x in (k_BSKH, v_BSKH))
+        k_BSKH, v_BSKH = (
+            jnp.repeat(constrain(x, BATCH, None, "tensor", None), times, axis=2)
+            for x in (k_BSKH, v_BSKH)
+        )
     q_BTNH, k_BSKH, v_BSKH = (constrain(x, *_HEADS_SPEC) for x in (q_BTNH, k_BSKH, v_BSKH))
     return q_BTNH, k_BSKH, v_BSKH
 

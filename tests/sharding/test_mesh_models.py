@@ -1,0 +1,72 @@
+"""Models on eight devices compute what one does, and devices exchange what the design says.
+
+Over "fsdp" weights are gathered and their gradients dealt out; over "tensor" activations are summed
+after out and down; over "context" heads are dealt out for attention; gradients are summed over the
+rest. Nothing else is larger than a bias.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.sharding.mesh_models import CASES
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+_FIRST, *_REST = CASES
+_SMALL_BYTES = 4096
+"""Biases, scales, one layer's mask of blocks, positions."""
+
+
+def _run(*names):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.sharding.mesh_models", *names],
+        cwd=_ROOT,
+        env=os.environ | {"XLA_FLAGS": _FLAGS, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def _check(name, found):
+    assert found["value"] <= 1e-6
+    assert found["gradient"] <= 3e-6
+    weight, activations = found["weight"], found["activations"]
+    most = {
+        ("all-gather", "fsdp"): weight,
+        ("reduce-scatter", "fsdp"): weight,
+        # Gates change places before they are cut, and gradients of columns that did.
+        ("all-to-all", "tensor"): weight,
+        ("collective-permute", "tensor"): weight // 4,
+        ("all-to-all", "context"): activations,
+    }
+    if "repeated" in name:
+        # Keys, or values, of all positions, which their few heads have to be known of.
+        most["all-gather", "context"] = activations
+    for kind, axes, moved in found["moves"]:
+        if kind == "all-reduce":
+            # Of activations over tensor; of gradients, several at a time, over the others.
+            assert moved <= (4 * activations if axes == "tensor" else 4 * weight), (axes, moved)
+        else:
+            assert moved <= most.get((kind, axes), _SMALL_BYTES), (kind, axes, moved)
+
+
+def test_a_model_cut_along_three_axes():
+    _check(_FIRST, _run(_FIRST)[_FIRST])
+
+
+@pytest.fixture(scope="module")
+def found():
+    return _run(*_REST)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", _REST)
+def test_every_axis(name, found):
+    _check(name, found[name])
