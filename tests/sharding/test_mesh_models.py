@@ -44,7 +44,8 @@ def _check(name, found):
         # Gates change places before they are cut, and gradients of columns that did.
         ("all-to-all", "tensor"): weight,
         ("collective-permute", "tensor"): weight // 4,
-        ("all-to-all", "context"): activations,
+        # Of one layer, or of both at once.
+        ("all-to-all", "context"): 2 * activations,
     }
     if "repeated" in name:
         # Keys, or values, of all positions, which their few heads have to be known of.
