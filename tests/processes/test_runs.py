@@ -47,9 +47,9 @@ def list_whole(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two processes through a switch, with pictures."""
+    """A run of two processes, with a part of the state each, through a switch, with pictures."""
     folder = tmp_path_factory.mktemp("finished")
-    run = launch(folder, folder / "run")
+    run = launch(folder, folder / "run", mesh__fsdp=4)
     assert run.wait() == [0, 0], run.explain()
     return folder, run
 
