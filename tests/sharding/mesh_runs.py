@@ -30,7 +30,7 @@ MESHES = {
     "data=2 fsdp=2 tensor=2": {"fsdp": 2, "tensor": 2},
     "context=4": {"context": 4},
 }
-RESUMED = {"8 to 1": (8, 1), "1 to 8": (1, 8), "4 to 8": (4, 8)}
+RESUMED = {"8 to 1": (8, 1), "1 to 8": (1, 8), "4 to 8": (4, 8), "8 to 8": (8, 8)}
 SHORT = "short"
 """A run of two steps: sparse weights, pruned gradients, new masks in every step."""
 
@@ -102,7 +102,9 @@ def compare(recipe: str, mesh: str) -> dict[str, float]:
 
 
 def compare_resumed(before: int, after: int) -> dict[str, float]:
-    """Compare a run that goes on on other devices with one that stays on one.
+    """Compare a run that goes on on other devices with one that stays on one device.
+
+    If it goes on on the same devices, with one that was never stopped.
 
     Args:
       before: devices of the first half, all of "fsdp".
@@ -125,7 +127,10 @@ def compare_resumed(before: int, after: int) -> dict[str, float]:
             for path, leaf in saved.items()
         )
         found = _train(folder, "fst", {"fsdp": after}, after)
-    return _measure(_train_on_one("fst"), found) | {"restored": differing}
+    with tempfile.TemporaryDirectory() as name:
+        count = after if before == after else 1
+        expected = _train(pathlib.Path(name), "fst", {"fsdp": count}, count)
+    return _measure(expected, found) | {"restored": differing}
 
 
 def _measure(expected: Any, found: Any) -> dict[str, float]:
