@@ -13,10 +13,11 @@ from pallas_kernels import aot
 from pallas_kernels.dispatch import make_abstract_gpu
 from sparsejax import command
 from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.data import describe_data, make_data
 from sparsejax.tools.plan import estimate_largest_batch, make_plan
 from sparsejax.tools.plan_text import format_plan
-from sparsejax.tools.programs import make_abstract_batch
+from sparsejax.tools.programs import make_abstract_batch, make_steps
 from tests.training.runs import make_settings
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -103,33 +104,37 @@ def test_a_small_gpu_is_planned_for(tmp_path):
 
 @pytest.mark.ci
 def test_devices_share_the_state_and_what_they_send_is_told(tmp_path):
-    changes = {
-        "model__num_layers": 3,
-        "recipe__name": "fst",
-        "recipe__fst__refresh_steps": 1,
-        "recipe__fst__dense_fraction": 0.0,
-        "num_micro_batches": 2,
-        "data__batch_size": 8,
-    }
-    alone, shared = (
-        make_plan(parse_config(make_settings(tmp_path, **changes, **mesh)), hosts=hosts)
-        for mesh, hosts in (({}, 1), ({"mesh__fsdp": 2, "mesh__data": 2}, 2))
+    settings = make_settings(
+        tmp_path,
+        model__num_layers=3,
+        recipe__name="dense",
+        num_micro_batches=2,
+        data__batch_size=8,
+        mesh__fsdp=2,
+        mesh__data=2,
     )
-    (one,), (each,) = alone.phases, shared.phases
-    assert one.collectives == () and "sends" not in format_plan(alone)
+    config = parse_config(settings)
+    shared = make_plan(config, hosts=2)
+    (each,) = shared.phases
     train = each.programs["train step"]
     assert sum(each.parts.values()) == train.peak_bytes
-    # Scales of layer norms, and the counter, are everywhere.
-    assert one.parts["parameters"] / 2 < each.parts["parameters"] < one.parts["parameters"] * 0.6
-    assert each.parts["batch"] == one.parts["batch"] / 4
-    assert each.largest_batch_size % (2 * 4) == 0
+    phase = make_recipe(config, make_transformer_config(config, **shared.spec._asdict())).phases[0]
+    state, batch, _ = make_steps(config, shared.spec, phase).arguments
+    weights, examples = (
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in (state.params, batch)
+    )
+    # Scales of layer norms are everywhere.
+    assert weights / 2 < each.parts["parameters"] < weights * 0.6
+    assert each.parts["batch"] == examples / 4
+    assert each.largest_batch_size and each.largest_batch_size % (2 * 4) == 0
     gathers = [x for x in each.collectives if x.kind == "all-gather" and x.axes == ("fsdp",)]
     assert gathers and all(x.group_hosts == 1 for x in gathers)
     # The first loop is that of micro-batches, the second one that of layers.
     assert {x.trips[:1] for x in gathers} == {(2,)} and {len(x.trips) for x in gathers} == {1, 2}
     # Weights of a layer are gathered, never those of all.
-    layer = 32 * (4 * 32 + 2 * 64)
-    assert max(x.whole_bytes for x in gathers) < 4 * layer * 2
+    layer_bytes = 4 * 32 * (4 * 32 + 2 * 64)
+    assert max(x.whole_bytes for x in gathers) < 3 * layer_bytes
     added = [x for x in each.collectives if x.kind == "all-reduce" and "data" in x.axes]
     assert added and all(x.group_hosts == 2 for x in added)
     text = format_plan(shared)
@@ -137,7 +142,7 @@ def test_devices_share_the_state_and_what_they_send_is_told(tmp_path):
     assert "mesh of data=2 x fsdp=2 x context=1 x tensor=1\n" in text
     lines = _read(text)
     sent = sum(x.sent_bytes * math.prod(x.trips) for x in each.collectives)
-    assert lines["sparse, together"][1] == f"{sent / 1e6:,.1f}"
+    assert lines["dense, together"][1] == f"{sent / 1e6:,.1f}"
     largest = f"{each.largest_batch_size // 4:,}"
     assert lines["of these on each device"] == [largest]
 
