@@ -46,8 +46,21 @@ REST = "rest"
 """Of what is sent, what is not predicted."""
 
 COMPILED = {
-    "124m": (Mesh(), Mesh(fsdp=8), Mesh(data=8), Mesh(fsdp=2, context=2, tensor=2), Mesh(fsdp=16)),
-    "1558m": (Mesh(), Mesh(fsdp=8), Mesh(data=2, fsdp=4), Mesh(fsdp=16), Mesh(data=2, fsdp=8)),
+    "124m": (
+        Mesh(),
+        Mesh(fsdp=8),
+        Mesh(data=8),
+        Mesh(fsdp=2, context=2, tensor=2),
+        Mesh(fsdp=16),
+    ),
+    "1558m": (
+        Mesh(),
+        Mesh(fsdp=8),
+        Mesh(fsdp=8, micro_batches=4),
+        Mesh(data=2, fsdp=4),
+        Mesh(fsdp=16),
+        Mesh(data=2, fsdp=8),
+    ),
 }
 """What is compiled of each size."""
 
@@ -56,7 +69,7 @@ def make_model(size: str) -> TransformerConfig:
     """Return the model of a size.
 
     Args:
-      size: of `SIZES`.
+      size: one of `SIZES`, such as "124m".
     """
     config = _read_config(size, Mesh())
     return make_transformer_config(config, **_describe_data(config)._asdict())
@@ -100,7 +113,7 @@ def compile_step(size: str, mesh: Mesh) -> dict[str, Any]:
     """Compile the first phase's train step.
 
     Args:
-      size: of `SIZES`.
+      size: one of `SIZES`, such as "124m".
       mesh: where it runs.
 
     Returns:
@@ -127,11 +140,11 @@ def make_memory_table(results: Results) -> str:
     """
     rows = []
     for size, mesh in _list_points():
-        memory = results[_make_key(size, mesh)]["values"]["memory"]
+        memory = results[make_key(size, mesh)]["values"]["memory"]
         amounts = [memory[name] for name in ("argument_bytes", "temp_bytes", "peak_bytes")]
-        rows.append((size, f"{mesh.devices}", f"{mesh}", *map(_gigabytes, amounts)))
+        rows.append((size, *_name(mesh), *map(_gigabytes, amounts)))
     return _make_table(
-        ("GPT-2", "GPUs", "mesh", "state and batch, GB", "temporaries, GB", "peak, GB"), rows
+        ("GPT-2", *_HEAD, "state and batch, GB", "temporaries, GB", "peak, GB"), rows
     )
 
 
@@ -148,16 +161,16 @@ def make_check_table(results: Results) -> str:
     for size, mesh in _list_points():
         if mesh.devices == 1:
             continue
-        sent = results[_make_key(size, mesh)]["values"]["sent"]
+        sent = results[make_key(size, mesh)]["values"]["sent"]
         for part, predicted in predict(make_model(size), mesh).items():
             if predicted:
                 found = sent[part]
                 ratio = f"{found / predicted:.3f}"
                 rows.append(
-                    (size, f"{mesh}", part, _gigabytes(predicted), _gigabytes(found), ratio)
+                    (size, *_name(mesh), part, _gigabytes(predicted), _gigabytes(found), ratio)
                 )
-        rows.append((size, f"{mesh}", "the rest", "–", _gigabytes(sent[REST]), "–"))
-    return _make_table(("GPT-2", "mesh", "part", "predicted, GB", "compiled, GB", "ratio"), rows)
+        rows.append((size, *_name(mesh), "the rest", "–", _gigabytes(sent[REST]), "–"))
+    return _make_table(("GPT-2", *_HEAD, "part", "predicted, GB", "compiled, GB", "ratio"), rows)
 
 
 def make_law_table() -> str:
@@ -229,11 +242,24 @@ def make_balance_table() -> str:
     return _make_table(("mesh", "part", *SIZES), rows)
 
 
+_HEAD = ("GPUs", "mesh", "micro-batches")
+
+
+def _name(mesh: Mesh) -> tuple[str, str, str]:
+    return f"{mesh.devices}", f"{mesh}", f"{mesh.micro_batches}"
+
+
 def _list_points() -> Iterator[tuple[str, Mesh]]:
     return ((size, mesh) for size, meshes in COMPILED.items() for mesh in meshes)
 
 
-def _make_key(size: str, mesh: Mesh) -> Key:
+def make_key(size: str, mesh: Mesh) -> Key:
+    """Return the key of a compiled step in the records.
+
+    Args:
+      size: one of `SIZES`, such as "124m".
+      mesh: where it runs.
+    """
     return {"size": size, "mesh": str(mesh), "micro_batches": mesh.micro_batches}
 
 
@@ -278,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(RECORDS)
     environment = describe_environment() | {"device": f"compiled for {aot.H200.name}"}
     for size, mesh in _list_points():
-        key = _make_key(size, mesh)
+        key = make_key(size, mesh)
         if force or key not in results:
             results.record(key, compile_step(size, mesh), environment)
             print(f"compiled {key}", flush=True)
