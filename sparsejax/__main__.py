@@ -24,7 +24,8 @@ _COMMANDS = {
     ),
     "eval": _Command("evaluate the newest checkpoint of a run", ("config", "workdir", *_PROCESSES)),
     "plan": _Command(
-        "memory, largest batch and kernels on a GPU that need not be here", ("config", "target")
+        "memory, largest batch and kernels on GPUs that need not be here",
+        ("config", "target", "hosts"),
     ),
     "find-decay": _Command("find the decay rate that recipe fst needs", ("config", "workdir")),
     "settings": _Command("list the settings, or those of some sections"),
@@ -34,6 +35,7 @@ _USAGES = {
     "config": "--config=CONFIG [--config.KEY=VALUE ...]",
     "workdir": "--workdir=FOLDER",
     "target": "[--target=GPU]",
+    "hosts": "[--hosts=N]",
     "doctor": "[--doctor=off]",
     "profile_steps": "[--profile_steps=FIRST:LAST]",
     "distributed": "[--distributed]",

@@ -37,7 +37,7 @@ class Collective:
     """One collective operation of a program.
 
     Attributes:
-      kind: one of `KINDS`, as XLA names what is exchanged.
+      kind: one of `KINDS`, by XLA's name.
       whole_bytes: of the whole array that each group of devices gathers, sums or exchanges; of an
         all-to-all, of what one device holds.
       axes: of the mesh, along which the devices of a group differ.

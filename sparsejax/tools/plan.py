@@ -244,6 +244,10 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
         named = config.named_implementations
         raise ConfigError(f"{named} must run on one {plan.target.name}: {error}") from error
     state = _make_state(config, spec, phase)
+    collectives, whole = [], {}
+    if mesh.size > 1:
+        collectives = find_collectives(train.hlo, config.mesh.sizes, hosts=plan.hosts)
+        whole = list_whole_leaves(state, mesh)
     return PhasePlan(
         name=phase.name,
         parts=_measure_parts(plan, phase, state, train, mesh),
@@ -255,8 +259,8 @@ def _plan_phase(plan: Plan, phase: Phase, mesh: jax.sharding.Mesh) -> PhasePlan:
             usable_bytes=plan.usable_bytes,
             multiple_of=config.num_micro_batches * plan.num_copies,
         ),
-        collectives=tuple(find_collectives(train.hlo, config.mesh.sizes, hosts=plan.hosts)),
-        whole_leaves={} if mesh.size == 1 else list_whole_leaves(state, mesh),
+        collectives=tuple(collectives),
+        whole_leaves=whole,
     )
 
 

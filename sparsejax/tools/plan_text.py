@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 
-from sparsejax.accounting.collectives import group_collectives, sum_traffic
+from sparsejax.accounting.collectives import (
+    Collective,
+    Traffic,
+    group_collectives,
+    sum_traffic,
+)
 from sparsejax.tools.plan import MEMORY_FRACTION, PhasePlan, Plan
 from sparsejax.tools.programs import TRAIN, make_abstract_batch
+
+# Of what a device sends, what has a row of its own.
+_SMALL = 1e-3
 
 
 def format_plan(plan: Plan) -> str:
@@ -82,33 +90,42 @@ def _format_exchange(plan: Plan) -> list[str]:
     """Lay out what devices send in a train step, by kind and axis; nothing of one device."""
     if plan.num_devices == 1:
         return []
-    parts = plan.config.num_micro_batches
-    head = ["step: times", "MB", *(["MB to other hosts"] * (plan.hosts > 1))]
-    rows = [("each device sends", [*head, "micro-batch: times", "MB"])]
+    crosses = plan.hosts > 1
+    head = ["times a step", "MB", *["MB to other hosts"] * crosses, "times a micro-batch", "MB"]
+    rows = [("each device sends", head)]
     for phase in plan.phases:
-        groups = {
-            f"{kind} over {' x '.join(axes)}": group
-            for (kind, axes), group in group_collectives(phase.collectives).items()
-        }
-        for name, group in (groups | {"together": phase.collectives}).items():
-            step = sum_traffic(group)
-            again = group
-            if parts > 1:
-                again = [each for each in group if each.trips[:1] == (parts,)]
-            part = sum_traffic(again, loops=int(parts > 1))
+        for name, group in _group_by_name(phase).items():
+            step, part = sum_traffic(group), _sum_of_part(group, plan.config.num_micro_batches)
             cells = [f"{step.count:,}", _megabytes(step.sent_bytes)]
-            cells += [_megabytes(step.crossing_bytes)] * (plan.hosts > 1)
+            cells += [_megabytes(step.crossing_bytes)] * crosses
             cells += [f"{part.count:,}", _megabytes(part.sent_bytes)]
             rows.append((f"  {phase.name}, {name}", cells))
     return [
         _align(rows),
         "",
-        "Weights are gathered again for each micro-batch, once for each pass: fewer micro-batches "
-        "send less and",
-        "need more memory. Bytes are those of rings, as NCCL's are; a loop counts as often as it "
-        "goes round.",
+        "Weights are gathered again for each micro-batch, and their gradients are added up after "
+        "each: fewer",
+        "micro-batches send less and need more memory. Bytes are those of rings, as NCCL's are.",
         "",
     ]
+
+
+def _group_by_name(phase: PhasePlan) -> dict[str, list[Collective]]:
+    """Return what a table has a row for, with what is too small for one under "the rest"."""
+    least = sum_traffic(phase.collectives).sent_bytes * _SMALL
+    groups: dict[str, list[Collective]] = {}
+    for (kind, axes), group in group_collectives(phase.collectives).items():
+        is_small = sum_traffic(group).sent_bytes < least
+        name = "the rest" if is_small else f"{kind} over {' x '.join(axes)}"
+        groups.setdefault(name, []).extend(group)
+    return groups | {"together": [*phase.collectives]}
+
+
+def _sum_of_part(group: Sequence[Collective], num_parts: int) -> Traffic:
+    """Add up what is sent for one micro-batch: what goes round in the outermost loop, if any."""
+    if num_parts == 1:
+        return sum_traffic(group)
+    return sum_traffic([each for each in group if each.trips[:1] == (num_parts,)], loops=1)
 
 
 def _format_choices(plan: Plan) -> str:

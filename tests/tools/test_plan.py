@@ -1,6 +1,7 @@
 """What a run needs on a GPU, said without the GPU and without the data."""
 
 import dataclasses
+import math
 import pathlib
 import subprocess
 import sys
@@ -12,13 +13,11 @@ from pallas_kernels import aot
 from pallas_kernels.dispatch import make_abstract_gpu
 from sparsejax import command
 from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.data import describe_data, make_data
-from sparsejax.tools.plan import (
-    estimate_largest_batch,
-    format_plan,
-    make_plan,
-)
-from sparsejax.tools.programs import make_abstract_batch
+from sparsejax.tools.plan import estimate_largest_batch, make_plan
+from sparsejax.tools.plan_text import format_plan
+from sparsejax.tools.programs import make_abstract_batch, make_steps
 from tests.training.runs import make_settings
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -104,6 +103,51 @@ def test_a_small_gpu_is_planned_for(tmp_path):
 
 
 @pytest.mark.ci
+def test_devices_share_the_state_and_what_they_send_is_told(tmp_path):
+    settings = make_settings(
+        tmp_path,
+        model__num_layers=3,
+        recipe__name="dense",
+        num_micro_batches=2,
+        data__batch_size=8,
+        mesh__fsdp=2,
+        mesh__data=2,
+    )
+    config = parse_config(settings)
+    shared = make_plan(config, hosts=2)
+    (each,) = shared.phases
+    train = each.programs["train step"]
+    assert sum(each.parts.values()) == train.peak_bytes
+    phase = make_recipe(config, make_transformer_config(config, **shared.spec._asdict())).phases[0]
+    state, batch, _ = make_steps(config, shared.spec, phase).arguments
+    weights, examples = (
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in (state.params, batch)
+    )
+    # Scales of layer norms are everywhere.
+    assert weights / 2 < each.parts["parameters"] < weights * 0.6
+    assert each.parts["batch"] == examples / 4
+    assert each.largest_batch_size and each.largest_batch_size % (2 * 4) == 0
+    gathers = [x for x in each.collectives if x.kind == "all-gather" and x.axes == ("fsdp",)]
+    assert gathers and all(x.group_hosts == 1 for x in gathers)
+    # The first loop is that of micro-batches, the second one that of layers.
+    assert {x.trips[:1] for x in gathers} == {(2,)} and {len(x.trips) for x in gathers} == {1, 2}
+    # Weights of a layer are gathered, never those of all.
+    layer_bytes = 4 * 32 * (4 * 32 + 2 * 64)
+    assert max(x.whole_bytes for x in gathers) < 3 * layer_bytes
+    added = [x for x in each.collectives if x.kind == "all-reduce" and "data" in x.axes]
+    assert added and all(x.group_hosts == 2 for x in added)
+    text = format_plan(shared)
+    assert "on 4 NVIDIA H200 on 2 hosts" in text
+    assert "mesh of data=2 x fsdp=2 x context=1 x tensor=1\n" in text
+    lines = _read(text)
+    sent = sum(x.sent_bytes * math.prod(x.trips) for x in each.collectives)
+    assert lines["dense, together"][1] == f"{sent / 1e6:,.1f}"
+    largest = f"{each.largest_batch_size // 4:,}"
+    assert lines["of these on each device"] == [largest]
+
+
+@pytest.mark.ci
 def test_kernels_are_listed_with_what_ptxas_made_of_them(plan):
     kernel = aot.KernelReport(
         name="forward_0",
@@ -163,8 +207,19 @@ def test_abstract_batches_are_those_of_the_data(tmp_path):
             {"target": "a100"},
             "model.attention_implementation='mosaic_sm90' must run on one NVIDIA A100-SXM4-80GB: ",
         ),
+        (
+            {"mesh__fsdp": 4},
+            {"hosts": 3},
+            "--hosts must divide the number of devices of the mesh, 4, got 3",
+        ),
+        ({}, {"hosts": 0}, "--hosts must divide .*, 1, got 0"),
+        (
+            {"mesh__tensor": 4},
+            {},
+            "model.num_heads must be a multiple of mesh.tensor=4 x mesh.context=1, got 2",
+        ),
     ],
-    ids=["target", "tfds", "idx", "kernel", "gpu"],
+    ids=["target", "tfds", "idx", "kernel", "gpu", "hosts", "no host", "heads"],
 )
 def test_what_cannot_be_planned_is_refused(changes, options, message, tmp_path):
     config = parse_config(make_settings(tmp_path, **changes))
@@ -188,8 +243,9 @@ def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, m
             marks=pytest.mark.ci,
         ),
         (["--mode=eval"], "--workdir must be a folder, got none"),
+        (["--hosts=2"], "--hosts must not be given with --mode=train"),
     ],
-    ids=["target", "workdir"],
+    ids=["target", "workdir", "hosts"],
 )
 def test_command_refuses_with_one_line_and_code_2(arguments, message):
     result = subprocess.run(
@@ -233,7 +289,9 @@ def test_a_plan_takes_what_a_right_verdict_would_choose_and_says_so(
         return aot.AotReport(**dict.fromkeys(names, 0), kernels=(), hlo="")
 
     monkeypatch.setattr(aot, "compile_for", trace)
-    monkeypatch.setattr(aot, "make_gpu_mesh", lambda gpu: make_abstract_gpu(gpu.name, gpu.cores))
+    monkeypatch.setattr(
+        aot, "make_gpu_mesh", lambda gpu, **_: make_abstract_gpu(gpu.name, gpu.cores)
+    )
     settings = make_settings(
         tmp_path,
         model__num_layers=1,
