@@ -1,11 +1,15 @@
 """Train, evaluate and load from Python; `sparsejax` itself offers all three."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from sparsejax.checkpoint.workdir import read_run
+from sparsejax.config.mesh import MeshConfig
 from sparsejax.config.parse import ConfigError, describe_unused, parse_config
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import DataConfig, Source
@@ -68,21 +72,33 @@ def train(
         return train_and_evaluate(parsed, workdir, resume_command=command, writers=told)
 
 
-def evaluate(workdir: str | os.PathLike) -> dict[str, Any]:
+def evaluate(
+    workdir: str | os.PathLike, *, mesh: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run on its validation split.
 
     Args:
       workdir: folder of the run.
+      mesh: sizes of `config.mesh`, such as {"fsdp": 2}; None = the mesh that the run had, or, if
+        the devices are not as many, each with a whole state.
 
     Returns:
       "step", "phase", "validation_loss", "validation_accuracy", "attention_density" and, if the
       phase has sparse weights, "weight_density".
 
     Raises:
-      ConfigError: if the folder holds no whole checkpoint, or the data is no longer there.
+      ConfigError: if the folder holds no whole checkpoint, the data is no longer there, or the mesh
+        does not fit the devices.
     """
     use_compilation_cache()
-    return evaluation.evaluate(read_run(workdir).config, workdir)
+    config = read_run(workdir).config
+    if mesh is None and not config.mesh.fits(jax.device_count()):
+        mesh = {}
+        say(f"note: the mesh of the run does not fit {jax.device_count()} devices; data=-1 does")
+    if mesh is not None:
+        sizes = dataclasses.asdict(MeshConfig()) | dict(mesh)
+        config = parse_config(config.to_dict() | {"mesh": sizes})
+    return evaluation.evaluate(config, workdir)
 
 
 def _make_mapping(

@@ -97,6 +97,8 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
     if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+        # What asks at each step whether to stop is training; otherwise a signal ends the process.
+        jax.config.update("jax_enable_preemption_service", _MODE.value == "train")
         try:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         except (ValueError, RuntimeError) as error:
@@ -184,11 +186,15 @@ def _run_mode(
         use_compilation_cache()
     try:
         interrupt.check()
-        if message := _find_wrong_flag(argv):
-            raise ConfigError(message)
         settings = _CONFIG.value.to_dict()
-        config = parse_config(settings)
-        _agree_on_flags(settings)
+        _agree_on_flags(argv, settings)
+        # All processes now find the same wrong, and one tells it.
+        if message := _find_wrong_flag(argv):
+            raise processes.share(ConfigError(message))
+        try:
+            config = parse_config(settings)
+        except ConfigError as error:
+            raise processes.share(error) from error
         if _MODE.value == "plan":
             print(format_plan(make_plan(config, target=_TARGET.value, hosts=_HOSTS.value)))
         elif _MODE.value == "find_decay":
@@ -199,9 +205,7 @@ def _run_mode(
         else:
             steps = None if _PROFILE.value is None else StepRange.parse(_PROFILE.value)
             if _DOCTOR.value == "auto":
-                # One after the other: those of one host try the same GPUs.
-                with processes.first_alone("doctor"):
-                    prove_kernels(config)
+                prove_kernels(config)
             interrupt.check()
             if unused := describe_unused(settings):
                 say(unused)
@@ -218,12 +222,12 @@ def _run_mode(
     return 0, "", None
 
 
-def _agree_on_flags(settings: dict[str, Any]) -> None:
+def _agree_on_flags(argv: list[str], settings: dict[str, Any]) -> None:
     """Refuse processes that were started differently."""
     from sparsejax.checkpoint.workdir import require_same
 
     given = {flag.name: flag.value for flag in (_MODE, _WORKDIR, _DOCTOR, _PROFILE)}
-    require_same("settings", {"config": settings, **given})
+    require_same("settings", {"config": settings, "arguments": argv[1:], **given})
 
 
 def _join(error: BaseException) -> str:

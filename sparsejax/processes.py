@@ -303,10 +303,11 @@ def _make_key(name: str) -> str:
 
 def _make_error(module: str, name: str, message: str) -> Exception:
     """Make an error of a kind that another process has named."""
-    kind = getattr(sys.modules.get(module), name, None)
-    with contextlib.suppress(TypeError):  # of its arguments
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            return kind(message)
+    kind = getattr(sys.modules.get(module), name, RuntimeError)
+    for base in kind.__mro__ if isinstance(kind, type) else ():
+        with contextlib.suppress(TypeError):  # of its arguments
+            if issubclass(base, Exception):
+                return base(message)
     return RuntimeError(message)
 
 

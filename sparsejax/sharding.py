@@ -296,7 +296,7 @@ def deal_columns(x: jax.Array, segments: Sequence[int], parts: int) -> jax.Array
       >>> deal_columns(np.arange(8), (4, 2, 2), 2).tolist()
       [0, 1, 4, 6, 2, 3, 5, 7]
     """
-    if parts == 1 or len(segments) == 1:
+    if parts == 1 or len(segments) < 2:
         return x
     lead = x.shape[:-1]
     ends = np.cumsum(segments)[:-1].tolist()

@@ -324,7 +324,7 @@ def restore(info: CheckpointInfo, abstract_state: PyTree) -> tuple[PyTree, dict[
     leaves = name_leaves(abstract_state)
     # Orbax casts to the dtype asked for without a word, so the comparison must come first.
     compare_leaves(info.path, manifest["leaves"], describe_leaves(leaves))
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
         for name, leaf in leaves.items()

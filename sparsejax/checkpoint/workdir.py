@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ _JAX_FLAGS = (
 )
 """Those that may change a bit of what a run computes."""
 _LOCK = ".lock"
+_SHARING_SECONDS = 10
 _WRITTEN = (".json", ".jsonl", ".png")
 """How the names of the files end that a run writes beside its checkpoints."""
 # Compilers read these themselves.
@@ -62,8 +64,8 @@ def describe_run(
       spec: what the model knows of the data.
 
     Returns:
-      JSON values: "config", "data", "spec" and "versions", those of packages and whatever else
-      decides about the bits: the device and flags of JAX and XLA.
+      JSON values: "config", "mesh", "data", "spec" and "versions", those of packages and whatever
+      else decides about the bits: the device and flags of JAX and XLA.
 
     Raises:
       ConfigError: if the data of the processes is not the same.
@@ -78,6 +80,7 @@ def describe_run(
         versions["mesh"] = " x ".join(f"{name}={size}" for name, size in sizes.items())
     return {
         "config": settings,
+        "mesh": dataclasses.asdict(config.mesh),
         "data": dict(fingerprint),
         "spec": spec._asdict(),
         "versions": {
@@ -109,12 +112,22 @@ def claim_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
 
         decide(lock)
         path = Path(workdir)
-        if not is_first() and not (path / _LOCK).exists():
+        if not is_first() and not _sees(path / _LOCK):
             raise ConfigError(
                 f"--workdir={workdir} must be a folder that all processes share, but one that is "
                 "not the first does not see it"
             )
         yield path
+
+
+def _sees(path: Path) -> bool:
+    """Return whether a file that another machine has made is there; a shared disk may take time."""
+    deadline = time.monotonic() + _SHARING_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 @contextlib.contextmanager
@@ -245,7 +258,9 @@ def read_run(workdir: str | os.PathLike) -> RecordedRun:
     recorded = _read_record(checkpoints)
     if recorded is None:
         raise ConfigError(f"workdir={str(workdir)!r} must hold a run's checkpoints, found none")
-    config = parse_config({**recorded["config"], "mesh": dataclasses.asdict(MeshConfig())})
+    # That of the run, of which earlier versions had none.
+    mesh = recorded.get("mesh", dataclasses.asdict(MeshConfig()))
+    config = parse_config({**recorded["config"], "mesh": mesh})
     spec, tokenizer = recorded["spec"], recorded["data"].get("tokenizer")
     kinds = {name: str if name == "task" else int for name in DataSpec._fields}
     if {name: type(value) for name, value in spec.items()} != kinds:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from sparsejax.checks import check_setting, make_check
 from sparsejax.models import GATED_ACTIVATIONS, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.config import EMBEDDING, list_weight_shapes
-from sparsejax.patterns import WeightBlocks
+from sparsejax.patterns import NMPattern, WeightBlocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,15 @@ class MeshConfig:
             "tensor": self.tensor,
         }
 
+    def fits(self, num_devices: int) -> bool:
+        """Tell whether the product of the sizes can be the number of devices.
+
+        Args:
+          num_devices: of all processes.
+        """
+        parts = math.prod(self.sizes.values())
+        return num_devices % parts == 0 if self.data == -1 else num_devices == parts
+
     def fit(self, num_devices: int) -> dict[str, int]:
         """Return the size of each axis.
 
@@ -58,16 +67,22 @@ class MeshConfig:
         sizes = self.sizes
         if self.data == -1:
             sizes["data"] = num_devices // math.prod(sizes.values())
-        if math.prod(sizes.values()) != num_devices:
+        if not self.fits(num_devices):
             got = " x ".join(f"{name}={getattr(self, name)}" for name in sizes)
             raise ValueError(
-                f"mesh must have as many parts as there are devices, {num_devices}, got {got}"
+                f"mesh must have as many parts as there are devices, {num_devices}, got {got}; "
+                "CUDA_VISIBLE_DEVICES hides devices"
             )
         return sizes
 
 
 def check_parts(
-    model: TransformerConfig, sizes: Mapping[str, int], *, batch_size: int, num_micro_batches: int
+    model: TransformerConfig,
+    sizes: Mapping[str, int],
+    *,
+    batch_size: int,
+    num_micro_batches: int,
+    prunes_gradients: bool = False,
 ) -> None:
     """Refuse a mesh that cuts a batch or a model into unequal parts.
 
@@ -76,6 +91,7 @@ def check_parts(
       sizes: of the axes of the mesh.
       batch_size: examples of a batch.
       num_micro_batches: its parts.
+      prunes_gradients: whether a phase prunes gradients, in groups of four positions.
 
     Raises:
       ValueError: with the numbers.
@@ -86,17 +102,17 @@ def check_parts(
         "data.batch_size / num_micro_batches",
         f"{batch_size} / {num_micro_batches}",
         f"a multiple of the {copies} devices that mesh.data={sizes['data']} x "
-        f"mesh.fsdp={sizes['fsdp']} deal examples to",
+        f"mesh.fsdp={sizes['fsdp']} deal examples to; mesh.tensor and mesh.context take "
+        "devices that share examples, CUDA_VISIBLE_DEVICES hides devices",
     )
     context, tensor = sizes["context"], sizes["tensor"]
-    # Gradients are pruned in groups of four positions.
-    unit = 1 if math.prod(sizes.values()) == 1 else 4 * context
+    unit = 4 if prunes_gradients and math.prod(sizes.values()) > 1 else 1
     check_setting(
-        model.max_length % unit == 0,
+        model.max_length % (unit * context) == 0,
         "data.sequence_length",
         model.max_length,
-        f"a multiple of {unit}, on several devices: four positions for each part of "
-        f"mesh.context={context}",
+        f"a multiple of mesh.context={context}"
+        + (" x 4 positions, whose gradients are pruned together" if unit > 1 else ""),
     )
     check_setting(
         model.num_heads % (tensor * context) == 0,
@@ -123,6 +139,9 @@ def _check_weights(model: TransformerConfig, tensor: int) -> None:
         rows, columns = 4, 4
         if isinstance(pattern, WeightBlocks):
             rows, columns = pattern.rows, pattern.columns
+        elif isinstance(pattern, NMPattern):
+            rows = math.lcm(4, pattern.m)
+            columns = rows if pattern.transposable else 4
         if name.endswith(("out", "down")):
             lengths, unit = [shapes[name][0]], rows
         elif name.endswith("qkv"):

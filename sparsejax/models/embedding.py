@@ -176,7 +176,7 @@ def look_up(
     Returns:
       float[..., D].
     """
-    if is_mapped() and type(embed) in (nnx.Embed, SparseEmbed):
+    if is_mapped() and type(embed).__call__ in (nnx.Embed.__call__, SparseEmbed.__call__):
         return _look_up_parts(embed, tokens, options)
     return embed(tokens, options=options) if isinstance(embed, SparseEmbed) else embed(tokens)
 
@@ -189,6 +189,8 @@ def _look_up_parts(embed, tokens_BT, options):
         fit_axis(name, size) for name, size in zip(("tensor", "fsdp"), table.shape, strict=True)
     )
 
+    num_rows = table.shape[0]
+
     def run(tokens, table, mask):
         if columns is not None:
             table = gather_weight(table, 1)
@@ -199,6 +201,9 @@ def _look_up_parts(embed, tokens_BT, options):
             here = (tokens >= first) & (tokens < first + table.shape[0])
             x = jnp.take(table, jnp.where(here, tokens - first, 0), axis=0)
             x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), x.dtype)), rows)
+            # As `jnp.take` has it of ids that there are not.
+            known = (tokens >= 0) & (tokens < num_rows)
+            x = jnp.where(known[..., None], x, jnp.full((), jnp.nan, x.dtype))
         return x if mask is None else embed.prune(x, tokens, mask)
 
     positions = P(BATCH, "context")
@@ -217,7 +222,7 @@ def compute_logits(
     Returns:
       f32[..., V].
     """
-    if is_mapped() and type(embed) in (nnx.Embed, SparseEmbed):
+    if is_mapped() and type(embed).attend in (nnx.Embed.attend, SparseEmbed.attend):
         logits = _attend_parts(embed, x, options)
     elif isinstance(embed, SparseEmbed):
         logits = embed.attend(x, options=options)

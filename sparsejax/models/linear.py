@@ -24,7 +24,7 @@ from sparsejax.models.products import (
 )
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
-from sparsejax.sharding import is_mapped
+from sparsejax.sharding import deal_columns, get_sizes, is_mapped
 
 _TWO_OF_FOUR = NMPattern(2, 4)
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -206,8 +206,7 @@ def apply_linear(
     key = None
     if pruning_key is not None and isinstance(layer, SparseLinear):
         key = jax.random.fold_in(pruning_key, zlib.crc32(name.encode()))
-    # Layers of a user's own do as they say, and XLA divides them.
-    if is_mapped() and type(layer) in (nnx.Linear, SparseLinear):
+    if is_mapped() and type(layer).__call__ in (nnx.Linear.__call__, SparseLinear.__call__):
         pattern = layer.pattern if isinstance(layer, SparseLinear) else None
         x, weight = read_weight(layer, x)
         return multiply_parts(
@@ -220,6 +219,10 @@ def apply_linear(
             split=split,
             segments=segments,
         )
-    if not isinstance(layer, SparseLinear):
-        return activate(layer(x), activation)
-    return layer(x, options=options, key=key, activation=activation)
+    # Layers that do something of their own are called as they are, and XLA divides them.
+    if isinstance(layer, SparseLinear):
+        y = layer(x, options=options, key=key, activation=activation)
+    else:
+        y = activate(layer(x), activation)
+    # The halves of a gated activation are no longer there to be dealt.
+    return y if activation else deal_columns(y, segments, get_sizes()["tensor"])

@@ -14,6 +14,7 @@ from sparsejax.optimizer import make_optimizer
 from sparsejax.recipes import Phase
 from sparsejax.sharding import make_abstract_mesh
 from sparsejax.training.block_lists import make_block_lists
+from sparsejax.training.devices import check_run_parts
 from sparsejax.training.state import make_abstract_state, make_graphdef
 from sparsejax.training.step import make_eval_step, make_train_step
 
@@ -90,6 +91,7 @@ def list_kernel_calls(config: TrainConfig) -> list[tuple[str, Any]]:
     spec = describe_data(config.data)
     model = make_transformer_config(config, **spec._asdict())
     recipe = make_recipe(config, model)
+    check_run_parts(config, model, config.mesh.sizes)
     # No device is asked for: they are those of the run.
     mesh = make_abstract_mesh(config.mesh.sizes)
     with record_choices() as choices, jax.sharding.use_abstract_mesh(mesh):

@@ -1,25 +1,32 @@
 """Before a run on a GPU: prove the kernels that its steps could take and that have no verdict."""
 
+import contextlib
+import fcntl
 import importlib.util
 import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import jax
 
 from pallas_kernels.doctor.trials import list_trials
 from pallas_kernels.doctor.visit import drop_known, keep_outcomes, read_calls
-from pallas_kernels.machine import find_gpu
+from pallas_kernels.machine import Gpu, find_gpu
 from pallas_kernels.tables import TABLES
 from pallas_kernels.verdict_files import VerdictsError, cache_folder, file_name
 from sparsejax.config.parse import ConfigError
 from sparsejax.config.schema import TrainConfig
+from sparsejax.processes import collect, decide
 from sparsejax.report.progress import say
 
 
 def prove_kernels(config: TrainConfig) -> None:
     """Run the doctor for what a run needs; nothing on a machine without a GPU or for JAX on a CPU.
 
-    This process does not take hold of the GPU meanwhile. If verdicts cannot be kept, the run goes
-    on without: its ops take "xla".
+    This process does not take hold of the GPU meanwhile. Processes of one machine take turns. If
+    verdicts cannot be kept, the run goes on without: its ops take "xla". All processes call it.
 
     Args:
       config: settings of the run.
@@ -29,11 +36,34 @@ def prove_kernels(config: TrainConfig) -> None:
         verdicts cannot be read.
     """
     gpu = find_gpu() if _jax_may_use_cuda() else None
-    if gpu is None:
-        return
+    counts = collect("GPUs", 0 if gpu is None else _count_own(gpu))
+    num_gpus = decide(lambda: sum(counts), "GPUs")
+    if gpu is not None:
+        with _taking_turns():
+            _prove(config, gpu, num_gpus)
+
+
+def _count_own(gpu: Gpu) -> int:
+    """Return how many GPUs this process will use."""
+    named = jax.config.values["jax_cuda_visible_devices"]
+    return gpu.count if named == "all" else len(str(named).split(","))
+
+
+@contextlib.contextmanager
+def _taking_turns() -> Iterator[None]:
+    """Wait for other processes of this machine: two at a time would spoil each other's timings."""
+    path = pathlib.Path(tempfile.gettempdir()) / f"sparsejax-doctor-{os.getuid()}.lock"
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context(path.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prove(config: TrainConfig, gpu: Gpu, num_gpus: int) -> None:
     path = cache_folder() / file_name(gpu.kind, gpu.driver)
     try:
-        sizes = config.mesh.fit(gpu.count)
+        sizes = config.mesh.fit(num_gpus)
         settings = config.to_dict() | {"mesh": sizes}
         calls = read_calls(["-"], settings=json.dumps(settings))
     except ValueError as error:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparsejax.config.mesh import check_parts
 from sparsejax.config.parse import ConfigError
-from sparsejax.config.schema import TrainConfig
+from sparsejax.config.schema import TrainConfig, make_recipe
 from sparsejax.models import TransformerConfig
 from sparsejax.sharding import BATCH, make_mesh, shard_tree
 from sparsejax.types import PyTree
@@ -50,11 +50,13 @@ def check_run_parts(
       ConfigError: with the numbers.
     """
     try:
+        phases = make_recipe(config, model).phases
         check_parts(
             model,
             sizes,
             batch_size=config.data.batch_size,
             num_micro_batches=config.num_micro_batches,
+            prunes_gradients=any(phase.grad_pruning != "none" for phase in phases),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

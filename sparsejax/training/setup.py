@@ -224,7 +224,7 @@ def _check_implementations(run: Run) -> None:
     named = run.config.named_implementations
     if not named:
         return
-    batch = next(run.data.validation(1))
+    batch = run.put_batch(next(run.data.validation(1)))
     options = {**run.config.step_options, "num_micro_batches": 1}
     for phase in run.recipe.phases:
         step = make_eval_step(run.graphdef, run.recipe, phase, **options)

@@ -154,6 +154,7 @@ ARROWS = {
         "sparsejax.config",
         "sparsejax.report",
         "pallas_kernels",
+        "sparsejax.processes",
     ),
     "sparsejax": ("sparsejax.api", "sparsejax.version"),
     # What the package itself offers.

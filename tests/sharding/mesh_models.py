@@ -30,12 +30,22 @@ class Case(NamedTuple):
       model: changes of the model's settings.
       linear: how its linear layers multiply.
       attention: how it attends.
+      own: whether projections are layers of a user's own.
     """
 
     mesh: dict[str, int]
     model: dict[str, Any]
     linear: LinearOptions = LinearOptions()
     attention: AttentionOptions = AttentionOptions()
+    own: bool = False
+
+
+class OwnLinear(nnx.Linear):
+    """A layer that does what it does in its own way."""
+
+    def __call__(self, inputs):
+        """Multiply and do nothing else."""
+        return super().__call__(inputs)
 
 
 _PRUNED = {"sparse_weights": (("mlp/.*", NMPattern(2, 4, transposable=True)),)}
@@ -61,6 +71,12 @@ CASES = {
         {"fsdp": 2, "tensor": 2, "context": 2},
         {"num_decoder_layers": 2, "causal": False, "num_kv_heads": 2},
         attention=AttentionOptions(sparse=False),
+    ),
+    "own layers over tensor": Case(
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"mlp_activation": "swiglu", "num_kv_heads": 4},
+        LinearOptions(sparse=False),
+        own=True,
     ),
     "classifier over tensor and context": Case(
         {"fsdp": 2, "tensor": 2, "context": 2}, {"num_classes": 4, "causal": False}
@@ -107,9 +123,10 @@ def run(name: str) -> dict[str, Any]:
     """
     case = CASES[name]
     config = _make_config(case)
-    graphdef, params, masks = nnx.split(
-        make_transformer(config, rngs=nnx.Rngs(0)), nnx.Param, SparsityMask
-    )
+    model = make_transformer(config, rngs=nnx.Rngs(0))
+    if case.own:
+        model.blocks.attention.qkv.__class__ = model.blocks.mlp.up.__class__ = OwnLinear
+    graphdef, params, masks = nnx.split(model, nnx.Param, SparsityMask)
     params, masks = nnx.to_pure_dict(params), _make_masks(nnx.to_pure_dict(masks))
     key = jax.random.key(2)
     tokens = jax.random.randint(key, (BATCH, LENGTH), 0, VOCAB)

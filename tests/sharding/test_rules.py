@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.config.mesh import MeshConfig, check_parts
-from sparsejax.patterns import NMPattern, WeightBlocks
+from sparsejax.patterns import BlockPattern, NMPattern, WeightBlocks
 from sparsejax.sharding import (
     AXES,
     deal_columns,
@@ -120,9 +120,10 @@ def test_sizes_are_positive(name, value):
 MODEL = make_config(num_heads=4, num_kv_heads=2, model_dim=32, mlp_dim=64)
 
 
-def _check(model=MODEL, *, batch_size=16, num_micro_batches=2, **sizes):
+def _check(model=MODEL, *, prunes_gradients=False, **sizes):
     sizes = dict.fromkeys(AXES, 1) | sizes
-    check_parts(model, sizes, batch_size=batch_size, num_micro_batches=num_micro_batches)
+    options = {"batch_size": 16, "num_micro_batches": 2, "prunes_gradients": prunes_gradients}
+    check_parts(model, sizes, **options)
 
 
 def test_what_divides_is_accepted():
@@ -138,7 +139,11 @@ def test_what_divides_is_accepted():
             {"data": 16},
             "data.batch_size / num_micro_batches must be a multiple of the 16 dev.*",
         ),
-        ({}, {"context": 8}, "data.sequence_length must be a multiple of 32.* got 16"),
+        (
+            {"max_length": 20, "block": BlockPattern(block_q=4, block_kv=4)},
+            {"context": 4, "prunes_gradients": True},
+            "data.sequence_length must be a multiple of mesh.context=4 x 4 positions.* got 20",
+        ),
         ({}, {"tensor": 2, "context": 4}, "model.num_heads must be a multiple of .* got 4"),
         ({}, {"tensor": 4}, "model.num_kv_heads must be a multiple of mesh.tensor=4, got 2"),
         ({"mlp_dim": 63}, {"tensor": 2}, "model.mlp_dim must be a multiple of .*2, got 63"),
@@ -146,6 +151,11 @@ def test_what_divides_is_accepted():
             {"sparse_weights": (("mlp/down", WeightBlocks(64, 16)),)},
             {"tensor": 2},
             "mesh.tensor must be such that 64 rows or columns of mlp/down=64x16 .* of 64, got 2",
+        ),
+        (
+            {"mlp_dim": 88, "sparse_weights": (("mlp/down", NMPattern(2, 8)),)},
+            {"tensor": 2},
+            "mesh.tensor must be such that 88 rows or columns of mlp/down=2:8 .* of 8, got 2",
         ),
         (
             {"mlp_dim": 4, "sparse_weights": (("mlp/up", NMPattern(2, 4)),)},
