@@ -85,6 +85,17 @@ def test_what_a_run_needs_is_proven_once(config, tried, said):
     assert len(tried) == 2
 
 
+def test_kernels_are_proven_for_the_part_that_each_device_of_all_processes_has(
+    config, tried, said, monkeypatch
+):
+    monkeypatch.setattr(prove, "collect", lambda name, own: [own, 3])
+    prove_kernels(config)
+    assert {(t.facts.batch, config.data.batch_size) for t in tried} == {(1, 4)}
+    more = parse_config(config.to_dict() | {"mesh": {**config.to_dict()["mesh"], "data": 2}})
+    with pytest.raises(ConfigError, match="as there are devices, 4, got data=2"):
+        prove_kernels(more)
+
+
 def test_a_run_goes_on_where_verdicts_cannot_be_kept(config, tried, said, tmp_path):
     (tmp_path / "cache").write_text("")
     prove_kernels(config)
