@@ -94,7 +94,7 @@ def evaluate(
     config = read_run(workdir).config
     if mesh is None and not config.mesh.fits(jax.device_count()):
         mesh = {}
-        say(f"note: the mesh of the run does not fit {jax.device_count()} devices; data=-1 does")
+        say(f"note: devices here: {jax.device_count()}, which the run's mesh does not fit; data=-1")
     if mesh is not None:
         sizes = dataclasses.asdict(MeshConfig()) | dict(mesh)
         config = parse_config(config.to_dict() | {"mesh": sizes})

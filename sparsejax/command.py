@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -99,11 +100,17 @@ def _main(argv: list[str], *, resume_command: str, interrupt: RememberedInterrup
     if _DISTRIBUTED.value or _COORDINATOR.value is not None:
         # What asks at each step whether to stop is training; otherwise a signal ends the process.
         jax.config.update("jax_enable_preemption_service", _MODE.value == "train")
+        where = f" at {_COORDINATOR.value}" if _COORDINATOR.value else ""
+        print(f"note: waiting for all processes{where}, up to 300 s", file=sys.stderr, flush=True)
+        # JAX waits without looking at what Python has noted: until it is done, Ctrl-C ends this.
+        noted = signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             processes.connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         except (ValueError, RuntimeError) as error:
             flag = "--distributed" if _DISTRIBUTED.value else "--coordinator"
             return _fail(f"{flag} must bring the processes together, but JAX says: {_join(error)}")
+        finally:
+            signal.signal(signal.SIGINT, noted)
     code, message, error = 1, "", None
     try:
         code, message, error = _run_mode(argv, resume_command, interrupt)
@@ -141,8 +148,11 @@ def _find_wrong_process_flag() -> str | None:
     if lacking:
         return None
     coordinator, number, index = str(_COORDINATOR.value), _NUM_PROCESSES.value, _PROCESS_ID.value
-    if not re.fullmatch(r".+:\d+", coordinator):
-        return f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}"
+    port = re.fullmatch(r".+:(\d+)", coordinator)
+    if port is None or not 0 < int(port[1]) < 2**16:
+        return (
+            f"--coordinator must be HOST:PORT of process 0, a port below 65536, got {coordinator!r}"
+        )
     if number is None or number < 1:
         return f"--num_processes must be at least 1, got {number}"
     if index is None or not 0 <= index < number:

@@ -16,7 +16,7 @@ References:
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,11 +107,18 @@ def find_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
       >>> find_spec("params/blocks/mlp/up/kernel", (12, 36, 144), sizes)
       PartitionSpec(None, None, None)
     """
+    last = _find_rule(path, len(shape))
+    if last is None:
+        return P()
+    names = (None,) * (len(shape) - len(last)) + last
+    return P(*(_fit(n, size, sizes) for n, size in zip(names, shape, strict=True)))
+
+
+def _find_rule(path: str, num_axes: int) -> tuple[AxisNames, ...] | None:
     for pattern, last in RULES:
-        if len(last) <= len(shape) and re.search(rf"(^|/){pattern}$", path):
-            names = (None,) * (len(shape) - len(last)) + last
-            return P(*(_fit(n, size, sizes) for n, size in zip(names, shape, strict=True)))
-    return P()
+        if len(last) <= num_axes and re.search(rf"(^|/){pattern}$", path):
+            return last
+    return None
 
 
 def _fit(names: AxisNames, size: int, sizes: Mapping[str, int]) -> AxisNames:
@@ -143,26 +150,32 @@ def shard_tree(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
 
 
 def list_whole_leaves(tree: PyTree, mesh: Mesh | AbstractMesh) -> dict[str, int]:
-    """List the large leaves of a state that every device holds whole though "fsdp" could cut them.
+    """List the large leaves of a state that are not cut as they could be.
+
+    Those that no rule knows, if "fsdp" cuts others; and those that an axis of their rule does not
+    divide into whole groups of four.
 
     Args:
       tree: of arrays or jax.ShapeDtypeStruct.
       mesh: with `AXES`.
 
     Returns:
-      path -> bytes, of leaves above 1 MiB, largest first; empty where fsdp is 1.
+      "path over axis" -> bytes, of leaves above 1 MiB, largest first.
     """
-    if mesh.shape["fsdp"] == 1:
-        return {}
-    shardings = jax.tree.leaves(shard_tree(tree, mesh))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    whole = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
-        for (path, leaf), sharding in zip(leaves, shardings, strict=True)
-        if "fsdp" not in np.hstack([n or "" for n in sharding.spec] or [""])
-    }
-    large = [(path, size) for path, size in whole.items() if size > _LARGE_BYTES]
-    return dict(sorted(large, key=lambda item: -item[1]))
+    sizes, whole = dict(mesh.shape), {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        size = leaf.size * leaf.dtype.itemsize
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        wanted = _flatten(_find_rule(path, len(leaf.shape)) or ("fsdp",)) - {"data"}
+        cut = _flatten(find_spec(path, leaf.shape, sizes))
+        for axis in sorted(wanted - cut):
+            if sizes[axis] > 1 and size > _LARGE_BYTES:
+                whole[f"{path} over {axis}"] = size
+    return dict(sorted(whole.items(), key=lambda item: -item[1]))
+
+
+def _flatten(names: Iterable[AxisNames]) -> set[str]:
+    return {x for n in names for x in ((n,) if isinstance(n, str) else n or ())}
 
 
 def get_sizes() -> Mapping[str, int]:

@@ -20,7 +20,8 @@ _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
 _SET_RECIPE = re.compile(r"--?(?:no)?config\.recipe\.(\w+)\.")
 # What absl and ml_collections say of a value that is not of its setting's type.
 _MISTYPED = re.compile(
-    r"flag --config\.([\w.]+)=(.*?): (invalid literal for int|could not convert string to float"
+    r"flag --(?:config\.)?([\w.]+)=(.*?): "
+    r"(invalid literal for int|could not convert string to float"
     r"|\('Non-boolean|Failed to parse)",
     re.DOTALL,
 )
@@ -188,8 +189,10 @@ def describe_error(error: Exception, known: Sequence[str] = ()) -> str:
         return f"there is no flag --{match[1]}; settings are given as --config.KEY=VALUE{meant}"
     if match := _NO_FILE.search(text):
         return f"--config must be the name of a config or an existing .py file, got {match[1]!r}"
-    if isinstance(error, KeyError) and re.fullmatch(r"'\w+'", text):
-        return f"there is no setting named {text}; `python -m sparsejax settings` lists them all"
+    # The text of a KeyError is quoted, sometimes twice.
+    if match := re.fullmatch(r"[\"']+(\w+)[\"']+", text):
+        named = f"there is no setting named {match[1]!r}"
+        return f"{named}; `python -m sparsejax settings` lists them all"
     if "Traceback" in text:  # of a config that refuses its argument
         text = text.strip().splitlines()[-1]
     # An unknown key arrives as the text of a KeyError, which is a quoted string.

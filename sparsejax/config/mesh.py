@@ -71,7 +71,7 @@ class MeshConfig:
             got = " x ".join(f"{name}={getattr(self, name)}" for name in sizes)
             raise ValueError(
                 f"mesh must have as many parts as there are devices, {num_devices}, got {got}; "
-                "CUDA_VISIBLE_DEVICES hides devices"
+                "data=-1 takes what is left, and CUDA_VISIBLE_DEVICES can hide GPUs"
             )
         return sizes
 
@@ -102,8 +102,7 @@ def check_parts(
         "data.batch_size / num_micro_batches",
         f"{batch_size} / {num_micro_batches}",
         f"a multiple of the {copies} devices that mesh.data={sizes['data']} x "
-        f"mesh.fsdp={sizes['fsdp']} deal examples to; mesh.tensor and mesh.context take "
-        "devices that share examples, CUDA_VISIBLE_DEVICES hides devices",
+        f"mesh.fsdp={sizes['fsdp']} deal examples to",
     )
     context, tensor = sizes["context"], sizes["tensor"]
     unit = 4 if prunes_gradients and math.prod(sizes.values()) > 1 else 1

@@ -79,10 +79,7 @@ def _format_mesh(plan: Plan) -> list[str]:
     sizes = " x ".join(f"{name}={size}" for name, size in plan.config.mesh.sizes.items())
     lines = [f"mesh of {sizes}"]
     whole = {path: size for phase in plan.phases for path, size in phase.whole_leaves.items()}
-    lines += [
-        f"note: every device holds {path} whole, {_megabytes(size)} MB"
-        for path, size in whole.items()
-    ]
+    lines += [f"note: not cut is {path}, {_megabytes(size)} MB" for path, size in whole.items()]
     return lines
 
 

@@ -23,8 +23,13 @@ def describe_model(run: Run, state: TrainState) -> str:
     return (
         f"{run.recipe.name}, {format_quantity(num_params)} parameters, {model.num_layers} layers, "
         f"{model.max_length} positions, {run.config.data.source} on "
-        f"{run.mesh.size} x {jax.devices()[0].device_kind}"
+        f"{run.mesh.size} x {jax.devices()[0].device_kind}{_describe_mesh(run)}"
     )
+
+
+def _describe_mesh(run: Run) -> str:
+    sizes = [f"{name}={size}" for name, size in run.mesh.shape.items() if size > 1]
+    return f", {' x '.join(sizes)}" if sizes else ""
 
 
 def describe_costs(ledger: FlopsLedger, density: Density, programs: Programs) -> str:

@@ -206,7 +206,7 @@ def prepare_run(config: TrainConfig) -> Run:
     _check_implementations(run)
     whole = list_whole_leaves(run.make_abstract_state(recipe.phases[0].name), mesh)
     for path, size in whole.items():
-        say(f"note: every device holds {path} whole, {format_quantity(size, 'B')}")
+        say(f"note: not cut is {path}, {format_quantity(size, 'B')}")
     return run
 
 

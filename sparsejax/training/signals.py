@@ -28,7 +28,9 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def find_cause(self, step: int) -> str | None:
-        """Return the name of the signal that ends the run after a step, the same on all processes.
+        """Return what ends the run after a step, the same step on all processes: a signal's name.
+
+        Of several processes only one may have got it: then that is all that is said.
 
         Args:
           step: that was trained, asked for once.
@@ -36,7 +38,7 @@ class StopRequest:
         if count() == 1:
             return self.signal_name
         is_due = multihost_utils.reached_preemption_sync_point(step)
-        return (self.signal_name or signal.SIGTERM.name) if is_due else None
+        return (self.signal_name or "a signal to one of the processes") if is_due else None
 
     def __enter__(self) -> "StopRequest":
         for number in _SIGNALS if count() == 1 else (signal.SIGINT, signal.SIGHUP):

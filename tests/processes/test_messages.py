@@ -142,7 +142,7 @@ _WRONG_FLAGS = [
     ("--num_processes=2", "must be given together, got no --coordinator and no --process_id"),
     ("--distributed --process_id=0", "give it, or those, not both"),
     ("--distributed --mode=plan", "--mode=plan must have one process"),
-    ("--coordinator=host --num_processes=2 --process_id=0", "HOST:PORT of process 0, got 'host'"),
+    ("--coordinator=host --num_processes=2 --process_id=0", "a port below 65536, got 'host'"),
     ("--coordinator=h:1 --num_processes=2 --process_id=2", "from 0 to 1, got 2"),
 ]
 

@@ -77,7 +77,12 @@ def _load(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, jax.Array
     run = setup.prepare_run(parse_config(settings))
     state, _ = restore(info, run.make_abstract_state(info.metadata["phase"]))
     leaves = {name: leaf for name, leaf in name_leaves(state).items() if leaf is not None}
-    return leaves | {"key": jax.random.key_data(leaves["key"])}
+    return {
+        name: jax.random.key_data(leaf)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+        for name, leaf in leaves.items()
+    }
 
 
 @functools.cache

@@ -69,10 +69,15 @@ def test_large_leaves_that_stay_whole_are_listed():
     }
     mesh = make_abstract_mesh(SIZES)
     assert list_whole_leaves(leaves, mesh) == {
-        "odd/up/kernel": 4 * 1023 * 1024,
-        "own": 4 * 512 * 1024,
+        "odd/up/kernel over fsdp": 4 * 1023 * 1024,
+        "own over fsdp": 4 * 512 * 1024,
     }
-    assert list_whole_leaves(leaves, make_abstract_mesh(SIZES | {"fsdp": 1})) == {}
+    ids = {"embedding": {"embedding": jax.ShapeDtypeStruct((50257, 64), "float32")}}
+    alone = make_abstract_mesh(SIZES | {"fsdp": 1})
+    assert list_whole_leaves(leaves | ids, alone) == {
+        "embedding/embedding over tensor": 4 * 50257 * 64
+    }
+    assert list_whole_leaves(leaves | ids, make_abstract_mesh(dict.fromkeys(AXES, 1))) == {}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
