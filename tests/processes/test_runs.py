@@ -68,6 +68,20 @@ def test_two_processes_train_as_one_does_and_write_once(finished):
     np.testing.assert_allclose(losses, same_losses, rtol=1e-5)
 
 
+def test_two_processes_go_on_where_one_was(finished):
+    folder, _ = finished
+    workdir, settings = folder / "began alone", make_settings(folder)
+    assert train(settings | {"num_steps": 8, "schedule_steps": 10}, workdir) is not None
+    run = launch(folder, workdir, mesh__fsdp=4)
+    assert run.wait() == [0, 0], run.explain()
+    assert any("processes: None -> '2'" in line for line in read_own(run, 0))
+    losses = [row["loss"] for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    expected = [
+        row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in row
+    ]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
 def test_one_process_goes_on_where_two_were(finished):
     folder, _ = finished
     workdir = copy_until(folder / "run", 8, folder / "goes on")
