@@ -19,7 +19,7 @@ def get_config():
     text = pathlib.Path(__file__).with_suffix(".json").read_text()
     return ml_collections.ConfigDict(json.loads(text))
 """
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 300
 
 
 def write_config(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:

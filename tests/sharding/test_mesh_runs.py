@@ -46,7 +46,7 @@ def _check(name, found):
         assert found["held"] <= _HELD[mesh]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_parts_of_a_batch_a_state_and_a_layer():
     name = f"{SHORT}/data=2 fsdp=2 tensor=2"
     _check(name, _run(name)[name])
