@@ -5,6 +5,7 @@ import pytest
 
 import sparsejax
 from examples import own_recipe
+from sparsejax.checkpoint.workdir import read_run
 from sparsejax.recipes import get_weight_masks
 from sparsejax.strict_json import load_json
 from tests.training.runs import load_end, make_settings
@@ -25,7 +26,7 @@ def test_top_kast_trains_more_weights_than_it_shows(tmp_path):
     summary = sparsejax.train(settings, tmp_path / "run", recipe=own_recipe.make_top_kast)
     assert summary["recipe"] == "top-kast"
 
-    recorded = load_json((tmp_path / "run" / "checkpoints" / "run.json").read_text())["config"]
+    recorded = read_run(tmp_path / "run").config.to_dict()
     assert recorded["recipe"]["name"] == "examples.own_recipe:make_top_kast"
     state, _ = load_end(recorded, tmp_path / "run")
     shown = get_weight_masks(state.sparsity.masks)
@@ -55,8 +56,8 @@ def test_only_weights_of_the_larger_set_move(tmp_path, monkeypatch):
         changes = {"num_steps": steps, "eval_every_steps": steps}
         settings = make_settings(tmp_path, **_SETTINGS | changes, optimizer__schedule="constant")
         sparsejax.train(settings, tmp_path / str(steps), recipe=own_recipe.make_top_kast)
-        recorded = load_json((tmp_path / str(steps) / "checkpoints" / "run.json").read_text())
-        ends[steps], _ = load_end(recorded["config"], tmp_path / str(steps))
+        recorded = read_run(tmp_path / str(steps)).config.to_dict()
+        ends[steps], _ = load_end(recorded, tmp_path / str(steps))
     up = [np.asarray(ends[s].params["blocks"]["mlp"]["up"]["kernel"]) for s in (2, _STEPS)]
     trained = np.asarray(get_weight_masks(ends[2].sparsity.statistics["trained"])["mlp/up"])
     moved = up[0] != up[1]
