@@ -102,10 +102,10 @@ def find_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
     Example:
       >>> sizes = {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
-      >>> find_spec("params/blocks/mlp/up/kernel", (12, 768, 3072), sizes)
-      PartitionSpec(None, 'fsdp', None)
-      >>> find_spec("params/blocks/mlp/up/kernel", (12, 36, 144), sizes)
-      PartitionSpec(None, None, None)
+      >>> tuple(find_spec("params/blocks/mlp/up/kernel", (12, 768, 3072), sizes))
+      (None, 'fsdp', None)
+      >>> tuple(find_spec("params/blocks/mlp/up/kernel", (12, 36, 144), sizes))
+      (None, None, None)
     """
     last = _find_rule(path, len(shape))
     if last is None:
