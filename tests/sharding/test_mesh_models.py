@@ -5,33 +5,19 @@ after out and down; over "context" heads are dealt out for attention; gradients 
 rest. Nothing else is larger than a bias.
 """
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
+import functools
 
 import pytest
 
+from tests.sharding.eight_devices import run_program
 from tests.sharding.mesh_models import CASES
 
-_ROOT = pathlib.Path(__file__).parents[2]
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 _FIRST, *_REST = CASES
 _SMALL_BYTES = 4096
 """Biases, scales, one layer's mask of blocks, positions."""
 
 
-def _run(*names):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.sharding.mesh_models", *names],
-        cwd=_ROOT,
-        env=os.environ | {"XLA_FLAGS": _FLAGS, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+_run = functools.partial(run_program, "tests.sharding.mesh_models")
 
 
 def _check(name, found):

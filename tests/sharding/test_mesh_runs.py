@@ -1,18 +1,12 @@
 """Whole runs on eight devices: the losses, weights and masks of one device, by parts."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
+import functools
 
 import pytest
 
+from tests.sharding.eight_devices import run_program
 from tests.sharding.mesh_runs import RESUMED, SHORT, list_runs
 
-_ROOT = pathlib.Path(__file__).parents[2]
-# Programs are small: to compile them well would take longer than they run.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # Every mechanism on one mesh, and every mesh twice; `make test-all` runs all recipes on all.
 _CHOSEN = [
     "spion/data=2 fsdp=4",
@@ -28,16 +22,7 @@ _REST = sorted({*list_runs()} - {*_CHOSEN} - {f"resume/{name}" for name in RESUM
 _HELD = {"fsdp=8": 0.2, "data=2 fsdp=4": 0.33, "data=2 fsdp=2 tensor=2": 0.33, "context=4": 1.0}
 
 
-def _run(*names):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.sharding.mesh_runs", *names],
-        cwd=_ROOT,
-        env=os.environ | {"XLA_FLAGS": _FLAGS, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+_run = functools.partial(run_program, "tests.sharding.mesh_runs")
 
 
 def _check(name, found):
