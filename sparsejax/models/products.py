@@ -172,7 +172,7 @@ def multiply_parts(
       float[B, T, N], or [B, T, N / 2] for a gated activation; columns as `deal_columns` orders
       them.
     """
-    parts = count_parts(weight, split)
+    parts = _count_parts(weight, split)
     tensor = "tensor" if parts > 1 else None
     axes = (None, tensor) if split == "columns" else (tensor, None)
     gathered = 0 if split == "columns" else 1
@@ -218,12 +218,8 @@ def multiply_parts(
     return y + added if summed and added is not None else y
 
 
-def count_parts(weight: Weight, split: Split) -> int:
-    """Return how many parts "tensor" cuts a weight into: 1 if it does not divide it.
-
-    Args:
-      split: what is cut.
-    """
+def _count_parts(weight: Weight, split: Split) -> int:
+    """Return how many parts "tensor" cuts a weight into: 1 if it does not divide it."""
     parts, axis = get_sizes()["tensor"], 1 if split == "columns" else 0
     lengths = [x.shape[axis] for x in weight if x is not None and x.ndim == 2]
     return parts if all(length % parts == 0 for length in lengths) else 1
