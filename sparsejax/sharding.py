@@ -48,6 +48,8 @@ RULES: tuple[tuple[str, tuple[AxisNames, ...]], ...] = (
     (r"embedding(/(embedding|embedding_mask|gradient_mask))?", ("tensor", "fsdp")),
     (r"(hidden|patches)/kernel", (None, "fsdp")),
     (r"classifier/kernel", ("fsdp", None)),
+    (r"head/kernel", ("fsdp", "tensor")),
+    (r"head_transform/dense/kernel", (None, "fsdp")),
     (r"position", (None, "fsdp")),
     # Statistics of SPION and SAT: attention maps of all layers.
     (r"map_before", (BATCH, None)),

@@ -120,7 +120,8 @@ def count_transformer_flops(
       output   2 T N H D           * weight_density["attention/out"]
       up       2 T D mlp_dim, twice that if gated, * weight_density["mlp/up"]
       down     2 T D mlp_dim       * weight_density["mlp/down"]
-      head     2 T D vocab_size    * weight_density["embedding"], or 2 D num_classes
+      head     2 T D vocab_size    * weight_density["embedding"], or 2 D num_classes;
+               2 T D^2 more with `head_transform`
       patches  2 T D patch_values
 
     A decoder's layers attend densely: to their own past, and to the source, which costs the same as
@@ -169,6 +170,8 @@ def count_transformer_flops(
     (to_head,) = _spread(f"weight_density[{EMBEDDING!r}]", weights.get(EMBEDDING, 1.0), 1)
     T, D = config.max_length, config.model_dim
     head = config.num_classes or T * config.vocab_size * to_head
+    if config.head_transform:
+        head += T * D
     return TransformerFlops(
         layers=layers,
         decoder_layers=decoder_layers,

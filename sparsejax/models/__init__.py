@@ -9,7 +9,6 @@ from pallas_kernels import record_choices as record_choices
 from pallas_kernels import use_recorded as use_recorded
 from sparsejax.models.attention import AttentionOptions as AttentionOptions
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
-from sparsejax.models.attention import apply_rotary as apply_rotary
 from sparsejax.models.block_lists import BlockLists as BlockLists
 from sparsejax.models.block_lists import make_block_lists as make_block_lists
 from sparsejax.models.config import EMBEDDING as EMBEDDING
@@ -22,6 +21,8 @@ from sparsejax.models.linear import SparseLinear as SparseLinear
 from sparsejax.models.mlp import MLP as MLP
 from sparsejax.models.products import DENSE_LINEAR as DENSE_LINEAR
 from sparsejax.models.products import LinearOptions as LinearOptions
+from sparsejax.models.rotary import Rotary as Rotary
+from sparsejax.models.rotary import apply_rotary as apply_rotary
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer
 from sparsejax.models.transformer import find_model_class as find_model_class

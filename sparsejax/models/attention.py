@@ -25,6 +25,7 @@ from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
 from sparsejax.models.linear import apply_linear, make_linear
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import make_bias_init, make_kernel_inits
+from sparsejax.models.rotary import apply_rotary, get_rotary
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import BlockPattern
 from sparsejax.sharding import (
@@ -83,7 +84,7 @@ class BlockSparseAttention(nnx.Module):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.max_length, self.head_dim = config.max_length, config.head_dim
         self.block, self.causal = config.block, config.causal
-        self.rotary = config.positions == "rotary"
+        self.rotary = get_rotary(config)
         kernel_init, out_kernel_init = make_kernel_inits(config, num_branches=2 * config.num_layers)
         patterns = sparse_weight_patterns(config)
         shared: dict[str, Any] = {
@@ -101,7 +102,7 @@ class BlockSparseAttention(nnx.Module):
             **shared,
         )
         self.out = make_linear(
-            config.model_dim,
+            config.num_heads * config.head_dim,
             config.model_dim,
             pattern=patterns.get("attention/out"),
             kernel_init=out_kernel_init,
@@ -151,7 +152,7 @@ class BlockSparseAttention(nnx.Module):
         qkv = project(self.qkv, x_BTD, name="attention/qkv", split="columns", segments=widths)
         q_BTNH, k_BSKH, v_BSKH = split_heads(qkv, widths, self.head_dim)
         if self.rotary:
-            q_BTNH, k_BSKH = apply_rotary(q_BTNH), apply_rotary(k_BSKH)
+            q_BTNH, k_BSKH = (apply_rotary(x, rotary=self.rotary) for x in (q_BTNH, k_BSKH))
         q_BTNH, k_BSKH, v_BSKH = deal_heads(q_BTNH, k_BSKH, v_BSKH)
         attention_map_TS = None
         if probe:
@@ -302,31 +303,3 @@ def _name_of_probe(implementation: Implementation | None) -> Implementation | No
 def _pad_length(length: int, block: BlockPattern) -> int:
     """Return the next length that whole blocks fill on both sides."""
     return length + -length % math.lcm(block.block_q, block.block_kv)
-
-
-def apply_rotary(x_BTNH: jax.Array, *, max_wavelength: float = 10_000.0) -> jax.Array:
-    """Rotate pairs of features by an angle proportional to the position.
-
-    (a, b) -> (a cos - b sin, b cos + a sin),  angle = t / max_wavelength^(2 i / H)
-
-    Args:
-      x_BTNH: float[B, T, N, H], H even; feature i is paired with i + H/2.
-      max_wavelength: float, positions per radian of the slowest pair.
-
-    Returns:
-      float[B, T, N, H], same type; the rotation is computed in f32.
-
-    Raises:
-      ValueError: if H is odd.
-
-    References:
-      Su et al., RoFormer, arXiv:2104.09864, equation 34.
-    """
-    T, H = x_BTNH.shape[1], x_BTNH.shape[3]
-    if H % 2:
-        raise ValueError(f"x_BTNH must have an even head dim, got {x_BTNH.shape=}")
-    frequency_h = max_wavelength ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle_Th = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_h[None]
-    cos, sin = (f(angle_Th)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)

@@ -13,6 +13,8 @@ type MLPActivation = Literal["gelu", "gelu_exact", "relu", "geglu", "swiglu"]
 
 type LinearInit = Literal["lecun_normal", "torch"]
 
+type RotaryScaling = Literal["none", "linear", "llama3"]
+
 GATED_ACTIVATIONS = ("geglu", "swiglu")
 """Activations that compute twice as many values, half of them gates."""
 
@@ -34,6 +36,7 @@ class TransformerOptions:
       num_layers: transformer blocks.
       model_dim: width of the residual stream; a multiple of `num_heads`.
       num_heads: query heads.
+      qkv_features: width of all query heads together; 0 = `model_dim`.
       mlp_dim: hidden width of the feed-forward layer; a gated one computes twice as many values,
         half of them gates.
       num_decoder_layers: blocks of a decoder that attends to the output of the `num_layers` blocks
@@ -41,6 +44,19 @@ class TransformerOptions:
       mlp_activation: "gelu" (tanh form, which sparse kernels fuse), "gelu_exact" (by the error
         function) or "relu", or the gated "geglu" (tanh form) or "swiglu".
       positions: "learned" table or "rotary" embedding.
+      rotary_wavelength: base of the rotary embedding's wavelengths, positions per radian.
+      rotary_scaling: how wavelengths grow for longer contexts: "none"; "linear", all by
+        `rotary_factor`; or "llama3", the long ones by `rotary_factor`, the short ones not.
+      rotary_factor: growth of the wavelengths that grow.
+      rotary_low_frequency_factor: "llama3" multiplies wavelengths above
+        `rotary_original_length` / `rotary_low_frequency_factor`.
+      rotary_high_frequency_factor: it leaves those below `rotary_original_length` /
+        `rotary_high_frequency_factor`, and goes from one to the other in between.
+      rotary_original_length: positions that a "llama3" model was first trained with.
+      norm: "layer" (mean and variance) or "rms" (root of the mean square, no bias).
+      norm_epsilon: added to the variance, or to the mean square.
+      norm_position: "pre" normalises the input of each branch, and the end of the stack; "post" the
+        sum of a branch and its input, as the original Transformer and BERT.
       dropout_rate: in [0, 1), applied to embeddings and residual branches.
       mlp_dropout_rate: in [0, 1), applied after the activation of the feed-forward layer.
       init_std: standard deviation of weight matrices; residual outputs get it divided by
@@ -51,8 +67,11 @@ class TransformerOptions:
       dtype: "float32", "bfloat16" or "float16", type of activations and matrix products; None for
         that of inputs and parameters together. Parameters are always float32.
       use_bias: add biases in linear layers.
-      use_norm_bias: add biases in norms.
+      use_norm_bias: add biases in norms; those by the root of the mean square have none.
       embedding_norm: normalise the sum of embedding and position.
+      tied_head: the head of a language model is its embedding; otherwise it has its own weight.
+      head_transform: put a linear layer, exact GELU and a norm before the head, and a bias of each
+        token after it, as BERT does.
       remat: recompute each block in the backward pass instead of storing it.
       scan_layers: compile one block and scan it; False unrolls the same stacked parameters.
       own_class: "module:class" of a subclass of `Transformer` that takes its place; "" = itself.
@@ -63,9 +82,19 @@ class TransformerOptions:
     model_dim: int
     num_heads: int
     mlp_dim: int
+    qkv_features: int = 0
     num_decoder_layers: int = 0
     mlp_activation: MLPActivation = "gelu"
     positions: Literal["learned", "rotary"] = "learned"
+    rotary_wavelength: float = 10_000.0
+    rotary_scaling: RotaryScaling = "none"
+    rotary_factor: float = 1.0
+    rotary_low_frequency_factor: float = 1.0
+    rotary_high_frequency_factor: float = 4.0
+    rotary_original_length: int = 8192
+    norm: Literal["layer", "rms"] = "layer"
+    norm_epsilon: float = 1e-5
+    norm_position: Literal["pre", "post"] = "pre"
     dropout_rate: float = 0.0
     mlp_dropout_rate: float = 0.0
     init_std: float | None = None
@@ -74,6 +103,8 @@ class TransformerOptions:
     use_bias: bool = True
     use_norm_bias: bool = True
     embedding_norm: bool = False
+    tied_head: bool = True
+    head_transform: bool = False
     remat: bool = False
     scan_layers: bool = True
     own_class: str = ""
@@ -124,8 +155,13 @@ class TransformerConfig(TransformerOptions):
 
     @property
     def head_dim(self) -> int:
-        """Width of one head, model_dim / num_heads."""
-        return self.model_dim // self.num_heads
+        """Width of one head, H."""
+        return (self.qkv_features or self.model_dim) // self.num_heads
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model has a head that gives logits of tokens."""
+        return not (self.num_classes or self.patch_values)
 
 
 def sparse_weight_patterns(config: TransformerConfig) -> dict[str, WeightPattern]:
@@ -160,11 +196,11 @@ def list_weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
       to (tokens, width) of the embedding.
     """
     width, hidden = config.model_dim, config.mlp_dim
-    heads = config.num_heads + 2 * config.num_kv_heads
+    heads, out = config.num_heads + 2 * config.num_kv_heads, config.num_heads * config.head_dim
     gates = 2 if config.mlp_activation in GATED_ACTIVATIONS else 1
     shapes = {
         "attention/qkv": (width, heads * config.head_dim),
-        "attention/out": (width, width),
+        "attention/out": (out, width),
         "mlp/up": (width, gates * hidden),
         "mlp/down": (hidden, width),
         EMBEDDING: (config.vocab_size, width),
@@ -179,7 +215,7 @@ def _list_linear_layers(config: TransformerConfig) -> tuple[str, ...]:
     if config.num_decoder_layers:
         names += DECODER_LINEAR_LAYERS
     # An untied embedding is never multiplied, so never sparse.
-    if not (config.num_classes or config.patch_values):
+    if config.is_language_model and config.tied_head:
         names += (EMBEDDING,)
     return names
 
@@ -196,13 +232,25 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
         yield c.num_classes > 1, "num_classes", "at least 2 with patches"
         yield c.num_towers == 1, "num_towers", "1 with patches"
     heads = f"num_heads={c.num_heads}"
-    yield c.model_dim % c.num_heads == 0, "model_dim", f"a multiple of {heads}"
+    yield c.qkv_features >= 0, "qkv_features", "at least 0"
+    width = "qkv_features" if c.qkv_features else "model_dim"
+    yield getattr(c, width) % c.num_heads == 0, width, f"a multiple of {heads}"
     yield c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"a divisor of {heads}"
     yield 0 <= c.dropout_rate < 1, "dropout_rate", "in [0, 1)"
     yield 0 <= c.mlp_dropout_rate < 1, "mlp_dropout_rate", "in [0, 1)"
     yield c.positions in ("learned", "rotary"), "positions", "'learned' or 'rotary'"
     pairs = c.positions == "learned" or c.head_dim % 2 == 0
-    yield pairs, "model_dim", f"an even multiple of {heads} with rotary positions"
+    yield pairs, width, f"an even multiple of {heads} with rotary positions"
+    yield from _list_rotary_checks(c)
+    yield c.norm in ("layer", "rms"), "norm", "'layer' or 'rms'"
+    yield c.norm_epsilon > 0, "norm_epsilon", "positive"
+    yield c.norm_position in ("pre", "post"), "norm_position", "'pre' or 'post'"
+    pre = c.norm_position == "pre" or c.num_decoder_layers == 0
+    yield pre, "norm_position", "'pre' with decoder layers"
+    plain_head = c.tied_head and not c.head_transform
+    no_classes = c.is_language_model and c.num_decoder_layers == 0
+    untied = "the default in a classifier and with decoder layers, whose heads are others"
+    yield plain_head or no_classes, "head_transform" if c.head_transform else "tied_head", untied
     dtypes = ("float32", "bfloat16", "float16")
     yield c.dtype is None or c.dtype in dtypes, "dtype", f"None or one of {dtypes}"
     yield c.num_towers in (1, 2), "num_towers", "1 or 2"
@@ -221,6 +269,20 @@ def _list_checks(config: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
     yield drawn, "linear_init", f"'lecun_normal' with init_std={c.init_std}"
     activations = get_args(MLPActivation.__value__)
     yield c.mlp_activation in activations, "mlp_activation", f"one of {activations}"
+
+
+def _list_rotary_checks(c: TransformerConfig) -> Iterator[tuple[bool, str, str]]:
+    scalings = get_args(RotaryScaling.__value__)
+    yield c.rotary_scaling in scalings, "rotary_scaling", f"one of {scalings}"
+    for name in ("rotary_wavelength", "rotary_factor", "rotary_low_frequency_factor"):
+        yield getattr(c, name) > 0, name, "positive"
+    low = c.rotary_low_frequency_factor
+    above = c.rotary_high_frequency_factor > low
+    expected = f"above rotary_low_frequency_factor={low}"
+    yield above, "rotary_high_frequency_factor", expected
+    yield c.rotary_original_length >= 1, "rotary_original_length", "at least 1"
+    unscaled = c.rotary_scaling != "none" or c.rotary_factor == 1
+    yield unscaled, "rotary_factor", "1 without rotary_scaling"
 
 
 def _check_sparse_weights(config: TransformerConfig) -> None:

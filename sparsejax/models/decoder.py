@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.models.attention import apply_rotary, attend, deal_heads, split_heads
+from sparsejax.models.attention import attend, deal_heads, split_heads
 from sparsejax.models.config import TransformerConfig
 from sparsejax.models.linear import apply_linear
 from sparsejax.models.mlp import MLP
@@ -20,8 +20,9 @@ from sparsejax.models.residual import (
     dropout,
     make_bias_init,
     make_kernel_inits,
-    make_layer_norm,
+    make_norm,
 )
+from sparsejax.models.rotary import Rotary, apply_rotary, get_rotary
 from sparsejax.models.stack import make_stack, scan_stack
 from sparsejax.sharding import cut_positions
 
@@ -40,19 +41,21 @@ class DenseAttention(nnx.Module):
       out: nnx.Linear f32[N H, D].
     """
 
-    def __init__(self, config: TransformerConfig, *, causal: bool, rotary: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TransformerConfig, *, causal: bool, rotary: Rotary | None, rngs: nnx.Rngs
+    ):
         """Create the projections.
 
         Args:
           config: TransformerConfig with decoder layers.
           causal: bool, attend to the past only.
-          rotary: bool, rotate queries and keys by position.
+          rotary: Rotary, how queries and keys turn with the position; None if they do not.
           rngs: nnx.Rngs with a `params` stream.
         """
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.causal, self.rotary = causal, rotary
-        width = config.model_dim
+        width, inner = config.model_dim, config.num_heads * config.head_dim
         kernel_init, out_kernel_init = _make_kernel_inits(config)
         shared: dict[str, Any] = {
             "use_bias": config.use_bias,
@@ -61,9 +64,9 @@ class DenseAttention(nnx.Module):
             "rngs": rngs,
         }
         kv_width = 2 * config.num_kv_heads * config.head_dim
-        self.query = nnx.Linear(width, width, kernel_init=kernel_init, **shared)
+        self.query = nnx.Linear(width, inner, kernel_init=kernel_init, **shared)
         self.key_value = nnx.Linear(width, kv_width, kernel_init=kernel_init, **shared)
-        self.out = nnx.Linear(width, width, kernel_init=out_kernel_init, **shared)
+        self.out = nnx.Linear(inner, width, kernel_init=out_kernel_init, **shared)
 
     def __call__(
         self, x_BTD: jax.Array, memory_BSD: jax.Array, *, kv_mask_BS: jax.Array | None = None
@@ -89,7 +92,7 @@ class DenseAttention(nnx.Module):
         (q_BTNH,) = split_heads(query, [self.num_heads * H], H)
         k_BSKH, v_BSKH = split_heads(key_value, widths, H)
         if self.rotary:
-            q_BTNH, k_BSKH = apply_rotary(q_BTNH), apply_rotary(k_BSKH)
+            q_BTNH, k_BSKH = (apply_rotary(x, rotary=self.rotary) for x in (q_BTNH, k_BSKH))
         y_BTNH = attend(
             *deal_heads(q_BTNH, k_BSKH, v_BSKH),
             None,
@@ -121,14 +124,12 @@ class DecoderBlock(nnx.Module):
           rngs: nnx.Rngs with a `params` stream.
         """
         self.dropout_rate = config.dropout_rate
-        self.attention_norm = make_layer_norm(config, rngs)
-        self.attention = DenseAttention(
-            config, causal=True, rotary=config.positions == "rotary", rngs=rngs
-        )
-        self.cross_attention_norm = make_layer_norm(config, rngs)
+        self.attention_norm = make_norm(config, rngs)
+        self.attention = DenseAttention(config, causal=True, rotary=get_rotary(config), rngs=rngs)
+        self.cross_attention_norm = make_norm(config, rngs)
         # Distances between a target's and a source's positions mean nothing.
-        self.cross_attention = DenseAttention(config, causal=False, rotary=False, rngs=rngs)
-        self.mlp_norm = make_layer_norm(config, rngs)
+        self.cross_attention = DenseAttention(config, causal=False, rotary=None, rngs=rngs)
+        self.mlp_norm = make_norm(config, rngs)
         self.mlp = MLP(config, in_decoder=True, rngs=rngs)
 
     def __call__(
@@ -190,10 +191,10 @@ class Decoder(nnx.Module):
             table_init = nnx.initializers.normal(0.02)
             self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
         if config.embedding_norm:
-            self.embedding_norm = make_layer_norm(config, rngs)
+            self.embedding_norm = make_norm(config, rngs)
 
         self.blocks = make_stack(DecoderBlock, config, config.num_decoder_layers, rngs)
-        self.final_norm = make_layer_norm(config, rngs)
+        self.final_norm = make_norm(config, rngs)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import block_sparse_matmul
-from sparsejax.models.products import SPARSE_LINEAR, LinearOptions, Weight, multiply_parts
+from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import NMPattern, WeightBlocks, WeightPattern
 from sparsejax.sharding import BATCH, fit_axis, gather_weight, is_mapped, map_parts
@@ -106,7 +106,7 @@ class SparseEmbed(nnx.Module):
         columns = 1
         if isinstance(self.pattern, WeightBlocks):
             tokens, columns = tokens // self.pattern.rows, self.pattern.columns
-        return _keep(x, jnp.take(mask, tokens, axis=0).repeat(columns, axis=-1))
+        return keep(x, jnp.take(mask, tokens, axis=0).repeat(columns, axis=-1))
 
     def attend(self, x: jax.Array, *, options: LinearOptions = SPARSE_LINEAR) -> jax.Array:
         """Compute logits: the product of the head that is tied to this embedding.
@@ -131,18 +131,27 @@ class SparseEmbed(nnx.Module):
                 implementation=options.implementation,
             )
         if options.sparse:
-            embedding = _keep(embedding, self.embedding_mask[...])
+            embedding = keep(embedding, self.embedding_mask[...])
         return jnp.dot(x, embedding.T)
 
 
 @jax.custom_jvp
-def _keep(x: jax.Array, mask: jax.Array) -> jax.Array:
+def keep(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Set to 0 what a mask prunes, but not its gradient.
+
+    Args:
+      x: array.
+      mask: bool, of its shape; True = kept.
+
+    Returns:
+      Array like `x`.
+    """
     return jnp.where(mask, x, 0)
 
 
-@_keep.defjvp
+@keep.defjvp
 def _pass_all_gradients(primals, tangents):
-    return _keep(*primals), tangents[0]
+    return keep(*primals), tangents[0]
 
 
 def make_embed(
@@ -208,38 +217,3 @@ def _look_up_parts(embed, tokens_BT, options):
 
     positions = P(BATCH, "context")
     return map_parts(run, (positions, P(rows, columns), P()), positions)(tokens_BT, table, mask)
-
-
-def compute_logits(
-    embed: nnx.Embed | SparseEmbed, x: jax.Array, *, options: LinearOptions
-) -> jax.Array:
-    """Apply the head that is tied to an embedding of either kind.
-
-    Args:
-      x: float[..., D].
-      options: LinearOptions, static.
-
-    Returns:
-      f32[..., V].
-    """
-    if is_mapped() and type(embed).attend in (nnx.Embed.attend, SparseEmbed.attend):
-        logits = _attend_parts(embed, x, options)
-    elif isinstance(embed, SparseEmbed):
-        logits = embed.attend(x, options=options)
-    else:
-        logits = embed.attend(x)
-    return logits.astype(jnp.float32)
-
-
-def _attend_parts(embed, x_BTD, options):
-    x_BTD, table = promote_dtype((x_BTD, embed.embedding[...]), dtype=embed.dtype)
-    weight, pattern = Weight(table.T), None
-    if isinstance(embed, SparseEmbed) and options.sparse:
-        if isinstance(embed.pattern, WeightBlocks):
-            pattern = embed.pattern
-            masks = (embed.embedding_mask[...].T, embed.gradient_mask[...].T)
-            weight = Weight(table.T, None, *masks)
-        else:
-            weight = Weight(_keep(table, embed.embedding_mask[...]).T)
-    options = options._replace(grad_pruning="none")
-    return multiply_parts(x_BTD, weight, pattern=pattern, options=options, split="columns")

@@ -1,5 +1,7 @@
 """What surrounds every branch of a residual stream: normalization, initial values, dropout."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,22 +9,19 @@ from flax import nnx
 from sparsejax.models.config import TransformerConfig
 
 
-def make_layer_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Create the normalization of a branch's input.
+def make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    """Create a normalization over the width of the model.
 
     Args:
       rngs: nnx.Rngs with a `params` stream.
 
     Returns:
-      nnx.LayerNorm over the width of the model.
+      nnx.LayerNorm or nnx.RMSNorm, as `config.norm` says.
     """
-    return nnx.LayerNorm(
-        config.model_dim,
-        epsilon=1e-5,
-        use_bias=config.use_norm_bias,
-        dtype=config.dtype,
-        rngs=rngs,
-    )
+    shared: dict[str, Any] = {"epsilon": config.norm_epsilon, "dtype": config.dtype, "rngs": rngs}
+    if config.norm == "rms":
+        return nnx.RMSNorm(config.model_dim, **shared)
+    return nnx.LayerNorm(config.model_dim, use_bias=config.use_norm_bias, **shared)
 
 
 def make_kernel_inits(

@@ -1,4 +1,4 @@
-"""Pre-norm transformer: a language model, an encoder that classifies, or an encoder-decoder.
+"""The transformer: a language model, an encoder that classifies, or an encoder-decoder.
 
 Legend: B batch, T position, U target position, P value of a patch, D model width, V vocabulary,
 C classes, L layers.
@@ -16,7 +16,8 @@ from sparsejax.models.attention import SPARSE, AttentionOptions, BlockSparseAtte
 from sparsejax.models.block_lists import BlockLists
 from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.decoder import Decoder
-from sparsejax.models.embedding import compute_logits, look_up, make_embed
+from sparsejax.models.embedding import look_up, make_embed
+from sparsejax.models.head import HeadTransform, compute_logits, make_head
 from sparsejax.models.mlp import MLP
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import (
@@ -24,7 +25,7 @@ from sparsejax.models.residual import (
     make_bias_init,
     make_head_init,
     make_kernel_inits,
-    make_layer_norm,
+    make_norm,
 )
 from sparsejax.models.stack import make_stack, scan_stack
 from sparsejax.sharding import cut_positions
@@ -45,10 +46,10 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer block.
+    """One transformer block, pre-norm or post-norm as `config.norm_position` says.
 
     Attributes:
-      attention_norm, mlp_norm: nnx.LayerNorm over D.
+      attention_norm, mlp_norm: nnx.LayerNorm or nnx.RMSNorm over D.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -57,10 +58,10 @@ class Block(nnx.Module):
         Args:
           rngs: nnx.Rngs with a `params` stream.
         """
-        self.dropout_rate = config.dropout_rate
-        self.attention_norm = make_layer_norm(config, rngs)
+        self.dropout_rate, self.norm_position = config.dropout_rate, config.norm_position
+        self.attention_norm = make_norm(config, rngs)
         self.attention = BlockSparseAttention(config, rngs=rngs)
-        self.mlp_norm = make_layer_norm(config, rngs)
+        self.mlp_norm = make_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
@@ -92,7 +93,7 @@ class Block(nnx.Module):
         """
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         branch, attention_map = self.attention(
-            self.attention_norm(x_BTD),
+            self._enter(self.attention_norm, x_BTD),
             kv_mask_BT=kv_mask_BT,
             schedule=schedule,
             options=attention_options,
@@ -100,15 +101,23 @@ class Block(nnx.Module):
             pruning_key=pruning_key,
             probe=probe,
         )
-        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, keys[0]))
+        x_BTD = self._leave(self.attention_norm, x_BTD, branch, keys[0])
         branch = self.mlp(
-            self.mlp_norm(x_BTD),
+            self._enter(self.mlp_norm, x_BTD),
             options=linear_options,
             pruning_key=pruning_key,
             dropout_key=dropout_key,
         )
-        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, keys[1]))
-        return x_BTD, attention_map
+        return self._leave(self.mlp_norm, x_BTD, branch, keys[1]), attention_map
+
+    def _enter(self, norm, x_BTD):
+        """Return what a branch reads."""
+        return norm(x_BTD) if self.norm_position == "pre" else x_BTD
+
+    def _leave(self, norm, x_BTD, branch, key=None):
+        """Add what a branch made to its input."""
+        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, key))
+        return x_BTD if self.norm_position == "pre" else norm(x_BTD)
 
 
 def make_transformer(config: TransformerConfig, *, rngs: nnx.Rngs) -> "Transformer":
@@ -144,7 +153,7 @@ def find_model_class(name: str) -> "type[Transformer]":
 
 
 class Transformer(nnx.Module):
-    """GPT-2 shaped language model (tied head) or Long Range Arena shaped encoder (mean pooling).
+    """Language model shaped as GPT-2 or Llama, or encoder as in Long Range Arena (mean pooling).
 
     Or an encoder whose output a decoder attends to, for translation; source, target and head then
     share one embedding.
@@ -157,10 +166,12 @@ class Transformer(nnx.Module):
       embedding: nnx.Embed or SparseEmbed, f32[V, D]; of token ids only.
       patches: nnx.Linear, f32[P, D]; of patches only.
       position: nnx.Param f32[max_length, D], learned positions only.
-      embedding_norm: nnx.LayerNorm over D, if configured.
+      embedding_norm: nnx.LayerNorm or nnx.RMSNorm over D, if configured.
       blocks: Block whose every leaf has a leading axis L.
-      final_norm: nnx.LayerNorm over D, after the blocks.
+      final_norm: nnx.LayerNorm or nnx.RMSNorm over D, after pre-norm blocks.
       decoder: Decoder of an encoder-decoder.
+      head: nnx.Linear f32[D, V] of a language model whose head is not tied.
+      head_transform: HeadTransform, if configured.
       hidden, classifier: nnx.Linear of a classifier's head.
     """
 
@@ -198,12 +209,17 @@ class Transformer(nnx.Module):
             shape = (config.max_length, config.model_dim)
             self.position = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
         if config.embedding_norm:
-            self.embedding_norm = make_layer_norm(config, rngs)
+            self.embedding_norm = make_norm(config, rngs)
 
         self.blocks = make_stack(Block, config, config.num_layers, rngs)
-        self.final_norm = make_layer_norm(config, rngs)
+        if config.norm_position == "pre":
+            self.final_norm = make_norm(config, rngs)
         if config.num_decoder_layers:
             self.decoder = Decoder(config, rngs=rngs)
+        if config.head_transform:
+            self.head_transform = HeadTransform(config, rngs=rngs)
+        if not config.tied_head:
+            self.head = make_head(config, rngs)
         if config.num_classes:
             # Two documents are compared through x, y, x*y and x-y.
             features = config.model_dim * (4 if config.num_towers == 2 else 1)
@@ -286,7 +302,8 @@ class Transformer(nnx.Module):
             block_lists=block_lists,
             probe=probe,
         )
-        x_BTD = self.final_norm(x_BTD)
+        if config.norm_position == "pre":
+            x_BTD = self.final_norm(x_BTD)
         if decoder_tokens is not None:
             x_BTD = self.decoder(
                 look_up(self.embedding, decoder_tokens, options=linear_options),
@@ -297,8 +314,7 @@ class Transformer(nnx.Module):
                 pruning_key=pruning_key,
             )
         if not config.num_classes:
-            logits = compute_logits(self.embedding, x_BTD, options=linear_options)
-            return ModelOutput(logits, attention_maps)
+            return ModelOutput(self._compute_logits(x_BTD, linear_options), attention_maps)
         if mask_BT is not None:
             x_BTD = x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
         # The mean runs over all T positions, padding included, as the published models do.
@@ -319,6 +335,14 @@ class Transformer(nnx.Module):
         if config.positions == "learned":
             x_BTD = x_BTD + self.position[...][None, : x_BTD.shape[1]].astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
+
+    def _compute_logits(self, x_BTD, linear_options):
+        config = self.config
+        if config.head_transform:
+            x_BTD = self.head_transform(x_BTD)
+        head = self.embedding if config.tied_head else self.head
+        logits_BTV = compute_logits(head, x_BTD, options=linear_options)
+        return logits_BTV + self.head_transform.bias[...] if config.head_transform else logits_BTV
 
     def _apply_blocks(
         self, x_BTD, mask_BT, keys, *, attention_options, linear_options, block_lists, probe
