@@ -38,7 +38,7 @@ from sparsejax.models import (
     SparsityMask,
     TransformerConfig,
 )
-from sparsejax.models.transformer import Block
+from sparsejax.models.block import Block
 from sparsejax.optimizer import make_optimizer
 from sparsejax.patterns import BlockPattern, NMPattern
 

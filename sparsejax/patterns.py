@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+from typing import Protocol
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,32 @@ class BlockPattern:
                     f"got length={length}"
                 )
         return length // self.block_q, length // self.block_kv
+
+
+class BlockChooser(Protocol):
+    """Choose the attention blocks of each input and each head from its queries and keys.
+
+    Static, so a frozen value. B batch, T query and S key positions, N query heads, K key/value
+    heads, H head dim, I query and J key blocks.
+    """
+
+    def __call__(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, kv_mask_BS: jax.Array | None, /
+    ) -> jax.Array:
+        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all."""
+        ...
+
+    def choose_row(self, q_BTNH: jax.Array, k_BSKH: jax.Array, row_B: jax.Array, /) -> jax.Array:
+        """Return bool[B, N, J], the same choice for one query block of each example.
+
+        What lies after the first position of the query block is not read: when a token is decoded,
+        it is not there yet.
+        """
+        ...
+
+    def density(self, num_blocks: int, /) -> float:
+        """Return the share of the visible blocks that is kept, of I = J = num_blocks."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

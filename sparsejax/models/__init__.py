@@ -11,6 +11,7 @@ from sparsejax.models.attention import AttentionOptions as AttentionOptions
 from sparsejax.models.attention import BlockSparseAttention as BlockSparseAttention
 from sparsejax.models.block_lists import BlockLists as BlockLists
 from sparsejax.models.block_lists import make_block_lists as make_block_lists
+from sparsejax.models.cache import LayerCache as LayerCache
 from sparsejax.models.config import EMBEDDING as EMBEDDING
 from sparsejax.models.config import GATED_ACTIVATIONS as GATED_ACTIVATIONS
 from sparsejax.models.config import TransformerConfig as TransformerConfig
@@ -19,12 +20,12 @@ from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patt
 from sparsejax.models.embedding import SparseEmbed as SparseEmbed
 from sparsejax.models.linear import SparseLinear as SparseLinear
 from sparsejax.models.mlp import MLP as MLP
+from sparsejax.models.own_class import find_model_class as find_model_class
+from sparsejax.models.own_class import make_transformer as make_transformer
 from sparsejax.models.products import DENSE_LINEAR as DENSE_LINEAR
 from sparsejax.models.products import LinearOptions as LinearOptions
 from sparsejax.models.rotary import Rotary as Rotary
 from sparsejax.models.rotary import apply_rotary as apply_rotary
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer
-from sparsejax.models.transformer import find_model_class as find_model_class
-from sparsejax.models.transformer import make_transformer as make_transformer
 from sparsejax.models.variables import SparsityMask as SparsityMask

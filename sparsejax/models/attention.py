@@ -4,40 +4,24 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 heads, H head dim, I query blocks, J key blocks.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import (
-    BlockSchedule,
-    Implementation,
-    block_sparse_attention,
-    list_backends,
-    mean_attention_map,
-)
+from pallas_kernels import BlockSchedule, Implementation, list_backends
+from sparsejax.models.cache import LayerCache, attend_one, extend_cache, make_layer_cache
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
+from sparsejax.models.heads import attend, average_map, deal_heads, split_heads
 from sparsejax.models.linear import apply_linear, make_linear
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import make_bias_init, make_kernel_inits
 from sparsejax.models.rotary import apply_rotary, get_rotary
 from sparsejax.models.variables import SparsityMask
-from sparsejax.patterns import BlockPattern
-from sparsejax.sharding import (
-    AXES,
-    BATCH,
-    HEADS,
-    constrain,
-    get_sizes,
-    is_mapped,
-    map_parts,
-    split_dealt,
-)
+from sparsejax.patterns import BlockChooser, BlockPattern
 
 
 class AttentionOptions(NamedTuple):
@@ -50,12 +34,15 @@ class AttentionOptions(NamedTuple):
         also runs the probe, whatever attention the phase has, if it has one of its own.
       position_mask: (T) -> bool[T, T], True = kept, positions attended to instead of blocks of the
         masks; dense products, masked. None attends to blocks.
+      choose_blocks: chooses blocks for each example and head from queries and keys, instead of
+        those of the masks; None takes the masks.
     """
 
     sparse: bool = True
     pruned_logits: Literal["masked", "zero"] = "masked"
     implementation: Implementation | None = None
     position_mask: Callable[[int], jax.Array] | None = None
+    choose_blocks: BlockChooser | None = None
 
 
 SPARSE = AttentionOptions()
@@ -140,30 +127,116 @@ class BlockSparseAttention(nnx.Module):
         Raises:
           ValueError: if T is above `max_length`.
         """
-        B, T, _ = x_BTD.shape
-        if x_BTD.shape[1] > self.max_length:
-            raise ValueError(
-                f"x_BTD must have at most max_length={self.max_length} positions, "
-                f"got {x_BTD.shape=}"
-            )
-        project = functools.partial(apply_linear, options=linear_options, pruning_key=pruning_key)
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        widths = [count * self.head_dim for count in heads]
-        qkv = project(self.qkv, x_BTD, name="attention/qkv", split="columns", segments=widths)
-        q_BTNH, k_BSKH, v_BSKH = split_heads(qkv, widths, self.head_dim)
-        if self.rotary:
-            q_BTNH, k_BSKH = (apply_rotary(x, rotary=self.rotary) for x in (q_BTNH, k_BSKH))
-        q_BTNH, k_BSKH, v_BSKH = deal_heads(q_BTNH, k_BSKH, v_BSKH)
+        self._check_length(x_BTD)
+        q_BTNH, k_BSKH, v_BSKH = self._project_heads(x_BTD, linear_options, pruning_key)
         attention_map_TS = None
         if probe:
-            attention_map_TS = _average_map(
+            attention_map_TS = average_map(
                 q_BTNH,
                 k_BSKH,
                 kv_mask_BT,
                 causal=self.causal,
                 implementation=_name_of_probe(options.implementation),
             )
-        blocks, pattern, implementation = self._choose_blocks(T, schedule, options)
+        y_BTNH = self._attend_heads(q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, schedule, options)
+        return self._project_out(y_BTNH, linear_options, pruning_key), attention_map_TS
+
+    def prefill(
+        self,
+        x_BTD: jax.Array,
+        *,
+        schedule: BlockSchedule | None = None,
+        options: AttentionOptions = SPARSE,
+        linear_options: LinearOptions = SPARSE_LINEAR,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attend and project, and keep what later positions will attend to; causal models only.
+
+        Args:
+          x_BTD: float[B, T, D]; T at most `max_length`.
+          schedule: as of a call.
+          options: AttentionOptions, static.
+          linear_options: LinearOptions of sparse projections, static.
+
+        Returns:
+          float[B, T, D], and the LayerCache of `max_length` positions.
+        """
+        self._check_length(x_BTD)
+        q_BTNH, k_BSKH, v_BSKH = self._project_heads(x_BTD, linear_options, None)
+        y_BTNH = self._attend_heads(q_BTNH, k_BSKH, v_BSKH, None, schedule, options)
+        cache = make_layer_cache(
+            q_BTNH, k_BSKH, v_BSKH, self.max_length, keeps_queries=options.choose_blocks is not None
+        )
+        return self._project_out(y_BTNH, linear_options, None), cache
+
+    def decode(
+        self,
+        x_B1D: jax.Array,
+        cache: LayerCache,
+        positions_B: jax.Array,
+        *,
+        options: AttentionOptions = SPARSE,
+        linear_options: LinearOptions = SPARSE_LINEAR,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attend from one position of each example to those before, which the cache holds.
+
+        Args:
+          x_B1D: float[B, 1, D].
+          cache: LayerCache of all positions before.
+          positions_B: i32[B], of `x_B1D`, below `max_length`.
+          options: AttentionOptions, static, as of `prefill`.
+          linear_options: LinearOptions of sparse projections, static.
+
+        Returns:
+          float[B, 1, D], and the LayerCache with the new position.
+        """
+        q_B1NH, k_B1KH, v_B1KH = self._project_heads(
+            x_B1D, linear_options, None, positions_BT=positions_B[:, None]
+        )
+        cache = extend_cache(cache, q_B1NH, k_B1KH, v_B1KH, positions_B)
+        kept_BNS = self._find_kept_positions(cache, positions_B, options)
+        y_BNH = attend_one(
+            q_B1NH[:, 0],
+            cache.k_BSKH,
+            cache.v_BSKH,
+            positions_B,
+            kept_BNS,
+            pruned_logits=options.pruned_logits,
+        )
+        return self._project_out(y_BNH[:, None], linear_options, None), cache
+
+    def _check_length(self, x_BTD):
+        if x_BTD.shape[1] > self.max_length:
+            raise ValueError(
+                f"x_BTD must have at most max_length={self.max_length} positions, "
+                f"got {x_BTD.shape=}"
+            )
+
+    def _project_heads(self, x_BTD, options, pruning_key, *, positions_BT=None):
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        widths = [count * self.head_dim for count in heads]
+        qkv = apply_linear(
+            self.qkv,
+            x_BTD,
+            name="attention/qkv",
+            options=options,
+            pruning_key=pruning_key,
+            split="columns",
+            segments=widths,
+        )
+        q_BTNH, k_BSKH, v_BSKH = split_heads(qkv, widths, self.head_dim)
+        if self.rotary:
+            q_BTNH, k_BSKH = (
+                apply_rotary(x, rotary=self.rotary, positions_BT=positions_BT)
+                for x in (q_BTNH, k_BSKH)
+            )
+        return deal_heads(q_BTNH, k_BSKH, v_BSKH)
+
+    def _attend_heads(self, q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, schedule, options):
+        B, T = q_BTNH.shape[:2]
+        choose = options.choose_blocks if options.sparse else None
+        blocks, pattern, implementation = None, self.block, options.implementation
+        if choose is None:
+            blocks, pattern, implementation = self._find_blocks(T, schedule, options)
         missing = _pad_length(T, pattern) - T
         if missing:
             q_BTNH, k_BSKH, v_BSKH = (
@@ -171,10 +244,12 @@ class BlockSparseAttention(nnx.Module):
             )
             real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
             kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, missing)))
+        if choose is not None:
+            blocks = choose(q_BTNH, k_BSKH, kv_mask_BT)
         # Keys at padded positions come from activations there. Were those, or their products, not
         # finite, gradients of the projections, where they meet zeros, would be NaN whatever
         # attention does. Without gradients a NaN would spread from there: padding has to be finite.
-        y_BTNH = attend(
+        return attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
@@ -187,10 +262,31 @@ class BlockSparseAttention(nnx.Module):
             pruned_logits=options.pruned_logits,
             implementation=implementation,
         )[:, :T]
-        y_BTD = project(self.out, y_BTNH.reshape(B, T, -1), name="attention/out", split="rows")
-        return y_BTD, attention_map_TS
 
-    def _choose_blocks(
+    def _project_out(self, y_BTNH, options, pruning_key):
+        return apply_linear(
+            self.out,
+            y_BTNH.reshape(*y_BTNH.shape[:2], -1),
+            name="attention/out",
+            options=options,
+            pruning_key=pruning_key,
+            split="rows",
+        )
+
+    def _find_kept_positions(self, cache, positions_B, options):
+        """Return which positions each head of each example keeps, None for all."""
+        if not options.sparse:
+            return None
+        if options.position_mask is not None:
+            return options.position_mask(self.max_length)[positions_B][:, None]
+        rows_B = positions_B // self.block.block_q
+        if options.choose_blocks is not None:
+            kept_BNJ = options.choose_blocks.choose_row(cache.q_BSNH, cache.k_BSKH, rows_B)
+        else:
+            kept_BNJ = jnp.moveaxis(self.block_mask[...][0][:, rows_B], 1, 0)
+        return jnp.repeat(kept_BNJ, self.block.block_kv, axis=-1)
+
+    def _find_blocks(
         self, length: int, schedule: BlockSchedule | None, options: AttentionOptions
     ) -> tuple[jax.Array | BlockSchedule | None, BlockPattern, Implementation | None]:
         """Return what is attended to, in blocks of which size, and the backend that is named."""
@@ -205,95 +301,6 @@ class BlockSparseAttention(nnx.Module):
         num_q, num_kv = self.block.grid(_pad_length(length, self.block))
         kept = self.block_mask[...][:, :, :num_q, :num_kv]
         return kept, self.block, options.implementation
-
-
-_HEADS_SPEC, _POSITIONS_SPEC = P(BATCH, None, HEADS, None), P(BATCH, None)
-
-
-def split_heads(y_BTW: jax.Array, widths: Sequence[int], head_dim: int) -> Iterator[jax.Array]:
-    """Split the columns of a projection into heads.
-
-    Args:
-      y_BTW: float[B, T, W]; on a mesh its columns are dealt, see `deal_columns`.
-      widths: columns of queries, keys or values, whose sum is W.
-      head_dim: int, H.
-
-    Yields:
-      float[B, T, heads, H] for each width.
-    """
-    B, T, _ = y_BTW.shape
-    for part in split_dealt(y_BTW, widths, get_sizes()["tensor"]):
-        yield constrain(part.reshape(B, T, -1, head_dim), BATCH, "context", "tensor", None)
-
-
-def deal_heads(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Give each device all positions of its heads; without a mesh, return what is given.
-
-    Key/value heads that "context" does not divide further are gathered, and repeated until it does.
-
-    Args:
-      q_BTNH: float[B, T, N, H].
-      k_BSKH: float[B, S, K, H].
-      v_BSKH: like k.
-
-    Returns:
-      tuple of queries, keys and values, with as many heads as devices divide.
-    """
-    sizes = get_sizes()
-    parts, kv_heads = math.prod(sizes[name] for name in HEADS), k_BSKH.shape[2]
-    times = math.lcm(parts, kv_heads) // kv_heads
-    if times > 1:
-        k_BSKH, v_BSKH = (
-            jnp.repeat(constrain(x, BATCH, None, "tensor", None), times, axis=2)
-            for x in (k_BSKH, v_BSKH)
-        )
-    q_BTNH, k_BSKH, v_BSKH = (constrain(x, *_HEADS_SPEC) for x in (q_BTNH, k_BSKH, v_BSKH))
-    return q_BTNH, k_BSKH, v_BSKH
-
-
-def attend(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    blocks: jax.Array | BlockSchedule | None,
-    kv_mask_BS: jax.Array | None,
-    **options: Any,
-) -> jax.Array:
-    """Attend with `block_sparse_attention`, on a mesh each device with its examples and heads.
-
-    Args:
-      q_BTNH: float[B, T, N, H].
-      k_BSKH: float[B, S, K, H].
-      v_BSKH: like k.
-      blocks: what is attended to, alike for all examples and heads.
-      kv_mask_BS: bool[B, S], True = may be attended; None = all.
-      **options: of `block_sparse_attention`.
-
-    Returns:
-      float[B, T, N, H]; on a mesh each device has its positions of the heads of its part.
-    """
-
-    def run(q, k, v, blocks, kv_mask):
-        return block_sparse_attention(q, k, v, blocks, kv_mask=kv_mask, **options)
-
-    specs = (_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, P(), _POSITIONS_SPEC)
-    y_BTNH = map_parts(run, specs, _HEADS_SPEC)(q_BTNH, k_BSKH, v_BSKH, blocks, kv_mask_BS)
-    return constrain(y_BTNH, BATCH, "context", "tensor", None)
-
-
-def _average_map(q_BTNH, k_BSKH, kv_mask_BS, **options):
-    """Average on each device, then over all."""
-
-    def average(q, k, kv_mask):
-        found = mean_attention_map(q, k, kv_mask_BS=kv_mask, **options)
-        return jax.lax.pmean(found, AXES) if cut else found
-
-    cut = is_mapped()
-    return map_parts(average, (_HEADS_SPEC, _HEADS_SPEC, _POSITIONS_SPEC), P())(
-        q_BTNH, k_BSKH, kv_mask_BS
-    )
 
 
 def _name_of_probe(implementation: Implementation | None) -> Implementation | None:

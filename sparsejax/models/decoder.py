@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.models.attention import attend, deal_heads, split_heads
 from sparsejax.models.config import TransformerConfig
+from sparsejax.models.heads import attend, deal_heads, split_heads
 from sparsejax.models.linear import apply_linear
 from sparsejax.models.mlp import MLP
 from sparsejax.models.products import DENSE_LINEAR, LinearOptions

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import make_block_schedule
-from sparsejax.dotted import find_function
-from sparsejax.models.attention import SPARSE, AttentionOptions, BlockSparseAttention
+from sparsejax.models.attention import SPARSE, AttentionOptions
+from sparsejax.models.block import Block
 from sparsejax.models.block_lists import BlockLists
+from sparsejax.models.cache import LayerCache
 from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_patterns
 from sparsejax.models.decoder import Decoder
 from sparsejax.models.embedding import look_up, make_embed
 from sparsejax.models.head import HeadTransform, compute_logits, make_head
-from sparsejax.models.mlp import MLP
+from sparsejax.models.inputs import check_decoder_tokens, check_tokens
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import (
     dropout,
@@ -43,113 +44,6 @@ class ModelOutput(NamedTuple):
 
     logits: jax.Array
     attention_maps: jax.Array | None
-
-
-class Block(nnx.Module):
-    """One transformer block, pre-norm or post-norm as `config.norm_position` says.
-
-    Attributes:
-      attention_norm, mlp_norm: nnx.LayerNorm or nnx.RMSNorm over D.
-    """
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        """Create the two branches.
-
-        Args:
-          rngs: nnx.Rngs with a `params` stream.
-        """
-        self.dropout_rate, self.norm_position = config.dropout_rate, config.norm_position
-        self.attention_norm = make_norm(config, rngs)
-        self.attention = BlockSparseAttention(config, rngs=rngs)
-        self.mlp_norm = make_norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(
-        self,
-        x_BTD,
-        *,
-        schedule,
-        kv_mask_BT,
-        dropout_key,
-        attention_options,
-        linear_options,
-        pruning_key,
-        probe,
-    ):
-        """Apply attention and feed-forward, each around a residual connection.
-
-        Args:
-          x_BTD: float[B, T, D].
-          schedule: BlockSchedule of this layer's mask, or None.
-          kv_mask_BT: bool[B, T], True = real token, or None.
-          dropout_key: typed key, or None for no dropout.
-          attention_options: AttentionOptions, static.
-          linear_options: LinearOptions, static.
-          pruning_key: typed key, or None where no gradient is pruned.
-          probe: bool, static; also return the attention map.
-
-        Returns:
-          float[B, T, D] and f32[T, T] or None.
-        """
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        branch, attention_map = self.attention(
-            self._enter(self.attention_norm, x_BTD),
-            kv_mask_BT=kv_mask_BT,
-            schedule=schedule,
-            options=attention_options,
-            linear_options=linear_options,
-            pruning_key=pruning_key,
-            probe=probe,
-        )
-        x_BTD = self._leave(self.attention_norm, x_BTD, branch, keys[0])
-        branch = self.mlp(
-            self._enter(self.mlp_norm, x_BTD),
-            options=linear_options,
-            pruning_key=pruning_key,
-            dropout_key=dropout_key,
-        )
-        return self._leave(self.mlp_norm, x_BTD, branch, keys[1]), attention_map
-
-    def _enter(self, norm, x_BTD):
-        """Return what a branch reads."""
-        return norm(x_BTD) if self.norm_position == "pre" else x_BTD
-
-    def _leave(self, norm, x_BTD, branch, key=None):
-        """Add what a branch made to its input."""
-        x_BTD = cut_positions(x_BTD + dropout(branch, self.dropout_rate, key))
-        return x_BTD if self.norm_position == "pre" else norm(x_BTD)
-
-
-def make_transformer(config: TransformerConfig, *, rngs: nnx.Rngs) -> "Transformer":
-    """Make the model of a config: a Transformer, or what `config.own_class` names.
-
-    Args:
-      rngs: nnx.Rngs with a `params` stream.
-
-    Raises:
-      ValueError: if there is no such class, or it is no subclass of Transformer.
-    """
-    return find_model_class(config.own_class)(config, rngs=rngs)
-
-
-def find_model_class(name: str) -> "type[Transformer]":
-    """Return the class of a model.
-
-    Args:
-      name: "module:class" of a subclass of Transformer, or "" for Transformer itself.
-
-    Raises:
-      ValueError: if there is no such class, or it is no subclass of Transformer.
-    """
-    if not name:
-        return Transformer
-    found = find_function(name, "model.own_class")
-    if not (isinstance(found, type) and issubclass(found, Transformer)):
-        raise ValueError(
-            "model.own_class must be a subclass of sparsejax.models.Transformer, "
-            f"got {name!r}, which is {found!r}"
-        )
-    return found
 
 
 class Transformer(nnx.Module):
@@ -278,8 +172,8 @@ class Transformer(nnx.Module):
             attention_options = self.attention_options
         if linear_options is None:
             linear_options = self.linear_options
-        _check_shape(config, tokens.shape)
-        _check_decoder_tokens(config, tokens, decoder_tokens)
+        check_tokens(config, tokens.shape)
+        check_decoder_tokens(config, tokens, decoder_tokens)
         draws = linear_options.sparse and linear_options.grad_pruning != "none"
         if not (draws and config.sparse_weights):
             pruning_key = None
@@ -302,8 +196,7 @@ class Transformer(nnx.Module):
             block_lists=block_lists,
             probe=probe,
         )
-        if config.norm_position == "pre":
-            x_BTD = self.final_norm(x_BTD)
+        x_BTD = self._normalise(x_BTD)
         if decoder_tokens is not None:
             x_BTD = self.decoder(
                 look_up(self.embedding, decoder_tokens, options=linear_options),
@@ -314,7 +207,8 @@ class Transformer(nnx.Module):
                 pruning_key=pruning_key,
             )
         if not config.num_classes:
-            return ModelOutput(self._compute_logits(x_BTD, linear_options), attention_maps)
+            logits = self.compute_logits(x_BTD, linear_options=linear_options)
+            return ModelOutput(logits, attention_maps)
         if mask_BT is not None:
             x_BTD = x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
         # The mean runs over all T positions, padding included, as the published models do.
@@ -325,7 +219,118 @@ class Transformer(nnx.Module):
         logits_BC = self.classifier(nnx.relu(self.hidden(pooled_BD)))
         return ModelOutput(logits_BC.astype(jnp.float32), attention_maps)
 
-    def _embed(self, tokens, linear_options):
+    def prefill(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        attention_options: AttentionOptions | None = None,
+        linear_options: LinearOptions | None = None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Read prompts, and keep what later tokens attend to; causal language models only.
+
+        Args:
+          tokens_BT: i32[B, T]; what follows a shorter prompt is overwritten before it is seen.
+          attention_options: AttentionOptions, static; None = the model's own attribute.
+          linear_options: LinearOptions, static; None likewise.
+
+        Returns:
+          float[B, T, D], what the head reads (`compute_logits`), and a LayerCache with a leading
+          axis of layers.
+
+        Raises:
+          ValueError: if the model is no causal language model, or `tokens_BT` has the wrong rank or
+            is longer than `max_length`.
+        """
+        config = self.config
+        if not config.causal:
+            raise ValueError("only a causal language model reads prompts, got causal=False")
+        check_tokens(config, tokens_BT.shape)
+        options = self._get_options(attention_options, linear_options)
+
+        def apply(block, x_BTD, _, schedule):
+            return block.prefill(x_BTD, schedule=schedule, **options)
+
+        x_BTD, cache = scan_stack(
+            apply,
+            self.blocks,
+            self._embed(tokens_BT, options["linear_options"]),
+            config=config,
+            num_layers=config.num_layers,
+            keys=(),
+            inputs=self._make_schedules(tokens_BT.shape[1], options["attention_options"], None),
+        )
+        return self._normalise(x_BTD), cache
+
+    def decode(
+        self,
+        tokens_B: jax.Array,
+        cache: LayerCache,
+        positions_B: jax.Array,
+        *,
+        attention_options: AttentionOptions | None = None,
+        linear_options: LinearOptions | None = None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Read one more token of each example: the logits that a call has for this position.
+
+        Args:
+          tokens_B: i32[B].
+          cache: what `prefill`, or the last `decode`, returned.
+          positions_B: i32[B], of the tokens, below `max_length`; those before have been read.
+          attention_options: AttentionOptions, static, as of `prefill`.
+          linear_options: LinearOptions, static, as of `prefill`.
+
+        Returns:
+          f32[B, V], and the cache with the new tokens.
+        """
+        options = self._get_options(attention_options, linear_options)
+        x_B1D = self._embed(
+            tokens_B[:, None], options["linear_options"], positions_BT=positions_B[:, None]
+        )
+
+        def apply(block, x_B1D, _, cache):
+            return block.decode(x_B1D, cache, positions_B, **options)
+
+        x_B1D, cache = scan_stack(
+            apply,
+            self.blocks,
+            x_B1D,
+            config=self.config,
+            num_layers=self.config.num_layers,
+            keys=(),
+            inputs=cache,
+        )
+        x_BD = self._normalise(x_B1D)[:, 0]
+        return self.compute_logits(x_BD, linear_options=options["linear_options"]), cache
+
+    def compute_logits(
+        self, x: jax.Array, *, linear_options: LinearOptions | None = None
+    ) -> jax.Array:
+        """Apply the head of a language model.
+
+        Args:
+          x: float[..., D], what `prefill` returned.
+          linear_options: LinearOptions, static; None = the model's own attribute.
+
+        Returns:
+          f32[..., V].
+        """
+        options = self.linear_options if linear_options is None else linear_options
+        if self.config.head_transform:
+            x = self.head_transform(x)
+        head = self.embedding if self.config.tied_head else self.head
+        logits = compute_logits(head, x, options=options)
+        return logits + self.head_transform.bias[...] if self.config.head_transform else logits
+
+    def _get_options(self, attention_options, linear_options):
+        return {
+            "attention_options": attention_options or self.attention_options,
+            "linear_options": linear_options or self.linear_options,
+        }
+
+    def _normalise(self, x_BTD):
+        return self.final_norm(x_BTD) if self.config.norm_position == "pre" else x_BTD
+
+    def _embed(self, tokens, linear_options, *, positions_BT=None):
         config = self.config
         if config.patch_values:
             x_BTD = self.patches(tokens.astype(jnp.float32) / 127.5 - 1)
@@ -333,27 +338,16 @@ class Transformer(nnx.Module):
             tokens = tokens.reshape(-1, tokens.shape[-1])
             x_BTD = look_up(self.embedding, tokens, options=linear_options)
         if config.positions == "learned":
-            x_BTD = x_BTD + self.position[...][None, : x_BTD.shape[1]].astype(x_BTD.dtype)
+            table = self.position[...]
+            rows = table[: x_BTD.shape[1]] if positions_BT is None else table[positions_BT]
+            x_BTD = x_BTD + rows.astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
-
-    def _compute_logits(self, x_BTD, linear_options):
-        config = self.config
-        if config.head_transform:
-            x_BTD = self.head_transform(x_BTD)
-        head = self.embedding if config.tied_head else self.head
-        logits_BTV = compute_logits(head, x_BTD, options=linear_options)
-        return logits_BTV + self.head_transform.bias[...] if config.head_transform else logits_BTV
 
     def _apply_blocks(
         self, x_BTD, mask_BT, keys, *, attention_options, linear_options, block_lists, probe
     ):
         config = self.config
-        schedules = None
-        by_blocks = attention_options.sparse and attention_options.position_mask is None
-        if by_blocks and x_BTD.shape[1] == config.max_length:
-            schedules = block_lists
-            if schedules is None:
-                schedules = make_block_schedule(self.blocks.attention.block_mask[...])
+        schedules = self._make_schedules(x_BTD.shape[1], attention_options, block_lists)
 
         def apply(block, x_BTD, keys, schedule):
             dropout_key, pruning_key = keys
@@ -378,34 +372,10 @@ class Transformer(nnx.Module):
             inputs=schedules,
         )
 
-
-def _check_shape(config: TransformerConfig, shape: tuple[int, ...]):
-    names = ["B", "T"]
-    if config.num_towers == 2:
-        names.insert(1, "2")
-    if config.patch_values:
-        names.append(str(config.patch_values))
-    axes = dict(zip(names, shape, strict=False))
-    fits = all(name == str(size) for name, size in axes.items() if name.isdigit())
-    if len(shape) != len(names) or axes["T"] > config.max_length or not fits:
-        raise ValueError(
-            f"tokens must be [{', '.join(names)}] with T at most "
-            f"max_length={config.max_length}, got shape {shape}"
-        )
-
-
-def _check_decoder_tokens(config, tokens, decoder_tokens):
-    if (decoder_tokens is not None) != (config.num_decoder_layers > 0):
-        got = None if decoder_tokens is None else f"shape {decoder_tokens.shape}"
-        raise ValueError(
-            "decoder_tokens must be given to a model with decoder layers and to no other, got "
-            f"{got} for num_decoder_layers={config.num_decoder_layers}"
-        )
-    if decoder_tokens is None:
-        return
-    B, U = tokens.shape[0], config.max_length
-    if decoder_tokens.ndim != 2 or decoder_tokens.shape[0] != B or decoder_tokens.shape[1] > U:
-        raise ValueError(
-            f"decoder_tokens must be [B, U] with B={B} and U at most max_length={U}, got shape "
-            f"{decoder_tokens.shape}"
-        )
+    def _make_schedules(self, length, options, block_lists):
+        by_masks = options.position_mask is None and options.choose_blocks is None
+        if not (options.sparse and by_masks and length == self.config.max_length):
+            return None
+        if block_lists is not None:
+            return block_lists
+        return make_block_schedule(self.blocks.attention.block_mask[...])

@@ -139,6 +139,7 @@ def _join(attention: Recipe, weights: Recipe, i: int, j: int) -> Phase:
         f"{a.name} + {w.name}",
         sparse_attention=a.sparse_attention,
         position_mask=a.position_mask,
+        choose_blocks=a.choose_blocks,
         pruned_logits=a.pruned_logits,
         changes_attention=a.changes_attention,
         sparse_weights=w.sparse_weights,

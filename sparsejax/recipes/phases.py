@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsejax.patterns import BlockChooser
 from sparsejax.types import PyTree
 
 
@@ -18,6 +19,8 @@ class Phase(NamedTuple):
       sparse_attention: False attends everywhere.
       position_mask: (T) -> bool[T, T], True = kept: sparse attention keeps these positions instead
         of the blocks of the masks, which saves counted FLOPs and no time. None keeps the blocks.
+      choose_blocks: sparse attention keeps the blocks that this chooses for each example and head,
+        from queries and keys, instead of those of the masks. None keeps those of the masks.
       pruned_logits: how pruned attention blocks count in the softmax, "masked" or "zero".
       changes_attention: `update` or `choose_masks` change attention masks within the phase. Their
         lists of blocks are then built in every step and not once.
@@ -42,6 +45,7 @@ class Phase(NamedTuple):
     name: str
     sparse_attention: bool = False
     position_mask: Callable[[int], jax.Array] | None = None
+    choose_blocks: BlockChooser | None = None
     pruned_logits: Literal["masked", "zero"] = "masked"
     changes_attention: bool = False
     sparse_weights: bool = False

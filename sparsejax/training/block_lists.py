@@ -16,8 +16,9 @@ def make_block_lists(masks: PyTree, *, phase: Phase) -> BlockLists:
       phase: what they are for.
 
     Returns:
-      None where attention is dense, goes by positions, or has masks that change within the phase:
-      the model then builds what it needs in every step.
+      None where attention is dense, goes by positions, chooses blocks from its input, or has masks
+      that change within the phase: the model then builds what it needs in every step.
     """
-    by_blocks = phase.sparse_attention and phase.position_mask is None
-    return list_blocks(masks) if by_blocks and not phase.changes_attention else None
+    by_masks = phase.position_mask is None and phase.choose_blocks is None
+    fixed = phase.sparse_attention and by_masks and not phase.changes_attention
+    return list_blocks(masks) if fixed else None

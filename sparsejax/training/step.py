@@ -284,6 +284,7 @@ def make_options(
         AttentionOptions(
             sparse=phase.sparse_attention,
             position_mask=phase.position_mask,
+            choose_blocks=phase.choose_blocks,
             pruned_logits=phase.pruned_logits,
             implementation=implementation,
         ),
