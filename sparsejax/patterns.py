@@ -5,6 +5,7 @@ import re
 from typing import Protocol
 
 import jax
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,25 +54,41 @@ class BlockChooser(Protocol):
     """Choose the attention blocks of each input and each head from its queries and keys.
 
     Static, so a frozen value. B batch, T query and S key positions, N query heads, K key/value
-    heads, H head dim, I query and J key blocks.
+    heads, H head dim, L layers, I query and J key blocks.
     """
 
+    def count(self, num_blocks: int, /) -> np.ndarray:
+        """Return i32[L | 1, N | 1, I], the blocks that a head keeps of each query block."""
+        ...
+
+    def density(self, num_blocks: int, /) -> np.ndarray:
+        """Return f32[L | 1], the share of the visible blocks that each layer keeps."""
+        ...
+
     def __call__(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, kv_mask_BS: jax.Array | None, /
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        kv_mask_BS: jax.Array | None,
+        counts_NI: jax.Array,
+        /,
     ) -> jax.Array:
         """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all."""
         ...
 
-    def choose_row(self, q_BTNH: jax.Array, k_BSKH: jax.Array, row_B: jax.Array, /) -> jax.Array:
+    def choose_row(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        row_B: jax.Array,
+        counts_NI: jax.Array,
+        /,
+    ) -> jax.Array:
         """Return bool[B, N, J], the same choice for one query block of each example.
 
         What lies after the first position of the query block is not read: when a token is decoded,
         it is not there yet.
         """
-        ...
-
-    def density(self, num_blocks: int, /) -> float:
-        """Return the share of the visible blocks that is kept, of I = J = num_blocks."""
         ...
 
 

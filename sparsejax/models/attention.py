@@ -104,6 +104,7 @@ class BlockSparseAttention(nnx.Module):
         *,
         kv_mask_BT: jax.Array | None = None,
         schedule: BlockSchedule | None = None,
+        counts_NI: jax.Array | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
@@ -116,6 +117,7 @@ class BlockSparseAttention(nnx.Module):
           kv_mask_BT: bool[B, T], True = a real token that may be attended; None = all real.
           schedule: what `make_block_schedule` made of the block mask, to share its cost; None
             builds it here. Only for T equal to `max_length`.
+          counts_NI: i32[N | 1, I], blocks to choose where the options choose; those of this layer.
           options: AttentionOptions, static.
           linear_options: LinearOptions of sparse projections, static.
           pruning_key: typed key; needed where `linear_options` prunes gradients of sparse weights.
@@ -138,7 +140,9 @@ class BlockSparseAttention(nnx.Module):
                 causal=self.causal,
                 implementation=_name_of_probe(options.implementation),
             )
-        y_BTNH = self._attend_heads(q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, schedule, options)
+        y_BTNH = self._attend_heads(
+            q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, (schedule, counts_NI), options
+        )
         return self._project_out(y_BTNH, linear_options, pruning_key), attention_map_TS
 
     def prefill(
@@ -146,6 +150,7 @@ class BlockSparseAttention(nnx.Module):
         x_BTD: jax.Array,
         *,
         schedule: BlockSchedule | None = None,
+        counts_NI: jax.Array | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
     ) -> tuple[jax.Array, LayerCache]:
@@ -153,7 +158,7 @@ class BlockSparseAttention(nnx.Module):
 
         Args:
           x_BTD: float[B, T, D]; T at most `max_length`.
-          schedule: as of a call.
+          schedule, counts_NI: as of a call.
           options: AttentionOptions, static.
           linear_options: LinearOptions of sparse projections, static.
 
@@ -162,7 +167,7 @@ class BlockSparseAttention(nnx.Module):
         """
         self._check_length(x_BTD)
         q_BTNH, k_BSKH, v_BSKH = self._project_heads(x_BTD, linear_options, None)
-        y_BTNH = self._attend_heads(q_BTNH, k_BSKH, v_BSKH, None, schedule, options)
+        y_BTNH = self._attend_heads(q_BTNH, k_BSKH, v_BSKH, None, (schedule, counts_NI), options)
         cache = make_layer_cache(
             q_BTNH, k_BSKH, v_BSKH, self.max_length, keeps_queries=options.choose_blocks is not None
         )
@@ -174,6 +179,7 @@ class BlockSparseAttention(nnx.Module):
         cache: LayerCache,
         positions_B: jax.Array,
         *,
+        counts_NI: jax.Array | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
     ) -> tuple[jax.Array, LayerCache]:
@@ -183,6 +189,7 @@ class BlockSparseAttention(nnx.Module):
           x_B1D: float[B, 1, D].
           cache: LayerCache of all positions before.
           positions_B: i32[B], of `x_B1D`, below `max_length`.
+          counts_NI: as of a call.
           options: AttentionOptions, static, as of `prefill`.
           linear_options: LinearOptions of sparse projections, static.
 
@@ -193,7 +200,7 @@ class BlockSparseAttention(nnx.Module):
             x_B1D, linear_options, None, positions_BT=positions_B[:, None]
         )
         cache = extend_cache(cache, q_B1NH, k_B1KH, v_B1KH, positions_B)
-        kept_BNS = self._find_kept_positions(cache, positions_B, options)
+        kept_BNS = self._find_kept_positions(cache, positions_B, counts_NI, options)
         y_BNH = attend_one(
             q_B1NH[:, 0],
             cache.k_BSKH,
@@ -231,8 +238,8 @@ class BlockSparseAttention(nnx.Module):
             )
         return deal_heads(q_BTNH, k_BSKH, v_BSKH)
 
-    def _attend_heads(self, q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, schedule, options):
-        B, T = q_BTNH.shape[:2]
+    def _attend_heads(self, q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, of_layer, options):
+        (B, T), (schedule, counts_NI) = q_BTNH.shape[:2], of_layer
         choose = options.choose_blocks if options.sparse else None
         blocks, pattern, implementation = None, self.block, options.implementation
         if choose is None:
@@ -245,7 +252,8 @@ class BlockSparseAttention(nnx.Module):
             real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
             kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, missing)))
         if choose is not None:
-            blocks = choose(q_BTNH, k_BSKH, kv_mask_BT)
+            counts_NI = self._get_counts(choose, counts_NI)
+            blocks = choose(q_BTNH, k_BSKH, kv_mask_BT, counts_NI)
         # Keys at padded positions come from activations there. Were those, or their products, not
         # finite, gradients of the projections, where they meet zeros, would be NaN whatever
         # attention does. Without gradients a NaN would spread from there: padding has to be finite.
@@ -255,6 +263,7 @@ class BlockSparseAttention(nnx.Module):
             v_BSKH,
             blocks,
             kv_mask_BT,
+            by_input=choose is not None,
             block_q=pattern.block_q,
             block_kv=pattern.block_kv,
             causal=self.causal,
@@ -273,7 +282,17 @@ class BlockSparseAttention(nnx.Module):
             split="rows",
         )
 
-    def _find_kept_positions(self, cache, positions_B, options):
+    def _get_counts(self, choose, counts_NI):
+        if counts_NI is not None:
+            return counts_NI
+        counts_LNI = choose.count(self.block.grid(self.max_length)[0])
+        if len(counts_LNI) > 1:
+            raise ValueError(
+                f"counts_NI must be given where {len(counts_LNI)} layers have counts of their own"
+            )
+        return jnp.asarray(counts_LNI[0])
+
+    def _find_kept_positions(self, cache, positions_B, counts_NI, options):
         """Return which positions each head of each example keeps, None for all."""
         if not options.sparse:
             return None
@@ -281,7 +300,10 @@ class BlockSparseAttention(nnx.Module):
             return options.position_mask(self.max_length)[positions_B][:, None]
         rows_B = positions_B // self.block.block_q
         if options.choose_blocks is not None:
-            kept_BNJ = options.choose_blocks.choose_row(cache.q_BSNH, cache.k_BSKH, rows_B)
+            counts_NI = self._get_counts(options.choose_blocks, counts_NI)
+            kept_BNJ = options.choose_blocks.choose_row(
+                cache.q_BSNH, cache.k_BSKH, rows_B, counts_NI
+            )
         else:
             kept_BNJ = jnp.moveaxis(self.block_mask[...][0][:, rows_B], 1, 0)
         return jnp.repeat(kept_BNJ, self.block.block_kv, axis=-1)

@@ -76,6 +76,8 @@ def attend(
     v_BSKH: jax.Array,
     blocks: jax.Array | BlockSchedule | None,
     kv_mask_BS: jax.Array | None,
+    *,
+    by_input: bool = False,
     **options: Any,
 ) -> jax.Array:
     """Attend with `block_sparse_attention`, on a mesh each device with its examples and heads.
@@ -84,8 +86,9 @@ def attend(
       q_BTNH: float[B, T, N, H].
       k_BSKH: float[B, S, K, H].
       v_BSKH: like k.
-      blocks: what is attended to, alike for all examples and heads, or bool[B, N, I, J].
+      blocks: what is attended to, alike for all examples and heads; bool[B, N, I, J] `by_input`.
       kv_mask_BS: bool[B, S], True = may be attended; None = all.
+      by_input: bool, static; each example and head has blocks of its own.
       **options: of `block_sparse_attention`.
 
     Returns:
@@ -95,8 +98,6 @@ def attend(
     def run(q, k, v, blocks, kv_mask):
         return block_sparse_attention(q, k, v, blocks, kv_mask=kv_mask, **options)
 
-    # One mask for all is whole on each device; those of examples and heads are dealt out.
-    by_input = isinstance(blocks, jax.Array) and blocks.shape[0] > 1
     specs = (*[_HEADS_SPEC] * 3, P(BATCH, HEADS) if by_input else P(), _POSITIONS_SPEC)
     y_BTNH = map_parts(run, specs, _HEADS_SPEC)(q_BTNH, k_BSKH, v_BSKH, blocks, kv_mask_BS)
     return constrain(y_BTNH, BATCH, "context", "tensor", None)

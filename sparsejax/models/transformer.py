@@ -247,8 +247,9 @@ class Transformer(nnx.Module):
         check_tokens(config, tokens_BT.shape)
         options = self._get_options(attention_options, linear_options)
 
-        def apply(block, x_BTD, _, schedule):
-            return block.prefill(x_BTD, schedule=schedule, **options)
+        def apply(block, x_BTD, _, of_layer):
+            schedule, counts_NI = of_layer
+            return block.prefill(x_BTD, schedule=schedule, counts_NI=counts_NI, **options)
 
         x_BTD, cache = scan_stack(
             apply,
@@ -257,7 +258,7 @@ class Transformer(nnx.Module):
             config=config,
             num_layers=config.num_layers,
             keys=(),
-            inputs=self._make_schedules(tokens_BT.shape[1], options["attention_options"], None),
+            inputs=self._find_blocks(tokens_BT.shape[1], options["attention_options"], None),
         )
         return self._normalise(x_BTD), cache
 
@@ -287,8 +288,9 @@ class Transformer(nnx.Module):
             tokens_B[:, None], options["linear_options"], positions_BT=positions_B[:, None]
         )
 
-        def apply(block, x_B1D, _, cache):
-            return block.decode(x_B1D, cache, positions_B, **options)
+        def apply(block, x_B1D, _, of_layer):
+            cache, counts_NI = of_layer
+            return block.decode(x_B1D, cache, positions_B, counts_NI=counts_NI, **options)
 
         x_B1D, cache = scan_stack(
             apply,
@@ -297,7 +299,7 @@ class Transformer(nnx.Module):
             config=self.config,
             num_layers=self.config.num_layers,
             keys=(),
-            inputs=cache,
+            inputs=(cache, self._count_chosen(options["attention_options"])),
         )
         x_BD = self._normalise(x_B1D)[:, 0]
         return self.compute_logits(x_BD, linear_options=options["linear_options"]), cache
@@ -347,13 +349,13 @@ class Transformer(nnx.Module):
         self, x_BTD, mask_BT, keys, *, attention_options, linear_options, block_lists, probe
     ):
         config = self.config
-        schedules = self._make_schedules(x_BTD.shape[1], attention_options, block_lists)
 
-        def apply(block, x_BTD, keys, schedule):
-            dropout_key, pruning_key = keys
+        def apply(block, x_BTD, keys, of_layer):
+            (dropout_key, pruning_key), (schedule, counts_NI) = keys, of_layer
             return block(
                 x_BTD,
                 schedule=schedule,
+                counts_NI=counts_NI,
                 kv_mask_BT=mask_BT,
                 dropout_key=dropout_key,
                 attention_options=attention_options,
@@ -369,13 +371,21 @@ class Transformer(nnx.Module):
             config=config,
             num_layers=config.num_layers,
             keys=keys,
-            inputs=schedules,
+            inputs=self._find_blocks(x_BTD.shape[1], attention_options, block_lists),
         )
 
-    def _make_schedules(self, length, options, block_lists):
+    def _find_blocks(self, length, options, block_lists):
+        """Return the lists of the blocks that the layers keep, or how many each is to choose."""
         by_masks = options.position_mask is None and options.choose_blocks is None
         if not (options.sparse and by_masks and length == self.config.max_length):
+            return None, self._count_chosen(options)
+        if block_lists is None:
+            block_lists = make_block_schedule(self.blocks.attention.block_mask[...])
+        return block_lists, None
+
+    def _count_chosen(self, options):
+        if not options.sparse or options.choose_blocks is None:
             return None
-        if block_lists is not None:
-            return block_lists
-        return make_block_schedule(self.blocks.attention.block_mask[...])
+        config = self.config
+        counts_LNI = options.choose_blocks.count(config.block.grid(config.max_length)[0])
+        return jnp.broadcast_to(jnp.asarray(counts_LNI), (config.num_layers, *counts_LNI.shape[1:]))
