@@ -73,21 +73,10 @@ class BlockChooser(Protocol):
         counts_NI: jax.Array,
         /,
     ) -> jax.Array:
-        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all."""
-        ...
+        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all.
 
-    def choose_row(
-        self,
-        q_BTNH: jax.Array,
-        k_BSKH: jax.Array,
-        row_B: jax.Array,
-        counts_NI: jax.Array,
-        /,
-    ) -> jax.Array:
-        """Return bool[B, N, J], the same choice for one query block of each example.
-
-        What lies after the first position of the query block is not read: when a token is decoded,
-        it is not there yet.
+        Of a model that generates text, what a query block keeps may not depend on what lies behind
+        the first position of the block: when its tokens are decoded, they are not there yet.
         """
         ...
 

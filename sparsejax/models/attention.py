@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import BlockSchedule, Implementation, list_backends
-from sparsejax.models.cache import LayerCache, attend_one, extend_cache, make_layer_cache
+from sparsejax.models.cache import (
+    ChosenBlocks,
+    LayerCache,
+    attend_one,
+    choose_next_rows,
+    pad_positions,
+    write_position,
+)
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
 from sparsejax.models.heads import attend, average_map, deal_heads, split_heads
 from sparsejax.models.linear import apply_linear, make_linear
@@ -140,7 +147,7 @@ class BlockSparseAttention(nnx.Module):
                 causal=self.causal,
                 implementation=_name_of_probe(options.implementation),
             )
-        y_BTNH = self._attend_heads(
+        y_BTNH, _ = self._attend_heads(
             q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, (schedule, counts_NI), options
         )
         return self._project_out(y_BTNH, linear_options, pruning_key), attention_map_TS
@@ -166,11 +173,19 @@ class BlockSparseAttention(nnx.Module):
           float[B, T, D], and the LayerCache of `max_length` positions.
         """
         self._check_length(x_BTD)
-        q_BTNH, k_BSKH, v_BSKH = self._project_heads(x_BTD, linear_options, None)
-        y_BTNH = self._attend_heads(q_BTNH, k_BSKH, v_BSKH, None, (schedule, counts_NI), options)
-        cache = make_layer_cache(
-            q_BTNH, k_BSKH, v_BSKH, self.max_length, keeps_queries=options.choose_blocks is not None
+        q_BTNH, k_BTKH, v_BTKH = self._project_heads(x_BTD, linear_options, None)
+        y_BTNH, kept_BNIJ = self._attend_heads(
+            q_BTNH, k_BTKH, v_BTKH, None, (schedule, counts_NI), options
         )
+        S, chosen = self.max_length, None
+        if kept_BNIJ is not None:
+            grid = self.block.grid(S)
+            missing = [
+                (0, most - size) for most, size in zip(grid, kept_BNIJ.shape[2:], strict=True)
+            ]
+            kept_BNIJ = jnp.pad(kept_BNIJ, ((0, 0), (0, 0), *missing))
+            chosen = ChosenBlocks(pad_positions(q_BTNH, S), kept_BNIJ)
+        cache = LayerCache(pad_positions(k_BTKH, S), pad_positions(v_BTKH, S), chosen)
         return self._project_out(y_BTNH, linear_options, None), cache
 
     def decode(
@@ -199,16 +214,28 @@ class BlockSparseAttention(nnx.Module):
         q_B1NH, k_B1KH, v_B1KH = self._project_heads(
             x_B1D, linear_options, None, positions_BT=positions_B[:, None]
         )
-        cache = extend_cache(cache, q_B1NH, k_B1KH, v_B1KH, positions_B)
-        kept_BNS = self._find_kept_positions(cache, positions_B, counts_NI, options)
+        k_BSKH = write_position(cache.k_BSKH, k_B1KH, positions_B)
+        v_BSKH = write_position(cache.v_BSKH, v_B1KH, positions_B)
+        chosen, choose = cache.chosen, options.choose_blocks
+        if chosen is not None and choose is not None:
+            counts = self._get_counts(choose, counts_NI)
+            chosen = choose_next_rows(
+                chosen._replace(q_BSNH=write_position(chosen.q_BSNH, q_B1NH, positions_B)),
+                k_BSKH,
+                positions_B,
+                lambda q_BSNH, k_BSKH: choose(q_BSNH, k_BSKH, None, counts),
+                self.block.block_q,
+            )
+        kept_BNS = self._find_kept_positions(chosen, positions_B, options)
         y_BNH = attend_one(
             q_B1NH[:, 0],
-            cache.k_BSKH,
-            cache.v_BSKH,
+            k_BSKH,
+            v_BSKH,
             positions_B,
             kept_BNS,
             pruned_logits=options.pruned_logits,
         )
+        cache = LayerCache(k_BSKH, v_BSKH, chosen)
         return self._project_out(y_BNH[:, None], linear_options, None), cache
 
     def _check_length(self, x_BTD):
@@ -241,7 +268,8 @@ class BlockSparseAttention(nnx.Module):
     def _attend_heads(self, q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, of_layer, options):
         (B, T), (schedule, counts_NI) = q_BTNH.shape[:2], of_layer
         choose = options.choose_blocks if options.sparse else None
-        blocks, pattern, implementation = None, self.block, options.implementation
+        blocks: jax.Array | BlockSchedule | None = None
+        pattern, implementation = self.block, options.implementation
         if choose is None:
             blocks, pattern, implementation = self._find_blocks(T, schedule, options)
         missing = _pad_length(T, pattern) - T
@@ -251,13 +279,14 @@ class BlockSparseAttention(nnx.Module):
             )
             real_BT = jnp.ones((B, T), bool) if kv_mask_BT is None else kv_mask_BT
             kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, missing)))
+        kept_BNIJ = None
         if choose is not None:
             counts_NI = self._get_counts(choose, counts_NI)
-            blocks = choose(q_BTNH, k_BSKH, kv_mask_BT, counts_NI)
+            blocks = kept_BNIJ = choose(q_BTNH, k_BSKH, kv_mask_BT, counts_NI)
         # Keys at padded positions come from activations there. Were those, or their products, not
         # finite, gradients of the projections, where they meet zeros, would be NaN whatever
         # attention does. Without gradients a NaN would spread from there: padding has to be finite.
-        return attend(
+        y_BTNH = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
@@ -270,7 +299,8 @@ class BlockSparseAttention(nnx.Module):
             removed_keys_finite=True,
             pruned_logits=options.pruned_logits,
             implementation=implementation,
-        )[:, :T]
+        )
+        return y_BTNH[:, :T], kept_BNIJ
 
     def _project_out(self, y_BTNH, options, pruning_key):
         return apply_linear(
@@ -292,20 +322,17 @@ class BlockSparseAttention(nnx.Module):
             )
         return jnp.asarray(counts_LNI[0])
 
-    def _find_kept_positions(self, cache, positions_B, counts_NI, options):
+    def _find_kept_positions(self, chosen, positions_B, options):
         """Return which positions each head of each example keeps, None for all."""
         if not options.sparse:
             return None
         if options.position_mask is not None:
             return options.position_mask(self.max_length)[positions_B][:, None]
         rows_B = positions_B // self.block.block_q
-        if options.choose_blocks is not None:
-            counts_NI = self._get_counts(options.choose_blocks, counts_NI)
-            kept_BNJ = options.choose_blocks.choose_row(
-                cache.q_BSNH, cache.k_BSKH, rows_B, counts_NI
-            )
-        else:
+        if chosen is None:
             kept_BNJ = jnp.moveaxis(self.block_mask[...][0][:, rows_B], 1, 0)
+        else:
+            kept_BNJ = chosen.kept_BNIJ[jnp.arange(len(rows_B)), :, rows_B]
         return jnp.repeat(kept_BNJ, self.block.block_kv, axis=-1)
 
     def _find_blocks(

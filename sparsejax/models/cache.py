@@ -1,76 +1,98 @@
 """What a decoder keeps of the past, and attention from one new position to it.
 
-Legend: B batch, S positions of the cache, N query heads, K key/value heads, G = N / K, H head dim.
+Legend: B batch, S positions of the cache, N query heads, K key/value heads, G = N / K, H head dim,
+I query blocks, J key blocks.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+class ChosenBlocks(NamedTuple):
+    """Blocks of one layer that were chosen from its input, and what the next are chosen from.
+
+    Attributes:
+      q_BSNH: float[B, S, N, H], queries by position.
+      kept_BNIJ: bool[B, N, I, J], True = kept; of query blocks that have begun.
+    """
+
+    q_BSNH: jax.Array
+    kept_BNIJ: jax.Array
+
+
 class LayerCache(NamedTuple):
-    """Keys and values of one layer by position; zeros where there is no token yet.
+    """Keys and values of one layer by position; anything where there is no token yet.
 
     Attributes:
       k_BSKH, v_BSKH: float[B, S, K, H].
-      q_BSNH: float[B, S, N, H] where blocks are chosen from queries, else None.
+      chosen: ChosenBlocks where blocks are chosen from the input, else None.
     """
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
-    q_BSNH: jax.Array | None
+    chosen: ChosenBlocks | None
 
 
-def make_layer_cache(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, length: int, *, keeps_queries: bool
-) -> LayerCache:
-    """Keep what a prompt has made.
+def pad_positions(x: jax.Array, length: int) -> jax.Array:
+    """Append zeros along the axis of positions.
 
     Args:
-      q_BTNH: float[B, T, N, H].
-      k_BTKH: float[B, T, K, H].
-      v_BTKH: like k.
+      x: float[B, T, N, H].
       length: int, S.
-      keeps_queries: bool, static.
 
     Returns:
-      LayerCache of S positions, the first T from the prompt.
+      float[B, S, N, H].
     """
-
-    def pad(x):
-        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
-
-    return LayerCache(pad(k_BTKH), pad(v_BTKH), pad(q_BTNH) if keeps_queries else None)
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
 
 
-def extend_cache(
-    cache: LayerCache,
-    q_B1NH: jax.Array,
-    k_B1KH: jax.Array,
-    v_B1KH: jax.Array,
-    positions_B: jax.Array,
-) -> LayerCache:
+def write_position(kept: jax.Array, new: jax.Array, positions_B: jax.Array) -> jax.Array:
     """Write one position of each example.
 
     Args:
-      cache: LayerCache.
-      q_B1NH: float[B, 1, N, H].
-      k_B1KH: float[B, 1, K, H].
-      v_B1KH: like k.
+      kept: float[B, S, N, H].
+      new: float[B, 1, N, H].
       positions_B: i32[B], below S.
 
     Returns:
-      LayerCache.
+      Array like `kept`.
     """
     rows = jnp.arange(len(positions_B))
+    return kept.at[rows, positions_B].set(new[:, 0].astype(kept.dtype))
 
-    def write(kept, new):
-        return kept.at[rows, positions_B].set(new[:, 0].astype(kept.dtype))
 
-    q_BSNH = None if cache.q_BSNH is None else write(cache.q_BSNH, q_B1NH)
-    return LayerCache(write(cache.k_BSKH, k_B1KH), write(cache.v_BSKH, v_B1KH), q_BSNH)
+def choose_next_rows(
+    chosen: ChosenBlocks,
+    k_BSKH: jax.Array,
+    positions_B: jax.Array,
+    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    block_q: int,
+) -> ChosenBlocks:
+    """Choose the blocks of the query blocks that begin at a position.
+
+    Args:
+      chosen: with queries up to the positions.
+      k_BSKH: float[B, S, K, H], keys up to the positions.
+      positions_B: i32[B].
+      choose: (float[B, S, N, H], float[B, S, K, H]) -> bool[B, N, I, J], see `BlockChooser`.
+      block_q: int, positions of a query block.
+
+    Returns:
+      ChosenBlocks. All are chosen anew where one query block begins, and the new ones taken over.
+    """
+    begins_B = positions_B % block_q == 0
+
+    def renew():
+        kept_BNIJ = choose(chosen.q_BSNH, k_BSKH)
+        is_new_BI = positions_B[:, None] // block_q == jnp.arange(kept_BNIJ.shape[2])
+        is_new_BI &= begins_B[:, None]
+        return jnp.where(is_new_BI[:, None, :, None], kept_BNIJ, chosen.kept_BNIJ)
+
+    return chosen._replace(kept_BNIJ=jax.lax.cond(begins_B.any(), renew, lambda: chosen.kept_BNIJ))
 
 
 def attend_one(
