@@ -22,6 +22,7 @@ class Family(NamedTuple):
       prefix: of the names of tensors, which some files leave out.
       ignored: regular expression of tensors that say nothing, or nothing about language modelling.
       copies: tensors that some files hold again under another name -> the name; of tied heads.
+      list_limits: returns settings of a TransformerConfig that its other settings fix -> values.
       has_biases: all models have biases; those of ours without are written with zeros.
     """
 
@@ -34,6 +35,7 @@ class Family(NamedTuple):
     prefix: str = ""
     ignored: str = ""
     copies: Mapping[str, str] = {}
+    list_limits: Callable[[TransformerConfig], dict[str, tuple]] = lambda config: {}
     has_biases: bool = False
 
     def complete(self, name: str, expected: Container[str]) -> str:
@@ -59,3 +61,16 @@ PLAIN = {
     "own_class": ("",),
 }
 """What every family shares."""
+
+ACTIVATIONS = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu": "gelu_exact",
+    "relu": "relu",
+}
+"""Plain activations of `transformers` -> ours."""
+
+
+def list_head_limits(config: TransformerConfig) -> dict[str, tuple]:
+    """Return the limits of families whose heads share the model's width, none of them grouped."""
+    return {"num_kv_heads": (config.num_heads,), "qkv_features": (0, config.model_dim)}

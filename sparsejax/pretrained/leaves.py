@@ -59,7 +59,7 @@ def list_linear(
     return leaves
 
 
-def list_norm(path: str, name: str, *, use_bias: bool) -> list[Leaf]:
+def list_norm(path: str, name: str, *, use_bias: bool = True) -> list[Leaf]:
     """List the leaves of a norm.
 
     Args:

@@ -72,12 +72,13 @@ def load_pretrained(
             f"max_length must be at least 1 and at most the {trained} positions that "
             f"{checkpoint.origin} was trained with, got {max_length}"
         )
-    config = TransformerConfig(
-        **settings | {"max_length": length},
-        block=BlockPattern(block_q=block_size, block_kv=block_size),
-        dtype=dtype,
-        sparse_weights=sparse_weights,
-    )
+    settings |= {
+        "max_length": length,
+        "block": BlockPattern(block_q=block_size, block_kv=block_size),
+        "dtype": dtype,
+        "sparse_weights": sparse_weights,
+    }
+    config = TransformerConfig(**settings)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

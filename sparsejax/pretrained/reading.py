@@ -62,8 +62,8 @@ def read_leaves(
       shapes: of the parameters, by their paths.
       trained: int, positions that the model was trained with.
 
-    Yields:
-      path and f32 array.
+    Returns:
+      Iterator of paths and f32 arrays.
 
     Raises:
       ValueError: if a tensor is missing, too many, or of another shape, before any is read.

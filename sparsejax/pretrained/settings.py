@@ -90,6 +90,6 @@ class Settings:
                     f"{self.origin} must have no settings but {sorted(names)}, got {name!r}"
                 )
 
-    def _get(self, name, default):
-        value = self._values.get(name)
-        return default if value is None and default is not _NEEDED else value
+    def _get(self, name: str, default: Any) -> Any:
+        value: Any = self._values.get(name)
+        return value if value is not None or default is _NEEDED else default
