@@ -26,6 +26,7 @@ from sparsejax.models.products import DENSE_LINEAR as DENSE_LINEAR
 from sparsejax.models.products import LinearOptions as LinearOptions
 from sparsejax.models.rotary import Rotary as Rotary
 from sparsejax.models.rotary import apply_rotary as apply_rotary
+from sparsejax.models.rotary import compute_frequencies as compute_frequencies
 from sparsejax.models.transformer import ModelOutput as ModelOutput
 from sparsejax.models.transformer import Transformer as Transformer
 from sparsejax.models.variables import SparsityMask as SparsityMask

@@ -92,6 +92,16 @@ ARROWS = {
     "sparsejax.shares": (),
     "sparsejax.interrupts": (),
     "sparsejax.strict_json": (),
+    # Weights of other libraries: of models and of nothing that trains.
+    "sparsejax.pretrained": (
+        "sparsejax.checks",
+        "sparsejax.data",
+        "sparsejax.durable",
+        "sparsejax.models",
+        "sparsejax.patterns",
+        "sparsejax.strict_json",
+        "sparsejax.types",
+    ),
     "sparsejax.config": (
         "sparsejax.checks",
         "sparsejax.models",
@@ -164,6 +174,7 @@ ARROWS = {
         "sparsejax.data",
         "sparsejax.dotted",
         "sparsejax.models",
+        "sparsejax.pretrained",
         "sparsejax.recipes",
         "sparsejax.report",
         "sparsejax.tools",
@@ -211,7 +222,7 @@ HOMES = {
         "pallas_kernels.transposable_mask.triton",
     ),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
-    "flax": ("sparsejax.models", "sparsejax.training", "benchmarks"),
+    "flax": ("sparsejax.models", "sparsejax.pretrained", "sparsejax.training", "benchmarks"),
     "optax": ("sparsejax.optimizer", "sparsejax.training"),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
@@ -227,7 +238,11 @@ HOMES = {
     "grain": ("sparsejax.data",),
     "array_record": ("sparsejax.data",),
     "tensorflow_datasets": ("sparsejax.data",),
-    "tokenizers": ("sparsejax.data",),
+    "tokenizers": ("sparsejax.data", "sparsejax.pretrained"),
+    # Of an extra: the formats of weights of other libraries.
+    "safetensors": ("sparsejax.pretrained",),
+    "gguf": ("sparsejax.pretrained",),
+    "ml_dtypes": ("sparsejax.pretrained",),
     "PIL": ("sparsejax.data",),
     "tqdm": ("sparsejax.data",),
 }
