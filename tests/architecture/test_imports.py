@@ -229,6 +229,7 @@ HOMES = {
     "tensorflow_datasets": ("sparsejax.data",),
     "tokenizers": ("sparsejax.data",),
     "PIL": ("sparsejax.data",),
+    "pyarrow": ("sparsejax.data",),
     "tqdm": ("sparsejax.data",),
 }
 
