@@ -1,49 +1,57 @@
 """Documents that are read in pieces, put together again for tokenizers that want them whole."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 from sparsejax.data.source import Example
+from sparsejax.data.tokenizer import decode_text
 
-# Of text that is encoded at once; the library needs about thirty times that.
-_MOST_BYTES = 4 << 20
+# Of text that is encoded as one. The library encodes several at once, each in a hundred times its
+# size.
+_MOST_CHARACTERS = 256 << 10
+# All of a text up to the end of a word that another follows; of a line that is not beside an empty
+# one; of any line.
+_PLACES = (
+    re.compile(r".*[^\W\d_](?= [^\W\d_])", re.DOTALL),
+    re.compile(r".*\S\n(?=\S)", re.DOTALL),
+    re.compile(r".*\n", re.DOTALL),
+)
 
 
 def join_pieces(examples: Iterable[Example]) -> Iterator[Example]:
-    r"""Join the pieces of each document of a corpus, so that ids are those of the whole.
+    """Join the pieces of each document of a corpus, so that ids are those of the whole.
 
-    A document of more than four megabytes stays in parts of about that size. They end with a
-    line, where the next begins with a character and this one does not end with a space: there the
-    rules by which tokenizers split text, which look at runs of spaces, find the same words as in
-    the whole. Without such a place a part ends where it was read. A tokenizer that puts a space
-    before a text puts one before each part.
+    A document of more than 262,144 characters is divided into parts of about that size. They end
+    between two words with one space between them, where all common rules of splitting text split
+    it. In text without such a place they end with a line, or anywhere, and an id there may be
+    another than in the whole. A tokenizer that puts a space before a text puts one before each
+    part.
 
     Args:
       examples: The corpus, one document or piece of one each.
 
     Yields:
       The corpus in as few examples as that.
+
+    Raises:
+      ValueError: A document is not UTF-8.
     """
-    pieces, size = [], 0
+    text = ""
     for example in examples:
         (piece,) = example.documents
-        pieces.append(bytes(piece))
-        size += len(piece)
+        text += decode_text(bytes(piece))
+        start = 0
+        while len(text) - start > _MOST_CHARACTERS:
+            part = _cut(text[start : start + _MOST_CHARACTERS])
+            yield Example((part.encode(),), complete=False)
+            start += len(part)
+        text = text[start:]
         if example.complete:
-            yield Example((b"".join(pieces),))
-            pieces, size = [], 0
-        elif size >= _MOST_BYTES:
-            part, rest = _cut(b"".join(pieces))
-            yield Example((part,), complete=False)
-            pieces, size = [rest], len(rest)
+            yield Example((text.encode(),))
+            text = ""
 
 
-def _cut(text: bytes) -> tuple[bytes, bytes]:
-    """Return a text in two, after the last line that no other space surrounds, if there is one."""
-    characters = text.decode()
-    end = len(characters)
-    while (end := characters.rfind("\n", 0, end)) > 0:
-        around = characters[end - 1] + characters[end + 1 : end + 2]
-        if len(around) == 2 and not any(map(str.isspace, around)):
-            part = characters[: end + 1].encode()
-            return part, text[len(part) :]
-    return text, b""
+def _cut(text: str) -> str:
+    """Return a text up to its last good place."""
+    found = next(filter(None, (place.match(text) for place in _PLACES)), None)
+    return found[0] if found else text

@@ -1,7 +1,8 @@
 """Which files of a set are for training and which for validation, by their names or by a share."""
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,33 +103,33 @@ def divide[T](
 
     train = find(config.train_split or "train")
     names = [config.validation_split] if config.validation_split else _VALIDATION_NAMES
-    found = {name: found for name in names if (found := find(name))}
-    validation = next(iter(found.values()), [])
-    named = bool(config.train_split or config.validation_split)
-    if not (train or validation or named):
+    validation = next(filter(None, map(find, names)), [])
+    if not (train or validation or config.train_split or config.validation_split):
         train = list(members)
     held_out = not (validation or config.validation_split) and (
-        len(train) == len(members) or config.train_split
+        len(train) == len(members) or bool(config.train_split)
     )
-    shared = [member for member in train if member in validation]
-    if shared or not train or not (validation or held_out):
-        shown = ", ".join(map(describe, (shared or members)[:_NUM_SHOWN]))
-        more = ", ..." if len(shared or members) > _NUM_SHOWN else ""
-        expected = (
-            "names of one split each"
-            if shared
-            else f"{config.train_split or 'train'!r} and one of {', '.join(map(repr, names))}"
-        )
+    if not train or not (validation or held_out):
+        wanted = f"{config.train_split or 'train'!r} and {' or '.join(map(repr, names))}"
         raise ValueError(
-            f"source={config.source!r}: found {shown}{more}; expected {expected} among them, or "
-            "train_split and validation_split to say which are which"
+            f"source={config.source!r}: found {_show(map(describe, members))}; expected splits "
+            f"{wanted}, or others that train_split and validation_split name"
+        )
+    if shared := [describe(member) for member in train if member in validation]:
+        raise ValueError(
+            f"source={config.source!r}: found {_show(shared)} in both splits; expected names of one"
         )
     if held_out:
         return Division({"train": train, "validation": train}, config.validation_fraction)
     if config.validation_fraction != DataConfig.validation_fraction:
         raise ValueError(
             f"validation_fraction={config.validation_fraction} does not apply to "
-            f"source={config.source!r}, which has a split for validation ("
-            f"{describe(validation[0])}); leave it at {DataConfig.validation_fraction}"
+            f"source={config.source!r}, which has a validation split, "
+            f"{_show(map(describe, validation))}; leave it at {DataConfig.validation_fraction}"
         )
     return Division({"train": train, "validation": validation}, 0.0)
+
+
+def _show(names: Iterable[str]) -> str:
+    first = list(itertools.islice(names, _NUM_SHOWN + 1))
+    return ", ".join(first[:_NUM_SHOWN]) + (", ..." if len(first) > _NUM_SHOWN else "")

@@ -26,7 +26,7 @@ def open_tokenizer_file(tokenizer: str) -> Tokenizer:
 
     The separator of a corpus is the `eos_token` of `tokenizer_config.json` beside the file, or else
     the first that it has of `<|endoftext|>`, `</s>`, `<|end_of_text|>` and `[SEP]`. Documents are
-    encoded whole; one of more than four megabytes in parts (`sparsejax.data.pieces`).
+    encoded whole; one of more than 262,144 characters in parts (`sparsejax.data.pieces`).
 
     Args:
       tokenizer: `"file:/path"` of a `tokenizer.json`, by whatever name, or of a folder with one.
