@@ -3,6 +3,7 @@
 import functools
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -53,12 +54,13 @@ def decode_image(content: bytes, channels: int = 0) -> np.ndarray:
     return pixels[..., None] if mode == "L" else pixels
 
 
-def prepare_images(config: DataConfig, first: bytes) -> Documents:
+def prepare_images(config: DataConfig, first: Any, place: str) -> Documents:
     """Say how images become documents: grey pixels, or patches if a `patch_size` is set.
 
     Args:
       config: Settings of a set of images.
       first: One of its files, whose size and channels all must have unless settings change them.
+      place: Where it stands, for messages.
 
     Returns:
       The function of an image file, and what it makes.
@@ -69,8 +71,11 @@ def prepare_images(config: DataConfig, first: bytes) -> Documents:
     if not config.patch_size:
         make = functools.partial(_read_pixels, image_size=config.image_size)
         return Documents(check_bytes, make, num_values=256)
-    shape = decode_image(first, config.image_channels).shape
-    grid = find_grid(config, (shape[0], shape[1], shape[2]))
+    try:
+        height, width, channels = decode_image(check_bytes(first), config.image_channels).shape
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
+    grid = find_grid(config, (height, width, channels))
     make = functools.partial(
         _read_patches, grid=grid, image_size=config.image_size, channels=config.image_channels
     )
@@ -89,7 +94,7 @@ def identify_images(config: DataConfig) -> dict[str, object]:
     return {"image": [config.patch_size, config.image_size, config.image_channels]}
 
 
-def check_bytes(value: object) -> bytes:
+def check_bytes(value: Any) -> bytes:
     """Return the contents of an image file.
 
     Args:

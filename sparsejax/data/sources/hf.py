@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sparsejax.data.arrow import check_columns, iterate_rows, refuse_damaged
 from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
-from sparsejax.data.pictures import check_bytes, identify_images, prepare_images
+from sparsejax.data.pictures import identify_images, prepare_images
 from sparsejax.data.rows import (
     TEXT_OPTIONS,
     Classes,
@@ -98,7 +98,7 @@ def _understand(config: DataConfig) -> _Set:
     label_key = _choose_label(config, features, is_image)
     classes = _find_classes(division, features, label_key)
     if is_image:
-        documents = prepare_images(config, _read_first_image(division, input_key))
+        documents = prepare_images(config, *_read_first_image(division, input_key))
     else:
         _refuse_image_options(config)
         documents = make_text_documents(may_be_empty=classes is None)
@@ -222,10 +222,11 @@ def _get(value: Any, path: Path, key: str, expected: type) -> Any:
     return found
 
 
-def _read_first_image(division: Division[Path], key: str) -> bytes:
+def _read_first_image(division: Division[Path], key: str) -> tuple[Any, str]:
+    """Return the value, and where it stands."""
     for file in division.members["train"]:
         for (value,) in _read(file, (key,)):
-            return check_bytes(value)
+            return value, f"{file}, {_TABLE.unit} 1"
     raise ValueError(f"{division.members['train'][0].parent} has no rows; expected images")
 
 

@@ -113,7 +113,7 @@ def _describe(classes: list[str], documents: Documents) -> Contents:
 
 def _prepare(config: DataConfig, first: Path) -> Documents:
     try:
-        return prepare_images(config, first.read_bytes())
+        return prepare_images(config, first.read_bytes(), str(first))
     except OSError as error:
         raise ValueError(f"{first} cannot be read: {error.strerror}") from error
 
