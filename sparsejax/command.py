@@ -19,6 +19,7 @@ DATA_PACKAGES = {
     "PIL",
     "array_record",
     "importlib_resources",
+    "pyarrow",
     "tensorflow_datasets",
     "tokenizers",
     "tqdm",

@@ -3,11 +3,12 @@
 `make_data(DataConfig(...))` is the whole interface; `describe_data` tells without the data what a
 model must know of it. `sparsejax.batch` says what a batch holds. Every source takes the same road:
 
-    source (text, pairs, ListOps, Pathfinder, IDX, TFDS, TSV) -> tokenizer -> token cache on disk
+    source (a row of `sources.SOURCES`) -> tokenizer -> token cache on disk
         -> random-access examples, memory-mapped -> grain pipeline -> batches
 
-Grain, tensorflow_datasets and tokenizers are imported when a source first needs them, so that
-importing this package costs no more than NumPy.
+but for files of ids, which are mapped as they are. Grain, tensorflow_datasets, tokenizers and
+pyarrow are imported when a source first needs them, so that importing this package costs no more
+than NumPy.
 """
 
 from sparsejax.data.config import DataConfig

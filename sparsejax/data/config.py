@@ -10,10 +10,13 @@ from sparsejax.data.sources import check_spelling, load_source
 
 _NOT_WITH_PATCHES = ("truncate", "tokenizer", "mask_fraction")
 _COMMON = {"source", "data_dir", "sequence_length", "batch_size", "seed", "num_reading_threads"}
-_MIN_BPE_SIZE = 257
-_MAX_BPE_SIZE = 65_536
 # Arrays are indexed, and ids are counted, with int32.
 _MOST_ITEMS = 2**31 - 1
+# Of a tokenizer, how few and how many ids.
+_SIZES = {
+    "bpe": (257, " (256 bytes and the separator)", 65_536),
+    "ids": (2, "", _MOST_ITEMS),
+}
 # Of an image; eight thousand squared are 200 MB of RGB.
 _MOST_PIXELS_A_SIDE = 8192
 
@@ -22,7 +25,8 @@ _MOST_PIXELS_A_SIDE = 8192
 class DataConfig:
     """Name a data set and say how it is cut into batches.
 
-    A leading `~` in `data_dir` and in a path within `source` stands for the home folder.
+    A leading `~` in `data_dir` and in a path within `source` or `tokenizer` stands for the home
+    folder.
 
     Attributes:
       source: What to read.
@@ -36,9 +40,20 @@ class DataConfig:
           without a label is a language-model corpus.
         - `"aan:/path"`: Long Range Arena retrieval, two documents and one label.
         - `"pairs:/folder"`: sentences and their translations, files of one sentence per line.
+        - `"jsonl:/path"`: texts in a file of JSON, one object a line, or those below a folder
+          (`*.jsonl`, `*.jsonl.gz`); `label_key` makes them a set to be classified.
+        - `"parquet:/path"`: the same of Parquet (`*.parquet`).
+        - `"hf:/folder"`: what `save_to_disk` of Hugging Face `datasets` wrote; text or images with
+          labels are classified, text without a label is a language-model corpus.
+        - `"bin:/path"`: token ids as nanoGPT, llm.c and modded-nanogpt write them, a folder, a file
+          or a pattern such as `"bin:/path/fineweb_*.bin"`; `tokenizer` says how many there are.
+        - `"images:/folder"`: image files, in a folder for each class.
       data_dir: Folder of prepared sets, tokenizers and caches; made when missing.
       tokenizer: `"bytes"`, or `"bpe:N"` for N byte-level BPE entries trained on the training
-        split. Sources of pixels or symbols have their own vocabulary.
+        split, or `"file:/path"` for an existing `tokenizer.json`, or a folder with one. What spells
+        out a special token in a text is text. `"bin:"` has ids already, of `"file:/path"`, or N of
+        them with `"ids:N"` (GPT-2 has 50257). Sources of pixels or symbols have their own
+        vocabulary.
       sequence_length: Tokens, pixels or patches per example, T.
       batch_size: Examples per step over all processes.
       seed: Order of the training examples, in [0, 2^32).
@@ -47,21 +62,32 @@ class DataConfig:
         Range Arena does, and a longer sentence to be translated; otherwise it is an error.
       download: Whether a TFDS set that is not prepared may be downloaded.
       train_split: Name of the training split; empty for the source's own (`"train"`). TFDS slices
-        such as `"train[:90%]"` are names.
+        such as `"train[:90%]"` are names. Of `"jsonl:"`, `"parquet:"` and `"bin:"`, a word in the
+        names of files.
       validation_split: Name of the validation split; empty for the source's own: `"validation"`,
-        `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`.
-      input_key: TFDS feature to read; empty for the one the set declares.
-      label_key: TFDS label to predict; empty for the one the set declares.
+        `"t10k"` (IDX), `"eval"` (AAN), `"test"` for a TFDS set without `"validation"`. Of
+        `"jsonl:"`, `"parquet:"`, `"hf:"`, `"bin:"` and `"images:"` the first there is of
+        `"validation"`, `"valid"`, `"val"`, `"dev"` and `"test"`; without any, and with no more than
+        a training split, `validation_fraction` is held out.
+      input_key: What to read: a feature of TFDS or `"hf:"`, empty for the one the set declares; a
+        key of `"jsonl:"`, a column of `"parquet:"`, empty for `"text"`.
+      label_key: The label to predict, of the same. Empty for the one that TFDS or `"hf:"` declares;
+        `"jsonl:"` and `"parquet:"` then have none. Whole numbers, or names that are numbered in
+        their order.
       image_size: Side that the largest square in the middle of each image is scaled to, in
-        pixels; 0 for images as they are stored. Of a TFDS set, or of IDX images in patches.
-      validation_fraction: Share of a text corpus held out, in (0, 1).
+        pixels; 0 for images as they are stored. Of a TFDS or `"hf:"` set, of `"images:"`, or of IDX
+        images in patches.
+      validation_fraction: Share held out of a set without a validation split, in (0, 1): of files
+        by the hash of their names, of rows by that of their texts, of ids and of a single text file
+        the tail.
       listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
       pathfinder_examples: The same of Pathfinder, with 1/8.
       mask_fraction: Share of the tokens of a corpus that are masked and must be predicted (masked
         language model), in (0, 1); 0 to predict the next token.
       patch_size: Side of the square patches that images are cut into, in pixels; 0 for single
         pixels of grey. What follows applies to patches only.
-      image_channels: What the images must have, 1 (grey) or 3 (RGB); 0 for what they have.
+      image_channels: What the images must have, 1 (grey) or 3 (RGB); 0 for what they have. Those of
+        `"images:"` and `"hf:"` are converted.
       random_crop: Whether a random part of each training image is scaled to the whole.
       random_flip: Whether left and right of a training image are swapped, half of the time.
 
@@ -143,6 +169,12 @@ class DataConfig:
                     f"{field.name}={value!r} does not apply to source={self.source!r}; "
                     f"leave it at {field.default!r}"
                 )
+        kinds = [spelling.partition(":")[0] for spelling in options.tokenizers]
+        if "tokenizer" in options.always and self.tokenizer.partition(":")[0] not in kinds:
+            raise ValueError(
+                f"tokenizer={self.tokenizer!r} does not apply to source={self.source!r}; expected "
+                f"{' or '.join(map(repr, options.tokenizers))}"
+            )
         self._check_patches(options.with_patches)
 
     def _check_types(self) -> None:
@@ -189,17 +221,19 @@ class DataConfig:
 
 
 def _check_tokenizer(tokenizer: str) -> None:
-    if tokenizer == "bytes":
+    kind, _, rest = tokenizer.partition(":")
+    if tokenizer == "bytes" or (kind == "file" and rest):
         return
-    found = re.fullmatch("bpe:([1-9][0-9]*)", tokenizer)
-    if not found:
-        raise ValueError(f"tokenizer={tokenizer!r}: expected 'bytes' or 'bpe:N', as in 'bpe:4096'")
-    # Python refuses to make a number of thousands of digits.
-    size = int(found[1]) if len(found[1]) < 10 else _MAX_BPE_SIZE + 1
-    if not _MIN_BPE_SIZE <= size <= _MAX_BPE_SIZE:
+    if kind not in _SIZES or not re.fullmatch("[1-9][0-9]*", rest):
         raise ValueError(
-            f"tokenizer={tokenizer!r}: expected between {_MIN_BPE_SIZE} (256 bytes and the "
-            f"separator) and {_MAX_BPE_SIZE} entries"
+            f"tokenizer={tokenizer!r}: expected 'bytes', 'bpe:N' (as in 'bpe:4096'), 'file:/path' "
+            "or 'ids:N'"
+        )
+    low, meaning, high = _SIZES[kind]
+    # Python refuses to make a number of thousands of digits.
+    if not low <= (int(rest) if len(rest) < 11 else high + 1) <= high:
+        raise ValueError(
+            f"tokenizer={tokenizer!r}: expected between {low}{meaning} and {high} entries"
         )
 
 

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparsejax.data import pipeline, store
+from sparsejax.data import pipeline, shards, store
+from sparsejax.data.bpe import load_bpe, name_bpe, train_bpe
 from sparsejax.data.cache import cached_folder, hash_json
 from sparsejax.data.config import DataConfig
 from sparsejax.data.masking import make_masking
@@ -14,15 +15,8 @@ from sparsejax.data.progress import show_progress
 from sparsejax.data.source import Source, Split
 from sparsejax.data.sources import load_source, refuse_unreadable
 from sparsejax.data.spec import DataSpec, make_spec
-from sparsejax.data.tokenizer import (
-    Tokenizer,
-    byte_tokenizer,
-    count_ids,
-    load_bpe,
-    name_bpe,
-    train_bpe,
-    value_tokenizer,
-)
+from sparsejax.data.tokenizer import Tokenizer, byte_tokenizer, value_tokenizer
+from sparsejax.data.tokenizer_files import open_tokenizer_file
 
 # Changes whenever the files of a cache are written differently.
 _CACHE_VERSION = 2
@@ -144,6 +138,9 @@ def _prepare(config: DataConfig, source: Source) -> _Prepared:
     tokenizer, contents = _make_tokenizer(config, source), source.contents
 
     def write(folder: Path, split: Split) -> None:
+        if source.shards is not None:
+            shards.write_index(folder, source.shards[split], tokenizer.vocab_size)
+            return
         examples = show_progress(source.read(split), f"Writing the {split} split as tokens")
         store.write_examples(folder, examples, tokenizer, contents)
 
@@ -166,9 +163,19 @@ def _check_num_patches(config: DataConfig, source: Source) -> None:
 def _make_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
     if source.contents.num_values is not None:
         return value_tokenizer(source.contents.num_values)
-    if config.tokenizer == "bytes":
-        return byte_tokenizer()
-    vocab_size = count_ids(config.tokenizer)
+    kind, _, rest = config.tokenizer.partition(":")
+    match kind:
+        case "bytes":
+            return byte_tokenizer()
+        case "ids":
+            return value_tokenizer(int(rest))
+        case "file":
+            return open_tokenizer_file(config.tokenizer)
+        case _:
+            return _make_bpe(config, source, int(rest))
+
+
+def _make_bpe(config: DataConfig, source: Source, vocab_size: int) -> Tokenizer:
     key = hash_json([_CACHE_VERSION, source.identity, config.tokenizer])
     folder = Path(config.data_path, "tokenizers", f"{config.kind}-bpe{vocab_size}-{key[:16]}")
 
@@ -183,12 +190,14 @@ def _make_tokenizer(config: DataConfig, source: Source) -> Tokenizer:
 def _open_examples(
     config: DataConfig, prepared: _Prepared, spec: DataSpec, split: Split
 ) -> pipeline.ExampleSource:
+    found = prepared.source.shards
     examples = store.open_examples(
         prepared.folders[split],
         spec.task,
         prepared.tokenizer,
         config.sequence_length,
-        prepared.source.grid,
+        grid=prepared.source.grid,
+        stream=None if found is None else shards.ShardStream(found[split]),
     )
     if isinstance(examples, store.Documents) and not config.truncate:
         examples.check_lengths(split)

@@ -4,6 +4,8 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparsejax.data.files import open_unpacked
+
 _MOST_LINE_BYTES = 16 << 20
 
 
@@ -13,7 +15,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     A byte-order mark of UTF-8 at the beginning is dropped.
 
     Args:
-      path: The file.
+      path: The file, unpacked if its name ends with `.gz`.
 
     Yields:
       The lines.
@@ -21,18 +23,15 @@ def read_lines(path: Path) -> Iterator[bytes]:
     Raises:
       ValueError: The file cannot be read, or a line has more than 16 MiB.
     """
-    try:
-        with open(path, "rb") as file:
-            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                file.seek(0)
-            number = 0
-            while line := file.readline(_MOST_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MOST_LINE_BYTES:
-                    raise ValueError(
-                        f"{path}, line {number} is longer than {_MOST_LINE_BYTES:,} bytes; "
-                        "expected one item a line"
-                    )
-                yield line.removesuffix(b"\r\n").removesuffix(b"\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    with open_unpacked(path, "one item a line") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        number = 0
+        while line := file.readline(_MOST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > _MOST_LINE_BYTES:
+                raise ValueError(
+                    f"{path}, line {number} is longer than {_MOST_LINE_BYTES:,} bytes; "
+                    "expected one item a line"
+                )
+            yield line.removesuffix(b"\r\n").removesuffix(b"\n")

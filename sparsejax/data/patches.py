@@ -9,6 +9,7 @@ from sparsejax.data.pipeline import Batch, Transform
 
 # Of random crops: smallest share of the area, widest ratio of the sides, draws before giving up.
 _MIN_AREA, _MAX_RATIO, _NUM_DRAWS = 0.08, 4 / 3, 10
+_LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
 
 
 class PatchGrid(NamedTuple):
@@ -112,6 +113,22 @@ def read_patches(image: np.ndarray, grid: PatchGrid, image_size: int) -> np.ndar
     if image.shape != grid.image_shape:
         raise ValueError(f"an image has the shape {image.shape}; expected {grid.image_shape}")
     return cut_patches(image, grid.side).reshape(-1)
+
+
+def flatten_image(image: np.ndarray, image_size: int) -> np.ndarray:
+    """Turn one image into grey levels, row by row.
+
+    Args:
+      image: uint8[height, width, 1 or 3].
+      image_size: Side that the largest square in the middle is scaled to first; 0 = as it is.
+
+    Returns:
+      uint8[height * width], or uint8[image_size * image_size].
+    """
+    if image_size:
+        image = scale_middle(image, image_size)
+    grey = image[..., 0] if image.shape[-1] == 1 else image @ _LUMA_WEIGHTS
+    return np.rint(grey).astype(image.dtype).reshape(-1)
 
 
 def scale_middle(image: np.ndarray, size: int) -> np.ndarray:

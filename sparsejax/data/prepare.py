@@ -11,13 +11,15 @@ from sparsejax.data.sources import load_source
 _FLAGS = {
     "source": "what to prepare, as tfds:imdb_reviews, listops, pathfinder or stdlib",
     "data_dir": "folder that receives it",
-    "tokenizer": "bytes or bpe:N",
+    "tokenizer": "bytes, bpe:N, file:/path or ids:N",
     "train_split": "name of the training split",
     "validation_split": "name of the validation split",
-    "input_key": "TFDS feature to read",
-    "label_key": "TFDS label to predict",
+    "validation_fraction": "share held out of a set without a validation split",
+    "input_key": "feature, key or column to read",
+    "label_key": "label to predict",
     "patch_size": "side of a patch of an image, pixels",
     "image_size": "side that the middle square of images is scaled to, pixels",
+    "image_channels": "1 for grey images, 3 for RGB",
 }
 
 
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> None:
         parser.add_argument(
             f"--{name}",
             help=text,
-            type=int if name.endswith("_size") else str,
+            type=type(getattr(DataConfig, name)),
             required=required,
             default=argparse.SUPPRESS,
         )

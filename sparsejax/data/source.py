@@ -1,13 +1,14 @@
 """What every source of data offers: examples of each split, before any tokenizer."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from sparsejax.batch import Task
 from sparsejax.data.patches import PatchGrid
+from sparsejax.data.shards import Shard
 
 type Split = Literal["train", "validation"]
 
@@ -20,10 +21,12 @@ class Options(NamedTuple):
     Attributes:
       always: Options that may be set.
       with_patches: Options that may be set where `patch_size` is above 0.
+      tokenizers: Values of `tokenizer`, as messages show them.
     """
 
     always: Set[str]
     with_patches: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ("bytes", "bpe:N", "file:/path")
 
 
 class Contents(NamedTuple):
@@ -67,6 +70,8 @@ class Source:
       identity: JSON value that changes whenever the examples may have; key of the caches.
       read: Opens a split and yields its examples, always in the same order.
       grid: How the documents are patches of images; None if they are not.
+      shards: By split, files that hold the ids already: they are mapped, and none is copied into a
+        cache. Language models only.
       fingerprint: What else must be equal when a run is resumed.
     """
 
@@ -74,4 +79,5 @@ class Source:
     identity: dict[str, object]
     read: Callable[[Split], Iterator[Example]]
     grid: PatchGrid | None = None
+    shards: Mapping[Split, Sequence[Shard]] | None = None
     fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)

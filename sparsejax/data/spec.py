@@ -6,7 +6,7 @@ from sparsejax.batch import Task
 from sparsejax.data.config import DataConfig
 from sparsejax.data.source import Contents
 from sparsejax.data.sources import load_source, refuse_unreadable
-from sparsejax.data.tokenizer import count_ids
+from sparsejax.data.tokenizer_files import open_tokenizer_file
 
 
 class DataSpec(NamedTuple):
@@ -28,8 +28,8 @@ class DataSpec(NamedTuple):
 def describe_data(config: DataConfig) -> DataSpec:
     """Say what `make_data` would, without the data.
 
-    `idx:` reads the labels and the size of the images from its files, `tfds:` asks TFDS what it
-    knows of the set; no other source looks at a file.
+    What only files tell is read from them: classes and the size of images, how many ids an existing
+    tokenizer has. `tfds:` asks TFDS what it knows of the set. The others look at no file.
 
     Args:
       config: Names the data set.
@@ -77,7 +77,19 @@ def make_spec(config: DataConfig, contents: Contents) -> DataSpec:
         task = "masked_language_model"
     if contents.patch_values:
         return DataSpec(task, 0, contents.num_classes, contents.patch_values)
-    num_ids = count_ids(config.tokenizer) if contents.num_values is None else contents.num_values
+    num_ids = _count_ids(config.tokenizer) if contents.num_values is None else contents.num_values
     # Documents that are padded are shifted up by one to make room for padding; a masked language
     # model has the mask token.
     return DataSpec(task, num_ids + (task != "language_model"), contents.num_classes)
+
+
+def _count_ids(tokenizer: str) -> int:
+    """Return how many ids a tokenizer has, the separator included."""
+    kind, _, rest = tokenizer.partition(":")
+    match kind:
+        case "bytes":
+            return 256
+        case "file":
+            return open_tokenizer_file(tokenizer).vocab_size
+        case _:
+            return int(rest)

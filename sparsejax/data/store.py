@@ -16,11 +16,10 @@ import numpy as np
 
 from sparsejax.batch import Task
 from sparsejax.data.patches import PatchGrid
+from sparsejax.data.pieces import join_pieces
+from sparsejax.data.shards import ShardStream
 from sparsejax.data.source import Contents, Example
-from sparsejax.data.tokenizer import SEPARATOR, Tokenizer
-
-BOUNDARY = SEPARATOR + 1
-"""Id that ends every sentence of a translation and begins the decoder's input; padding is 0."""
+from sparsejax.data.tokenizer import Tokenizer
 
 _TOKENS, _OFFSETS, _LABELS = "tokens.bin", "offsets.npy", "labels.npy"
 _GROUP_BYTES = 4 << 20
@@ -48,7 +47,13 @@ def write_examples(
 
 
 def open_examples(
-    folder: Path, task: Task, tokenizer: Tokenizer, sequence_length: int, grid: PatchGrid | None
+    folder: Path,
+    task: Task,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    grid: PatchGrid | None = None,
+    stream: ShardStream | None = None,
 ) -> "Windows | Documents | Patches":
     """Map what `write_examples` wrote.
 
@@ -58,6 +63,7 @@ def open_examples(
       tokenizer: With which it was written.
       sequence_length: T.
       grid: How the documents are patches of images; None if they are not.
+      stream: Ids in files of their own, which were not written to the folder.
 
     Returns:
       The examples.
@@ -65,7 +71,8 @@ def open_examples(
     match task:
         case "language_model" | "masked_language_model":
             shifted = task == "language_model"
-            return Windows(folder, tokenizer, sequence_length, shifted=shifted)
+            tokens = map_tokens(folder, tokenizer) if stream is None else stream
+            return Windows(tokens, sequence_length, shifted=shifted)
         case "translation":
             return Translations(folder, tokenizer, sequence_length)
         case "classification" if grid:
@@ -85,7 +92,9 @@ def write_stream(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer
     Raises:
       ValueError: A value is out of range.
     """
-    separator = np.array([SEPARATOR], tokenizer.dtype).tobytes()
+    separator = np.array([tokenizer.separator], tokenizer.dtype).tobytes()
+    if tokenizer.whole_documents:
+        examples = join_pieces(examples)
     with open(folder / _TOKENS, "wb") as file:
         for example, documents in _encode_examples(examples, tokenizer):
             for tokens in documents:
@@ -124,6 +133,19 @@ def write_documents(
     np.save(folder / _LABELS, np.array(labels, np.int32))
 
 
+def map_tokens(folder: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """Map the stream that `write_stream` wrote.
+
+    Args:
+      folder: Where it was written.
+      tokenizer: With which it was written.
+
+    Returns:
+      unsigned[size], the ids.
+    """
+    return _map_ids(folder / _TOKENS, tokenizer.dtype)
+
+
 class Windows:
     """Language-model examples: consecutive, non-overlapping windows of T + 1 tokens.
 
@@ -132,18 +154,16 @@ class Windows:
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, sequence_length: int, *, shifted: bool = True
+        self, tokens: np.ndarray | ShardStream, sequence_length: int, *, shifted: bool = True
     ):
-        """Map the stream that `write_stream` wrote.
+        """Cut a stream of ids.
 
         Args:
-          folder: Where it was written.
-          tokenizer: With which it was written.
+          tokens: unsigned[size], of `map_tokens` or of shards.
           sequence_length: T.
           shifted: Whether the targets are the next tokens.
         """
-        path = folder / _TOKENS
-        self._tokens = _map_tokens(path, tokenizer.dtype)
+        self._tokens = tokens
         self._length, self._shift = sequence_length, int(shifted)
         self._width = self._length + self._shift
 
@@ -175,7 +195,7 @@ class Documents:
           sequence_length: T.
           paired: Whether each example has two documents.
         """
-        self._tokens = _map_tokens(folder / _TOKENS, tokenizer.dtype)
+        self._tokens = _map_ids(folder / _TOKENS, tokenizer.dtype)
         self._offsets = np.load(folder / _OFFSETS)
         self._labels = np.load(folder / _LABELS)
         self._sequence_length = sequence_length
@@ -225,13 +245,14 @@ class Documents:
 class Translations(Documents):
     """Sentences and their translations, padded with id 0 to T.
 
-    The tokenizer's ids are shifted up by one, its separator too: id 1, `BOUNDARY`, which no
-    sentence holds. With source s_1 ... s_S and target t_1 ... t_N an item has
+    The tokenizer's ids are shifted up by one, its separator too: id E, which no sentence holds, and
+    which is 1 but of an existing tokenizer. With source s_1 ... s_S and target t_1 ... t_N an item
+    has
 
-        inputs           s_1 ... s_S  1
+        inputs           s_1 ... s_S  E
         mask             1   ... 1    1
-        decoder_inputs   1  t_1 ... t_N
-        targets          t_1 ... t_N  1
+        decoder_inputs   E  t_1 ... t_N
+        targets          t_1 ... t_N  E
         loss_weights     1   ... 1    1
 
     each padded with zeros. What is longer is cut to its first T, and then has no end.
@@ -251,14 +272,15 @@ class Translations(Documents):
           sequence_length: T.
         """
         super().__init__(folder, tokenizer, sequence_length, paired=True)
+        self._end = tokenizer.separator + 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         source, target = (self._read(2 * int(index) + side) for side in (0, 1))
-        inputs, targets = (self._pad([*ids, BOUNDARY]) for ids in (source, target))
+        inputs, targets = (self._pad([*ids, self._end]) for ids in (source, target))
         return {
             "inputs": inputs,
             "mask": inputs > 0,
-            "decoder_inputs": self._pad([BOUNDARY, *target]),
+            "decoder_inputs": self._pad([self._end, *target]),
             "targets": targets,
             "loss_weights": (targets > 0).astype(np.float32),
         }
@@ -282,7 +304,7 @@ class Patches:
           sequence_length: T, at least their number.
         """
         self._labels = np.load(folder / _LABELS)
-        values = _map_tokens(folder / _TOKENS, np.dtype(np.uint8))
+        values = _map_ids(folder / _TOKENS, np.dtype(np.uint8))
         self._values_NTV = values.reshape(-1, grid.num_patches, grid.patch_values)
         self._sequence_length = sequence_length
 
@@ -301,7 +323,7 @@ class Patches:
         }
 
 
-def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
+def _map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")

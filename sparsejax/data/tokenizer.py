@@ -1,21 +1,22 @@
-"""Tokenizers: bytes, byte-level BPE trained on the spot, and sources that come as ids already."""
+"""Tokenizers: bytes, those of the library `tokenizers`, and sources that come as ids already."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparsejax.data.cache import describe_files, hash_json
 from sparsejax.durable import write_durably
 
-SEPARATOR = 0
-"""Id that ends each document of a language-model corpus."""
+if TYPE_CHECKING:
+    import tokenizers
 
-_SEPARATOR_TOKEN = "<|endoftext|>"
-_FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the file that `tokenizers` writes and reads."""
+
 # Of a hash, in the name of a tokenizer.
 _NUM_DIGITS = 16
 
@@ -29,6 +30,8 @@ class Tokenizer:
       vocab_size: Ids are in [0, vocab_size).
       encode: Maps a list of documents to one integer array each.
       decode: Maps ids back to a document; bytes of a text.
+      separator: Id that ends each document of a language-model corpus.
+      whole_documents: Whether pieces of a document are joined before they are encoded.
       file: What has to be kept beside a model, None where the name says it all.
     """
 
@@ -36,28 +39,14 @@ class Tokenizer:
     vocab_size: int
     encode: Callable[[list], list[np.ndarray]]
     decode: Callable[[Sequence[int]], Any]
+    separator: int = 0
+    whole_documents: bool = False
     file: Path | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Return the smallest unsigned dtype that holds every id."""
         return np.min_scalar_type(self.vocab_size - 1)
-
-
-def count_ids(tokenizer: str) -> int:
-    """Return how many ids a tokenizer of text has.
-
-    Args:
-      tokenizer: As in `DataConfig`.
-
-    Returns:
-      The number of ids, the separator included.
-
-    Example:
-      >>> count_ids("bytes"), count_ids("bpe:4096")
-      (256, 4096)
-    """
-    return 256 if tokenizer == "bytes" else int(tokenizer.partition(":")[2])
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -97,51 +86,74 @@ def value_tokenizer(num_values: int) -> Tokenizer:
     )
 
 
-def train_bpe(folder: Path, texts: Iterable[bytes], vocab_size: int) -> None:
-    """Train byte-level BPE and save it.
+def make_tokenizer(
+    model: "tokenizers.Tokenizer",
+    *,
+    name: str,
+    separator: int,
+    whole_documents: bool = False,
+    file: Path | None = None,
+) -> Tokenizer:
+    """Make a tokenizer of one of the library `tokenizers`.
 
-    Id 0 is the separator; the 256 bytes and the merges follow, so every text has an encoding and
-    decodes to itself.
-
-    Args:
-      folder: Where `tokenizer.json` is written.
-      texts: UTF-8 texts of the training split.
-      vocab_size: Number of entries, the separator included.
-
-    Raises:
-      ValueError: The texts are too few to learn that many entries, or not UTF-8.
-      OSError: The file cannot be written.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_SEPARATOR_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(map(_decode, texts), trainer)
-    if bpe.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"tokenizer='bpe:{vocab_size}': the training split yields only "
-            f"{bpe.get_vocab_size()} entries; expected at most that many"
-        )
-    write_durably(folder / _FILE, bpe.to_str(pretty=True))
-
-
-def load_bpe(folder: Path, name: str) -> Tokenizer:
-    """Load what `train_bpe` saved.
+    What spells out a special token in a text is text: no document ends or begins amid another.
+    Nothing is put before or after a document, cut off or filled up, whatever its file says of that.
 
     Args:
-      folder: Where `tokenizer.json` lies.
-      name: Name of the tokenizer.
+      model: Encodes and decodes; it is changed so that the above holds.
+      name: As `Tokenizer.name`.
+      separator: As `Tokenizer.separator`.
+      whole_documents: As `Tokenizer.whole_documents`.
+      file: As `Tokenizer.file`.
 
     Returns:
       The tokenizer; its `encode` takes UTF-8 `bytes`.
+    """
+    model.encode_special_tokens = True
+    model.no_truncation()
+    model.no_padding()
+    vocab_size = count_model_ids(model)
+    dtype = np.min_scalar_type(vocab_size - 1)
+
+    def encode(documents: list[bytes]) -> list[np.ndarray]:
+        texts = [decode_text(text) for text in documents]
+        encodings = model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype) for encoding in encodings]
+
+    def decode(ids: Sequence[int]) -> bytes:
+        return model.decode(np.asarray(ids).tolist(), skip_special_tokens=False).encode()
+
+    return Tokenizer(
+        name=name,
+        vocab_size=vocab_size,
+        encode=encode,
+        decode=decode,
+        separator=separator,
+        whole_documents=whole_documents,
+        file=file,
+    )
+
+
+def count_model_ids(model: "tokenizers.Tokenizer") -> int:
+    """Return one more than the highest id; a vocabulary may leave out some below.
+
+    Args:
+      model: Of the library `tokenizers`.
+
+    Returns:
+      At least the number of its entries.
+    """
+    return 1 + max(model.get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def read_model(file: Path) -> "tokenizers.Tokenizer":
+    """Read a file of the library `tokenizers`.
+
+    Args:
+      file: `tokenizer.json`, or one like it.
+
+    Returns:
+      The library's tokenizer.
 
     Raises:
       ValueError: The installed version of `tokenizers` cannot read it.
@@ -150,28 +162,11 @@ def load_bpe(folder: Path, name: str) -> Tokenizer:
 
     try:
         # Not `from_file`: it takes names of files in UTF-8 only.
-        bpe = tokenizers.Tokenizer.from_str((folder / _FILE).read_text("utf-8"))
+        return tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(
-            f"{folder / _FILE} must be readable by tokenizers {tokenizers.__version__}: {error}"
+            f"{file} must be readable by tokenizers {tokenizers.__version__}: {error}"
         ) from error
-    # A text that spells out the separator's name must not become the separator.
-    bpe.encode_special_tokens = True
-
-    def encode(documents: list[bytes]) -> list[np.ndarray]:
-        encodings = bpe.encode_batch_fast([_decode(text) for text in documents])
-        return [np.asarray(encoding.ids, np.uint16) for encoding in encodings]
-
-    def decode(ids: Sequence[int]) -> bytes:
-        return bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False).encode()
-
-    return Tokenizer(
-        name=name,
-        vocab_size=bpe.get_vocab_size(),
-        encode=encode,
-        decode=decode,
-        file=folder / _FILE,
-    )
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -185,7 +180,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
       OSError: The copy cannot be written.
     """
     if tokenizer.file is not None:
-        write_durably(folder / _FILE, tokenizer.file.read_bytes())
+        write_durably(folder / TOKENIZER_FILE, tokenizer.file.read_bytes())
 
 
 def load_tokenizer(name: str, folder: Path) -> Tokenizer:
@@ -199,7 +194,7 @@ def load_tokenizer(name: str, folder: Path) -> Tokenizer:
       The tokenizer.
 
     Raises:
-      ValueError: No tokenizer has this name, or the folder lacks the file of a BPE tokenizer, or
+      ValueError: No tokenizer has this name, or the folder lacks the file that belongs to it, or
         holds another.
 
     Example:
@@ -208,43 +203,78 @@ def load_tokenizer(name: str, folder: Path) -> Tokenizer:
     """
     if name == "bytes":
         return byte_tokenizer()
-    if found := re.fullmatch(r"values:([1-9][0-9]{0,8})", name):
+    if found := re.fullmatch(r"values:([1-9][0-9]{0,9})", name):
         return value_tokenizer(int(found[1]))
-    found = re.fullmatch(r"bpe:[1-9][0-9]*:([0-9a-f]{16})", name)
+    found = re.fullmatch(
+        r"(?:bpe|file:(?P<separator>[0-9]{1,9})):[1-9][0-9]*:(?P<digest>[0-9a-f]{16})", name
+    )
     if not found:
         raise ValueError(
-            f"the tokenizer of a run must be 'bytes', 'values:N' or 'bpe:N:HASH', got {name!r}"
+            "the tokenizer of a run must be 'bytes', 'values:N', 'bpe:N:HASH' or "
+            f"'file:SEPARATOR:N:HASH', got {name!r}"
         )
-    file = folder / _FILE
+    file = folder / TOKENIZER_FILE
     if not file.is_file():
-        raise ValueError(f"{folder} must hold the {_FILE} of tokenizer {name!r}, found none")
+        raise ValueError(f"{folder} must hold the {file.name} of tokenizer {name!r}, found none")
     try:
-        digest = hash_json(describe_files(folder, [_FILE]))
+        digest = hash_tokenizer(file)
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    if digest[:_NUM_DIGITS] != found[1]:
+    if digest != found["digest"]:
         raise ValueError(f"{file} must be tokenizer {name!r}, but is another one or damaged")
-    return load_bpe(folder, name)
+    return make_tokenizer(
+        read_model(file),
+        name=name,
+        separator=int(found["separator"] or 0),
+        whole_documents=found["separator"] is not None,
+        file=file,
+    )
 
 
-def name_bpe(tokenizer: str, digest: str) -> str:
-    """Name a trained tokenizer by its file, so that equal names encode equally.
+def hash_tokenizer(file: Path) -> str:
+    """Return what stands for a file in the name of its tokenizer.
 
     Args:
-      tokenizer: As in `DataConfig`.
-      digest: What `cached_folder` returned for the folder that `train_bpe` filled.
+      file: Of a tokenizer, by whatever name.
 
     Returns:
-      A name that `load_tokenizer` takes.
+      The first digits of a hash of its contents.
+
+    Raises:
+      OSError: It cannot be read.
     """
-    return f"{tokenizer}:{digest[:_NUM_DIGITS]}"
+    (contents,) = describe_files(file.parent, [file.name]).values()
+    return shorten_hash(hash_json({TOKENIZER_FILE: contents}))
 
 
-def _decode(text: bytes) -> str:
+def shorten_hash(digest: str) -> str:
+    """Return as much of a hash as the name of a tokenizer holds.
+
+    Args:
+      digest: In hexadecimal.
+
+    Returns:
+      Its beginning.
+    """
+    return digest[:_NUM_DIGITS]
+
+
+def decode_text(text: bytes) -> str:
+    """Return a document as text.
+
+    Args:
+      text: The document.
+
+    Returns:
+      Its characters.
+
+    Raises:
+      ValueError: It is not UTF-8.
+    """
     try:
         return text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"a document that begins {text[:40]!r} is not UTF-8 at byte {error.start}; expected "
-            "UTF-8 for a BPE tokenizer (tokenizer='bytes' takes anything)"
+            "UTF-8 for a tokenizer (tokenizer='bytes' takes anything)"
         ) from error

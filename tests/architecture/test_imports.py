@@ -244,6 +244,7 @@ HOMES = {
     "gguf": ("sparsejax.pretrained",),
     "ml_dtypes": ("sparsejax.pretrained",),
     "PIL": ("sparsejax.data",),
+    "pyarrow": ("sparsejax.data",),
     "tqdm": ("sparsejax.data",),
 }
 

@@ -78,26 +78,31 @@ def test_options_of_a_source_are_settings(kind):
     assert names.issuperset(options.always) and names.issuperset(options.with_patches)
     assert not options.always.intersection(options.with_patches)
     assert not options.with_patches or "patch_size" in options.always
-    assert {DataConfig(source=spelling).kind for spelling in SOURCES[kind].spellings} == {kind}
+    tokenizer = "bytes" if "bytes" in options.tokenizers else "ids:9"
+    configs = [DataConfig(source=s, tokenizer=tokenizer) for s in SOURCES[kind].spellings]
+    assert {config.kind for config in configs} == {kind}
 
 
 def test_settings_and_most_specs_need_no_package_of_data():
     code = """
 import sys
-for name in ("grain", "tensorflow_datasets", "tokenizers", "PIL", "tqdm", "jax"):
+for name in ("grain", "tensorflow_datasets", "tokenizers", "pyarrow", "PIL", "tqdm", "jax"):
     sys.modules[name] = None
 import json
 from sparsejax.data import DataConfig, describe_data
 from sparsejax.data.sources import SOURCES
-configs = [DataConfig(source=row.spellings[0]) for row in SOURCES.values()]
-specs = {c.kind: describe_data(c) for c in configs if c.kind not in ("idx", "tfds", "own")}
-print(json.dumps(specs))
+configs = [
+    DataConfig(source=row.spellings[0], tokenizer="ids:9" if kind == "bin" else "bytes")
+    for kind, row in SOURCES.items() if kind not in sys.argv[1:]
+]
+print(json.dumps({c.kind: describe_data(c) for c in configs}))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    asking = ("idx", "tfds", "own", "hf", "images")
+    result = subprocess.run([sys.executable, "-c", code, *asking], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     specs = {kind: tuple(spec) for kind, spec in json.loads(result.stdout).items()}
     assert specs["listops"] == ("classification", 16, 10, 0)
-    assert specs.keys() == SOURCES.keys() - {"idx", "tfds", "own"}
+    assert specs.keys() == SOURCES.keys() - set(asking)
 
 
 @pytest.mark.parametrize("task", _TASKS)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from sparsejax.data import DataConfig, describe_data, keep_tokenizer, load_tokenizer, make_data
+from sparsejax.data.bpe import load_bpe, train_bpe
 from sparsejax.data.prepare import main
 from sparsejax.data.sources import text
 from sparsejax.data.sources.stdlib import open_stdlib
 from sparsejax.data.sources.text import open_text
-from sparsejax.data.store import Windows, write_stream
-from sparsejax.data.tokenizer import byte_tokenizer, load_bpe, train_bpe
+from sparsejax.data.store import Windows, map_tokens, write_stream
+from sparsejax.data.tokenizer import byte_tokenizer
 from sparsejax.strict_json import dump_json, load_json
 
 
@@ -70,7 +71,7 @@ def test_windows_hold_the_stream_and_predict_the_next_token(folder, tmp_path, mo
     source = open_text(make_config(folder, tmp_path))
     write_stream(tmp_path, source.read("train"), byte_tokenizer())
     stream = b"".join(document + b"\0" for document in read_documents(source, "train"))
-    windows = Windows(tmp_path, byte_tokenizer(), 15)
+    windows = Windows(map_tokens(tmp_path, byte_tokenizer()), 15)
     assert len(windows) == len(stream) // 16
     for i in range(len(windows)):
         window = list(stream[16 * i : 16 * i + 16])
@@ -156,7 +157,7 @@ def test_bpe_is_cached_and_named_by_its_contents(folder, tmp_path):
     "name", ["", "words", "bytes:", "bpe:300", "bpe:x:0123456789abcdef", "values:", "values:-3"]
 )
 def test_a_run_has_no_tokenizer_of_another_name(name, tmp_path):
-    with pytest.raises(ValueError, match="must be 'bytes', 'values:N' or 'bpe:N:HASH', got "):
+    with pytest.raises(ValueError, match="must be 'bytes', 'values:N', 'bpe:N:HASH' or 'file:"):
         load_tokenizer(name, tmp_path)
     with pytest.raises(ValueError, match="got 'values:9"):
         load_tokenizer("values:" + "9" * 5_000, tmp_path)

@@ -1,19 +1,17 @@
 """Images in the IDX format of MNIST as sequences of pixels, row by row, or of patches."""
 
-import contextlib
-import gzip
 import itertools
 import math
 import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
 
 from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
+from sparsejax.data.files import open_unpacked
 from sparsejax.data.patches import PatchGrid, find_grid, identify_patches, read_patches
 from sparsejax.data.source import Contents, Example, Options, Source, Split
 
@@ -22,6 +20,7 @@ OPTIONS = Options(
     with_patches=("image_size", "image_channels", "random_crop", "random_flip"),
 )
 
+_EXPECTED = "an IDX file"
 _UNSIGNED_BYTE = 0x08
 _BLOCK_BYTES = 1 << 20
 # An item is one image, or one label.
@@ -101,7 +100,7 @@ def read_idx(path: Path, num_axes: int) -> Iterator[np.ndarray]:
     Raises:
       ValueError: The file cannot be read, is damaged, or is not such a file.
     """
-    with _open(path) as file:
+    with open_unpacked(path, _EXPECTED) as file:
         count, *item_shape = shape = _parse_shape(path, file, num_axes)
         size = math.prod(shape)
         item_size = math.prod(item_shape)
@@ -132,17 +131,8 @@ def read_idx_shape(path: Path, num_axes: int) -> tuple[int, ...]:
     Raises:
       ValueError: The file cannot be read, or has no such header.
     """
-    with _open(path) as file:
+    with open_unpacked(path, _EXPECTED) as file:
         return _parse_shape(path, file, num_axes)
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield cast(BinaryIO, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}; expected an IDX file") from error
 
 
 def _parse_shape(path: Path, file: BinaryIO, num_axes: int) -> tuple[int, ...]:

@@ -1,14 +1,13 @@
 """Language-model corpora from a text file or a folder of them."""
 
 import codecs
-import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from sparsejax.data.cache import identify_files
 from sparsejax.data.config import DataConfig
+from sparsejax.data.files import hash_name, list_files
 from sparsejax.data.source import Contents, Example, Options, Source, Split
 
 OPTIONS = Options({"tokenizer", "validation_fraction", "mask_fraction"})
@@ -54,7 +53,7 @@ def open_text(config: DataConfig) -> Source:
         return _open_file(config, path)
     if not path.is_dir():
         raise ValueError(f"source={config.source!r}: no such file or folder")
-    return open_folder(config, path, _list_files(path), not_text="refuse")
+    return open_folder(config, path, list_files(path), not_text="refuse")
 
 
 def open_folder(config: DataConfig, root: Path, files: list[Path], *, not_text: NotText) -> Source:
@@ -75,8 +74,8 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, not_text: 
     fraction = config.validation_fraction
     names = {file: file.relative_to(root).as_posix() for file in files}
     splits = {
-        "validation": [f for f in files if _hash_fraction(names[f]) < fraction],
-        "train": [f for f in files if _hash_fraction(names[f]) >= fraction],
+        "validation": [f for f in files if hash_name(names[f]) < fraction],
+        "train": [f for f in files if hash_name(names[f]) >= fraction],
     }
     for split, members in splits.items():
         if not any(file.stat().st_size for file in members):
@@ -100,19 +99,6 @@ def open_folder(config: DataConfig, root: Path, files: list[Path], *, not_text: 
         },
         read=read,
     )
-
-
-def _list_files(root: Path) -> list[Path]:
-    """Return the files below a folder that are not hidden, in order."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"cannot read {error.filename!r}: {error.strerror}") from error
-
-    files = []
-    for folder, folders, names in root.walk(on_error=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [folder / name for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())
 
 
 def _open_file(config: DataConfig, path: Path) -> Source:
@@ -190,8 +176,3 @@ def _is_text(path: Path) -> bool:
         return "\0" not in path.read_bytes().decode()
     except UnicodeDecodeError:
         return False
-
-
-def _hash_fraction(name: str) -> float:
-    """Return a number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64

@@ -11,9 +11,9 @@ from sparsejax.data.config import DataConfig
 from sparsejax.data.patches import (
     PatchGrid,
     find_grid,
+    flatten_image,
     identify_patches,
     read_patches,
-    scale_middle,
 )
 from sparsejax.data.source import Contents, Example, Options, Source, Split
 from sparsejax.data.tfds_builders import find_builder, make_builder
@@ -25,8 +25,6 @@ OPTIONS = Options(
     },
     with_patches=("image_channels", "random_crop", "random_flip"),
 )
-
-_LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
 
 
 class _Fields(NamedTuple):
@@ -82,7 +80,7 @@ def open_tfds(config: DataConfig) -> Source:
     def read(split: Split) -> Iterator[Example]:
         to_document = _to_bytes
         if fields.image:
-            to_document = functools.partial(_flatten_image, size=config.image_size)
+            to_document = functools.partial(flatten_image, image_size=config.image_size)
         if grid is not None:
             to_document = functools.partial(read_patches, grid=grid, image_size=config.image_size)
         keys = (fields.input_key, fields.label_key)
@@ -227,11 +225,3 @@ def _describe_files(builder: Any) -> str:
 
 def _to_bytes(text: bytes | str) -> bytes:
     return text.encode() if isinstance(text, str) else text
-
-
-def _flatten_image(image: np.ndarray, size: int) -> np.ndarray:
-    """Return uint8[H * W] grey levels of uint8[H, W, 1 | 3], or uint8[size * size] if scaled."""
-    if size:
-        image = scale_middle(image, size)
-    grey = image[..., 0] if image.shape[-1] == 1 else image @ _LUMA_WEIGHTS
-    return np.rint(grey).astype(image.dtype).reshape(-1)
