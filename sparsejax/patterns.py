@@ -61,8 +61,8 @@ class BlockChooser(Protocol):
         """Return i32[L | 1, N | 1, I], the blocks that a head keeps of each query block."""
         ...
 
-    def density(self, num_blocks: int, /) -> np.ndarray:
-        """Return f32[L | 1], the share of the visible blocks that each layer keeps."""
+    def measure_density(self, num_blocks: int, /) -> np.ndarray | float:
+        """Return f32[L], or one number: the share of the visible blocks that each layer keeps."""
         ...
 
     def __call__(

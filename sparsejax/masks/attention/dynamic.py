@@ -8,11 +8,14 @@ Legend: B batch, T query position, S key position, N query heads, K key/value he
 H head dim, I query blocks, J key blocks, R sampled queries of a query block.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sparsejax.checks import check_setting
 
 
 def count_row_blocks(num_blocks: int, *, density: float, causal: bool) -> np.ndarray:
@@ -52,34 +55,36 @@ def count_row_blocks(num_blocks: int, *, density: float, causal: bool) -> np.nda
 
 
 def sample_queries(
-    row_BI: jax.Array, *, block_size: int, num_queries: int, lookahead: bool
-) -> jax.Array:
+    num_blocks: int, *, block_size: int, num_queries: int, within: bool
+) -> np.ndarray:
     """Return the positions of the queries that stand for each query block.
 
-    In the causal form these are the first position of the block and `num_queries` - 1 before it;
-    with `lookahead` they lie evenly within the block.
-
     Args:
-      row_BI: i32[B, I], query blocks.
+      num_blocks: int, I.
       block_size: int, positions of a block.
       num_queries: int, R.
-      lookahead: bool, static.
+      within: bool, they lie evenly within the block; otherwise they are the first position of the
+        block and those before it.
 
     Returns:
-      i32[B, I, R]; what would lie before the first position is the first.
+      int[I, R]; what would lie before the first position is the first.
+
+    Example:
+      >>> sample_queries(2, block_size=8, num_queries=2, within=True).tolist()
+      [[2, 6], [10, 14]]
+      >>> sample_queries(2, block_size=8, num_queries=2, within=False).tolist()
+      [[0, 0], [8, 7]]
     """
-    first_BI1 = row_BI[..., None] * block_size
-    if lookahead:
-        step = block_size / num_queries
-        offsets = np.asarray([int(step * (r + 0.5)) for r in range(num_queries)])
-        return first_BI1 + offsets
-    return jnp.maximum(first_BI1 - np.arange(num_queries), 0)
+    first_I1, order_R = block_size * np.arange(num_blocks)[:, None], np.arange(num_queries)
+    if within:
+        return first_I1 + (block_size * (2 * order_R + 1)) // (2 * num_queries)
+    return np.maximum(first_I1 - order_R, 0)
 
 
 def score_blocks(
     q_BIRNH: jax.Array,
     k_BSKH: jax.Array,
-    positions_BIR: jax.Array,
+    positions_IR: np.ndarray,
     kv_mask_BS: jax.Array | None,
     *,
     block_size: int,
@@ -92,7 +97,7 @@ def score_blocks(
     Args:
       q_BIRNH: float[B, I, R, N, H], the sampled queries.
       k_BSKH: float[B, S, K, H].
-      positions_BIR: i32[B, I, R], of the queries: in a causal model they see keys up to there.
+      positions_IR: int[I, R], of the queries: in a causal model they see keys up to there.
       kv_mask_BS: bool[B, S], True = real token; None = all.
       block_size: int, positions of a key block.
       causal: bool, static.
@@ -103,14 +108,14 @@ def score_blocks(
     Numerics:
       Products in the type of the queries, summed in f32; softmax in f32.
     """
-    B, I, R, N, H = q_BIRNH.shape
+    B, I, R, N, H = q_BIRNH.shape  # noqa: E741
     S, K = k_BSKH.shape[1:3]
     q = q_BIRNH.reshape(B, I, R, K, N // K, H)
     scores = jnp.einsum("birkgh,bskh->bkgirs", q, k_BSKH, preferred_element_type=jnp.float32)
     scores_BNIRS = scores.reshape(B, N, I, R, S) / math.sqrt(H)
     seen = jnp.ones((1, 1, 1, 1, S), bool)
     if causal:
-        seen = (jnp.arange(S) <= positions_BIR[..., None])[:, None]
+        seen = jnp.asarray(np.arange(S) <= positions_IR[..., None])[None, None]
     if kv_mask_BS is not None:
         seen = seen & kv_mask_BS[:, None, None, None]
     # Where no key is seen, every score is the lowest finite one, and the shares are even.
@@ -122,8 +127,8 @@ def keep_top_blocks(
     scores_BNIJ: jax.Array,
     counts_NI: np.ndarray | jax.Array,
     *,
-    always_BIJ: jax.Array,
-    visible_BIJ: jax.Array,
+    always_IJ: np.ndarray,
+    visible_IJ: np.ndarray,
     most: int,
     shared: bool,
 ) -> jax.Array:
@@ -132,8 +137,8 @@ def keep_top_blocks(
     Args:
       scores_BNIJ: f32[B, N, I, J], finite.
       counts_NI: int[N | 1, I], blocks that a head keeps of a query block.
-      always_BIJ: bool[B | 1, I, J], kept whatever their scores; no more than the counts.
-      visible_BIJ: bool[B | 1, I, J], what may be kept.
+      always_IJ: bool[I, J], kept whatever their scores; no more than the counts.
+      visible_IJ: bool[I, J], what may be kept.
       most: int, the largest count.
       shared: bool, static; the heads share the sum of their counts, which goes to the highest
         scores of all heads together.
@@ -141,9 +146,9 @@ def keep_top_blocks(
     Returns:
       bool[B, N, I, J]; of equal scores the first head, then the first block, is kept.
     """
-    B, N, I, J = scores_BNIJ.shape
-    scores = jnp.where(always_BIJ[:, None], jnp.inf, scores_BNIJ)
-    scores = jnp.where(visible_BIJ[:, None], scores, -jnp.inf)
+    B, N, I, J = scores_BNIJ.shape  # noqa: E741
+    scores = jnp.where(always_IJ, jnp.inf, scores_BNIJ)
+    scores = jnp.where(visible_IJ, scores, -jnp.inf)
     counts = jnp.broadcast_to(jnp.asarray(counts_NI), (N, I))
     if shared:
         scores = scores.swapaxes(1, 2).reshape(B, I, N * J)
@@ -155,3 +160,187 @@ def keep_top_blocks(
     rows = jnp.zeros((*scores.shape[:-1], scores.shape[-1] + 1), bool)
     kept = jnp.put_along_axis(rows, chosen, True, axis=-1, inplace=False)[..., :-1]
     return kept.reshape(B, I, N, J).swapaxes(1, 2) if shared else kept
+
+
+# How a score is made of its parts; chosen on calibration documents of a pretrained model, see
+# `benchmarks/pretrained_attention.py`.
+_SEEN, _EXPECTED, _NEAR_HISTORY, _NEAR_SEEN = 0.3, 0.5, 0.5, 0.25
+
+
+def predict_scores(shares_BNIJ: jax.Array, *, num_sinks: int) -> jax.Array:
+    """Predict which key blocks the queries of a block will need, from what the sampled ones saw.
+
+    A sampled query tells of one moment. What its head did at the blocks before tells how often it
+    looks far away at all, and how much at the block before. With p the shares, d = i - j >= 2 the
+    distance of a far block, and means over the query blocks up to i,
+
+      need_i = mean_i' max_(j far) p_(i' j)^2,   near_i = mean_i' (p_(i' i'-1)^2 + p_(i' i'-2)^2) / 2
+
+      score_ij = 0.3 p_ij^2 + 0.5 need_i d^-2 / sum_far d^-2   far blocks
+      score_ij = 0.25 p_ij^2 + 0.5 near_i                      the block before
+
+    Squares, since a loss grows faster than a share that is missed.
+
+    Args:
+      shares_BNIJ: f32[B, N, I, J], what `score_blocks` returned; I = J.
+      num_sinks: int, first key blocks, which are kept anyway and not far.
+
+    Returns:
+      f32[B, N, I, J], causal: row i depends on rows up to i.
+    """
+    num_blocks = shares_BNIJ.shape[-1]
+    row, column = np.indices((num_blocks, num_blocks))
+    distance = row - column
+    far_IJ = (distance >= 2) & (column >= num_sinks)
+    near_IJ = distance == 1
+    counted_I = np.arange(1, num_blocks + 1)
+
+    def average(values_BNI):
+        return jnp.cumsum(values_BNI, axis=-1) / counted_I
+
+    squares = shares_BNIJ**2
+    need_BNI = average(jnp.max(squares, axis=-1, where=far_IJ, initial=0.0))
+    recent_IJ = near_IJ | ((distance == 2) & far_IJ)
+    near_BNI = average(jnp.sum(squares, axis=-1, where=recent_IJ) / 2)
+    weight_IJ = np.where(far_IJ, 1.0 / np.maximum(distance, 1) ** 2, 0.0)
+    weight_IJ /= np.maximum(weight_IJ.sum(-1, keepdims=True), 1e-9)
+    weight_IJ = weight_IJ.astype(np.float32)
+    far = _SEEN * squares + _EXPECTED * need_BNI[..., None] * weight_IJ
+    near = _NEAR_SEEN * squares + _NEAR_HISTORY * near_BNI[..., None]
+    return jnp.where(near_IJ, near, far)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicBlocks:
+    """A `BlockChooser`: the blocks of each input and head that sampled queries ask for.
+
+    Attributes:
+      density: share of the visible blocks that a model keeps, exactly.
+      block_size: side of a block, positions.
+      num_blocks: blocks along one side of the longest input.
+      causal: what a query block keeps depends on positions up to its first; otherwise on all.
+      num_queries: sampled queries of each query block.
+      num_sinks: first key blocks that are always kept, beside the diagonal.
+      share_heads: the heads of a layer share their budget of a query block; otherwise each keeps as
+        many blocks as the others.
+      lookahead: sample the queries of the block itself in a causal model. It reads a prompt that is
+        known, and cannot train or generate.
+
+    Raises:
+      ValueError: if a value is out of range.
+
+    Example:
+      >>> blocks = DynamicBlocks(density=0.5, block_size=4, num_blocks=4, causal=True)
+      >>> q = k = jax.random.normal(jax.random.key(0), (1, 16, 2, 8))
+      >>> kept = blocks(q, k, None, blocks.count(4)[0])
+      >>> kept.shape, int(kept.sum()), bool(kept[:, :, 2, 0].all())
+      ((1, 2, 4, 4), 14, True)
+    """
+
+    density: float
+    block_size: int
+    num_blocks: int
+    causal: bool
+    num_queries: int = 1
+    num_sinks: int = 1
+    share_heads: bool = True
+    lookahead: bool = False
+
+    def __post_init__(self):
+        for name in ("block_size", "num_blocks", "num_queries"):
+            check_setting(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        expected = f"at most block_size={self.block_size}"
+        check_setting(
+            self.num_queries <= self.block_size, "num_queries", self.num_queries, expected
+        )
+        check_setting(
+            0 <= self.num_sinks <= self.num_blocks,
+            "num_sinks",
+            self.num_sinks,
+            f"in [0, {self.num_blocks}]",
+        )
+        check_setting(
+            self.causal or not self.lookahead, "lookahead", self.lookahead, "False without causal"
+        )
+        always = self._list_always(self.num_blocks)
+        fits = (always.sum(-1) <= self.count(self.num_blocks)[0]).all()
+        check_setting(
+            bool(fits), "density", self.density, f"enough for {self.num_sinks} sinks and a diagonal"
+        )
+
+    def count(self, num_blocks: int) -> np.ndarray:
+        """Return i32[1, 1, I], the blocks of each query block of an input of that many.
+
+        Args:
+          num_blocks: I, at most those of the longest input.
+
+        Returns:
+          The counts of the longest input, cut.
+        """
+        counts = count_row_blocks(self.num_blocks, density=self.density, causal=self.causal)
+        return counts[None, None, :num_blocks].astype(np.int32)
+
+    def measure_density(self, num_blocks: int) -> float:
+        """Return the share of the visible blocks that is kept.
+
+        Args:
+          num_blocks: I = J.
+
+        Returns:
+          float in (0, 1].
+        """
+        visible = num_blocks * (num_blocks + 1) / 2 if self.causal else num_blocks**2
+        return float(self.count(num_blocks).sum() / visible)
+
+    def __call__(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        kv_mask_BS: jax.Array | None,
+        counts_NI: jax.Array,
+    ) -> jax.Array:
+        """Choose blocks.
+
+        Args:
+          q_BTNH: float[B, T, N, H], whole blocks.
+          k_BSKH: float[B, T, K, H].
+          kv_mask_BS: bool[B, T], True = real token; None = all.
+          counts_NI: i32[N | 1, I' >= I], see `count`.
+
+        Returns:
+          bool[B, N, I, I], True = kept.
+        """
+        num_blocks = q_BTNH.shape[1] // self.block_size
+        positions_IR = sample_queries(
+            num_blocks,
+            block_size=self.block_size,
+            num_queries=self.num_queries,
+            within=self.lookahead or not self.causal,
+        )
+        q, k = jax.lax.stop_gradient((q_BTNH, k_BSKH))
+        scores_BNIJ = score_blocks(
+            q[:, positions_IR],
+            k,
+            positions_IR,
+            kv_mask_BS,
+            block_size=self.block_size,
+            causal=self.causal,
+        )
+        if self.causal and not self.lookahead:
+            scores_BNIJ = predict_scores(scores_BNIJ, num_sinks=self.num_sinks)
+        return keep_top_blocks(
+            scores_BNIJ,
+            counts_NI[:, :num_blocks],
+            always_IJ=self._list_always(num_blocks),
+            visible_IJ=self._list_visible(num_blocks),
+            most=int(self.count(num_blocks).max()),
+            shared=self.share_heads,
+        )
+
+    def _list_visible(self, num_blocks):
+        visible_IJ = np.ones((num_blocks, num_blocks), bool)
+        return np.tril(visible_IJ) if self.causal else visible_IJ
+
+    def _list_always(self, num_blocks):
+        sinks_J = np.arange(num_blocks) < self.num_sinks
+        return (np.eye(num_blocks, dtype=bool) | sinks_J) & self._list_visible(num_blocks)
