@@ -9,6 +9,7 @@ from sparsejax.masks.attention.fixed import (
     hybrid_mask,
     longformer,
     pattern_at_density,
+    sink_window,
     sliding_window,
 )
 from sparsejax.masks.attention.flood_fill import (
@@ -90,6 +91,7 @@ __all__ = [
     "reset_moments",
     "retained_l1",
     "sat_pattern",
+    "sink_window",
     "sliding_window",
     "soft_threshold",
     "soft_threshold_mask",
