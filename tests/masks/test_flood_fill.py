@@ -1,5 +1,6 @@
 """SPION's rules: hand-worked grids, a plain NumPy telling of them, and their invariants."""
 
+import functools
 import math
 
 import hypothesis
@@ -10,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.masks import flood_fill, pool_attention, spion_pattern, top_k_blocks
+from sparsejax.masks import (
+    block_density,
+    flood_fill,
+    flood_reach,
+    pool_attention,
+    spion_pattern,
+    top_k_blocks,
+)
 
 
 def pool_oracle(attention, *, block_size, filter_size, causal=False):
@@ -57,6 +65,32 @@ def flood_fill_oracle(pooled, *, quantile, causal=False):
     for row, column in starts:
         walk_oracle(np.pad(pooled, (0, 1)), threshold, row, column, kept)
     return kept | np.eye(size, dtype=bool)
+
+
+def flood_oracle(pooled, *, threshold, causal):
+    """Spread from block to block, as water does; starts spread whether they are kept or not."""
+    size = len(pooled)
+    visible = np.tril(np.ones((size, size), bool)) if causal else np.ones((size, size), bool)
+    starts = [(i, i) if causal else (0, i) for i in range(size)] + [(i, 0) for i in range(size)]
+    kept = np.zeros((size, size), bool)
+    wet = list(starts)
+    for start in starts:
+        kept[start] = pooled[start] > threshold
+    while wet:
+        row, column = wet.pop()
+        for i, j in ((row + 1, column), (row, column + 1), (row + 1, column + 1)):
+            if max(i, j) < size and visible[i, j] and not kept[i, j] and pooled[i, j] > threshold:
+                kept[i, j] = True
+                wet.append((i, j))
+    return kept | np.eye(size, dtype=bool)
+
+
+def draw_causal_maps(size, layers=3):
+    """Pooled maps like those of decoders: a sink, a heavy diagonal, and noise elsewhere."""
+    noise = np.random.default_rng(size).random((layers, size, size), np.float32)
+    distance = np.subtract.outer(np.arange(size), np.arange(size))
+    maps = noise + 2 * (np.arange(size) == 0) + 4 * np.exp(-distance.clip(0) / 2)
+    return np.tril(maps).astype(np.float32)
 
 
 def top_k_oracle(pooled, *, density, causal=False):
@@ -113,7 +147,7 @@ def test_causal_fill_starts_on_the_diagonal_and_sees_only_the_visible():
         ],
         np.float32,
     )
-    kept = flood_fill(jnp.array(grid), quantile=0.5, causal=True)
+    kept = flood_fill(jnp.array(grid), quantile=0.5, causal=True, walk="greedy")
     assert off_diagonal_blocks(kept) == {(3, 1), (4, 1), (3, 2)}
 
 
@@ -125,12 +159,90 @@ def test_flood_fill_equals_the_rules_told_plainly(causal, quantile, data):
     elements = st.integers(0, 6).map(float)  # few values make many ties
     shape = (2, 6, 6)
     pooled = data.draw(hypothesis_numpy.arrays(np.float32, shape, elements=elements))
-    kept = np.array(flood_fill(jnp.array(pooled), quantile=quantile, causal=causal))
+    kept = np.array(flood_fill(jnp.array(pooled), quantile=quantile, causal=causal, walk="greedy"))
     for layer, layer_kept in zip(pooled, kept, strict=True):
         expected = flood_fill_oracle(layer, quantile=quantile, causal=causal)
         np.testing.assert_array_equal(layer_kept, expected)
         if not causal:
             assert layer_kept.sum() <= math.ceil((1 - quantile) * 35) + 6
+
+
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
+@pytest.mark.parametrize("quantile", [0.57, pytest.param(0.9, marks=pytest.mark.ci)])
+@hypothesis.settings(derandomize=True)
+@hypothesis.given(data=st.data())
+def test_a_flood_spreads_over_blocks_above_the_quantile(causal, quantile, data):
+    elements = st.integers(0, 6).map(float)
+    shape = (2, 6, 6)
+    pooled = data.draw(hypothesis_numpy.arrays(np.float32, shape, elements=elements))
+    kept = flood_fill(jnp.array(pooled), quantile=quantile, causal=causal, walk="flood")
+    for layer, layer_kept in zip(pooled, kept, strict=True):
+        values = layer[np.tril_indices(6)] if causal else layer
+        threshold = np.quantile(values.astype(np.float64), quantile)
+        expected = flood_oracle(layer, threshold=threshold, causal=causal)
+        np.testing.assert_array_equal(layer_kept, expected)
+
+
+def test_an_island_waits_for_a_bridge():
+    # The 9 is the largest block, and only the 2 and the 3 lead to it.
+    grid = np.array(
+        [[7, 0, 0, 0, 0], [6, 7, 0, 0, 0], [1, 6, 7, 0, 0], [1, 2, 6, 7, 0], [1, 1, 9, 3, 7]],
+        np.float32,
+    )
+    grid[3, 2] = 0
+    kept = {
+        density: off_diagonal_blocks(flood_fill(jnp.array(grid), density=density, causal=True))
+        for density in (7 / 15, 8 / 15, 9 / 15)
+    }
+    assert kept[7 / 15] == {(1, 0), (2, 1)}
+    assert kept[8 / 15] == {(1, 0), (2, 1), (4, 3)}
+    assert kept[9 / 15] == {(1, 0), (2, 1), (4, 3), (3, 1)}
+    more = off_diagonal_blocks(flood_fill(jnp.array(grid), density=10 / 15, causal=True))
+    assert more == kept[9 / 15] | {(4, 2)}
+
+
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
+def test_a_flood_reaches_every_block_and_a_lower_quantile_keeps_a_superset(causal):
+    maps = draw_causal_maps(24) if causal else np.random.default_rng(9).random((3, 24, 24))
+    maps = jnp.asarray(maps, jnp.float32)
+    visible = 24 * 25 // 2 if causal else 24**2
+    before = np.eye(24, dtype=bool)
+    for quantile in (0.9, 0.4, 1e-6):
+        kept = np.array(flood_fill(maps, quantile=quantile, causal=causal, walk="flood"))
+        assert (kept | ~before).all() and kept.diagonal(axis1=1, axis2=2).all()
+        assert (kept.sum((1, 2)) <= math.ceil((1 - quantile) * visible) + 24).all()
+        before = kept
+    # Nothing is above the quantile but what is above the least block.
+    assert (kept.sum((1, 2)) >= visible - 1).all()
+    assert (flood_reach(maps, causal=causal, walk="flood") == 1).all()
+
+
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
+def test_a_density_is_met_exactly_and_more_of_it_keeps_a_superset(causal):
+    maps = jnp.array(draw_causal_maps(16))
+    visible = 16 * 17 // 2 if causal else 16**2
+    before = np.eye(16, dtype=bool)
+    # The density of a measured mask, rounded to f32, gives back its count.
+    for count in (16, 41, visible):
+        density = float(np.float32(count) / np.float32(visible))
+        kept = np.array(flood_fill(maps, density=density, causal=causal, walk="flood"))
+        np.testing.assert_array_equal(kept.sum((1, 2)), count)
+        assert (kept | ~before).all() and not (causal and np.triu(kept, 1).any())
+        before = kept
+
+
+def test_greedy_walks_say_how_far_they_get_in_a_causal_map():
+    maps = jnp.array(draw_causal_maps(32))
+    reach = flood_reach(maps, causal=True, walk="greedy")
+    assert (reach < 0.19).all(), "they stay on the diagonal and in the first column"
+    kept = flood_fill(maps, causal=True, walk="greedy", density=0.3)
+    np.testing.assert_allclose(block_density(kept, causal=True), reach, rtol=1e-6)
+    flooded = flood_fill(maps, causal=True, density=0.3)
+    np.testing.assert_array_equal(flooded.sum((1, 2)), 158)
+    below, flooded_below = (
+        np.array(mask).diagonal(-1, axis1=1, axis2=2).mean() for mask in (kept, flooded)
+    )
+    assert below < 0.2 and flooded_below == 1
 
 
 @pytest.mark.ci
@@ -205,6 +317,9 @@ def test_pattern_is_pooling_then_selection(variant, causal):
         )
         if density is None:
             expected = flood_fill_oracle(pooled, quantile=0.8, causal=causal)
+            if causal:
+                threshold = np.quantile(pooled[np.tril_indices(8)], 0.8)
+                expected = flood_oracle(pooled, threshold=threshold, causal=True)
         else:
             expected = top_k_oracle(pooled, density=density, causal=causal)
         np.testing.assert_array_equal(kept[layer], expected)
@@ -223,6 +338,19 @@ def test_layers_are_independent_and_compilation_changes_nothing(variant):
     np.testing.assert_array_equal(spion_pattern(attention[order], **options), kept[order])
     with jax.disable_jit():
         np.testing.assert_array_equal(spion_pattern(attention, **options), kept)
+
+
+@pytest.mark.parametrize(
+    "select",
+    [flood_fill, pytest.param(functools.partial(top_k_blocks, exact=True), marks=pytest.mark.ci)],
+)
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
+def test_a_density_of_a_map_with_a_nan_keeps_its_diagonal_alone(select, causal):
+    pooled = np.random.default_rng(5).random((2, 5, 5), np.float32)
+    pooled[0, 4, 1] = np.nan
+    kept = np.array(select(jnp.array(pooled), density=0.6, causal=causal))
+    np.testing.assert_array_equal(kept[0], np.eye(5, dtype=bool))
+    assert kept[1].sum() == (9 if causal else 15)
 
 
 @pytest.mark.parametrize("variant", ["cf", "c"])
@@ -257,6 +385,18 @@ def test_top_k_takes_the_largest_beside_the_diagonal(density, causal):
     np.testing.assert_array_equal(kept, top_k_oracle(pooled, density=density, causal=causal))
 
 
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.ci), True])
+def test_exact_top_k_keeps_as_many_blocks_of_every_head(causal):
+    pooled = np.random.default_rng(7).random((2, 3, 7, 7), np.float32)
+    kept = np.array(top_k_blocks(jnp.array(pooled), density=0.5, causal=causal, exact=True))
+    count = 14 if causal else 25
+    np.testing.assert_array_equal(kept.sum((2, 3)), count)
+    beside = np.where(np.eye(7, dtype=bool), -1, np.tril(pooled) if causal else pooled)
+    for values, chosen in zip(beside.reshape(6, -1), kept.reshape(6, -1), strict=True):
+        assert chosen[np.argsort(-values)[: count - 7]].all()
+    assert kept.diagonal(axis1=2, axis2=3).all() and not (causal and np.triu(kept, 1).any())
+
+
 SQUARE = jnp.ones((8, 8))
 
 
@@ -271,7 +411,10 @@ SQUARE = jnp.ones((8, 8))
         (SQUARE, {"filter_size": 4}, "filter_size=4"),
         (SQUARE, {"variant": "fc"}, "variant='fc'"),
         (SQUARE, {"variant": "c"}, "density=None"),
-        (SQUARE, {"density": 0.5}, "density=0.5"),
+        (SQUARE, {"density": 0.5}, "quantile=0.9 and density=0.5"),
+        (SQUARE, {"quantile": None}, "quantile=None and density=None"),
+        (SQUARE, {"quantile": None, "density": 0.2}, "density=0.2"),
+        (SQUARE, {"walk": "drunken"}, "walk='drunken'"),
         (SQUARE, {"variant": "c", "density": 0.2}, "density=0.2"),
         (SQUARE, {"variant": "c", "density": float("nan")}, "density=nan"),
         (jnp.ones((8, 4)), {}, r"attention.shape=\(8, 4\)"),

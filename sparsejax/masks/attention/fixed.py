@@ -4,13 +4,14 @@ Block (i, j) holds the queries of block i and the keys of block j. A causal patt
 pattern itself without the blocks above the diagonal.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sparsejax.masks.attention.block_grids import count_at_density, visible_blocks
 
 
 class Grid(NamedTuple):
@@ -59,7 +60,7 @@ def sliding_window(num_blocks: int, *, width: int, causal: bool = False) -> jax.
              [0, 1, 1]], dtype=int32)
     """
     _check_at_least(1, num_blocks=num_blocks, width=width)
-    return jnp.asarray((_distance(num_blocks) < width) & _visible(num_blocks, causal))
+    return jnp.asarray((_distance(num_blocks) < width) & visible_blocks(num_blocks, causal=causal))
 
 
 def sink_window(
@@ -95,7 +96,7 @@ def sink_window(
     _check_at_least(0, num_sinks=num_sinks)
     window = sliding_window(num_blocks, width=width, causal=causal)
     sinks = np.arange(num_blocks) < num_sinks
-    return window | (sinks & _visible(num_blocks, causal))
+    return window | (sinks & visible_blocks(num_blocks, causal=causal))
 
 
 def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = False) -> jax.Array:
@@ -127,7 +128,9 @@ def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = F
     """
     _check_at_least(0, num_global=num_global)
     window = sliding_window(num_blocks, width=width, causal=causal)
-    return window | ((_nearest_border(num_blocks) < num_global) & _visible(num_blocks, causal))
+    return window | (
+        (_nearest_border(num_blocks) < num_global) & visible_blocks(num_blocks, causal=causal)
+    )
 
 
 def bigbird(
@@ -168,7 +171,7 @@ def bigbird(
     """
     _check_at_least(0, num_random=num_random)
     fixed = longformer(num_blocks, width=width, num_global=num_global, causal=causal)
-    candidates = _visible(num_blocks, causal) & ~fixed
+    candidates = visible_blocks(num_blocks, causal=causal) & ~fixed
     draws = jnp.where(candidates, jax.random.uniform(key, fixed.shape, jnp.float32), jnp.inf)
     rank_in_row = draws.argsort(axis=1).argsort(axis=1)
     return fixed | (candidates & (rank_in_row < num_random))
@@ -300,15 +303,8 @@ def pattern_at_density(
              [1, 0, 0, 1]], dtype=int32)
     """
     _check_at_least(1, num_blocks=num_blocks)
-    visible = _visible(num_blocks, causal)
-    visible_count = num_blocks * (num_blocks + 1) // 2 if causal else num_blocks**2
-    count = math.floor(density * visible_count + 0.5) if 0 < density <= 1 else 0
-    if count < num_blocks:
-        raise ValueError(
-            f"density must be at most 1 and at least {num_blocks / visible_count:.4g}, the "
-            f"share of the diagonal blocks, got density={density}"
-        )
-
+    visible = visible_blocks(num_blocks, causal=causal)
+    count = count_at_density(density, visible)
     if name not in FIXED_PATTERNS:
         raise ValueError(f"name must be one of {tuple(FIXED_PATTERNS)}, got name={name!r}")
     _check_at_least(1, num_sinks=num_sinks)
@@ -379,11 +375,6 @@ def _distance(num_blocks: int) -> np.ndarray:
 def _nearest_border(num_blocks: int) -> np.ndarray:
     index = np.arange(num_blocks)
     return np.minimum(index[:, None], index)
-
-
-def _visible(num_blocks: int, causal: bool) -> np.ndarray:
-    everything = np.ones((num_blocks, num_blocks), bool)
-    return np.tril(everything) if causal else everything
 
 
 def _check_at_least(minimum: int, **counts: int) -> None:
