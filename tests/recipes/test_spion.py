@@ -151,7 +151,8 @@ def test_a_density_takes_the_place_of_the_quantile_and_what_walks_cannot_reach_i
     dense, sparse = recipe.phases
     sparsity = recipe.init(MASKS, {}, jax.random.key(0))
     assert recipe.phase_metrics(sparsity, dense) == {}
-    sparsity, _ = observe_jitted(config)(sparsity, draw_maps(1, causal=True))
+    maps = np.tril(np.ones((LENGTH, LENGTH), np.float32)) + 9 * np.eye(LENGTH, dtype=np.float32)
+    sparsity, _ = observe_jitted(config)(sparsity, jnp.array([maps, maps]))
     sparsity = recipe.enter_phase(sparsity, sparse, previous=dense)
     kept = np.array(sparsity.masks["blocks"]["block_mask"]).sum((1, 2, 3, 4))
     values = fetch_metrics(recipe.phase_metrics(sparsity, sparse))

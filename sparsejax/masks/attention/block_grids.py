@@ -27,7 +27,11 @@ def check_square(name: str, x: jax.Array) -> None:
 
 
 def visible_blocks(num_blocks: int, *, causal: bool) -> np.ndarray:
-    """Return bool[NB, NB], True where queries see keys: everywhere, or up to the diagonal."""
+    """Return where queries see keys: everywhere, or on and below the diagonal if causal.
+
+    Returns:
+      bool[NB, NB], True = visible.
+    """
     everything = np.ones((num_blocks, num_blocks), bool)
     return np.tril(everything) if causal else everything
 
@@ -53,7 +57,14 @@ def count_at_density(density: float, visible: np.ndarray) -> int:
 
 
 def keep_diagonal(kept: jax.Array) -> jax.Array:
-    """Keep the diagonal beside what is kept, bool[..., NB, NB]."""
+    """Keep the diagonal beside what is kept.
+
+    Args:
+      kept: bool[..., NB, NB].
+
+    Returns:
+      bool[..., NB, NB].
+    """
     return jnp.where(np.eye(kept.shape[-1], dtype=bool), True, kept)
 
 
