@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax.checks import check_used, make_check
@@ -223,11 +224,15 @@ def make_spion(config: SpionConfig) -> Recipe:
             statistics={"pooled": pooled},
         )
 
+    @jax.jit
+    def measure_reach(pooled):
+        reach = flood_reach(pooled, causal=config.causal, walk=walk)
+        return {"reach": reach, "wanted_density": jnp.float32(config.wanted_density)}
+
     def phase_metrics(sparsity, phase):
         if phase.name == "dense" or config.variant == "c" or walk == "flood":
             return {}
-        reach = flood_reach(sparsity.statistics["pooled"], causal=config.causal, walk=walk)
-        return {"reach": reach, "wanted_density": jnp.float32(config.wanted_density)}
+        return measure_reach(sparsity.statistics["pooled"])
 
     restart = config.restart_learning_rate
     if restart is None:
