@@ -60,8 +60,8 @@ RUNS: dict[str, _Run] = {
         "quickstart",
         _SHORT
         | {"recipe.spion.variant": "c", "recipe.spion.density": 0.4}
-        # "c" knows no quantile.
-        | {"recipe.spion.quantile": None},
+        # "c" knows neither.
+        | {"recipe.spion.quantile": None, "recipe.spion.walk": None},
     ),
     "spion-f": _Run("quickstart", _SHORT | {"recipe.spion.variant": "f"}),
     "static_attention": _Run(

@@ -9,14 +9,10 @@ from sparsejax.masks.attention.fixed import (
     hybrid_mask,
     longformer,
     pattern_at_density,
+    sink_window,
     sliding_window,
 )
-from sparsejax.masks.attention.flood_fill import (
-    flood_fill,
-    pool_attention,
-    spion_pattern,
-    top_k_blocks,
-)
+from sparsejax.masks.attention.flood_fill import choose_walk, flood_fill, flood_reach
 from sparsejax.masks.attention.sat import (
     count_kept_blocks,
     map_distance,
@@ -24,6 +20,7 @@ from sparsejax.masks.attention.sat import (
     model_pooled_map,
     sat_pattern,
 )
+from sparsejax.masks.attention.spion import pool_attention, spion_pattern, top_k_blocks
 from sparsejax.masks.weights.counts import count_kept, update_counts
 from sparsejax.masks.weights.decay import decay_in_backward, masked_decay
 from sparsejax.masks.weights.densities import layer_densities, layer_densities_at
@@ -64,6 +61,7 @@ __all__ = [
     "bigbird",
     "block_density",
     "block_scores",
+    "choose_walk",
     "count_kept",
     "count_kept_blocks",
     "decay_in_backward",
@@ -73,6 +71,7 @@ __all__ = [
     "expand_mask",
     "flip_rate",
     "flood_fill",
+    "flood_reach",
     "hybrid_blocks",
     "hybrid_mask",
     "layer_densities",
@@ -90,6 +89,7 @@ __all__ = [
     "reset_moments",
     "retained_l1",
     "sat_pattern",
+    "sink_window",
     "sliding_window",
     "soft_threshold",
     "soft_threshold_mask",

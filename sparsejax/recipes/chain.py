@@ -65,6 +65,7 @@ def chain(attention: Recipe, weights: Recipe) -> Recipe:
         observe=functools.partial(_observe, recipes),
         enter_phase=functools.partial(_enter_phase, recipes),
         phase_metrics=functools.partial(_phase_metrics, recipes),
+        phase_warnings=functools.partial(_phase_warnings, recipes),
         account=functools.partial(_account, recipes),
         progress_metrics=attention.progress_metrics + weights.progress_metrics,
         draw_phase=functools.partial(_draw_phase, recipes),
@@ -268,6 +269,10 @@ def _phase_metrics(recipes, sparsity, phase):
         recipe.phase_metrics(_view(sparsity, part), own)
         for part, recipe, own in _each(recipes, phase)
     )
+
+
+def _phase_warnings(recipes, values):
+    return tuple(warning for recipe in recipes for warning in recipe.phase_warnings(values))
 
 
 def _merge_metrics(found: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

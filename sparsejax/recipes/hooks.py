@@ -175,6 +175,17 @@ class PhaseMetrics(Protocol):
         ...
 
 
+class PhaseWarnings(Protocol):
+    """What a person should know of a phase as it begins, from its `PhaseMetrics` as numbers.
+
+    SPION: greedy walks may reach fewer blocks than its settings ask for.
+    """
+
+    def __call__(self, values: Mapping[str, Any], /) -> Sequence[str]:
+        """Return a line for each."""
+        ...
+
+
 class Account(Protocol):
     """What a step means for the ledger of FLOPs, from its metrics as numbers and lists.
 

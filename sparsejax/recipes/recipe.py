@@ -11,8 +11,8 @@ has a default that does nothing (below), so a method states only what it does:
   between two phases       enter_phase
 
 A recipe also owns its reports: what a step means for the ledger of FLOPs (account), the metrics in
-progress lines (progress_metrics), what is worth saying of a phase as it begins (phase_metrics), and
-the pictures of a phase and of a run (draw_phase, draw_run).
+progress lines (progress_metrics), what is worth saying of a phase as it begins (phase_metrics,
+phase_warnings), and the pictures of a phase and of a run (draw_phase, draw_run).
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,6 +100,11 @@ def _measure_no_phase(sparsity: Sparsity, phase: Phase, /) -> dict[str, jax.Arra
     return {}
 
 
+def _warn_of_nothing(values: Mapping[str, Any], /) -> Sequence[str]:
+    del values
+    return ()
+
+
 def _account_for_nothing(values: Mapping[str, Any], /) -> StepAccount:
     del values
     return StepAccount()
@@ -140,6 +145,7 @@ class Recipe(NamedTuple):
     observe: hooks.Observe = _observe_nothing
     enter_phase: hooks.EnterPhase = _enter_unchanged
     phase_metrics: hooks.PhaseMetrics = _measure_no_phase
+    phase_warnings: hooks.PhaseWarnings = _warn_of_nothing
     account: hooks.Account = _account_for_nothing
     progress_metrics: tuple[tuple[str, str], ...] = ()
     draw_phase: hooks.DrawPhase = _draw_no_phase

@@ -330,6 +330,8 @@ class _Loop:
         }
         if begun := self.run.recipe.phase_metrics(self.state.sparsity, self.phase):
             row["phase_metrics"] = fetch_metrics(fetch(begun))
+            for warning in self.run.recipe.phase_warnings(row["phase_metrics"]):
+                say(f"warning: {warning}")
         if record:
             # Drawn first: TensorBoard shows the pictures beside the row.
             self._draw_phase()

@@ -47,6 +47,17 @@ def _spion(maps):
     ]  # fmt: skip
 
 
+def _flood(pooled):
+    return [
+        (
+            masks.flood_fill(pooled, density=0.7, causal=causal, walk=walk),
+            masks.flood_reach(pooled, causal=causal, walk=walk),
+        )
+        for causal in (False, True)
+        for walk in ("greedy", "flood")
+    ] + [masks.top_k_blocks(pooled, density=0.7, exact=True)]
+
+
 def _sat(weights, maps):
     pattern = masks.sat_pattern(weights, density=0.7, causal=True)
     return pattern, masks.map_skewness(maps), masks.map_distance(maps, 2 * maps)
@@ -102,6 +113,7 @@ def _schedules(step):
 MASK_CALLS = {
     "fixed patterns": (_fixed_patterns, (_SEED,)),
     "SPION": (_spion, (_MAPS,)),
+    "flood fill": (_flood, (_POOLED,)),
     "SAT": (_sat, (_POOLED, _MAPS)),
     "drop and grow": (_drop_and_grow, (_W, _GRAD, _MASK, _SEED)),
     "selection": (_select, (_W, _MASK, _SEED)),

@@ -9,6 +9,7 @@ _FST = {
     "recipe__fst__grad_pruning": "mvue",
 }
 _SPION = {
+    "recipe__spion__walk": "greedy",  # the only one with metrics of a phase
     "recipe__spion__latest_switch_fraction": 2 / 6,
     "recipe__spion__probe_interval_fraction": 1 / 6,
 }

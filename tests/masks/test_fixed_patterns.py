@@ -1,6 +1,7 @@
 """The static patterns: their definitions, and exact counts at a requested density."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,10 +12,11 @@ from sparsejax.masks import (
     hybrid_mask,
     longformer,
     pattern_at_density,
+    sink_window,
     sliding_window,
 )
 
-FAMILIES = ["sliding_window", "longformer", "bigbird"]
+FAMILIES = ["sliding_window", "sink_window", "longformer", "bigbird"]
 
 
 def visible_blocks(num_blocks, causal):
@@ -30,6 +32,31 @@ def test_window_and_globals_are_where_the_definitions_say(causal):
     np.testing.assert_array_equal(
         longformer(12, width=3, num_global=2, causal=causal), (window | globals_) & visible
     )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sinks_are_seen_by_every_block_and_see_no_more_than_others(causal):
+    expected = [
+        [(abs(i - j) < 3 or j < 2) and (j <= i or not causal) for j in range(12)] for i in range(12)
+    ]
+    mask = np.array(sink_window(12, width=3, num_sinks=2, causal=causal))
+    np.testing.assert_array_equal(mask, expected)
+    # What the definition keeps is what its own density gives.
+    density = float(block_density(jnp.asarray(mask), causal=causal))
+    again = pattern_at_density("sink_window", 12, density=density, causal=causal, num_sinks=2)
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_a_count_between_two_windows_fills_the_next_diagonal_from_its_first_block():
+    # The diagonal, ten more sinks of the first column and two of the sub-diagonal's ten others.
+    mask = np.array(pattern_at_density("sink_window", 12, density=25 / 78, causal=True))
+    assert mask.sum() == 25 and mask[:, 0].all()
+    beside = mask & ~np.eye(12, dtype=bool)
+    beside[:, 0] = False
+    assert np.argwhere(beside).tolist() == [[2, 1], [3, 2]]
+    # Too few for the whole column: the blocks that no window reaches come first.
+    mask = np.array(pattern_at_density("sink_window", 12, density=15 / 78, causal=True))
+    assert np.argwhere(mask & ~np.eye(12, dtype=bool)).tolist() == [[9, 0], [10, 0], [11, 0]]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -153,6 +180,8 @@ def test_hybrid_blocks_cover_the_mask_and_nothing_else(causal):
         (lambda: sliding_window(0, width=1), "num_blocks=0"),
         (lambda: sliding_window(4, width=0), "width=0"),
         (lambda: longformer(4, width=1, num_global=-1), "num_global=-1"),
+        (lambda: sink_window(4, width=1, num_sinks=-1), "num_sinks=-1"),
+        (lambda: pattern_at_density("sink_window", 4, density=0.5, num_sinks=5), "num_sinks=5"),
         (
             lambda: bigbird(4, width=1, num_global=0, num_random=-2, key=jax.random.key(0)),
             "num_random=-2",

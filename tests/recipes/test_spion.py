@@ -129,7 +129,7 @@ def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
     expected = spion_pattern(
         draw_maps(2, causal),
         block_size=BLOCK,
-        quantile=0.7,
+        quantile=config.quantile,
         filter_size=5,
         variant=variant,
         density=config.density,
@@ -141,6 +141,35 @@ def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
     # The big map is gone; what the pictures need stays.
     assert set(sparsity.statistics) == {"pooled"}
     np.testing.assert_array_equal(sparsity.statistics["pooled"], pooled)
+
+
+@pytest.mark.parametrize("walk", ["greedy", "flood", None])
+def test_a_density_takes_the_place_of_the_quantile_and_what_walks_cannot_reach_is_told(walk):
+    settings = {"quantile": None, "density": 1.0, "walk": walk, "causal": True}
+    config = dataclasses.replace(BASE, **settings)
+    recipe = make_spion(config)
+    dense, sparse = recipe.phases
+    sparsity = recipe.init(MASKS, {}, jax.random.key(0))
+    assert recipe.phase_metrics(sparsity, dense) == {}
+    maps = np.tril(np.ones((LENGTH, LENGTH), np.float32)) + 9 * np.eye(LENGTH, dtype=np.float32)
+    sparsity, _ = observe_jitted(config)(sparsity, jnp.array([maps, maps]))
+    sparsity = recipe.enter_phase(sparsity, sparse, previous=dense)
+    kept = np.array(sparsity.masks["blocks"]["block_mask"]).sum((1, 2, 3, 4))
+    values = fetch_metrics(recipe.phase_metrics(sparsity, sparse))
+    if walk != "greedy":
+        assert kept.tolist() == [10, 10] and values == {} and not recipe.phase_warnings(values)
+        return
+    assert (kept < 10).all() and values["wanted_density"] == 1
+    np.testing.assert_allclose(values["reach"], kept / 10, rtol=1e-6)
+    (warning,) = recipe.phase_warnings(values)
+    assert warning == (
+        f"greedy walks reach {min(values['reach']):.3f} of the visible blocks, and "
+        "recipe.spion.density=1.0 asks for 1 of them; layers [0, 1] keep less. "
+        "recipe.spion.walk='flood' reaches all."
+    )
+    # The same count is enough, whatever its share is rounded to.
+    assert not recipe.phase_warnings({"reach": [0.9999, 1.0]})
+    assert "layers [1]" in recipe.phase_warnings({"reach": [1.0, 0.8]})[0]
 
 
 def test_what_the_phases_are():
@@ -170,8 +199,17 @@ def test_what_the_phases_are():
     ("settings", "message"),
     [
         ({"variant": "fc"}, "variant must be 'cf', 'c' or 'f', got 'fc'"),
-        ({"quantile": 1.0}, "quantile must be in (0, 1) for variant 'cf', got 1.0"),
-        ({"density": 0.5}, "density must be None for variant 'cf', got 0.5"),
+        ({"quantile": 1.0}, "quantile must be in (0, 1) for variant 'cf' without density, got 1.0"),
+        ({"density": 0.5}, "quantile must be None for variant 'cf' with density=0.5, got 0.7"),
+        (
+            {"density": 0.2, "quantile": None},
+            "density must be in [0.25, 1] for variant 'cf', which keeps the diagonal, got 0.2",
+        ),
+        ({"walk": "drunken"}, "walk must be 'greedy', 'flood' or None, got 'drunken'"),
+        (
+            {"variant": "c", "density": 0.5, "quantile": None, "walk": "flood"},
+            "walk must be None with variant='c', which has no use for it, got 'flood'",
+        ),
         (
             {"variant": "c"},
             "density must be in [0.25, 1] for variant 'c', which keeps the diagonal, got None",

@@ -49,7 +49,7 @@ def test_after_dense_steps_the_pattern_applies_in_the_second_phase():
     np.testing.assert_array_equal(*(get_attention_masks(s.masks) for s in (later, at_once)))
 
 
-@pytest.mark.parametrize("pattern", ["sliding_window", "longformer", "bigbird"])
+@pytest.mark.parametrize("pattern", ["sliding_window", "sink_window", "longformer", "bigbird"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_density_is_the_one_asked_for(pattern, causal):
     config = dataclasses.replace(BASE, pattern=pattern, causal=causal)
@@ -58,6 +58,13 @@ def test_the_density_is_the_one_asked_for(pattern, causal):
     if causal:
         masks = get_attention_masks(sparsity.masks)
         np.testing.assert_array_equal(masks, jnp.tril(masks))
+
+
+def test_the_number_of_sinks_is_a_setting():
+    config = dataclasses.replace(BASE, pattern="sink_window", num_sinks=2)
+    sparsity = make_static_attention(config).init(MASKS, {}, jax.random.key(0))
+    (mask, *_) = np.asarray(get_attention_masks(sparsity.masks))
+    assert mask[:, :2].all() and mask.sum() == 32
 
 
 def test_the_key_decides_the_random_blocks():
@@ -74,11 +81,20 @@ def test_the_key_decides_the_random_blocks():
     [
         (
             {"pattern": "strided"},
-            "pattern must be one of ('sliding_window', 'longformer', 'bigbird'), got 'strided'",
+            "pattern must be one of ('sliding_window', 'sink_window', 'longformer', 'bigbird'), "
+            "got 'strided'",
         ),
         (
             {"density": 0.1},
             "density must be in [0.125, 1], the diagonal being kept always, got 0.1",
+        ),
+        (
+            {"pattern": "sink_window", "num_sinks": 9},
+            "num_sinks must be in 1 to 8, the blocks along one side, got 9",
+        ),
+        (
+            {"num_sinks": 2},
+            "num_sinks must be 1 with pattern='bigbird', which has no use for it, got 2",
         ),
         ({"dense_fraction": -1}, "dense_fraction must be in [0, 1), got -1"),
         (

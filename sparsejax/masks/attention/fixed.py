@@ -1,18 +1,37 @@
-"""Static block patterns of sparse attention: sliding window, Longformer, BigBird, hybrid.
+"""Static block patterns of sparse attention: windows, sinks, Longformer, BigBird, hybrid.
 
 Block (i, j) holds the queries of block i and the keys of block j. A causal pattern is the
 pattern itself without the blocks above the diagonal.
 """
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-type Family = Callable[[jax.Array, int, int, np.ndarray, jax.Array | None], tuple[jax.Array, int]]
-"""(kept bool[NB, NB], blocks to add, blocks per side, visible bool[NB, NB], key) -> (kept, rest).
+from sparsejax.masks.attention.block_grids import count_at_density, visible_blocks
+
+
+class Grid(NamedTuple):
+    """What a family of patterns may look at.
+
+    Attributes:
+      num_blocks: NB, blocks per side.
+      visible: bool[NB, NB], True where a block may be kept.
+      num_sinks: leading columns that are sinks.
+      key: PRNG key of random blocks, if there is one.
+    """
+
+    num_blocks: int
+    visible: np.ndarray
+    num_sinks: int
+    key: jax.Array | None
+
+
+type Family = Callable[[jax.Array, int, Grid], tuple[jax.Array, int]]
+"""(kept bool[NB, NB], blocks to add, grid) -> (kept, rest).
 
 It adds the parts of a family beside its window, and returns the blocks that are left for that."""
 
@@ -41,7 +60,43 @@ def sliding_window(num_blocks: int, *, width: int, causal: bool = False) -> jax.
              [0, 1, 1]], dtype=int32)
     """
     _check_at_least(1, num_blocks=num_blocks, width=width)
-    return jnp.asarray((_distance(num_blocks) < width) & _visible(num_blocks, causal))
+    return jnp.asarray((_distance(num_blocks) < width) & visible_blocks(num_blocks, causal=causal))
+
+
+def sink_window(
+    num_blocks: int, *, width: int, num_sinks: int = 1, causal: bool = False
+) -> jax.Array:
+    """Keep a sliding window, and the first columns: the attention sinks.
+
+    kept[i, j] = |i - j| < width or j < num_sinks
+
+    Args:
+      num_blocks: NB, blocks per side.
+      width: blocks from the diagonal to the edge of the window, the diagonal included.
+      num_sinks: leading blocks that are seen by every block.
+      causal: whether blocks above the diagonal are dropped.
+
+    Returns:
+      bool[NB, NB], True = kept.
+
+    Raises:
+      ValueError: if `num_blocks` or `width` is not positive or `num_sinks` is negative.
+
+    References:
+      Xiao et al.: Efficient Streaming Language Models with Attention Sinks, arXiv:2309.17453,
+      which has it for inference, with single positions as sinks.
+
+    Example:
+      >>> sink_window(4, width=2, causal=True).astype(int)
+      Array([[1, 0, 0, 0],
+             [1, 1, 0, 0],
+             [1, 1, 1, 0],
+             [1, 0, 1, 1]], dtype=int32)
+    """
+    _check_at_least(0, num_sinks=num_sinks)
+    window = sliding_window(num_blocks, width=width, causal=causal)
+    sinks = np.arange(num_blocks) < num_sinks
+    return window | (sinks & visible_blocks(num_blocks, causal=causal))
 
 
 def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = False) -> jax.Array:
@@ -73,7 +128,9 @@ def longformer(num_blocks: int, *, width: int, num_global: int, causal: bool = F
     """
     _check_at_least(0, num_global=num_global)
     window = sliding_window(num_blocks, width=width, causal=causal)
-    return window | ((_nearest_border(num_blocks) < num_global) & _visible(num_blocks, causal))
+    return window | (
+        (_nearest_border(num_blocks) < num_global) & visible_blocks(num_blocks, causal=causal)
+    )
 
 
 def bigbird(
@@ -114,7 +171,7 @@ def bigbird(
     """
     _check_at_least(0, num_random=num_random)
     fixed = longformer(num_blocks, width=width, num_global=num_global, causal=causal)
-    candidates = _visible(num_blocks, causal) & ~fixed
+    candidates = visible_blocks(num_blocks, causal=causal) & ~fixed
     draws = jnp.where(candidates, jax.random.uniform(key, fixed.shape, jnp.float32), jnp.inf)
     rank_in_row = draws.argsort(axis=1).argsort(axis=1)
     return fixed | (candidates & (rank_in_row < num_random))
@@ -204,6 +261,7 @@ def pattern_at_density(
     *,
     density: float,
     causal: bool = False,
+    num_sinks: int = 1,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Make the pattern of a family that keeps exactly the requested number of blocks.
@@ -214,17 +272,20 @@ def pattern_at_density(
     in its own order, the window last:
 
       sliding_window  all to the window
+      sink_window     the first `num_sinks` columns whole, then the window
       longformer      half to globals, half to the window
       bigbird         a third each to globals, random blocks and the window
 
-    The window grows outward from the diagonal; globals fill the first row and column, the
-    blocks farthest from the diagonal first, then the next; ties go in row order.
+    The window grows outward from the diagonal; sinks fill the first column, globals the first row
+    and column, the blocks farthest from the diagonal first, then the next. Ties go in row order: a
+    diagonal that the count does not fill has its first blocks.
 
     Args:
       name: one of `FIXED_PATTERNS`.
       num_blocks: NB, blocks per side.
       density: fraction of the visible blocks to keep; at least the diagonal's share.
       causal: whether only the lower triangle of blocks is visible.
+      num_sinks: leading columns that are sinks; the other families do not use it.
       key: PRNG key of the random blocks; the other families do not use it.
 
     Returns:
@@ -232,7 +293,7 @@ def pattern_at_density(
 
     Raises:
       ValueError: if the name is unknown, `num_blocks` is not positive, the density is above 1
-        or below the share of the diagonal, or BigBird lacks its key.
+        or below the share of the diagonal, `num_sinks` is not in 1 to NB, or BigBird lacks its key.
 
     Example:
       >>> pattern_at_density("longformer", 4, density=0.5).astype(int)
@@ -242,53 +303,59 @@ def pattern_at_density(
              [1, 0, 0, 1]], dtype=int32)
     """
     _check_at_least(1, num_blocks=num_blocks)
-    visible = _visible(num_blocks, causal)
-    visible_count = num_blocks * (num_blocks + 1) // 2 if causal else num_blocks**2
-    count = math.floor(density * visible_count + 0.5) if 0 < density <= 1 else 0
-    if count < num_blocks:
-        raise ValueError(
-            f"density must be at most 1 and at least {num_blocks / visible_count:.4g}, the "
-            f"share of the diagonal blocks, got density={density}"
-        )
-
+    visible = visible_blocks(num_blocks, causal=causal)
+    count = count_at_density(density, visible)
     if name not in FIXED_PATTERNS:
         raise ValueError(f"name must be one of {tuple(FIXED_PATTERNS)}, got name={name!r}")
+    _check_at_least(1, num_sinks=num_sinks)
+    if num_sinks > num_blocks:
+        raise ValueError(f"num_sinks must be at most num_blocks={num_blocks}, got {num_sinks=}")
     kept, rest = FIXED_PATTERNS[name](
-        jnp.eye(num_blocks, dtype=bool), count - num_blocks, num_blocks, visible, key
+        jnp.eye(num_blocks, dtype=bool),
+        count - num_blocks,
+        Grid(num_blocks, visible, num_sinks, key),
     )
     return _keep_lowest(_distance(num_blocks), rest, kept, visible)
 
 
-def _add_nothing(kept, rest, num_blocks, visible, key):
-    del num_blocks, visible, key
+def _add_nothing(kept, rest, grid):
+    del grid
     return kept, rest
 
 
-def _add_globals(kept, rest, num_blocks, visible, key):
-    del key
-    return _keep_globals(kept, rest // 2, num_blocks, visible), rest - rest // 2
+def _add_sinks(kept, rest, grid):
+    NB, sinks = grid.num_blocks, grid.visible[:, : grid.num_sinks]
+    count = min(rest, int(sinks.sum()) - grid.num_sinks)
+    farthest_first = (np.arange(NB) + 1) * NB - _distance(NB)
+    return _keep_lowest(farthest_first, count, kept, grid.visible), rest - count
 
 
-def _add_globals_and_random_blocks(kept, rest, num_blocks, visible, key):
-    if key is None:
+def _add_globals(kept, rest, grid):
+    return _keep_globals(kept, rest // 2, grid), rest - rest // 2
+
+
+def _add_globals_and_random_blocks(kept, rest, grid):
+    if grid.key is None:
         raise ValueError("key must be given for name='bigbird', got key=None")
     third = rest // 3
-    kept = _keep_globals(kept, third, num_blocks, visible)
-    kept = _keep_lowest(jax.random.uniform(key, kept.shape, jnp.float32), third, kept, visible)
-    return kept, rest - 2 * third
+    kept = _keep_globals(kept, third, grid)
+    draws = jax.random.uniform(grid.key, kept.shape, jnp.float32)
+    return _keep_lowest(draws, third, kept, grid.visible), rest - 2 * third
 
 
 FIXED_PATTERNS: dict[str, Family] = {
     "sliding_window": _add_nothing,
+    "sink_window": _add_sinks,
     "longformer": _add_globals,
     "bigbird": _add_globals_and_random_blocks,
 }
 """The families that `pattern_at_density` knows, by name."""
 
 
-def _keep_globals(kept, count, num_blocks, visible):
-    farthest_border_first = (_nearest_border(num_blocks) + 1) * num_blocks - _distance(num_blocks)
-    return _keep_lowest(farthest_border_first, count, kept, visible)
+def _keep_globals(kept, count, grid):
+    NB = grid.num_blocks
+    farthest_border_first = (_nearest_border(NB) + 1) * NB - _distance(NB)
+    return _keep_lowest(farthest_border_first, count, kept, grid.visible)
 
 
 def _keep_lowest(
@@ -308,11 +375,6 @@ def _distance(num_blocks: int) -> np.ndarray:
 def _nearest_border(num_blocks: int) -> np.ndarray:
     index = np.arange(num_blocks)
     return np.minimum(index[:, None], index)
-
-
-def _visible(num_blocks: int, causal: bool) -> np.ndarray:
-    everything = np.ones((num_blocks, num_blocks), bool)
-    return np.tril(everything) if causal else everything
 
 
 def _check_at_least(minimum: int, **counts: int) -> None:

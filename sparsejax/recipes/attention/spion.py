@@ -12,12 +12,21 @@ Legend: L layers, T positions, I = J blocks along one side.
 import dataclasses
 import functools
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax.checks import check_used, make_check
-from sparsejax.masks import flood_fill, map_distance, pool_attention, top_k_blocks
+from sparsejax.masks import (
+    choose_walk,
+    flood_fill,
+    flood_reach,
+    map_distance,
+    pool_attention,
+    top_k_blocks,
+)
 from sparsejax.recipes.attention.layer_masks import (
     check_attention_sizes,
     draw_attention_patterns,
@@ -33,10 +42,14 @@ class SpionConfig:
 
     Attributes:
       variant: "cf" convolution and flood fill, "c" convolution and top-k, "f" flood fill only.
-      quantile: threshold of the flood fill over the pooled map, in (0, 1); required by "cf" and
-        "f". Published: 0.96 to 0.99, depending on the task.
-      density: share of the visible blocks that "c" keeps, at least that of the diagonal; None for
-        the other variants.
+      quantile: threshold of the flood fill over the pooled map, in (0, 1), of "cf" and "f".
+        Published: 0.96 to 0.99, depending on the task.
+      density: share of the visible blocks that "c" keeps, at least that of the diagonal. For "cf"
+        and "f" it takes the place of the quantile, which is then chosen to keep exactly as many
+        blocks (ours).
+      walk: of the flood fill, "greedy" as published, to the largest neighbour, or "flood", to every
+        neighbour above the threshold (ours). None is "greedy", or "flood" in a causal model, where
+        greedy walks reach some 4 / I of the blocks.
       filter_size: length of the diagonal filter, positions, odd.
       block_size: side of a block, positions.
       probe_interval_fraction: share of the run from one check to the next.
@@ -61,6 +74,7 @@ class SpionConfig:
     variant: Literal["cf", "c", "f"] = "cf"
     quantile: float | None = None
     density: float | None = None
+    walk: Literal["greedy", "flood"] | None = None
     filter_size: int = 31
     block_size: int
     probe_interval_fraction: float = 0.1
@@ -79,18 +93,20 @@ class SpionConfig:
         check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
         check_attention_sizes(check, self)
         check(0 < self.probe_interval_fraction < 1, "probe_interval_fraction", "in (0, 1)")
-        if self.variant == "c":
+        if self.variant == "c" or self.density is not None:
             num_blocks = self.length // self.block_size
             diagonal = 2 / (num_blocks + 1) if self.causal else 1 / num_blocks
             in_range = self.density is not None and diagonal <= self.density <= 1
-            expected = f"in [{diagonal:.4g}, 1] for variant 'c', which keeps the diagonal"
-            check(in_range, "density", expected)
+            keeps = f"for variant {self.variant!r}, which keeps the diagonal"
+            check(in_range, "density", f"in [{diagonal:.4g}, 1] {keeps}")
+            given = f"None for variant {self.variant!r} with density={self.density}"
+            check(self.quantile is None, "quantile", given)
         else:
-            check(self.density is None, "density", f"None for variant {self.variant!r}")
             in_range = self.quantile is not None and 0 < self.quantile < 1
-            check(in_range, "quantile", f"in (0, 1) for variant {self.variant!r}")
-        check(self.variant != "c" or self.quantile is None, "quantile", "None for variant 'c'")
-        check_used("recipe.spion", self, {"filter_size": ("variant", ("cf", "c"))})
+            check(in_range, "quantile", f"in (0, 1) for variant {self.variant!r} without density")
+        check(self.walk in ("greedy", "flood", None), "walk", "'greedy', 'flood' or None")
+        users = {"filter_size": ("variant", ("cf", "c")), "walk": ("variant", ("cf", "f"))}
+        check_used("recipe.spion", self, users)
         check(self.filter_size % 2 == 1 and self.filter_size > 0, "filter_size", "odd and positive")
         check(self.max_change_percent > 0, "max_change_percent", "positive")
         check(self.pruned_logits in ("masked", "zero"), "pruned_logits", "'masked' or 'zero'")
@@ -109,6 +125,14 @@ class SpionConfig:
         )
 
     @property
+    def wanted_density(self) -> float:
+        """Share of the visible blocks that quantile or density asks for."""
+        if self.density is not None:
+            return self.density
+        assert self.quantile is not None
+        return 1 - self.quantile
+
+    @property
     def probe_every_steps(self) -> int:
         """Steps from one check to the next."""
         return count_share(self.probe_interval_fraction, self.num_steps)
@@ -125,12 +149,17 @@ class SpionConfig:
 def make_spion(config: SpionConfig) -> Recipe:
     """Return SPION with the phases "dense" and "sparse".
 
+    Where walks are greedy the sparse phase begins with two metrics: "reach", f32[L], the share of
+    the visible blocks that they visit, and "wanted_density", f32[], the share that quantile or
+    density asks for. A warning says where the first is less.
+
     References:
       Yoon, Han and Moon, SPION: Layer-Wise Sparse Training of Transformer via Convolutional
       Flood Filling, arXiv:2309.12578. Where paper and released code differ we follow the code.
     """
     num_blocks = config.length // config.block_size
     L, T, I = config.num_layers, config.length, num_blocks  # noqa: E741
+    walk = choose_walk(config.walk, causal=config.causal)
 
     def init(masks, params, key):
         del params, key
@@ -181,13 +210,29 @@ def make_spion(config: SpionConfig) -> Recipe:
         if config.variant == "c":
             pattern = top_k_blocks(pooled, density=config.density, causal=config.causal)
         else:
-            pattern = flood_fill(pooled, quantile=config.quantile, causal=config.causal)
+            pattern = flood_fill(
+                pooled,
+                quantile=config.quantile,
+                density=config.density,
+                causal=config.causal,
+                walk=walk,
+            )
         return dataclasses.replace(
             sparsity,
             masks=set_attention_masks(sparsity.masks, pattern),
             # Only the switch needs the maps. The pooled ones stay for the picture.
             statistics={"pooled": pooled},
         )
+
+    @jax.jit
+    def measure_reach(pooled):
+        reach = flood_reach(pooled, causal=config.causal, walk=walk)
+        return {"reach": reach, "wanted_density": jnp.float32(config.wanted_density)}
+
+    def phase_metrics(sparsity, phase):
+        if phase.name == "dense" or config.variant == "c" or walk == "flood":
+            return {}
+        return measure_reach(sparsity.statistics["pooled"])
 
     restart = config.restart_learning_rate
     if restart is None:
@@ -214,5 +259,23 @@ def make_spion(config: SpionConfig) -> Recipe:
         init=init,
         observe=observe,
         enter_phase=enter_phase,
+        phase_metrics=phase_metrics,
+        phase_warnings=functools.partial(_warn_of_reach, config),
         draw_phase=functools.partial(draw_attention_patterns, name, config.causal),
+    )
+
+
+def _warn_of_reach(config: SpionConfig, values: Mapping[str, Any]) -> Sequence[str]:
+    wanted = config.wanted_density
+    num_blocks = config.length // config.block_size
+    visible = num_blocks * (num_blocks + 1) // 2 if config.causal else num_blocks**2
+    least = wanted - 0.5 / visible  # half a block less is the same count
+    short = [layer for layer, reach in enumerate(values.get("reach", ())) if reach < least]
+    if not short:
+        return ()
+    name = "quantile" if config.density is None else "density"
+    return (
+        f"greedy walks reach {min(values['reach']):.3f} of the visible blocks, and "
+        f"recipe.spion.{name}={getattr(config, name)} asks for {wanted:.3g} of them; layers "
+        f"{short} keep less. recipe.spion.walk='flood' reaches all.",
     )

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sparsejax.checks import make_check
+from sparsejax.checks import check_used, make_check
 from sparsejax.masks import FIXED_PATTERNS, pattern_at_density
 from sparsejax.recipes.attention.layer_masks import draw_attention_patterns, set_attention_masks
 from sparsejax.recipes.recipe import Phase, Recipe, Sparsity
@@ -22,8 +22,12 @@ class StaticAttentionConfig:
     """Settings of one fixed pattern for all layers.
 
     Attributes:
-      pattern: "sliding_window", "longformer" or "bigbird", in block form.
-      density: fraction of the visible blocks kept, at least that of the diagonal.
+      pattern: "sliding_window", "sink_window" (a window and the first columns), "longformer" or
+        "bigbird", in block form.
+      density: fraction of the visible blocks kept, at least that of the diagonal. Every pattern
+        keeps the same count, round(density * visible).
+      num_sinks: columns of blocks that "sink_window" keeps whole; 1 is the block of the first
+        positions.
       dense_fraction: share of the run with dense attention, before the pattern applies.
       pruned_logits: how pruned blocks count in the softmax, "masked" as in the published models, or
         "zero".
@@ -38,6 +42,7 @@ class StaticAttentionConfig:
 
     pattern: str = "sliding_window"
     density: float = 0.1
+    num_sinks: int = 1
     dense_fraction: float = 0.0
     pruned_logits: Literal["masked", "zero"] = "masked"
     causal: bool = False
@@ -51,6 +56,9 @@ class StaticAttentionConfig:
         check(self.pattern in patterns, "pattern", f"one of {patterns}")
         for name in ("num_layers", "num_blocks"):
             check(getattr(self, name) > 0, name, "positive")
+        known = f"in 1 to {self.num_blocks}, the blocks along one side"
+        check(1 <= self.num_sinks <= self.num_blocks, "num_sinks", known)
+        check_used("recipe.static_attention", self, {"num_sinks": ("pattern", ("sink_window",))})
         diagonal = 2 / (self.num_blocks + 1) if self.causal else 1 / self.num_blocks
         expected = f"in [{diagonal:.4g}, 1], the diagonal being kept always"
         check(diagonal <= self.density <= 1, "density", expected)
@@ -71,7 +79,8 @@ def make_static_attention(config: StaticAttentionConfig) -> Recipe:
     It has the phase "sparse", after a phase "dense" if `dense_fraction` is positive.
 
     References:
-      Beltagy et al., Longformer, arXiv:2004.05150. Zaheer et al., Big Bird, arXiv:2007.14062.
+      Beltagy et al., Longformer, arXiv:2004.05150. Zaheer et al., Big Bird, arXiv:2007.14062. Xiao
+      et al., attention sinks, arXiv:2309.17453, for inference.
     """
 
     def prune(sparsity: Sparsity, key: jax.Array) -> Sparsity:
@@ -80,6 +89,7 @@ def make_static_attention(config: StaticAttentionConfig) -> Recipe:
             config.num_blocks,
             density=config.density,
             causal=config.causal,
+            num_sinks=config.num_sinks,
             key=key,
         )
         patterns = jnp.broadcast_to(pattern, (config.num_layers, *pattern.shape))
