@@ -55,7 +55,14 @@ class BlockChooser(Protocol):
 
     Static, so a frozen value. B batch, T query and S key positions, N query heads, K key/value
     heads, H head dim, L layers, I query and J key blocks.
+
+    Attributes:
+      lookahead: of a causal model, what a query block keeps depends on positions behind its first.
+        Such a choice cannot decode: when a token is decoded, those behind it are not there yet.
     """
+
+    @property
+    def lookahead(self) -> bool: ...
 
     def count(self, num_blocks: int, /) -> np.ndarray:
         """Return i32[L | 1, N | 1, I], the blocks that a head keeps of each query block."""
@@ -73,11 +80,7 @@ class BlockChooser(Protocol):
         counts_NI: jax.Array,
         /,
     ) -> jax.Array:
-        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all.
-
-        Of a model that generates text, what a query block keeps may not depend on what lies behind
-        the first position of the block: when its tokens are decoded, they are not there yet.
-        """
+        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from pallas_kernels.transposable_mask import transposable_mask
 from sparsejax.masks.attention.density import block_density
+from sparsejax.masks.attention.dynamic import DynamicBlocks
 from sparsejax.masks.attention.fixed import (
     FIXED_PATTERNS,
     bigbird,
@@ -54,6 +55,7 @@ __all__ = [
     "FIXED_PATTERNS",
     "AnnealingPhase",
     "CosineAnnealing",
+    "DynamicBlocks",
     "Ramp",
     "SparsitySchedule",
     "UpdateSteps",

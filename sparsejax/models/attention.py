@@ -210,7 +210,14 @@ class BlockSparseAttention(nnx.Module):
 
         Returns:
           float[B, 1, D], and the LayerCache with the new position.
+
+        Raises:
+          ValueError: if the options choose blocks with lookahead.
         """
+        if options.choose_blocks is not None and options.choose_blocks.lookahead:
+            raise ValueError(
+                "choose_blocks must have lookahead=False to decode: later tokens are not there yet"
+            )
         q_B1NH, k_B1KH, v_B1KH = self._project_heads(
             x_B1D, linear_options, None, positions_BT=positions_B[:, None]
         )

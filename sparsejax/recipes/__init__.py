@@ -1,5 +1,11 @@
 """Published sparse-training methods, one per file, behind one protocol."""
 
+from sparsejax.recipes.attention.dynamic_attention import (
+    DynamicAttentionConfig as DynamicAttentionConfig,
+)
+from sparsejax.recipes.attention.dynamic_attention import (
+    make_dynamic_attention as make_dynamic_attention,
+)
 from sparsejax.recipes.attention.layer_masks import (
     compute_attention_density as compute_attention_density,
 )

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sparsejax.recipes.attention.dynamic_attention import (
+    DynamicAttentionConfig,
+    make_dynamic_attention,
+)
 from sparsejax.recipes.attention.sat import SatConfig, make_sat
 from sparsejax.recipes.attention.spion import SpionConfig, make_spion
 from sparsejax.recipes.attention.static_attention import (
@@ -64,6 +68,12 @@ RECIPES: dict[str, RecipeEntry] = {
             StaticAttentionConfig,
             make_static_attention,
             ("num_layers", "num_blocks", "causal", "num_steps"),
+        ),
+        RecipeEntry(
+            "dynamic_attention",
+            DynamicAttentionConfig,
+            make_dynamic_attention,
+            (*_ATTENTION, "head_dim"),
         ),
         RecipeEntry("fst", FSTConfig, make_fst, _WEIGHTS, "mlp/.*=2:4 transposable"),
         RecipeEntry("sste", SSTEConfig, make_sste, ("patterns",), "mlp/.*=2:4"),

@@ -31,6 +31,11 @@ RECIPES = {
         "recipe__sat__min_skewness": 1e9,
     },
     "static_attention": {"recipe__static_attention__density": 0.75},
+    "dynamic_attention": {
+        "recipe__dynamic_attention__density": 0.75,
+        "recipe__dynamic_attention__num_sinks": 0,
+        "recipe__dynamic_attention__dense_fraction": 0.34,
+    },
     "fst": _FST,
     "sste": {"recipe__sste__flip_interval_steps": 2},
     "mst": _MST,

@@ -174,7 +174,8 @@ def predict_scores(shares_BNIJ: jax.Array, *, num_sinks: int) -> jax.Array:
     looks far away at all, and how much at the block before. With p the shares, d = i - j >= 2 the
     distance of a far block, and means over the query blocks up to i,
 
-      need_i = mean_i' max_(j far) p_(i' j)^2,   near_i = mean_i' (p_(i' i'-1)^2 + p_(i' i'-2)^2) / 2
+      need_i = mean_i' max_(j far) p_(i' j)^2
+      near_i = mean_i' (p_(i' i'-1)^2 + p_(i' i'-2)^2) / 2
 
       score_ij = 0.3 p_ij^2 + 0.5 need_i d^-2 / sum_far d^-2   far blocks
       score_ij = 0.25 p_ij^2 + 0.5 near_i                      the block before

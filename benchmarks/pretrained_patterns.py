@@ -1,0 +1,232 @@
+"""Attention patterns of a pretrained model: fixed, learned on other documents, chosen, and oracles.
+
+Legend: L layers, T positions, N query heads, I = J blocks along one side.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from pallas_kernels import mean_attention_map
+from sparsejax.masks import (
+    flood_fill,
+    model_pooled_map,
+    pattern_at_density,
+    pool_attention,
+    sat_pattern,
+    top_k_blocks,
+)
+from sparsejax.masks.attention.dynamic import (
+    DynamicBlocks,
+    count_row_blocks,
+    keep_top_blocks,
+    score_blocks,
+)
+from sparsejax.models import AttentionOptions, Transformer
+
+SINK_WINDOW = "sink + window"
+ORACLE, SHARED_ORACLE = "oracle", "oracle, heads share"
+DYNAMIC, DYNAMIC_HEADS = "dynamic", "dynamic, by head"
+LOOKAHEAD = "lookahead"
+FIXED = {
+    SINK_WINDOW: "sink_window",
+    "sliding window": "sliding_window",
+    "Longformer": "longformer",
+    "BigBird": "bigbird",
+}
+WALKS = {"SPION-CF, causal walk": "flood", "SPION-CF, published walk": "greedy"}
+SPION_C, SAT, TOP, SHARED_TOP = "SPION-C", "SAT, fitted", "top-k by head", "top-k, heads share"
+PATTERNS = (
+    *(SINK_WINDOW, ORACLE, DYNAMIC, SHARED_ORACLE, LOOKAHEAD, DYNAMIC_HEADS),
+    *(TOP, SHARED_TOP, SPION_C, SAT, *WALKS, *FIXED),
+)
+"""All patterns, the most important first; one name may come twice."""
+_FIT_STEPS = 400
+
+
+class Maps(NamedTuple):
+    """Attention of a dense model to one document, or a mean over some.
+
+    Attributes:
+      layers_LTT: f32[L, T, T], averaged over heads.
+      blocks_LNIJ: f32[L, N, I, J], share of each key block, averaged over the rows of each query
+        block.
+    """
+
+    layers_LTT: np.ndarray
+    blocks_LNIJ: np.ndarray
+
+
+class _KeepAll:
+    """A chooser that keeps everything, so that the cache of a prompt holds its queries."""
+
+    lookahead = False
+
+    def count(self, num_blocks):
+        return np.ones((1, 1, num_blocks), np.int32)
+
+    def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, counts_NI):
+        num_blocks = counts_NI.shape[-1]
+        return jnp.ones((*q_BTNH.shape[:1], q_BTNH.shape[2], num_blocks, num_blocks), bool)
+
+
+def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps:
+    """Run a model densely over one document.
+
+    Args:
+      ids_T: i32[T], T = `max_length` of the model.
+      block_size: int, side of a block, positions.
+
+    Returns:
+      Maps.
+    """
+    options: Any = AttentionOptions(choose_blocks=_KeepAll())
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def read(state, ids_T):
+        _, cache = nnx.merge(graphdef, state).prefill(ids_T[None], attention_options=options)
+        return cache.chosen.q_BSNH, cache.k_BSKH
+
+    @jax.jit
+    def look(q_BTNH, k_BSKH):
+        rows = jnp.arange(len(ids_T)).reshape(-1, block_size)
+
+        def score(of_block):
+            q_RNH, rows_R = of_block
+            scores = score_blocks(
+                q_RNH[None, None],
+                k_BSKH,
+                rows_R[None],
+                None,
+                block_size=block_size,
+                causal=True,
+            )
+            return scores[0, :, 0]
+
+        blocks_INJ = jax.lax.map(score, (q_BTNH[0][rows], rows))
+        return mean_attention_map(q_BTNH, k_BSKH, causal=True), blocks_INJ.swapaxes(0, 1)
+
+    q_LBTNH, k_LBSKH = read(state, ids_T)
+    layers = [jax.device_get(look(q, k)) for q, k in zip(q_LBTNH, k_LBSKH, strict=True)]
+    return Maps(*(np.stack(part) for part in zip(*layers, strict=True)))
+
+
+def average_maps(maps: list[Maps]) -> Maps:
+    """Average over documents."""
+    return Maps(*(np.mean(part, axis=0) for part in zip(*maps, strict=True)))
+
+
+def make_masks(calibration: Maps, *, density: float, block_size: int) -> dict[str, np.ndarray]:
+    """Make the patterns that do not depend on the document.
+
+    Args:
+      calibration: of other documents.
+      density: share of the visible blocks that is kept.
+      block_size: int.
+
+    Returns:
+      name -> bool[L, 1 | N, I, J].
+    """
+    layers, num_blocks = len(calibration.layers_LTT), calibration.blocks_LNIJ.shape[-1]
+    masks = {}
+    for name, family in FIXED.items():
+        kept = pattern_at_density(
+            family, num_blocks, density=density, causal=True, key=jax.random.key(0)
+        )
+        masks[name] = np.broadcast_to(kept, (layers, 1, num_blocks, num_blocks))
+    pooled_LIJ = pool_attention(
+        calibration.layers_LTT, block_size=block_size, filter_size=31, causal=True
+    )
+    masks[SPION_C] = np.asarray(top_k_blocks(pooled_LIJ, density=density, causal=True))[:, None]
+    for name, walk in WALKS.items():
+        kept = flood_fill(pooled_LIJ, density=density, causal=True, walk=walk)
+        masks[name] = np.asarray(kept)[:, None]
+    pattern = _fit_pattern(
+        pool_attention(calibration.layers_LTT, block_size=block_size, filter_size=None)
+    )
+    masks[SAT] = np.asarray(sat_pattern(pattern, density=density, causal=True))[:, None]
+    masks[TOP] = _keep_top(calibration.blocks_LNIJ, density, shared=False)
+    masks[SHARED_TOP] = _keep_top(calibration.blocks_LNIJ, density, shared=True)
+    return masks
+
+
+def make_oracles(maps: Maps, *, density: float) -> dict[str, np.ndarray]:
+    """Keep the highest of a document's own dense maps, which no method knows.
+
+    Args:
+      maps: of the document.
+      density: share of the visible blocks that is kept.
+
+    Returns:
+      name -> bool[L, N, I, J].
+    """
+    return {
+        ORACLE: _keep_top(maps.blocks_LNIJ, density, shared=False),
+        SHARED_ORACLE: _keep_top(maps.blocks_LNIJ, density, shared=True),
+    }
+
+
+def make_choosers(num_blocks: int, *, density: float, block_size: int) -> dict[str, DynamicBlocks]:
+    """Make what chooses blocks within the model.
+
+    Args:
+      num_blocks: int, I.
+      density: share of the visible blocks that is kept.
+      block_size: int.
+
+    Returns:
+      name -> DynamicBlocks.
+    """
+
+    def make(**options):
+        return DynamicBlocks(
+            density=density, block_size=block_size, num_blocks=num_blocks, causal=True, **options
+        )
+
+    return {
+        DYNAMIC: make(),
+        DYNAMIC_HEADS: make(share_heads=False),
+        LOOKAHEAD: make(lookahead=True, num_queries=8, share_heads=False),
+    }
+
+
+def _keep_top(blocks_LNIJ, density, *, shared):
+    num_blocks = blocks_LNIJ.shape[-1]
+    counts_I = count_row_blocks(num_blocks, density=density, causal=True)
+    return np.asarray(
+        keep_top_blocks(
+            jnp.asarray(blocks_LNIJ),
+            counts_I[None],
+            always_IJ=np.eye(num_blocks, dtype=bool),
+            visible_IJ=np.tri(num_blocks, dtype=bool),
+            most=int(counts_I.max()),
+            shared=shared,
+        )
+    )
+
+
+def _fit_pattern(pooled_LIJ):
+    """Fit SAT's W to maps, from its published beginning, by as many steps as settle it."""
+    visible_IJ = np.tri(pooled_LIJ.shape[-1], dtype=bool)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def fit(pattern):
+        def loss(pattern):
+            error_LIJ = model_pooled_map(pattern) - pooled_LIJ
+            return (error_LIJ**2).mean((1, 2), where=visible_IJ).sum()
+
+        def step(carry, _):
+            pattern, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(pattern), state)
+            return (optax.apply_updates(pattern, updates), state), None
+
+        return jax.lax.scan(step, (pattern, optimizer.init(pattern)), None, length=_FIT_STEPS)[0][0]
+
+    shape = (*pooled_LIJ.shape[:2], 64)
+    return fit(jax.random.uniform(jax.random.key(0), shape, jnp.float32))

@@ -1,0 +1,153 @@
+"""Blocks chosen from queries and keys: how many, which, and from what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.masks import DynamicBlocks
+from sparsejax.masks.attention.dynamic import (
+    count_row_blocks,
+    keep_top_blocks,
+    predict_scores,
+    score_blocks,
+)
+
+SIZE, NUM, HEADS, KV_HEADS, WIDTH = 8, 8, 4, 2, 16
+LENGTH = SIZE * NUM
+
+
+def make(**changes):
+    options = {"density": 0.5, "block_size": SIZE, "num_blocks": NUM, "causal": True}
+    return DynamicBlocks(**options | changes)
+
+
+def draw(seed=0, *, length=LENGTH):
+    keys = jax.random.split(jax.random.key(seed))
+    shapes = ((2, length, HEADS, WIDTH), (2, length, KV_HEADS, WIDTH))
+    # Scaled, so that attention is uneven.
+    return [2 * jax.random.normal(*x) for x in zip(keys, shapes, strict=True)]
+
+
+def choose(blocks, q, k, kv_mask=None):
+    return np.asarray(jax.jit(blocks)(q, k, kv_mask, jnp.asarray(blocks.count(NUM)[0])))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_blocks", [1, 5, 8, 31])
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.77, 1.0])
+def test_counts_add_up_to_the_density(num_blocks, density, causal):
+    visible = np.arange(1, num_blocks + 1) if causal else np.full(num_blocks, num_blocks)
+    total = round(density * visible.sum())
+    if total < num_blocks:
+        with pytest.raises(ValueError, match=f"density={density} must keep at least one"):
+            count_row_blocks(num_blocks, density=density, causal=causal)
+        return
+    counts = count_row_blocks(num_blocks, density=density, causal=causal)
+    assert counts.sum() == total and (counts >= 1).all() and (counts <= visible).all()
+    assert np.ptp(counts[counts < visible]) <= 1 if (counts < visible).any() else True
+
+
+@pytest.mark.parametrize("share_heads", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_exactly_so_many_visible_blocks_are_kept_with_diagonal_and_sink(causal, share_heads):
+    blocks = make(causal=causal, share_heads=share_heads)
+    kept = choose(blocks, *draw())
+    counts = blocks.count(NUM)[0, 0]
+    if share_heads:
+        np.testing.assert_array_equal(kept.sum((1, 3)), np.tile(HEADS * counts, (2, 1)))
+        assert np.ptp(kept.sum((2, 3)), axis=1).max() > 0
+    else:
+        np.testing.assert_array_equal(kept.sum(3), np.tile(counts, (2, HEADS, 1)))
+    assert kept[..., 0].all() and kept[..., range(NUM), range(NUM)].all()
+    assert not causal or not np.triu(kept, 1).any()
+    assert kept.mean() == pytest.approx(
+        blocks.measure_density(NUM) * (36 / 64 if causal else 1), abs=1e-6
+    )
+
+
+def test_what_lies_behind_the_first_position_of_a_query_block_does_not_choose_its_blocks():
+    q, k = draw()
+    blocks = make(num_queries=3)
+    kept = choose(blocks, q, k)
+    for row in (2, 5):
+        first = row * SIZE
+        pairs = zip((q, k), draw(1), strict=True)
+        others = [x.at[:, first + 1 :].set(y[:, first + 1 :]) for x, y in pairs]
+        changed = choose(blocks, *others)
+        np.testing.assert_array_equal(changed[:, :, : row + 1], kept[:, :, : row + 1])
+        assert (changed[:, :, row + 1 :] != kept[:, :, row + 1 :]).any()
+    ahead = make(lookahead=True, num_queries=3)
+    changed = choose(ahead, *others)
+    assert (changed[:, :, :6] != choose(ahead, q, k)[:, :, :6]).any()
+
+
+def test_a_block_that_the_first_query_asks_for_is_kept():
+    q, k = draw()
+    row, wanted = 7, 3
+    k = k.at[:, wanted * SIZE + 2].set(3 * q[:, row * SIZE, ::2])
+    blocks = make(density=0.45)
+    assert choose(blocks, q, k)[:, ::2, row, wanted].all()
+    assert not choose(blocks, *draw())[:, :, row, wanted].all()
+
+
+def test_a_shorter_input_has_the_choice_of_the_longer_one():
+    q, k = draw()
+    blocks = make()
+    short = choose(blocks, q[:, : 5 * SIZE], k[:, : 5 * SIZE])
+    np.testing.assert_array_equal(short, choose(blocks, q, k)[:, :, :5, :5])
+
+
+def test_keys_that_are_padding_have_no_share():
+    q, k = draw()
+    real = jnp.ones((2, LENGTH), bool).at[1, 20:].set(False)
+    positions = np.arange(0, LENGTH, SIZE)[:, None]
+    arguments = {"block_size": SIZE, "causal": False}
+    scores = score_blocks(q[:, positions], k, positions, real, **arguments)
+    np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-6)
+    assert (scores[1, :, :, 3:] == 0).all() and (scores[0] > 0).all()
+    softmax = jax.nn.softmax(
+        jnp.einsum("inh,snh->nis", q[0, ::SIZE], jnp.repeat(k[0], 2, axis=1)) / WIDTH**0.5, -1
+    )
+    expected = softmax.reshape(HEADS, NUM, NUM, SIZE).sum(-1)
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-5)
+
+
+def test_a_head_that_looks_far_away_gets_more_than_one_that_does_not():
+    shares = np.zeros((1, 2, NUM, NUM), np.float32)
+    shares[0, :, range(NUM), range(NUM)] = 1
+    # At its rows up to 5 the first head looks at block 1; at row 6 nobody looks far.
+    shares[0, 0, 3:6, 1] = 0.9
+    scores = np.asarray(predict_scores(jnp.asarray(shares), num_sinks=1))
+    assert (scores[0, 0, 6, 1:5] > scores[0, 1, 6, 1:5]).all()
+    # Without more to go by, what is nearer is likelier.
+    assert (np.diff(scores[0, 0, 6, 1:5]) > 0).all()
+
+
+def test_of_equal_scores_the_first_are_kept():
+    visible = np.tri(4, dtype=bool)
+    kept = keep_top_blocks(
+        jnp.zeros((1, 2, 4, 4)),
+        np.array([[1, 1, 2, 2]]),
+        always_IJ=np.eye(4, dtype=bool),
+        visible_IJ=visible,
+        most=2,
+        shared=False,
+    )
+    expected = np.eye(4, dtype=bool)
+    expected[2:, 0] = True
+    np.testing.assert_array_equal(kept[0], np.stack([expected, expected]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"density": 0.2}, "density=0.2 must keep at least one of 8 blocks"),
+        ({"density": 0.25}, "density must be enough for 1 sinks and a diagonal, got 0.25"),
+        ({"num_queries": 9}, "num_queries must be at most block_size=8, got 9"),
+        ({"causal": False, "lookahead": True}, "lookahead must be False without causal"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
