@@ -93,6 +93,8 @@ def test_words_of_names_and_folders_tell_the_splits(tmp_path):
     source = write_rows(tmp_path, "jsonl", {"c4-val.00000-of-00001": [{"text": "held out"}]})
     assert read_texts(source, "train") == ["train 00", "train 01"]
     assert read_texts(source, "validation") == ["held out"]
+    alone = f"{source}/c4-val.00000-of-00001.jsonl"
+    assert read_texts(alone, "train", validation_fraction=0.001) == ["held out"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
