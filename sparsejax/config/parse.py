@@ -34,17 +34,19 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def naming_data() -> Iterator[None]:
-    """Turn what the data layer refuses, which names its own fields, into a ConfigError.
+    """Turn what the data layer refuses, which names its own fields or files, into a ConfigError.
 
     Raises:
-      ConfigError: if the body raises ValueError, with "data." before its message.
+      ConfigError: if the body raises ValueError, with "data." before a field, "data: " before
+        anything else.
     """
     try:
         yield
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"data.{error}") from error
+        begins_with_field = re.match(r"\w+=", str(error))
+        raise ConfigError(f"data{'.' if begins_with_field else ': '}{error}") from error
 
 
 class Setting(NamedTuple):

@@ -38,7 +38,7 @@ def hash_fraction(content: bytes) -> float:
     """Return a number in [0, 1) that depends on some bytes alone.
 
     Args:
-      content: The bytes.
+      content: Bytes of any number, even none.
 
     Returns:
       The number; those of other bytes are spread evenly.

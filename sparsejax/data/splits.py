@@ -55,6 +55,8 @@ def find_files(config: DataConfig, suffixes: tuple[str, ...]) -> dict[Path, str]
 def divide_files(config: DataConfig, names: dict[Path, str]) -> Division[Path]:
     """Divide files by the words of their names: `train-0001.x`, `sub/val.x`, `c4_train_01.x`.
 
+    One that is alone is divided by `validation_fraction`, whatever its name.
+
     Args:
       config: Settings; `train_split` and `validation_split` are such words.
       names: By path, folders included.
@@ -69,7 +71,10 @@ def divide_files(config: DataConfig, names: dict[Path, str]) -> Division[Path]:
     def belongs(file: Path, word: str) -> bool:
         return bool(re.search(rf"(?<![A-Za-z]){re.escape(word)}(?![A-Za-z])", names[file]))
 
-    return divide(config, list(names), belongs, names.__getitem__)
+    files = list(names)
+    if len(files) == 1 and not (config.train_split or config.validation_split):
+        return Division({"train": files, "validation": files}, config.validation_fraction)
+    return divide(config, files, belongs, names.__getitem__)
 
 
 def divide[T](
@@ -115,7 +120,8 @@ def divide[T](
             f"source={config.source!r}: found {_show(map(describe, members))}; expected splits "
             f"{wanted}, or others that train_split and validation_split name"
         )
-    if shared := [describe(member) for member in train if member in validation]:
+    known = set(validation)
+    if shared := [describe(member) for member in train if member in known]:
         raise ValueError(
             f"source={config.source!r}: found {_show(shared)} in both splits; expected names of one"
         )

@@ -147,11 +147,16 @@ def test_names_of_splits_are_no_patterns(split, images, tmp_path):
         make_files(tmp_path, "idx", train_split=split)
 
 
-@pytest.mark.parametrize("kind", ["text", "idx", "aan", "pairs"])
+@pytest.mark.parametrize(
+    "kind", ["text", "idx", "aan", "pairs", "jsonl", "parquet", "hf", "bin", "images"]
+)
 def test_what_the_system_cannot_open_is_refused(kind, tmp_path):
-    source = f"{kind}:{'a' * 5000}"
+    settings = {
+        "source": f"{kind}:{'a' * 5000}",
+        "tokenizer": "ids:9" if kind == "bin" else "bytes",
+    }
     with pytest.raises(ValueError, match="source='.*a' cannot be read: File name too long"):
-        make_files(tmp_path, kind, source=source)
+        make_files(tmp_path, kind, **settings)
 
 
 @pytest.fixture

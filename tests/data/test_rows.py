@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from sparsejax.data import DataConfig, describe_data, make_data
+from sparsejax.data.rows import list_classes
 from sparsejax.data.sources import load_source
 from tests.data.row_files import FORMATS, make_table, write_dataset, write_rows
 
@@ -86,13 +87,14 @@ def test_names_that_do_not_tell_the_splits_are_refused(names, settings, message,
 
 
 def test_words_of_names_and_folders_tell_the_splits(tmp_path):
-    for name in ("train", "c4-val", "training", "pretrain"):
-        (tmp_path / name).mkdir()
-    rows = {name: [{"text": name}] for name in ("00", "01")}
-    write_rows(tmp_path / "train", "jsonl", rows)
+    for name in ("train", "training", "pretrain"):
+        rows = {number: [{"text": f"{name} {number}"}] for number in ("00", "01")}
+        write_rows(tmp_path / name, "jsonl", rows)
     source = write_rows(tmp_path, "jsonl", {"c4-val.00000-of-00001": [{"text": "held out"}]})
-    assert read_texts(source, "train") == ["00", "01"]
+    assert read_texts(source, "train") == ["train 00", "train 01"]
     assert read_texts(source, "validation") == ["held out"]
+    alone = f"{source}/c4-val.00000-of-00001.jsonl"
+    assert read_texts(alone, "train", validation_fraction=0.001) == ["held out"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -112,6 +114,11 @@ def test_labels_are_numbers_or_names_in_their_order(form, kind, tmp_path):
         for ids, mask, label in zip(batch["inputs"], batch["mask"], batch["labels"], strict=True):
             found[bytes((ids[mask] - 1).tolist()).decode()] = int(label)
     assert found == {row["text"]: n for row, n in zip(rows, numbers, strict=True)}
+
+
+def test_names_of_classes_are_in_order():
+    labels = [f"class {i}" for i in range(30)]
+    assert list_classes(("here", x) for x in labels) == (30, tuple(sorted(labels)))
 
 
 def test_a_class_label_that_a_set_declares_is_predicted(tmp_path):

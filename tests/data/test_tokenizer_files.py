@@ -81,7 +81,7 @@ def write_folder(folder):
 def test_a_corpus_has_the_ids_of_the_library_and_ends_with_its_token(tmp_path, monkeypatch):
     model = train_byte_level()
     model.enable_truncation(8)
-    model.enable_padding(length=99)
+    model.enable_padding(length=9_999)
     model.post_processor = processors.TemplateProcessing(
         single=f"{ENDS} $A", special_tokens=[(ENDS, model.token_to_id(ENDS))]
     )
@@ -178,7 +178,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
         ValueError, match=r"/tokenizer\.json is no file; expected a tokenizer\.json, "
     ):
         open_tokenizer_file(f"file:{tmp_path}")
-    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+    with pytest.raises(ValueError, match="cannot be read: File name too long|is no file"):
         open_tokenizer_file(f"file:/{'a' * 5_000}")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(
