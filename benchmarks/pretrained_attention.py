@@ -159,11 +159,11 @@ def run_setting(
       is_late: says when to stop.
     """
     params = nnx.state(model, nnx.Param)
-    num_blocks = LENGTH // block_size
     get_maps = functools.cache(lambda i: measure_maps(model, documents[i].ids_T, block_size))
     tests = [i for i, document in enumerate(documents) if document.use == "test"]
     calibrations = [i for i, document in enumerate(documents) if document.use == "calibration"]
-    choosers = make_choosers(num_blocks, density=density, block_size=block_size)
+    ids_BT = np.stack([documents[i].ids_T for i in calibrations])
+    choosers = make_choosers(model, ids_BT, density=density, block_size=block_size)
     fixed: Mapping[str, np.ndarray] = {}
     dense = make_loss(model, AttentionOptions(sparse=False))
     sparse = make_loss(model, AttentionOptions())
@@ -177,7 +177,7 @@ def run_setting(
             return dense(params, None, document.ids_T), 1.0, 1.0
         if pattern in choosers:
             loss_T = choose[pattern](params, None, document.ids_T)
-            return loss_T, choosers[pattern].measure_density(num_blocks), None
+            return loss_T, _mean_density(choosers[pattern], model), None
         if not fixed:
             calibration = average_maps([get_maps(i) for i in calibrations])
             fixed = make_masks(calibration, density=density, block_size=block_size)
@@ -210,6 +210,11 @@ def run_setting(
             results.record(key, values, describe_environment())
             took = time.perf_counter() - began
             print(f"{key}: {values['loss']:.4f} nats, density {kept:.4f}, {took:.0f} s", flush=True)
+
+
+def _mean_density(chooser: Any, model: Transformer) -> float:
+    config = model.config
+    return float(chooser.measure_density(config.block.grid(LENGTH)[0], config.num_heads).mean())
 
 
 def name_losses(key: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ _TOPICS = {
 _FILES = {"idle": "idlelib/help.html", "email": "email/architecture.rst"}
 
 
-def list_documents(tokenizer: Tokenizer, length: int) -> list[Document]:
+def list_documents(tokenizer: Tokenizer | None, length: int) -> list[Document]:
     """Encode the first tokens of every document.
 
     Args:
@@ -53,8 +53,10 @@ def list_documents(tokenizer: Tokenizer, length: int) -> list[Document]:
       list of Document, those for calibration first.
 
     Raises:
-      ValueError: if a text is too short.
+      ValueError: if a text is too short, or there is no tokenizer.
     """
+    if tokenizer is None:
+        raise ValueError("the model must have a tokenizer to read documents, got None")
     texts = {
         name: (use, "\n\n".join(pydoc_data.topics.topics[topic] for topic in topics))
         for name, (use, topics) in _TOPICS.items()

@@ -3,16 +3,17 @@
 Legend: L layers, T positions, N query heads, I = J blocks along one side.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from pallas_kernels import mean_attention_map
+from sparsejax.calibration import calibrate_layers, read_heads
 from sparsejax.masks import (
+    DynamicBlocks,
     flood_fill,
     model_pooled_map,
     pattern_at_density,
@@ -20,17 +21,13 @@ from sparsejax.masks import (
     sat_pattern,
     top_k_blocks,
 )
-from sparsejax.masks.attention.dynamic import (
-    DynamicBlocks,
-    count_row_blocks,
-    keep_top_blocks,
-    score_blocks,
-)
-from sparsejax.models import AttentionOptions, Transformer
+from sparsejax.masks.attention.block_counts import count_row_blocks
+from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks
+from sparsejax.models import Transformer
 
 SINK_WINDOW = "sink + window"
 ORACLE, SHARED_ORACLE = "oracle", "oracle, heads share"
-DYNAMIC, DYNAMIC_HEADS = "dynamic", "dynamic, by head"
+DYNAMIC, DYNAMIC_EVEN, DYNAMIC_HEADS = "dynamic", "dynamic, layers alike", "dynamic, heads alike"
 LOOKAHEAD = "lookahead"
 FIXED = {
     SINK_WINDOW: "sink_window",
@@ -41,7 +38,7 @@ FIXED = {
 WALKS = {"SPION-CF, causal walk": "flood", "SPION-CF, published walk": "greedy"}
 SPION_C, SAT, TOP, SHARED_TOP = "SPION-C", "SAT, fitted", "top-k by head", "top-k, heads share"
 PATTERNS = (
-    *(SINK_WINDOW, ORACLE, DYNAMIC, SHARED_ORACLE, LOOKAHEAD, DYNAMIC_HEADS),
+    *(SINK_WINDOW, ORACLE, DYNAMIC, SHARED_ORACLE, DYNAMIC_EVEN, LOOKAHEAD, DYNAMIC_HEADS),
     *(TOP, SHARED_TOP, SPION_C, SAT, *WALKS, *FIXED),
 )
 """All patterns, the most important first; one name may come twice."""
@@ -61,19 +58,6 @@ class Maps(NamedTuple):
     blocks_LNIJ: np.ndarray
 
 
-class _KeepAll:
-    """A chooser that keeps everything, so that the cache of a prompt holds its queries."""
-
-    lookahead = False
-
-    def count(self, num_blocks):
-        return np.ones((1, 1, num_blocks), np.int32)
-
-    def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, counts_NI):
-        num_blocks = counts_NI.shape[-1]
-        return jnp.ones((*q_BTNH.shape[:1], q_BTNH.shape[2], num_blocks, num_blocks), bool)
-
-
 def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps:
     """Run a model densely over one document.
 
@@ -84,21 +68,14 @@ def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps
     Returns:
       Maps.
     """
-    options: Any = AttentionOptions(choose_blocks=_KeepAll())
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def read(state, ids_T):
-        _, cache = nnx.merge(graphdef, state).prefill(ids_T[None], attention_options=options)
-        return cache.chosen.q_BSNH, cache.k_BSKH
 
     @jax.jit
     def look(q_BTNH, k_BSKH):
         rows = jnp.arange(len(ids_T)).reshape(-1, block_size)
 
-        def score(of_block):
+        def measure(of_block):
             q_RNH, rows_R = of_block
-            scores = score_blocks(
+            shares = compute_shares(
                 q_RNH[None, None],
                 k_BSKH,
                 rows_R[None],
@@ -106,12 +83,12 @@ def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps
                 block_size=block_size,
                 causal=True,
             )
-            return scores[0, :, 0]
+            return shares[0, :, 0].mean(1)
 
-        blocks_INJ = jax.lax.map(score, (q_BTNH[0][rows], rows))
+        blocks_INJ = jax.lax.map(measure, (q_BTNH[0][rows], rows))
         return mean_attention_map(q_BTNH, k_BSKH, causal=True), blocks_INJ.swapaxes(0, 1)
 
-    q_LBTNH, k_LBSKH = read(state, ids_T)
+    q_LBTNH, k_LBSKH = read_heads(model, ids_T[None])
     layers = [jax.device_get(look(q, k)) for q, k in zip(q_LBTNH, k_LBSKH, strict=True)]
     return Maps(*(np.stack(part) for part in zip(*layers, strict=True)))
 
@@ -171,11 +148,13 @@ def make_oracles(maps: Maps, *, density: float) -> dict[str, np.ndarray]:
     }
 
 
-def make_choosers(num_blocks: int, *, density: float, block_size: int) -> dict[str, DynamicBlocks]:
+def make_choosers(
+    model: Transformer, ids_BT: np.ndarray, *, density: float, block_size: int
+) -> dict[str, DynamicBlocks]:
     """Make what chooses blocks within the model.
 
     Args:
-      num_blocks: int, I.
+      ids_BT: i32[B, T], other documents, by which layers get shares of the budget.
       density: share of the visible blocks that is kept.
       block_size: int.
 
@@ -185,26 +164,31 @@ def make_choosers(num_blocks: int, *, density: float, block_size: int) -> dict[s
 
     def make(**options):
         return DynamicBlocks(
-            density=density, block_size=block_size, num_blocks=num_blocks, causal=True, **options
+            density=density,
+            block_size=block_size,
+            num_blocks=ids_BT.shape[1] // block_size,
+            causal=True,
+            **options,
         )
 
     return {
-        DYNAMIC: make(),
+        DYNAMIC: calibrate_layers(model, ids_BT, make()),
+        DYNAMIC_EVEN: make(),
         DYNAMIC_HEADS: make(share_heads=False),
-        LOOKAHEAD: make(lookahead=True, num_queries=8, share_heads=False),
+        LOOKAHEAD: make(lookahead=True, num_queries=8),
     }
 
 
 def _keep_top(blocks_LNIJ, density, *, shared):
-    num_blocks = blocks_LNIJ.shape[-1]
+    num_heads, num_blocks = blocks_LNIJ.shape[1:3]
     counts_I = count_row_blocks(num_blocks, density=density, causal=True)
     return np.asarray(
         keep_top_blocks(
             jnp.asarray(blocks_LNIJ),
-            counts_I[None],
+            num_heads * counts_I,
             always_IJ=np.eye(num_blocks, dtype=bool),
             visible_IJ=np.tri(num_blocks, dtype=bool),
-            most=int(counts_I.max()),
+            most=int(num_heads * counts_I.max()),
             shared=shared,
         )
     )

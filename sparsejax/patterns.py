@@ -64,12 +64,12 @@ class BlockChooser(Protocol):
     @property
     def lookahead(self) -> bool: ...
 
-    def count(self, num_blocks: int, /) -> np.ndarray:
-        """Return i32[L | 1, N | 1, I], the blocks that a head keeps of each query block."""
+    def count(self, num_blocks: int, num_heads: int, /) -> np.ndarray:
+        """Return i32[L | 1, I], the blocks that all heads together keep of each query block."""
         ...
 
-    def measure_density(self, num_blocks: int, /) -> np.ndarray | float:
-        """Return f32[L], or one number: the share of the visible blocks that each layer keeps."""
+    def measure_density(self, num_blocks: int, num_heads: int, /) -> np.ndarray:
+        """Return f64[L | 1], the share of the visible blocks that each layer keeps."""
         ...
 
     def __call__(
@@ -77,7 +77,7 @@ class BlockChooser(Protocol):
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         kv_mask_BS: jax.Array | None,
-        counts_NI: jax.Array,
+        counts_I: jax.Array,
         /,
     ) -> jax.Array:
         """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all."""

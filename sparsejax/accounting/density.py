@@ -72,7 +72,9 @@ def compute_density(model: TransformerConfig, masks: PyTree, phase: Phase) -> De
             visible_TT = np.tri(model.max_length, dtype=bool)
         attention *= kept_TT.mean(where=visible_TT)
     elif phase.sparse_attention and phase.choose_blocks is not None:
-        attention *= phase.choose_blocks.measure_density(model.max_length // model.block.block_q)
+        attention *= phase.choose_blocks.measure_density(
+            model.max_length // model.block.block_q, model.num_heads
+        )
     elif phase.sparse_attention:
         measure = jax.jit(
             compute_attention_density,

@@ -248,8 +248,8 @@ class Transformer(nnx.Module):
         options = self._get_options(attention_options, linear_options)
 
         def apply(block, x_BTD, _, of_layer):
-            schedule, counts_NI = of_layer
-            return block.prefill(x_BTD, schedule=schedule, counts_NI=counts_NI, **options)
+            schedule, counts_I = of_layer
+            return block.prefill(x_BTD, schedule=schedule, counts_I=counts_I, **options)
 
         x_BTD, cache = scan_stack(
             apply,
@@ -289,8 +289,8 @@ class Transformer(nnx.Module):
         )
 
         def apply(block, x_B1D, _, of_layer):
-            cache, counts_NI = of_layer
-            return block.decode(x_B1D, cache, positions_B, counts_NI=counts_NI, **options)
+            cache, counts_I = of_layer
+            return block.decode(x_B1D, cache, positions_B, counts_I=counts_I, **options)
 
         x_B1D, cache = scan_stack(
             apply,
@@ -351,11 +351,11 @@ class Transformer(nnx.Module):
         config = self.config
 
         def apply(block, x_BTD, keys, of_layer):
-            (dropout_key, pruning_key), (schedule, counts_NI) = keys, of_layer
+            (dropout_key, pruning_key), (schedule, counts_I) = keys, of_layer
             return block(
                 x_BTD,
                 schedule=schedule,
-                counts_NI=counts_NI,
+                counts_I=counts_I,
                 kv_mask_BT=mask_BT,
                 dropout_key=dropout_key,
                 attention_options=attention_options,
@@ -387,5 +387,7 @@ class Transformer(nnx.Module):
         if not options.sparse or options.choose_blocks is None:
             return None
         config = self.config
-        counts_LNI = options.choose_blocks.count(config.block.grid(config.max_length)[0])
-        return jnp.broadcast_to(jnp.asarray(counts_LNI), (config.num_layers, *counts_LNI.shape[1:]))
+        counts_LI = options.choose_blocks.count(
+            config.block.grid(config.max_length)[0], config.num_heads
+        )
+        return jnp.broadcast_to(jnp.asarray(counts_LI), (config.num_layers, *counts_LI.shape[1:]))

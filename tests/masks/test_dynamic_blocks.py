@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from sparsejax.masks import DynamicBlocks
-from sparsejax.masks.attention.dynamic import (
-    count_row_blocks,
-    keep_top_blocks,
-    predict_scores,
-    score_blocks,
-)
+from sparsejax.masks.attention.block_counts import count_row_blocks
+from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks, predict_scores
 
 SIZE, NUM, HEADS, KV_HEADS, WIDTH = 8, 8, 4, 2, 16
 LENGTH = SIZE * NUM
@@ -30,7 +26,7 @@ def draw(seed=0, *, length=LENGTH):
 
 
 def choose(blocks, q, k, kv_mask=None):
-    return np.asarray(jax.jit(blocks)(q, k, kv_mask, jnp.asarray(blocks.count(NUM)[0])))
+    return np.asarray(jax.jit(blocks)(q, k, kv_mask, jnp.asarray(blocks.count(NUM, HEADS)[0])))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -53,16 +49,16 @@ def test_counts_add_up_to_the_density(num_blocks, density, causal):
 def test_exactly_so_many_visible_blocks_are_kept_with_diagonal_and_sink(causal, share_heads):
     blocks = make(causal=causal, share_heads=share_heads)
     kept = choose(blocks, *draw())
-    counts = blocks.count(NUM)[0, 0]
+    counts = blocks.count(NUM, HEADS)[0]
     if share_heads:
-        np.testing.assert_array_equal(kept.sum((1, 3)), np.tile(HEADS * counts, (2, 1)))
+        np.testing.assert_array_equal(kept.sum((1, 3)), np.tile(counts, (2, 1)))
         assert np.ptp(kept.sum((2, 3)), axis=1).max() > 0
     else:
-        np.testing.assert_array_equal(kept.sum(3), np.tile(counts, (2, HEADS, 1)))
+        np.testing.assert_array_equal(kept.sum(3), np.tile(counts // HEADS, (2, HEADS, 1)))
     assert kept[..., 0].all() and kept[..., range(NUM), range(NUM)].all()
     assert not causal or not np.triu(kept, 1).any()
     assert kept.mean() == pytest.approx(
-        blocks.measure_density(NUM) * (36 / 64 if causal else 1), abs=1e-6
+        blocks.measure_density(NUM, HEADS)[0] * (36 / 64 if causal else 1), abs=1e-6
     )
 
 
@@ -103,7 +99,7 @@ def test_keys_that_are_padding_have_no_share():
     real = jnp.ones((2, LENGTH), bool).at[1, 20:].set(False)
     positions = np.arange(0, LENGTH, SIZE)[:, None]
     arguments = {"block_size": SIZE, "causal": False}
-    scores = score_blocks(q[:, positions], k, positions, real, **arguments)
+    scores = compute_shares(q[:, positions], k, positions, real, **arguments)[:, :, :, 0]
     np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-6)
     assert (scores[1, :, :, 3:] == 0).all() and (scores[0] > 0).all()
     softmax = jax.nn.softmax(
@@ -128,15 +124,28 @@ def test_of_equal_scores_the_first_are_kept():
     visible = np.tri(4, dtype=bool)
     kept = keep_top_blocks(
         jnp.zeros((1, 2, 4, 4)),
-        np.array([[1, 1, 2, 2]]),
+        2 * np.array([1, 1, 2, 2]),
         always_IJ=np.eye(4, dtype=bool),
         visible_IJ=visible,
-        most=2,
+        most=4,
         shared=False,
     )
     expected = np.eye(4, dtype=bool)
     expected[2:, 0] = True
     np.testing.assert_array_equal(kept[0], np.stack([expected, expected]))
+
+
+def test_layers_have_their_shares_of_an_exact_total():
+    even, uneven = make(density=0.7), make(density=0.7, layer_shares=(1.0, 4.0, 0.1))
+    total = 3 * even.count(NUM, HEADS)[0]
+    counts = uneven.count(NUM, HEADS)
+    np.testing.assert_array_equal(counts.sum(0), total)
+    least, most = HEADS * np.minimum(np.arange(NUM) + 1, 2), HEADS * (np.arange(NUM) + 1)
+    assert (least <= counts).all() and (counts <= most).all()
+    assert (counts[1, 5:] > counts[0, 5:]).all() and (counts[0, 5:] > counts[2, 5:]).all()
+    density = uneven.measure_density(NUM, HEADS)
+    assert density.mean() == pytest.approx(even.measure_density(NUM, HEADS)[0])
+    assert density[1] > density[0] > density[2]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,8 @@ def test_of_equal_scores_the_first_are_kept():
         ({"density": 0.2}, "density=0.2 must keep at least one of 8 blocks"),
         ({"density": 0.25}, "density must be enough for 1 sinks and a diagonal, got 0.25"),
         ({"num_queries": 9}, "num_queries must be at most block_size=8, got 9"),
+        ({"layer_shares": (1.0, 0.0)}, "layer_shares must be positive"),
+        ({"layer_shares": (1.0,), "share_heads": False}, r"must be \(\) without share_heads"),
         ({"causal": False, "lookahead": True}, "lookahead must be False without causal"),
     ],
 )

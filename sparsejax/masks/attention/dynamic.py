@@ -2,7 +2,7 @@
 
 A query block's own queries are not known before its tokens are. In a causal model its blocks are
 chosen from the first query of the block and from queries before it: `R` of them, sampled. Their
-exact attention to every key before the block, summed by key block, is the score.
+exact attention to every key before the block, summed by key block, tells what to keep.
 
 Legend: B batch, T query position, S key position, N query heads, K key/value heads, G = N / K,
 H head dim, I query blocks, J key blocks, R sampled queries of a query block.
@@ -16,42 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.checks import check_setting
-
-
-def count_row_blocks(num_blocks: int, *, density: float, causal: bool) -> np.ndarray:
-    """Say how many blocks each query block keeps, alike for all that have as many to choose from.
-
-    A causal query block i keeps min(i + 1, c), with the largest c that the density allows; of what
-    is left, one each goes to the last query blocks. A shorter input has the first of the counts.
-
-    Args:
-      num_blocks: int, I = J.
-      density: float in (0, 1], share of the visible blocks.
-      causal: bool, query block i sees i + 1 blocks.
-
-    Returns:
-      int[I], whose sum is the share of the visible blocks, rounded.
-
-    Raises:
-      ValueError: if that is less than one block for each query block.
-
-    Example:
-      >>> count_row_blocks(8, density=0.5, causal=True)
-      array([1, 2, 2, 2, 2, 3, 3, 3])
-    """
-    visible = np.arange(1, num_blocks + 1) if causal else np.full(num_blocks, num_blocks)
-    total = round(density * int(visible.sum()))
-    if not num_blocks <= total <= visible.sum():
-        raise ValueError(
-            f"density={density} must keep at least one of {num_blocks} blocks for each query block "
-            f"and at most all {visible.sum()}, got {total}"
-        )
-    most = max(c for c in range(1, num_blocks + 1) if np.minimum(visible, c).sum() <= total)
-    counts = np.minimum(visible, most)
-    rest = total - int(counts.sum())
-    if rest:
-        counts[num_blocks - rest :] += 1
-    return counts
+from sparsejax.masks.attention.block_counts import count_row_blocks, spread_over_layers
 
 
 def sample_queries(
@@ -81,29 +46,29 @@ def sample_queries(
     return np.maximum(first_I1 - order_R, 0)
 
 
-def score_blocks(
+def compute_shares(
     q_BIRNH: jax.Array,
     k_BSKH: jax.Array,
-    positions_IR: np.ndarray,
+    positions_IR: np.ndarray | jax.Array,
     kv_mask_BS: jax.Array | None,
     *,
     block_size: int,
     causal: bool,
 ) -> jax.Array:
-    """Compute the attention of sampled queries to every key block, averaged over the queries.
+    """Compute which share of their attention some queries give to each key block.
 
-    score[i, j] = mean_r sum_(s in block j) softmax_s(q_r k_s / sqrt(H))
+    share[r, j] = sum_(s in block j) softmax_s(q_r k_s / sqrt(H))
 
     Args:
-      q_BIRNH: float[B, I, R, N, H], the sampled queries.
+      q_BIRNH: float[B, I, R, N, H], queries of each query block.
       k_BSKH: float[B, S, K, H].
-      positions_IR: int[I, R], of the queries: in a causal model they see keys up to there.
+      positions_IR: i32[I, R], of the queries: in a causal model they see keys up to there.
       kv_mask_BS: bool[B, S], True = real token; None = all.
       block_size: int, positions of a key block.
       causal: bool, static.
 
     Returns:
-      f32[B, N, I, J].
+      f32[B, N, I, R, J].
 
     Numerics:
       Products in the type of the queries, summed in f32; softmax in f32.
@@ -115,17 +80,17 @@ def score_blocks(
     scores_BNIRS = scores.reshape(B, N, I, R, S) / math.sqrt(H)
     seen = jnp.ones((1, 1, 1, 1, S), bool)
     if causal:
-        seen = jnp.asarray(np.arange(S) <= positions_IR[..., None])[None, None]
+        seen = (jnp.arange(S) <= positions_IR[..., None])[None, None]
     if kv_mask_BS is not None:
         seen = seen & kv_mask_BS[:, None, None, None]
     # Where no key is seen, every score is the lowest finite one, and the shares are even.
     shares = jax.nn.softmax(jnp.where(seen, scores_BNIRS, jnp.finfo(jnp.float32).min), axis=-1)
-    return shares.reshape(B, N, I, R, -1, block_size).sum(-1).mean(3)
+    return shares.reshape(B, N, I, R, -1, block_size).sum(-1)
 
 
 def keep_top_blocks(
     scores_BNIJ: jax.Array,
-    counts_NI: np.ndarray | jax.Array,
+    counts_I: np.ndarray | jax.Array,
     *,
     always_IJ: np.ndarray,
     visible_IJ: np.ndarray,
@@ -136,12 +101,12 @@ def keep_top_blocks(
 
     Args:
       scores_BNIJ: f32[B, N, I, J], finite.
-      counts_NI: int[N | 1, I], blocks that a head keeps of a query block.
+      counts_I: int[I], blocks that all heads together keep of a query block.
       always_IJ: bool[I, J], kept whatever their scores; no more than the counts.
       visible_IJ: bool[I, J], what may be kept.
       most: int, the largest count.
-      shared: bool, static; the heads share the sum of their counts, which goes to the highest
-        scores of all heads together.
+      shared: bool, static; the counts go to the highest scores of all heads together. Otherwise
+        each head gets an equal part.
 
     Returns:
       bool[B, N, I, J]; of equal scores the first head, then the first block, is kept.
@@ -149,12 +114,13 @@ def keep_top_blocks(
     B, N, I, J = scores_BNIJ.shape  # noqa: E741
     scores = jnp.where(always_IJ, jnp.inf, scores_BNIJ)
     scores = jnp.where(visible_IJ, scores, -jnp.inf)
-    counts = jnp.broadcast_to(jnp.asarray(counts_NI), (N, I))
+    counts_I = jnp.asarray(counts_I)
     if shared:
         scores = scores.swapaxes(1, 2).reshape(B, I, N * J)
-        counts, most = counts.sum(0), N * most
+    else:
+        counts_I, most = counts_I // N, most // N
     highest, chosen = jax.lax.top_k(scores, min(most, scores.shape[-1]))
-    taken = (jnp.arange(chosen.shape[-1]) < counts[..., None]) & (highest > -jnp.inf)
+    taken = (jnp.arange(chosen.shape[-1]) < counts_I[:, None]) & (highest > -jnp.inf)
     # One more column takes what is not chosen.
     chosen = jnp.where(taken, chosen, scores.shape[-1])
     rows = jnp.zeros((*scores.shape[:-1], scores.shape[-1] + 1), bool)
@@ -164,7 +130,7 @@ def keep_top_blocks(
 
 # How a score is made of its parts; chosen on calibration documents of a pretrained model, see
 # `benchmarks/pretrained_attention.py`.
-_SEEN, _EXPECTED, _NEAR_HISTORY, _NEAR_SEEN = 0.3, 0.5, 0.5, 0.25
+_SEEN, _EXPECTED, _NEAR_HISTORY, _NEAR_SEEN = 0.3, 1.0, 0.5, 0.25
 
 
 def predict_scores(shares_BNIJ: jax.Array, *, num_sinks: int) -> jax.Array:
@@ -174,16 +140,17 @@ def predict_scores(shares_BNIJ: jax.Array, *, num_sinks: int) -> jax.Array:
     looks far away at all, and how much at the block before. With p the shares, d = i - j >= 2 the
     distance of a far block, and means over the query blocks up to i,
 
-      need_i = mean_i' max_(j far) p_(i' j)^2
-      near_i = mean_i' (p_(i' i'-1)^2 + p_(i' i'-2)^2) / 2
+      need_i = mean_i' max_(j far) p_(i' j)^3
+      near_i = mean_i' (p_(i' i'-1)^3 + p_(i' i'-2)^3) / 2
 
-      score_ij = 0.3 p_ij^2 + 0.5 need_i d^-2 / sum_far d^-2   far blocks
-      score_ij = 0.25 p_ij^2 + 0.5 near_i                      the block before
+      score_ij = 0.3 p_ij^3 + need_i d^-2 / sum_far d^-2   far blocks
+      score_ij = 0.25 p_ij^3 + 0.5 near_i                  the block before
 
-    Squares, since a loss grows faster than a share that is missed.
+    Cubes, since it is the blocks that a query rests on which a loss misses: over patterns, it grows
+    with the mean cube of the largest share that is dropped, and not with the sum of all.
 
     Args:
-      shares_BNIJ: f32[B, N, I, J], what `score_blocks` returned; I = J.
+      shares_BNIJ: f32[B, N, I, J], of sampled queries; I = J.
       num_sinks: int, first key blocks, which are kept anyway and not far.
 
     Returns:
@@ -199,15 +166,15 @@ def predict_scores(shares_BNIJ: jax.Array, *, num_sinks: int) -> jax.Array:
     def average(values_BNI):
         return jnp.cumsum(values_BNI, axis=-1) / counted_I
 
-    squares = shares_BNIJ**2
-    need_BNI = average(jnp.max(squares, axis=-1, where=far_IJ, initial=0.0))
+    cubes = shares_BNIJ**3
+    need_BNI = average(jnp.max(cubes, axis=-1, where=far_IJ, initial=0.0))
     recent_IJ = near_IJ | ((distance == 2) & far_IJ)
-    near_BNI = average(jnp.sum(squares, axis=-1, where=recent_IJ) / 2)
+    near_BNI = average(jnp.sum(cubes, axis=-1, where=recent_IJ) / 2)
     weight_IJ = np.where(far_IJ, 1.0 / np.maximum(distance, 1) ** 2, 0.0)
     weight_IJ /= np.maximum(weight_IJ.sum(-1, keepdims=True), 1e-9)
     weight_IJ = weight_IJ.astype(np.float32)
-    far = _SEEN * squares + _EXPECTED * need_BNI[..., None] * weight_IJ
-    near = _NEAR_SEEN * squares + _NEAR_HISTORY * near_BNI[..., None]
+    far = _SEEN * cubes + _EXPECTED * need_BNI[..., None] * weight_IJ
+    near = _NEAR_SEEN * cubes + _NEAR_HISTORY * near_BNI[..., None]
     return jnp.where(near_IJ, near, far)
 
 
@@ -224,6 +191,7 @@ class DynamicBlocks:
       num_sinks: first key blocks that are always kept, beside the diagonal.
       share_heads: the heads of a layer share their budget of a query block; otherwise each keeps as
         many blocks as the others.
+      layer_shares: of the budget, one for each layer, in any unit; () = equal.
       lookahead: sample the queries of the block itself in a causal model. It reads a prompt that is
         known, and cannot train or generate.
 
@@ -231,9 +199,9 @@ class DynamicBlocks:
       ValueError: if a value is out of range.
 
     Example:
-      >>> blocks = DynamicBlocks(density=0.5, block_size=4, num_blocks=4, causal=True)
+      >>> blocks = DynamicBlocks(density=0.7, block_size=4, num_blocks=4, causal=True)
       >>> q = k = jax.random.normal(jax.random.key(0), (1, 16, 2, 8))
-      >>> kept = blocks(q, k, None, blocks.count(4)[0])
+      >>> kept = blocks(q, k, None, blocks.count(4, 2)[0])
       >>> kept.shape, int(kept.sum()), bool(kept[:, :, 2, 0].all())
       ((1, 2, 4, 4), 14, True)
     """
@@ -245,6 +213,7 @@ class DynamicBlocks:
     num_queries: int = 1
     num_sinks: int = 1
     share_heads: bool = True
+    layer_shares: tuple[float, ...] = ()
     lookahead: bool = False
 
     def __post_init__(self):
@@ -263,42 +232,54 @@ class DynamicBlocks:
         check_setting(
             self.causal or not self.lookahead, "lookahead", self.lookahead, "False without causal"
         )
-        always = self._list_always(self.num_blocks)
-        fits = (always.sum(-1) <= self.count(self.num_blocks)[0]).all()
-        check_setting(
-            bool(fits), "density", self.density, f"enough for {self.num_sinks} sinks and a diagonal"
-        )
+        least_I = self._list_always(self.num_blocks).sum(-1)
+        counts_I = count_row_blocks(self.num_blocks, density=self.density, causal=self.causal)
+        expected = f"enough for {self.num_sinks} sinks and a diagonal"
+        check_setting(bool((least_I <= counts_I).all()), "density", self.density, expected)
+        positive = all(share > 0 for share in self.layer_shares)
+        check_setting(positive, "layer_shares", self.layer_shares, "positive")
+        together = self.share_heads or not self.layer_shares
+        check_setting(together, "layer_shares", self.layer_shares, "() without share_heads")
 
-    def count(self, num_blocks: int) -> np.ndarray:
-        """Return i32[1, 1, I], the blocks of each query block of an input of that many.
+    def count(self, num_blocks: int, num_heads: int) -> np.ndarray:
+        """Return how many blocks all heads together keep of each query block.
 
         Args:
           num_blocks: I, at most those of the longest input.
+          num_heads: N.
 
         Returns:
-          The counts of the longest input, cut.
+          i32[L | 1, I], those of the longest input, cut.
         """
-        counts = count_row_blocks(self.num_blocks, density=self.density, causal=self.causal)
-        return counts[None, None, :num_blocks].astype(np.int32)
+        counts_I = count_row_blocks(self.num_blocks, density=self.density, causal=self.causal)
+        counts_LI = spread_over_layers(
+            counts_I,
+            self.layer_shares or (1.0,),
+            num_heads=num_heads,
+            least_I=self._list_always(self.num_blocks).sum(-1),
+            most_I=self._list_visible(self.num_blocks).sum(-1),
+        )
+        return counts_LI[:, :num_blocks].astype(np.int32)
 
-    def measure_density(self, num_blocks: int) -> float:
-        """Return the share of the visible blocks that is kept.
+    def measure_density(self, num_blocks: int, num_heads: int) -> np.ndarray:
+        """Return the share of the visible blocks that each layer keeps.
 
         Args:
           num_blocks: I = J.
+          num_heads: N.
 
         Returns:
-          float in (0, 1].
+          f64[L | 1], in (0, 1].
         """
-        visible = num_blocks * (num_blocks + 1) / 2 if self.causal else num_blocks**2
-        return float(self.count(num_blocks).sum() / visible)
+        visible = self._list_visible(num_blocks).sum()
+        return self.count(num_blocks, num_heads).sum(-1) / (num_heads * visible)
 
     def __call__(
         self,
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         kv_mask_BS: jax.Array | None,
-        counts_NI: jax.Array,
+        counts_I: jax.Array,
     ) -> jax.Array:
         """Choose blocks.
 
@@ -306,7 +287,7 @@ class DynamicBlocks:
           q_BTNH: float[B, T, N, H], whole blocks.
           k_BSKH: float[B, T, K, H].
           kv_mask_BS: bool[B, T], True = real token; None = all.
-          counts_NI: i32[N | 1, I' >= I], see `count`.
+          counts_I: i32[I' >= I], of the layer, see `count`.
 
         Returns:
           bool[B, N, I, I], True = kept.
@@ -319,22 +300,23 @@ class DynamicBlocks:
             within=self.lookahead or not self.causal,
         )
         q, k = jax.lax.stop_gradient((q_BTNH, k_BSKH))
-        scores_BNIJ = score_blocks(
+        shares_BNIRJ = compute_shares(
             q[:, positions_IR],
             k,
-            positions_IR,
+            jnp.asarray(positions_IR),
             kv_mask_BS,
             block_size=self.block_size,
             causal=self.causal,
         )
+        scores_BNIJ = shares_BNIRJ.mean(3)
         if self.causal and not self.lookahead:
             scores_BNIJ = predict_scores(scores_BNIJ, num_sinks=self.num_sinks)
         return keep_top_blocks(
             scores_BNIJ,
-            counts_NI[:, :num_blocks],
+            counts_I[:num_blocks],
             always_IJ=self._list_always(num_blocks),
             visible_IJ=self._list_visible(num_blocks),
-            most=int(self.count(num_blocks).max()),
+            most=int(self.count(num_blocks, q.shape[2]).max()),
             shared=self.share_heads,
         )
 
