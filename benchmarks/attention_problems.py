@@ -101,6 +101,7 @@ def make_pattern(name: str, num_blocks: int, *, density: float, causal: bool) ->
     random          each block kept with probability `density`; rows may be empty
     union           exactly round(density * blocks) random blocks, for comparisons of block sizes
     sliding_window  a band around the diagonal, exactly at `density`
+    sink            the first column, and a narrower window that leaves the density as it is
     longformer      a window of three blocks and one global block, whatever `density` is
     strided         half the density in a window, half in every n-th diagonal
     spion           uneven, as found by flood filling: a band, vertical lines and dense rows, a
@@ -128,6 +129,10 @@ def make_pattern(name: str, num_blocks: int, *, density: float, causal: bool) ->
         kept = kept.reshape(num_blocks, num_blocks)
     elif name == "sliding_window":
         kept = pattern_at_density("sliding_window", num_blocks, density=density, causal=causal)
+    elif name == "sink":
+        rest = density - 1 / num_blocks
+        kept = pattern_at_density("sliding_window", num_blocks, density=rest, causal=causal)
+        kept = kept | (columns == 0)
     elif name == "longformer":
         kept = longformer(num_blocks, width=2, num_global=1, causal=causal)
     elif name == "strided":
@@ -140,7 +145,7 @@ def make_pattern(name: str, num_blocks: int, *, density: float, causal: bool) ->
         kept[:, at] = True
         kept[at, :] = True
     else:
-        known = "random, union, sliding_window, longformer, strided, spion or full"
+        known = "random, union, sliding_window, sink, longformer, strided, spion or full"
         raise ValueError(f"pattern must be {known}, got {name!r}")
     return np.tril(kept) if causal else np.asarray(kept)
 
@@ -259,4 +264,12 @@ def sweep_problems(platform: str) -> list[Problem]:
         for length in (1024, 2048, 4096)
         for density in (0.05, 0.2, 0.4, 0.7)
     ]
-    return [*headline_problems(platform), *sweep]
+    # A full list beside short ones: the two patterns of a pair keep nearly as many blocks.
+    long_lists = [
+        Problem(length=length, density=0.1, block=block, pattern=pattern, backward=backward)
+        for length in (2048, 4096)
+        for block in (64, 32)
+        for backward in (False, True)
+        for pattern in ("sliding_window", "sink")
+    ]
+    return [*headline_problems(platform), *sweep, *long_lists]

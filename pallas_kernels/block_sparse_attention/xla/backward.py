@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_lists import Tile, gather_blocks, walk_tiles
+from pallas_kernels.block_lists import Tile, gather_blocks, walk_lists, walk_tiles
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
 from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
 from pallas_kernels.block_sparse_attention.xla.folding import fold_blocks, unfold_blocks
@@ -118,7 +118,7 @@ def _walk_key_lists(
     facts, num_kv = operands.facts, operands.grid[1]
     group = operands.fold.q_heads[1] // operands.fold.kv_heads[1]
 
-    def walk(dq_XYHQ: Any, tile: Tile):
+    def advance(dq_XYHQ: Any, sums: tuple[jax.Array, jax.Array], tile: Tile):
         unit, column = tile.owner // num_kv, tile.owner % num_kv
         own_R1 = ((unit // group) * num_kv + column)[:, None]
         k_XRCH = gather_blocks(operands.k_XYCH, own_R1)
@@ -150,9 +150,14 @@ def _walk_key_lists(
                 dq_XYHQ = _add_blocks(dq_XYHQ, dq_XRHQ, visited_RW)
             return dq_XYHQ, dk, dv
 
-        zeros = vary_like(jnp.zeros(k_XRCH.shape, jnp.float32), k_XRCH)
-        dq_XYHQ, dk, dv = jax.lax.fori_loop(0, tile.num_steps, step, (dq_XYHQ, zeros, zeros))
+        dq_XYHQ, dk, dv = jax.lax.fori_loop(0, tile.num_steps, step, (dq_XYHQ, *sums))
         return dq_XYHQ, (dk, dv)
+
+    def walk(dq_XYHQ: Any, tile: Tile):
+        k_XYCH = operands.k_XYCH
+        shape = k_XYCH.shape[0], tile.owner.shape[0], *k_XYCH.shape[2:]
+        zeros = vary_like(jnp.zeros(shape, jnp.float32), k_XYCH)
+        return walk_lists(advance, dq_XYHQ, (zeros, zeros), tile)
 
     return walk_tiles(walk, dq_XYHQ, tiles)
 

@@ -6,7 +6,7 @@ Letters: as in `operands`; T S of `sparsejax.types`.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_lists import walk_tiles
+from pallas_kernels.block_lists import walk_lists, walk_tiles
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
 from pallas_kernels.block_sparse_attention.call import AttentionArrays, AttentionFacts
 from pallas_kernels.block_sparse_attention.softmax_rules import add_zero_logits, count_visible
@@ -35,7 +35,7 @@ def attend(
     tiles = make_query_tiles(schedule, operands.fold, block_kv=facts.block_kv, parallel=parallel)
     count_kept = facts.pruned_logits == "zero"
 
-    def walk(_, tile):
+    def advance(_, state, tile):
         q_XRQH = operands.q_XYQH[:, tile.owner]
 
         def step(index, state):
@@ -52,16 +52,20 @@ def attend(
                 kept = kept + seen.sum(axis=-1, dtype=jnp.int32)
             return new_top, total * shrink + p.sum(axis=-1), acc * shrink[..., None] + pv, kept
 
-        rows = q_XRQH.shape[:-1]
+        return None, jax.lax.fori_loop(0, tile.num_steps, step, state)
+
+    def walk(_, tile):
+        shared, _, queries, dim = operands.q_XYQH.shape
+        rows = shared, tile.owner.shape[0], queries
         # A finite start keeps a row that never sees a key clear of inf - inf.
         start = (
             jnp.full(rows, _LOWEST, jnp.float32),
             jnp.zeros(rows, jnp.float32),
-            jnp.zeros(q_XRQH.shape, jnp.float32),
+            jnp.zeros((*rows, dim), jnp.float32),
             jnp.zeros(rows, jnp.int32),
         )
-        start = vary_like(start, q_XRQH)
-        top, total, acc, kept = jax.lax.fori_loop(0, tile.num_steps, step, start)
+        start = vary_like(start, operands.q_XYQH)
+        _, (top, total, acc, kept) = walk_lists(advance, None, start, tile)
         some = total > 0
         out = acc * jnp.where(some, 1 / total, 0.0)[..., None]
         return None, (out, jnp.where(some, top + jnp.log(total), -jnp.inf), kept)
