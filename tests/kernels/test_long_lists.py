@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import make_block_schedule
-from pallas_kernels.block_lists import find_listed, make_tiles, part_lists, walk_lists
+from pallas_kernels.block_lists import Tile, find_listed, make_tiles, part_lists, walk_lists
 from pallas_kernels.block_sparse_attention.xla import backward, forward
 from pallas_kernels.doctor.oracles import error
 from tests.kernels.contract import NAMES, Case, call_implementation, compile_case
@@ -17,26 +17,22 @@ from tests.kernels.portable_forms import in_cpu_form
 
 _XLA = in_cpu_form(call_implementation("xla"))
 # A full list of 12 blocks takes six steps beside others, and a tile holds four or three lists.
-_SIZES = {
-    "num_queries": 768,
-    "block_q": 64,
-    "block_kv": 64,
-    "batch": 1,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-}
+_LONG = Case(
+    num_queries=768,
+    num_keys=768,
+    block_q=64,
+    block_kv=64,
+    batch=1,
+    num_heads=2,
+    num_kv_heads=1,
+)
 _CASES = {
-    "shared": Case(**_SIZES, num_keys=576),
-    "causal_zero_heads": Case(
-        **_SIZES, num_keys=768, causal=True, pruned_logits="zero", mask_heads=2
+    "shared": dataclasses.replace(_LONG, num_keys=576),
+    "causal_zero_heads": dataclasses.replace(
+        _LONG, causal=True, pruned_logits="zero", mask_heads=2
     ),
-    "examples_heads_positions": Case(
-        **(_SIZES | {"batch": 2}),
-        num_keys=768,
-        mask_batch=2,
-        mask_heads=2,
-        has_kv_mask=True,
-        has_segments=True,
+    "examples_heads_positions": dataclasses.replace(
+        _LONG, batch=2, mask_batch=2, mask_heads=2, has_kv_mask=True, has_segments=True
     ),
 }
 
@@ -101,7 +97,7 @@ def _count_steps(mask, block):
     """Steps of all tiles along the lists of columns, and of each list."""
     schedule = make_block_schedule(mask)
     tiles = make_tiles(schedule.q_counts, schedule.q_indices, block=block, parallel=False)
-    assert tiles.num_alone_steps is not None
+    assert isinstance(tiles, Tile) and tiles.num_alone_steps is not None
     steps = tiles.num_steps.sum() + tiles.num_alone_steps.sum()
     return steps, (-(-tiles.counts // tiles.width)).sum()
 
@@ -137,7 +133,9 @@ def test_lists_are_walked_to_their_ends_in_few_steps():
 def test_the_rest_of_a_list_begins_where_the_lists_part():
     counts = jnp.array([23, 2, 1, 1])
     visited = jnp.tile(jnp.arange(24), (4, 1))
-    tile = jax.tree.map(lambda x: x[0], make_tiles(counts, visited, block=64, parallel=False))
+    tiles = make_tiles(counts, visited, block=64, parallel=False)
+    assert isinstance(tiles, Tile)
+    tile = jax.tree.map(lambda x: x[0], tiles)
     rest = tile.take_rest(jnp.int32(0))
     together, seen = int(tile.num_steps), []
     for part, steps in ((tile, together), (rest, int(rest.num_steps))):
