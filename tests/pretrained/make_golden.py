@@ -32,8 +32,8 @@ TEXT = (
     "shook his head; the blacksmith laughed. But a wheel is only wood and iron, and water does "
     "not ask for permission. In the second spring she cleared the race, stone by stone, until her "
     "hands were raw. In the third, at 6:40 on a wet morning, the paddles dipped, hesitated, and "
-    'began to move. "Well," said the blacksmith, who had come to watch, "it can\'t last." It has '
-    "lasted, so far, for thirty-one years: longer than the blacksmith, the cat, or the road."
+    'began to move. "Well," said the blacksmith, who had come to watch, "it can\'t last." '
+    "It has lasted, so far, for thirty-one years: longer than the blacksmith, the cat, or the road."
 )
 
 
