@@ -113,13 +113,13 @@ def write_tokenizer(path):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    letters = ["<|end|>", *"Ġabcdefghijklmnopqrstuvwxyz.", "th", "the", "Ġthe"]
+    letters = ["<|endoftext|>", *"Ġabcdefghijklmnopqrstuvwxyz.", "th", "the", "Ġthe"]
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
     vocab = {token: i for i, token in enumerate(letters)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path))
 
 

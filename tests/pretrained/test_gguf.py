@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
+from sparsejax.data.tokenizer_files import open_tokenizer_file
 from sparsejax.pretrained import load_pretrained, save_tokenizer
 from tests.pretrained.folders import assert_same_bits, load_golden, read_params
 from tests.pretrained.make_golden import GOLDEN
@@ -93,7 +94,9 @@ def test_a_llama_is_the_same_model(tmp_path):
     golden = load_golden("llama_tied")
     assert found.config == golden.config
     assert_same_bits(found.model, golden.model)
-    texts = [b"the end of the road", b"a <|end|>"]
+    save_tokenizer(tmp_path / "model.gguf", tmp_path / "tokenizer.json")
+    assert open_tokenizer_file(f"file:{tmp_path}").name == found.tokenizer.name
+    texts = [b"the end of the road", b"a <|endoftext|>"]
     for ids, expected in zip(
         found.tokenizer.encode(texts), golden.tokenizer.encode(texts), strict=True
     ):

@@ -73,9 +73,9 @@ def test_settings_and_tokenizer_are_those_of_the_folder():
     assert (config.max_length, config.block.block_q, config.dtype) == (32, 8, "bfloat16")
     assert model.blocks.mlp.up.kernel_mask[...].all()
     assert tokenizer.vocab_size == 32 and load_golden("bert").tokenizer is None
-    ids = tokenizer.encode([b"to the end<|end|>"])[0]
+    ids = tokenizer.encode([b"to the end<|endoftext|>"])[0]
     # The special token that the text spells out is text, of which these letters are known.
-    assert tokenizer.decode(ids) == b"to the endend" and 0 not in ids
+    assert tokenizer.decode(ids) == b"to the endendoftext" and 0 not in ids
 
 
 def test_learned_positions_are_cut(tmp_path):
