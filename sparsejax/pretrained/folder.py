@@ -79,9 +79,13 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
 
 
 def _open(path: Path):
-    import ml_dtypes  # noqa: F401, NumPy learns the name bfloat16
-    import safetensors
-
+    try:
+        import ml_dtypes  # noqa: F401, NumPy learns the name bfloat16
+        import safetensors
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: reading it needs the package {error.name}: pip install {error.name}"
+        ) from error
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:

@@ -68,11 +68,7 @@ def _make_model(metadata: Mapping[str, Any], origin: str) -> "tokenizers.Tokeniz
         raise ValueError(f"{origin}: tokenizer.ggml.model must be 'gpt2', got {kind!r}")
     if split not in _SPLITS:
         raise ValueError(f"{origin}: tokenizer.ggml.pre must be one of {_SPLITS}, got {split!r}")
-    lists = {key: metadata.get(f"tokenizer.ggml.{key}") for key in _LISTS}
-    for key, value in lists.items():
-        if not isinstance(value, list):
-            raise ValueError(f"{origin}: tokenizer.ggml.{key} must be a list, got {value!r:.40}")
-    tokens, types, pairs = lists.values()
+    tokens, types, pairs = (_get_list(metadata, f"tokenizer.ggml.{key}", origin) for key in _LISTS)
     merges = [tuple(pair.split(" ")) for pair in pairs]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
@@ -96,3 +92,10 @@ def _make_model(metadata: Mapping[str, Any], origin: str) -> "tokenizers.Tokeniz
             added = AddedToken(token, special=special, normalized=False)
             (model.add_special_tokens if special else model.add_tokens)([added])
     return model
+
+
+def _get_list(metadata: Mapping[str, Any], key: str, origin: str) -> list[Any]:
+    value = metadata.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{origin}: {key} must be a list, got {value!r:.40}")
+    return value
