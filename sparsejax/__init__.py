@@ -1,9 +1,11 @@
 """Sparse transformer training in JAX: masks, recipes, Flax modules and a trainer.
 
-`sparsejax.train`, `sparsejax.evaluate`, `sparsejax.load_model` and `sparsejax.load_pretrained` are
-imported when they are first asked for: rooms of this package are used without them.
+`sparsejax.train`, `sparsejax.evaluate`, `sparsejax.load_model`, `sparsejax.load_pretrained` and
+`sparsejax.export_hf` are imported when they are first asked for: rooms of this package are used
+without them.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparsejax.version import __version__ as __version__
@@ -11,15 +13,20 @@ from sparsejax.version import __version__ as __version__
 if TYPE_CHECKING:
     from sparsejax.api import evaluate as evaluate
     from sparsejax.api import load_model as load_model
-    from sparsejax.api import load_pretrained as load_pretrained
     from sparsejax.api import train as train
+    from sparsejax.pretrained import export_hf as export_hf
+    from sparsejax.pretrained import load_pretrained as load_pretrained
 
-_API = ("evaluate", "load_model", "load_pretrained", "train")
+_API = {
+    "evaluate": "sparsejax.api",
+    "load_model": "sparsejax.api",
+    "train": "sparsejax.api",
+    "export_hf": "sparsejax.pretrained",
+    "load_pretrained": "sparsejax.pretrained",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _API:
-        raise AttributeError(f"module 'sparsejax' has no attribute {name!r}; it has {_API}")
-    from sparsejax import api
-
-    return getattr(api, name)
+        raise AttributeError(f"module 'sparsejax' has no attribute {name!r}; it has {(*_API,)}")
+    return getattr(importlib.import_module(_API[name]), name)

@@ -1,4 +1,4 @@
-"""Train, evaluate and load from Python; `sparsejax` itself offers all of it."""
+"""Train, evaluate and load from Python; `sparsejax` itself offers all three."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from sparsejax.config.schema import TrainConfig
 from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
 from sparsejax.models import Transformer
-from sparsejax.pretrained import load_pretrained as load_pretrained
 from sparsejax.recipes import Recipe, RecipeFacts
 from sparsejax.report.progress import say
 from sparsejax.report.writers import OptionalWriter, RowWriter

@@ -13,12 +13,13 @@ from flax import nnx
 
 from sparsejax.checks import check_setting
 from sparsejax.data import Tokenizer
+from sparsejax.data.tokenizer import TOKENIZER_FILE
+from sparsejax.data.tokenizer_files import open_tokenizer_file
 from sparsejax.durable import write_durably
 from sparsejax.models import SparsityMask, Transformer, TransformerConfig, make_transformer
 from sparsejax.pretrained.families import match_family
 from sparsejax.pretrained.family import Family
 from sparsejax.pretrained.leaves import flatten, write_leaf
-from sparsejax.pretrained.tokenizer import TOKENIZER_FILE
 
 MASKS_FILE = "masks.safetensors"
 """Name of the file of masks."""
@@ -41,8 +42,8 @@ def export_hf(
       model: Transformer shaped as Llama, GPT-2 or BERT, or what `load_model` and `load_pretrained`
         return.
       folder: new, or empty; it is there whole or not at all.
-      tokenizer: Tokenizer or path of a tokenizer.json to copy; None = that of what was loaded, if
-        it has a file.
+      tokenizer: of what was loaded, of a run's data, or path of a tokenizer.json or its folder;
+        None = that of what was loaded, if it has a file.
       dtype: type of the tensors.
 
     Raises:
@@ -51,8 +52,7 @@ def export_hf(
       OSError: if a file cannot be written.
     """
     check_setting(dtype in ("float32", "bfloat16"), "dtype", dtype, "'float32' or 'bfloat16'")
-    own = getattr(model, "tokenizer", None)
-    file = own.file if tokenizer is None and own is not None else _find_file(tokenizer)
+    kept = _find_tokenizer(model, tokenizer)
     model = getattr(model, "model", model)
     if type(model) is not Transformer:
         raise ValueError(
@@ -64,14 +64,7 @@ def export_hf(
     folder.parent.mkdir(parents=True, exist_ok=True)
     replacement = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _write(model, family, replacement, dtype)
-        if file is not None:
-            write_durably(replacement / TOKENIZER_FILE, file.read_bytes())
-            described = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": model.config.max_length,
-            }
-            _write_json(replacement / "tokenizer_config.json", described)
+        _write(model, family, replacement, dtype, kept)
         _open_to_all(replacement)
         replacement.replace(folder)
     except BaseException:
@@ -131,7 +124,9 @@ def list_sparsity(model: Transformer) -> tuple[dict[str, np.ndarray], dict[str, 
     return weights, pruning
 
 
-def _write(model: Transformer, family: Family, folder: Path, dtype: str) -> None:
+def _write(
+    model: Transformer, family: Family, folder: Path, dtype: str, tokenizer: Tokenizer | None
+) -> None:
     import ml_dtypes
     from safetensors.numpy import save_file
 
@@ -156,10 +151,18 @@ def _write(model: Transformer, family: Family, folder: Path, dtype: str) -> None
         "model_type": family.model_type,
         "torch_dtype": dtype,
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": None if tokenizer is None else tokenizer.separator,
         "pad_token_id": None,
     }
     _write_json(folder / "config.json", described | family.write_config(config))
+    if tokenizer is not None and tokenizer.file is not None:
+        write_durably(folder / TOKENIZER_FILE, tokenizer.file.read_bytes())
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_length,
+            "eos_token": tokenizer.decode([tokenizer.separator]).decode(),
+        }
+        _write_json(folder / "tokenizer_config.json", described)
 
 
 def _make_zeros(config: TransformerConfig) -> dict[str, np.ndarray]:
@@ -171,6 +174,20 @@ def _make_zeros(config: TransformerConfig) -> dict[str, np.ndarray]:
     return {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes.items()}
 
 
+def _find_tokenizer(
+    model: Any, tokenizer: Tokenizer | str | os.PathLike | None
+) -> Tokenizer | None:
+    """Return the tokenizer whose file is to be copied."""
+    if tokenizer is None:
+        own = getattr(model, "tokenizer", None)
+        return own if own is not None and own.file is not None else None
+    if not isinstance(tokenizer, Tokenizer):
+        return open_tokenizer_file(f"file:{os.fspath(tokenizer)}")
+    if tokenizer.file is None:
+        raise ValueError(f"tokenizer must have a file to copy, got that of {tokenizer.name!r}")
+    return tokenizer
+
+
 def _open_to_all(folder: Path) -> None:
     """Let whoever may read files of this process read these, which are their owner's alone."""
     umask = os.umask(0)
@@ -178,18 +195,6 @@ def _open_to_all(folder: Path) -> None:
     folder.chmod(0o777 & ~umask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask)
-
-
-def _find_file(tokenizer: Tokenizer | str | os.PathLike | None) -> Path | None:
-    if tokenizer is None:
-        return None
-    if isinstance(tokenizer, Tokenizer):
-        if tokenizer.file is None:
-            raise ValueError(f"tokenizer must have a file to copy, got that of {tokenizer.name!r}")
-        return tokenizer.file
-    if not Path(tokenizer).is_file():
-        raise ValueError(f"tokenizer must be a file, found none at {str(tokenizer)!r}")
-    return Path(tokenizer)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

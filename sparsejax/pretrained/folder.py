@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax.data import Tokenizer
+from sparsejax.data.tokenizer import TOKENIZER_FILE
+from sparsejax.data.tokenizer_files import open_tokenizer_file
 from sparsejax.pretrained.checkpoint import Checkpoint
 from sparsejax.pretrained.leaves import Shape
-from sparsejax.pretrained.tokenizer import read_tokenizer
 from sparsejax.strict_json import load_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +41,11 @@ def open_folder(folder: Path) -> Checkpoint:
         with _open(files[name]) as file:
             return file.get_tensor(name)
 
-    return Checkpoint(str(folder), settings, shapes, read, lambda: read_tokenizer(folder))
+    def load_tokenizer() -> Tokenizer | None:
+        found = (folder / TOKENIZER_FILE).is_file()
+        return open_tokenizer_file(f"file:{folder}") if found else None
+
+    return Checkpoint(str(folder), settings, shapes, read, load_tokenizer)
 
 
 def _list_files(folder: Path) -> list[Path]:
@@ -73,9 +79,13 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
 
 
 def _open(path: Path):
-    import ml_dtypes  # noqa: F401, NumPy learns the name bfloat16
-    import safetensors
-
+    try:
+        import ml_dtypes  # noqa: F401, NumPy learns the name bfloat16
+        import safetensors
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: reading it needs the package {error.name}: pip install {error.name}"
+        ) from error
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:

@@ -1,18 +1,18 @@
 """A GGUF file, as llama.cpp and its tools write it, seen as a folder of `transformers` would be."""
 
+import functools
+import os
 import re
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsejax.durable import write_durably
 from sparsejax.models import Rotary, compute_frequencies
 from sparsejax.pretrained.checkpoint import Checkpoint
-from sparsejax.pretrained.tokenizer import make_gguf_model, make_tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
+from sparsejax.pretrained.tokenizer import open_gguf_tokenizer, write_gguf_tokenizer
 
 # GGUF's names of layers -> those of `transformers`.
 _LLAMA = {
@@ -87,24 +87,27 @@ def open_gguf(path: Path) -> Checkpoint:
         value = gguf.dequantize(tensor.data, tensor.tensor_type)
         return architecture.transform(name, value, settings)
 
-    def load_tokenizer():
-        return make_tokenizer(make_gguf_model(metadata, str(path)), name=f"file:{path}")
-
     shapes = {}
     for name, key in theirs.items():
         shape = tuple(int(size) for size in tensors[key].shape[::-1])
         # Of a view: only shapes of what `read` turns are asked for.
         shapes[name] = architecture.transform(name, np.broadcast_to(0.0, shape), settings).shape
-    return Checkpoint(str(path), settings, shapes, read, load_tokenizer)
+    load = functools.partial(open_gguf_tokenizer, metadata, str(path))
+    return Checkpoint(str(path), settings, shapes, read, load)
 
 
-def read_gguf_model(path: Path) -> "tokenizers.Tokenizer":
-    """Read the tokenizer of a GGUF file.
+def save_tokenizer(path: str | os.PathLike, file: str | os.PathLike) -> None:
+    """Write the tokenizer of a GGUF file as a tokenizer.json, which the library `tokenizers` reads.
+
+    Args:
+      path: of the GGUF file.
+      file: what is written; replaced if it exists.
 
     Raises:
       ValueError: if it is no GGUF file, or its tokenizer is of an unknown kind.
+      OSError: if it cannot be written.
     """
-    return make_gguf_model(_read(path)[0], str(path))
+    write_durably(Path(file), write_gguf_tokenizer(_read(Path(path))[0], str(path)))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

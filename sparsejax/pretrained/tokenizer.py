@@ -1,18 +1,17 @@
-"""Tokenizers that pretrained models were trained with, from tokenizer.json and from GGUF files."""
+"""Tokenizers out of the metadata of GGUF files."""
 
-from collections.abc import Sequence
+import dataclasses
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sparsejax.data import Tokenizer
+from sparsejax.data.tokenizer import TOKENIZER_FILE
+from sparsejax.data.tokenizer_files import open_tokenizer_file
 
 if TYPE_CHECKING:
     import tokenizers
-
-TOKENIZER_FILE = "tokenizer.json"
-"""Name of the file that the library `tokenizers` writes and reads."""
 
 # Of GGUF's types of tokens.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -21,43 +20,46 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LISTS = ("tokens", "token_type", "merges")
 _SPLITS = ("gpt-2", "llama-bpe", "smollm")
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read the tokenizer.json of a folder.
+def open_gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer | None:
+    """Make the tokenizer of a GGUF file, with the name that its tokenizer.json has.
+
+    Args:
+      metadata: keys and values.
+      origin: the file, for messages.
 
     Returns:
-      Tokenizer, None if the folder has none.
+      Tokenizer without a file of its own, None if the file has none.
 
     Raises:
-      ValueError: if the file cannot be read.
+      ValueError: if it is of an unknown kind.
     """
-    import tokenizers
-
-    file = folder / TOKENIZER_FILE
-    if not file.is_file():
+    if "tokenizer.ggml.model" not in metadata:
         return None
-    try:
-        # Not `from_file`: it takes names of files in UTF-8 only.
-        model = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(
-            f"{file} must be readable by tokenizers {tokenizers.__version__}: {error}"
-        ) from error
-    return make_tokenizer(model, name=f"file:{file}", file=file)
+    text = write_gguf_tokenizer(metadata, origin)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / TOKENIZER_FILE).write_text(text, "utf-8")
+        return dataclasses.replace(open_tokenizer_file(f"file:{folder}"), file=None)
 
 
-def make_gguf_model(metadata: dict[str, Any], origin: str) -> "tokenizers.Tokenizer":
-    """Make the tokenizer that the metadata of a GGUF file describe: byte-level BPE.
+def write_gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> str:
+    """Return the tokenizer.json of a GGUF file.
 
     Args:
       metadata: keys and values.
       origin: the file, for messages.
 
     Raises:
-      ValueError: if it is of another kind.
+      ValueError: if the tokenizer is of an unknown kind.
     """
+    return _make_model(metadata, origin).to_str(pretty=True)
+
+
+def _make_model(metadata: Mapping[str, Any], origin: str) -> "tokenizers.Tokenizer":
+    """Make what the metadata describe: byte-level BPE."""
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -66,8 +68,8 @@ def make_gguf_model(metadata: dict[str, Any], origin: str) -> "tokenizers.Tokeni
         raise ValueError(f"{origin}: tokenizer.ggml.model must be 'gpt2', got {kind!r}")
     if split not in _SPLITS:
         raise ValueError(f"{origin}: tokenizer.ggml.pre must be one of {_SPLITS}, got {split!r}")
-    tokens, types = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
-    merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+    tokens, types, pairs = (_get_list(metadata, f"tokenizer.ggml.{key}", origin) for key in _LISTS)
+    merges = [tuple(pair.split(" ")) for pair in pairs]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         raise ValueError(f"{origin}: tokenizer.ggml.tokens must differ, found some twice")
@@ -92,29 +94,8 @@ def make_gguf_model(metadata: dict[str, Any], origin: str) -> "tokenizers.Tokeni
     return model
 
 
-def make_tokenizer(
-    model: "tokenizers.Tokenizer", *, name: str, file: Path | None = None
-) -> Tokenizer:
-    """Make a Tokenizer of one of the library `tokenizers`.
-
-    What spells out a special token in a text is text, and none is put around a document.
-
-    Args:
-      name: as `Tokenizer.name`.
-      file: as `Tokenizer.file`.
-    """
-    model.encode_special_tokens = True
-    model.no_truncation()
-    model.no_padding()
-    vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values(), default=0)
-    dtype = np.min_scalar_type(vocab_size - 1)
-
-    def encode(documents: list[bytes]) -> list[np.ndarray]:
-        texts = [text.decode() for text in documents]
-        encodings = model.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype) for encoding in encodings]
-
-    def decode(ids: Sequence[int]) -> bytes:
-        return model.decode(np.asarray(ids).tolist(), skip_special_tokens=False).encode()
-
-    return Tokenizer(name=name, vocab_size=vocab_size, encode=encode, decode=decode, file=file)
+def _get_list(metadata: Mapping[str, Any], key: str, origin: str) -> list[Any]:
+    value = metadata.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{origin}: {key} must be a list, got {value!r:.40}")
+    return value

@@ -166,7 +166,7 @@ ARROWS = {
         "pallas_kernels",
         "sparsejax.processes",
     ),
-    "sparsejax": ("sparsejax.api", "sparsejax.version"),
+    "sparsejax": ("sparsejax.api", "sparsejax.pretrained", "sparsejax.version"),
     # What the package itself offers.
     "sparsejax.api": (
         "sparsejax.checkpoint",
@@ -174,7 +174,6 @@ ARROWS = {
         "sparsejax.data",
         "sparsejax.dotted",
         "sparsejax.models",
-        "sparsejax.pretrained",
         "sparsejax.recipes",
         "sparsejax.report",
         "sparsejax.tools",

@@ -12,10 +12,11 @@ from tests.architecture.project_files import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+RUN = [*PROJECT["dependencies"], *EXTRAS["data"], *EXTRAS["pretrained"]]
 LOCKS = {
-    "train": [*PROJECT["dependencies"], *EXTRAS["data"]],
-    "dev": [*PROJECT["dependencies"], *EXTRAS["data"], *EXTRAS["dev"]],
-    "cuda": [*PROJECT["dependencies"], *EXTRAS["data"], *EXTRAS["dev"], *EXTRAS["cuda"]],
+    "train": RUN,
+    "dev": [*RUN, *EXTRAS["dev"]],
+    "cuda": [*RUN, *EXTRAS["dev"], *EXTRAS["cuda"]],
     "compile": EXTRAS["compile"],
 }
 PIN = re.compile(r"([A-Za-z0-9_.-]+)==([\w.!+]+)(?: ; .+)?")

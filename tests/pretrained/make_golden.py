@@ -32,8 +32,8 @@ TEXT = (
     "shook his head; the blacksmith laughed. But a wheel is only wood and iron, and water does "
     "not ask for permission. In the second spring she cleared the race, stone by stone, until her "
     "hands were raw. In the third, at 6:40 on a wet morning, the paddles dipped, hesitated, and "
-    'began to move. "Well," said the blacksmith, who had come to watch, "it can\'t last." It has '
-    "lasted, so far, for thirty-one years: longer than the blacksmith, the cat, or the road."
+    'began to move. "Well," said the blacksmith, who had come to watch, "it can\'t last." '
+    "It has lasted, so far, for thirty-one years: longer than the blacksmith, the cat, or the road."
 )
 
 
@@ -113,13 +113,13 @@ def write_tokenizer(path):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    letters = ["<|end|>", *"Ġabcdefghijklmnopqrstuvwxyz.", "th", "the", "Ġthe"]
+    letters = ["<|endoftext|>", *"Ġabcdefghijklmnopqrstuvwxyz.", "th", "the", "Ġthe"]
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
     vocab = {token: i for i, token in enumerate(letters)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path))
 
 
