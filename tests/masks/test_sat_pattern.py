@@ -58,6 +58,14 @@ def test_the_largest_entries_are_kept(causal):
     assert not pattern.any(-1).all(), "a row may stay empty: no diagonal is forced"
 
 
+def test_each_head_of_a_layer_keeps_its_own_blocks_and_as_many():
+    w = _draw(2, 3, 8, 5)
+    kept = sat_pattern(w, density=0.5, causal=True)
+    np.testing.assert_array_equal(kept.sum((2, 3)), 18)
+    by_head = [sat_pattern(w[:, head], density=0.5, causal=True) for head in range(3)]
+    np.testing.assert_array_equal(kept, jnp.stack(by_head, axis=1))
+
+
 def test_skewness_is_that_of_scipy():
     maps = _draw(3, 40, 40) ** jnp.array([1.0, 3.0, 9.0])[:, None, None]
     expected = [scipy.stats.skew(np.asarray(m, np.float64).ravel()) for m in maps]

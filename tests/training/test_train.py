@@ -12,7 +12,7 @@ import pytest
 from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.report.metrics import read_metrics
 from sparsejax.tools.evaluate import evaluate
-from tests.training.runs import make_settings, train
+from tests.training.runs import assert_documented, make_settings, train
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -129,10 +129,18 @@ def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
 
 
 @pytest.mark.ci
-def test_a_healthy_run_has_no_nan(tmp_path):
+def test_a_healthy_run_has_no_nan_and_says_what_walks_do_not_reach(tmp_path, capsys):
     # SPION's; those of the other methods are trained like this in their own files.
+    walks = {"walk": "greedy", "quantile": None, "density": 1.0}
+    changes = {f"recipe__spion__{name}": value for name, value in walks.items()}
+    settings = make_settings(tmp_path, checkpoint__every_steps=10, **changes)
     with jax.debug_nans(True):
-        train(make_settings(tmp_path, checkpoint__every_steps=10), tmp_path / "run")
+        summary = train(settings, tmp_path / "run")
+    assert_documented(tmp_path / "run")
+    began = summary["phase_metrics"]["sparse"]
+    assert began["wanted_density"] == 1 and min(began["reach"]) < 1
+    assert np.mean(began["reach"]) == pytest.approx(summary["sparse_attention_density"])
+    assert "warning: greedy walks reach 0." in capsys.readouterr().out
     probes = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "check" in row]
     assert [("distance" in row, "change_percent" in row) for row in probes] == [
         (False, False),

@@ -1,6 +1,6 @@
 """SAT: block patterns from a learned low-rank model of the attention map, and the switch test.
 
-`NB` is the number of blocks per side; leading axes (layers) are independent.
+`NB` is the number of blocks per side; leading axes (layers, heads) are independent.
 """
 
 import functools
