@@ -142,7 +142,7 @@ def test_layers_have_their_shares_of_an_exact_total():
     np.testing.assert_array_equal(counts.sum(0), total)
     least, most = HEADS * np.minimum(np.arange(NUM) + 1, 2), HEADS * (np.arange(NUM) + 1)
     assert (least <= counts).all() and (counts <= most).all()
-    assert (counts[1, 5:] > counts[0, 5:]).all() and (counts[0, 5:] > counts[2, 5:]).all()
+    assert (counts[1] >= counts[0]).all() and (counts[0] >= counts[2]).all()
     density = uneven.measure_density(NUM, HEADS)
     assert density.mean() == pytest.approx(even.measure_density(NUM, HEADS)[0])
     assert density[1] > density[0] > density[2]
