@@ -58,6 +58,7 @@ def test_the_largest_entries_are_kept(causal):
     assert not pattern.any(-1).all(), "a row may stay empty: no diagonal is forced"
 
 
+@pytest.mark.ci
 def test_each_head_of_a_layer_keeps_its_own_blocks_and_as_many():
     w = _draw(2, 3, 8, 5)
     kept = sat_pattern(w, density=0.5, causal=True)

@@ -143,7 +143,7 @@ def test_the_sparse_phase_takes_the_pattern_of_the_last_map(variant, causal):
     np.testing.assert_array_equal(sparsity.statistics["pooled"], pooled)
 
 
-@pytest.mark.parametrize("walk", ["greedy", "flood", None])
+@pytest.mark.parametrize("walk", ["greedy", pytest.param("flood", marks=pytest.mark.ci), None])
 def test_a_density_takes_the_place_of_the_quantile_and_what_walks_cannot_reach_is_told(walk):
     settings = {"quantile": None, "density": 1.0, "walk": walk, "causal": True}
     config = dataclasses.replace(BASE, **settings)

@@ -60,6 +60,7 @@ def test_the_density_is_the_one_asked_for(pattern, causal):
         np.testing.assert_array_equal(masks, jnp.tril(masks))
 
 
+@pytest.mark.ci
 def test_the_number_of_sinks_is_a_setting():
     config = dataclasses.replace(BASE, pattern="sink_window", num_sinks=2)
     sparsity = make_static_attention(config).init(MASKS, {}, jax.random.key(0))
