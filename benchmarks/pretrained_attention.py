@@ -114,7 +114,7 @@ def make_loss(
     """Return the jitted function of masks and tokens to the loss of every token but the first.
 
     Args:
-      options: AttentionOptions.
+      options: AttentionOptions of the forward pass.
 
     Returns:
       Function (params, masks bool[L, 1 | N, I, J] or None, ids i32[T]) -> f32[T - 1].
@@ -153,8 +153,8 @@ def run_setting(
       documents: of `list_documents`.
       results: file that summaries go to.
       losses: file that losses go to.
-      block_size: int.
-      density: float.
+      block_size: int, side of a block, positions.
+      density: float, share of the visible blocks that is kept.
       force: measure again what is there.
       is_late: says when to stop.
     """

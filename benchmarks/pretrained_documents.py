@@ -20,7 +20,7 @@ class Document(NamedTuple):
     """The beginning of a text.
 
     Attributes:
-      name: str.
+      name: what results call it.
       use: "calibration" of what is chosen in advance, or "test".
       ids_T: i32[T].
       sha256: of what was encoded.

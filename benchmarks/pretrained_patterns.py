@@ -66,7 +66,7 @@ def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps
       block_size: int, side of a block, positions.
 
     Returns:
-      Maps.
+      Maps of all layers.
     """
 
     @jax.jit
@@ -104,7 +104,7 @@ def make_masks(calibration: Maps, *, density: float, block_size: int) -> dict[st
     Args:
       calibration: of other documents.
       density: share of the visible blocks that is kept.
-      block_size: int.
+      block_size: int, side of a block, positions.
 
     Returns:
       name -> bool[L, 1 | N, I, J].
@@ -156,7 +156,7 @@ def make_choosers(
     Args:
       ids_BT: i32[B, T], other documents, by which layers get shares of the budget.
       density: share of the visible blocks that is kept.
-      block_size: int.
+      block_size: int, side of a block, positions.
 
     Returns:
       name -> DynamicBlocks.

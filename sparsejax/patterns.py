@@ -55,14 +55,15 @@ class BlockChooser(Protocol):
 
     Static, so a frozen value. B batch, T query and S key positions, N query heads, K key/value
     heads, H head dim, L layers, I query and J key blocks.
-
-    Attributes:
-      lookahead: of a causal model, what a query block keeps depends on positions behind its first.
-        Such a choice cannot decode: when a token is decoded, those behind it are not there yet.
     """
 
     @property
-    def lookahead(self) -> bool: ...
+    def lookahead(self) -> bool:
+        """Whether query blocks of a causal model are chosen for by what lies behind their first token.
+
+        Such a choice cannot decode: when a token is decoded, what is behind it is not there yet.
+        """
+        ...
 
     def count(self, num_blocks: int, num_heads: int, /) -> np.ndarray:
         """Return i32[L | 1, I], the blocks that all heads together keep of each query block."""

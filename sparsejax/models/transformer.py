@@ -341,7 +341,7 @@ class Transformer(nnx.Module):
             x_BTD = look_up(self.embedding, tokens, options=linear_options)
         if config.positions == "learned":
             table = self.position[...]
-            rows = table[: x_BTD.shape[1]] if positions_BT is None else table[positions_BT]
+            rows = table[None, : x_BTD.shape[1]] if positions_BT is None else table[positions_BT]
             x_BTD = x_BTD + rows.astype(x_BTD.dtype)
         return self.embedding_norm(x_BTD) if config.embedding_norm else x_BTD
 

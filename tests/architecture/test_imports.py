@@ -52,6 +52,7 @@ ARROWS = {
     "sparsejax.checks": (),
     "sparsejax.masks": (
         "pallas_kernels.transposable_mask",
+        "sparsejax.checks",
         "sparsejax.patterns",
         "sparsejax.types",
     ),
@@ -100,6 +101,14 @@ ARROWS = {
         "sparsejax.models",
         "sparsejax.patterns",
         "sparsejax.strict_json",
+        "sparsejax.types",
+    ),
+    # The one place where a model decides its own masks before it trains.
+    "sparsejax.calibration": (
+        "sparsejax.checks",
+        "sparsejax.masks",
+        "sparsejax.models",
+        "sparsejax.patterns",
         "sparsejax.types",
     ),
     "sparsejax.config": (
@@ -221,8 +230,14 @@ HOMES = {
         "pallas_kernels.transposable_mask.triton",
     ),
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
-    "flax": ("sparsejax.models", "sparsejax.pretrained", "sparsejax.training", "benchmarks"),
-    "optax": ("sparsejax.optimizer", "sparsejax.training"),
+    "flax": (
+        "sparsejax.calibration",
+        "sparsejax.models",
+        "sparsejax.pretrained",
+        "sparsejax.training",
+        "benchmarks",
+    ),
+    "optax": ("sparsejax.optimizer", "sparsejax.training", "benchmarks"),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
         "configs",
