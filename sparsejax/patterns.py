@@ -59,7 +59,7 @@ class BlockChooser(Protocol):
 
     @property
     def lookahead(self) -> bool:
-        """Whether query blocks of a causal model are chosen for by what lies behind their first token.
+        """Whether a causal query block keeps what depends on positions behind its first.
 
         Such a choice cannot decode: when a token is decoded, what is behind it is not there yet.
         """
