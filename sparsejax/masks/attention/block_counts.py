@@ -12,7 +12,8 @@ def count_row_blocks(num_blocks: int, *, density: float, causal: bool) -> np.nda
     """Say how many blocks each query block keeps, alike for all that have as many to choose from.
 
     A causal query block i keeps min(i + 1, c), with the largest c that the density allows; of what
-    is left, one each goes to the last query blocks. A shorter input has the first of the counts.
+    is left, one each goes to the first query blocks that see more: there it is a larger part. A
+    shorter input has the first of the counts.
 
     Args:
       num_blocks: int, I = J.
@@ -27,7 +28,7 @@ def count_row_blocks(num_blocks: int, *, density: float, causal: bool) -> np.nda
 
     Example:
       >>> count_row_blocks(8, density=0.5, causal=True)
-      array([1, 2, 2, 2, 2, 3, 3, 3])
+      array([1, 2, 3, 3, 3, 2, 2, 2])
     """
     visible = np.arange(1, num_blocks + 1) if causal else np.full(num_blocks, num_blocks)
     total = round(density * int(visible.sum()))
@@ -38,9 +39,7 @@ def count_row_blocks(num_blocks: int, *, density: float, causal: bool) -> np.nda
         )
     most = max(c for c in range(1, num_blocks + 1) if np.minimum(visible, c).sum() <= total)
     counts = np.minimum(visible, most)
-    rest = total - int(counts.sum())
-    if rest:
-        counts[num_blocks - rest :] += 1
+    counts[np.flatnonzero(counts < visible)[: total - int(counts.sum())]] += 1
     return counts
 
 
