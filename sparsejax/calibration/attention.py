@@ -92,7 +92,11 @@ def calibrate_layers(
 
 def _measure_costs(blocks, q_BTNH, k_BSKH, counts_CI):
     """Return f32[C], the cost of a layer at each budget."""
-    kept_CNIJ = jax.lax.map(lambda counts_I: blocks(q_BTNH, k_BSKH, None, counts_I)[0], counts_CI)
+    scores_BNIJ = blocks.score(q_BTNH, k_BSKH, None)
+    _, N, I, _ = scores_BNIJ.shape  # noqa: E741
+    kept_CNIJ = jax.lax.map(
+        lambda counts_I: blocks.keep(scores_BNIJ, counts_I, most=N * I)[0], counts_CI
+    )
     positions_IR = jnp.arange(q_BTNH.shape[1]).reshape(-1, blocks.block_size)
 
     def measure(of_block):
