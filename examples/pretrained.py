@@ -116,9 +116,9 @@ def draw_maps(model, chooser, kept_IJ, tokens_T, path):
     for row in axes:
         row[0].set_ylabel("query blocks")
     figure.suptitle(
-        f"Attention to {len(tokens_T)} tokens (grey), blocks of {BLOCK} that are kept (orange): "
-        f"{DENSITY:.0%} of all heads'\nvisible ones in either row. What a query block keeps is chosen "
-        "before its tokens are read."
+        f"Attention to {len(tokens_T)} tokens (grey), blocks of {BLOCK} that are kept (orange):\n"
+        f"{DENSITY:.0%} of all heads' visible ones in either row. What a query block keeps is\n"
+        "chosen before its tokens are read."
     )
     figure.savefig(path, dpi=110)
 
