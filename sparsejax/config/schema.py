@@ -36,6 +36,9 @@ class ModelSettings(TransformerOptions):
       num_kv_heads: key/value heads, a divisor of `num_heads`; 0 = `num_heads`.
       mlp_dim: hidden width of the feed-forward layer.
       block_size: side of an attention block, positions; divides data.sequence_length.
+      init_from: path of pretrained weights that training starts from, a folder of `transformers` or
+        a GGUF file, whose settings those of the model have to be; "" = drawn. A run that is resumed
+        does not read it again.
       attention_implementation: backend of sparse attention; None = the fastest proven here.
       weight_implementation: backend of sparse weights; None = the fastest proven here.
     """
@@ -47,6 +50,7 @@ class ModelSettings(TransformerOptions):
     num_kv_heads: int = 0
     mlp_dim: int = 512
     block_size: int = 64
+    init_from: str = ""
     attention_implementation: Implementation | None = None
     weight_implementation: Implementation | None = None
 

@@ -28,6 +28,7 @@ from sparsejax.report.plots.flips import plot_decay_search
 from sparsejax.report.progress import say
 from sparsejax.shares import count_share
 from sparsejax.strict_json import dump_json
+from sparsejax.training.initial import create_initial_state
 from sparsejax.training.setup import Run, compile_phase, prepare_run
 
 ACCEPTED = (0.60, 0.95)
@@ -156,7 +157,7 @@ def _measure(run: Run, begin, steps: tuple[int, int, int], rates: list[float]) -
     step = compile_phase(run, phase, batch).train_step
     results = []
     for rate in rates:
-        state = run.create_state()
+        state = create_initial_state(run)
         # On the devices of the state: the compiled step takes no other.
         on_devices = jax.device_put(np.float32(rate), run.replicated)
         statistics = {**state.sparsity.statistics, "decay_rate": on_devices}

@@ -27,16 +27,12 @@ from sparsejax.processes import decide, fetch, is_first, share
 from sparsejax.recipes import Observation, Phase
 from sparsejax.report.live import TrainingPicture
 from sparsejax.report.metrics import DeferredMetrics, Fetched, fetch_metrics, open_metrics
-from sparsejax.report.progress import (
-    StepTimer,
-    format_metrics,
-    format_progress,
-    say,
-)
+from sparsejax.report.progress import StepTimer, format_metrics, format_progress, say
 from sparsejax.report.tensorboard import TensorBoardWriter
 from sparsejax.report.writers import RowWriter
 from sparsejax.training.describe import describe_costs, describe_model, make_title
 from sparsejax.training.finish import finish_run
+from sparsejax.training.initial import check_initial
 from sparsejax.training.profile import StepProfiler, StepRange
 from sparsejax.training.setup import (
     Programs,
@@ -89,6 +85,7 @@ def train_and_evaluate(
     """
     with claim_workdir(workdir) as path:
         config = keep_schedule(config, path / "checkpoints")
+        check_initial(config, path / "checkpoints")
         run = prepare_run(config)
         description = describe_run(config, run.data.fingerprint, run.data.spec)
         start = open_or_resume(run, path, description)

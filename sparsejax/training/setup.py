@@ -88,18 +88,23 @@ class Run:
         data = self.config.data
         return data.batch_size * data.sequence_length * self.model_config.num_towers
 
-    def create_state(self) -> TrainState:
-        """Initialise the state at step 0 on the devices."""
+    def create_state(self, params: PyTree | None = None) -> TrainState:
+        """Initialise the state at step 0 on the devices.
 
-        def create(seed):
+        Args:
+          params: nested dict of the model, not to be used again; None draws them.
+        """
+
+        def create(seed, params):
             key = jax.random.key(seed)
-            return create_train_state(self.model_config, self.recipe, self.optimizer, key)
+            return create_train_state(self.model_config, self.recipe, self.optimizer, key, params)
 
         # Put there explicitly, as a transfer guard may ask.
         seed = jax.device_put(np.asarray(self.config.seed))
-        jitted = jax.jit(create, out_shardings=self.shard_state(self.recipe.phases[0].name))
-        with use_mesh(self.mesh), _keeping_choices(self, jitted, seed):
-            return jitted(seed)
+        shardings = self.shard_state(self.recipe.phases[0].name)
+        jitted = jax.jit(create, out_shardings=shardings, donate_argnums=1)
+        with use_mesh(self.mesh), _keeping_choices(self, jitted, seed, params):
+            return jitted(seed, params)
 
     def enter_phase(self, state: TrainState, phase: Phase, *, previous: Phase) -> TrainState:
         """Hand the state over to a later phase.

@@ -12,6 +12,7 @@ from sparsejax.config.parse import ConfigError
 from sparsejax.processes import decide
 from sparsejax.recipes import Phase
 from sparsejax.report.progress import say
+from sparsejax.training.initial import create_initial_state
 from sparsejax.training.setup import Run, find_phase
 from sparsejax.training.state import TrainState
 
@@ -97,4 +98,4 @@ def _open(run: Run, checkpoints: Path) -> Start:
     # All that are kept, and the one being written before the oldest goes.
     most = needed * (kept.keep_last + kept.keep_best + 1)
     decide(lambda: check_free_space(checkpoints, most))
-    return Start(0, run.create_state(), phase, None, None)
+    return Start(0, create_initial_state(run), phase, None, None)

@@ -58,19 +58,26 @@ def make_graphdef(config: TransformerConfig) -> nnx.GraphDef:
 
 
 def create_train_state(
-    config: TransformerConfig, recipe: Recipe, optimizer: Optimizer, key: jax.Array
+    config: TransformerConfig,
+    recipe: Recipe,
+    optimizer: Optimizer,
+    key: jax.Array,
+    params: PyTree | None = None,
 ) -> TrainState:
     """Initialise parameters, masks, recipe and optimizer.
 
     Args:
       key: typed random key.
+      params: nested dict of the model; None draws them.
 
     Returns:
       TrainState at step 0 in the recipe's first phase.
     """
     model = make_transformer(config, rngs=nnx.Rngs(params=jax.random.fold_in(key, 0)))
-    _, params, masks = nnx.split(model, nnx.Param, SparsityMask)
-    params, masks = nnx.to_pure_dict(params), nnx.to_pure_dict(masks)
+    _, drawn, masks = nnx.split(model, nnx.Param, SparsityMask)
+    masks = nnx.to_pure_dict(masks)
+    if params is None:
+        params = nnx.to_pure_dict(drawn)
     sparsity = recipe.init(masks, params, jax.random.fold_in(key, 1))
     return TrainState(
         step=jnp.int32(0),

@@ -21,6 +21,8 @@ RUN = (
     "sparsejax.checks",
     "sparsejax.dotted",
     "sparsejax.durable",
+    "sparsejax.patterns",
+    "sparsejax.pretrained",
     "sparsejax.processes",
     "sparsejax.report",
     "sparsejax.report.plots",

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from configs import base, gpt2, mst_small, spion
+from configs import base, gpt2, llama, mst_small, spion
 from sparsejax.config.parse import (
     ConfigError,
     describe_unused,
@@ -154,7 +154,7 @@ def test_no_number_is_infinite_or_too_large_for_a_device():
 
 _CONFIGS = {path.stem for path in pathlib.Path(base.__file__).parent.glob("*.py")}
 _SIZES = {f"{name}:{size}" for name in ("gpt2", "fst_gpt2", "sste_gpt2") for size in gpt2.SIZES}
-_SIZES |= {f"spion:{task}" for task in spion.TASKS}
+_SIZES |= {f"spion:{task}" for task in spion.TASKS} | {f"llama:{size}" for size in llama.SIZES}
 
 
 @pytest.mark.parametrize("name", sorted(_CONFIGS - {"__init__", "lra"} | _SIZES))
