@@ -22,7 +22,7 @@ from benchmarks.harness import RESULTS, parse_arguments
 from benchmarks.pretrained_documents import list_documents
 from benchmarks.records import Column, Results, make_table
 from benchmarks.smollm2 import load_smollm2
-from sparsejax.calibration import calibrate_layers
+from sparsejax.calibration import calibrate_blocks
 from sparsejax.masks import DynamicBlocks, pattern_at_density
 from sparsejax.models import AttentionOptions
 
@@ -81,12 +81,12 @@ def make_patterns(model: Any, prose_T: np.ndarray, length: int) -> dict[str, Cal
 
     Args:
       model: SmolLM2 with that many positions.
-      prose_T: i32, text by which layers get shares of the budget.
+      prose_T: i32, text by which the choice is calibrated.
       length: int, T.
     """
     num_blocks = length // BLOCK
     blocks = DynamicBlocks(density=DENSITY, block_size=BLOCK, num_blocks=num_blocks, causal=True)
-    blocks = calibrate_layers(model, prose_T[None, :length], blocks)
+    blocks = calibrate_blocks(model, prose_T[None, :length], blocks)
     kept_IJ = pattern_at_density("sink_window", num_blocks, density=DENSITY, causal=True)
     mask = model.blocks.attention.block_mask
     mask[...] = jax.numpy.broadcast_to(kept_IJ, mask[...].shape)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from pallas_kernels import mean_attention_map
-from sparsejax.calibration import calibrate_layers, read_heads
+from sparsejax.calibration import calibrate_blocks, read_heads
 from sparsejax.masks import (
     DynamicBlocks,
     flood_fill,
@@ -27,7 +27,7 @@ from sparsejax.models import Transformer
 
 SINK_WINDOW = "sink + window"
 ORACLE, SHARED_ORACLE = "oracle", "oracle, heads share"
-DYNAMIC, DYNAMIC_EVEN, DYNAMIC_HEADS = "dynamic", "dynamic, layers alike", "dynamic, heads alike"
+DYNAMIC, DYNAMIC_PLAIN, DYNAMIC_HEADS = "dynamic", "dynamic, uncalibrated", "dynamic, heads alike"
 LOOKAHEAD = "lookahead"
 FIXED = {
     SINK_WINDOW: "sink_window",
@@ -38,7 +38,7 @@ FIXED = {
 WALKS = {"SPION-CF, causal walk": "flood", "SPION-CF, published walk": "greedy"}
 SPION_C, SAT, TOP, SHARED_TOP = "SPION-C", "SAT, fitted", "top-k by head", "top-k, heads share"
 PATTERNS = (
-    *(SINK_WINDOW, ORACLE, DYNAMIC, SHARED_ORACLE, DYNAMIC_EVEN, LOOKAHEAD, DYNAMIC_HEADS),
+    *(SINK_WINDOW, ORACLE, DYNAMIC, SHARED_ORACLE, DYNAMIC_PLAIN, LOOKAHEAD, DYNAMIC_HEADS),
     *(TOP, SHARED_TOP, SPION_C, SAT, *WALKS, *FIXED),
 )
 """All patterns, the most important first; one name may come twice."""
@@ -154,7 +154,7 @@ def make_choosers(
     """Make what chooses blocks within the model.
 
     Args:
-      ids_BT: i32[B, T], other documents, by which layers get shares of the budget.
+      ids_BT: i32[B, T], other documents, by which the choice is calibrated.
       density: share of the visible blocks that is kept.
       block_size: int, side of a block, positions.
 
@@ -172,8 +172,8 @@ def make_choosers(
         )
 
     return {
-        DYNAMIC: calibrate_layers(model, ids_BT, make()),
-        DYNAMIC_EVEN: make(),
+        DYNAMIC: calibrate_blocks(model, ids_BT, make()),
+        DYNAMIC_PLAIN: make(),
         DYNAMIC_HEADS: make(share_heads=False),
         LOOKAHEAD: make(lookahead=True, num_queries=8),
     }

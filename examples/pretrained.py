@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import sparsejax
-from sparsejax.calibration import calibrate_layers, read_heads
+from sparsejax.calibration import calibrate_blocks, read_heads
 from sparsejax.masks import DynamicBlocks, pattern_at_density
 from sparsejax.masks.attention.dynamic import compute_shares
 from sparsejax.models import AttentionOptions
@@ -39,14 +39,14 @@ def make_patterns(model, calibration_T):
     num_blocks = len(calibration_T) // BLOCK
     sides = {"block_size": BLOCK, "num_blocks": num_blocks, "causal": True}
     even = DynamicBlocks(density=DENSITY, **sides)
-    chosen = calibrate_layers(model, calibration_T[None], even)
+    chosen = calibrate_blocks(model, calibration_T[None], even)
     patterns = {"dense": (AttentionOptions(sparse=False), None)}
     for name in ("sliding_window", "bigbird", "sink_window"):
         kept = pattern_at_density(
             name, num_blocks, density=DENSITY, causal=True, key=jax.random.key(0)
         )
         patterns[name.replace("_", " ")] = (AttentionOptions(), kept)
-    patterns["dynamic, layers alike"] = (AttentionOptions(choose_blocks=even), None)
+    patterns["dynamic, uncalibrated"] = (AttentionOptions(choose_blocks=even), None)
     patterns["dynamic"] = (AttentionOptions(choose_blocks=chosen), None)
     return patterns
 

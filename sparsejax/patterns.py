@@ -7,6 +7,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from sparsejax.types import PyTree
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockPattern:
@@ -65,8 +67,8 @@ class BlockChooser(Protocol):
         """
         ...
 
-    def count(self, num_blocks: int, num_heads: int, /) -> np.ndarray:
-        """Return i32[L | 1, I], the blocks that all heads together keep of each query block."""
+    def budget(self, num_blocks: int, num_heads: int, /) -> PyTree:
+        """Return what a choice needs to know of its layer: arrays with a leading axis L, or 1."""
         ...
 
     def measure_density(self, num_blocks: int, num_heads: int, /) -> np.ndarray:
@@ -78,10 +80,13 @@ class BlockChooser(Protocol):
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         kv_mask_BS: jax.Array | None,
-        counts_I: jax.Array,
+        budget: PyTree,
         /,
     ) -> jax.Array:
-        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all."""
+        """Return bool[B, N, I, J], True = kept; `kv_mask_BS` is True of real tokens, None = all.
+
+        `budget` is that of the layer, without the leading axis.
+        """
         ...
 
 

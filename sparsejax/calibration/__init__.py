@@ -1,4 +1,4 @@
 """What a model is shown before it is made sparse, and what that decides."""
 
-from sparsejax.calibration.attention import calibrate_layers as calibrate_layers
+from sparsejax.calibration.attention import calibrate_blocks as calibrate_blocks
 from sparsejax.calibration.attention import read_heads as read_heads

@@ -1,4 +1,4 @@
-"""Which layers need more attention blocks than others, by a few texts.
+"""How heads attend, and which layers need more attention blocks than others, by a few texts.
 
 Legend: L layers, B batch, T query position, S key position, N query heads, K key/value heads,
 H head dim, I query blocks, J key blocks, R positions of a block, C budgets that are tried.
@@ -14,9 +14,14 @@ from flax import nnx
 
 from sparsejax.masks import DynamicBlocks
 from sparsejax.masks.attention.dynamic import compute_shares
+from sparsejax.masks.attention.habits import Habits, list_far
 from sparsejax.models import AttentionOptions, Transformer
 
-_BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.1, 2.6, 3.2)
+# Of a layer, in parts of the mean.
+_BUDGETS = (
+    *(0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1),
+    *(1.2, 1.3, 1.4, 1.6, 1.8, 2.1, 2.5, 3.0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +30,14 @@ class _KeepAll:
 
     lookahead = False
 
-    def count(self, num_blocks, num_heads):
+    def budget(self, num_blocks, num_heads):
         return np.full((1, num_blocks), num_heads, np.int32)
 
     def measure_density(self, num_blocks, num_heads):
         return np.ones(1)
 
-    def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, counts_I):
-        num_blocks = len(counts_I)
+    def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, budget):
+        num_blocks = len(budget)
         return jnp.ones((q_BTNH.shape[0], q_BTNH.shape[2], num_blocks, num_blocks), bool)
 
 
@@ -57,50 +62,59 @@ def read_heads(model: Transformer, tokens_BT: np.ndarray) -> tuple[jax.Array, ja
     return read(state, tokens_BT)
 
 
-def calibrate_layers(
+def calibrate_blocks(
     model: Transformer, tokens_BT: np.ndarray, blocks: DynamicBlocks
 ) -> DynamicBlocks:
-    """Give layers shares of the budget, so that what they drop costs least.
+    """Learn from a few texts how heads attend, and which layers need more blocks than others.
 
     A layer's cost at a budget is the mean over heads and positions of the cube of the largest share
     of attention that goes to one dropped block; over patterns, the loss of a language model grows
-    with it. Budgets are chosen from a grid, so that the sum of costs is least at the same total.
+    with it. Layers get the budgets, out of a grid, whose costs add up to least at the same total.
 
     Args:
       tokens_BT: i32[B, T], texts that nothing is measured on later; T = `max_length`.
       blocks: DynamicBlocks of a causal model, whose heads share their budget.
 
     Returns:
-      DynamicBlocks with `layer_shares`.
+      DynamicBlocks with `habits` and `layer_shares`.
+
+    Raises:
+      ValueError: if the blocks are not causal, look ahead or are not shared by heads.
     """
+    if blocks.lookahead or not (blocks.causal and blocks.share_heads):
+        raise ValueError(
+            "blocks must be causal, without lookahead and with share_heads to be calibrated, got "
+            f"{blocks}"
+        )
     num_blocks, num_heads = tokens_BT.shape[1] // blocks.block_size, model.config.num_heads
-    even = dataclasses.replace(blocks, layer_shares=())
+    even = dataclasses.replace(blocks, layer_shares=(), habits=())
     counts_I, least_I = even.count(num_blocks, num_heads)[0], np.arange(1, num_blocks + 1)
     most_I = num_heads * least_I
     least_I = num_heads * np.minimum(least_I, 1 + blocks.num_sinks)
     counts_CI = np.stack(
-        [np.clip(np.rint(budget * counts_I).astype(int), least_I, most_I) for budget in _BUDGETS]
+        [np.clip(np.rint(part * counts_I).astype(int), least_I, most_I) for part in _BUDGETS]
     )
+    observe = jax.jit(functools.partial(_observe_habits, even))
     measure = jax.jit(functools.partial(_measure_costs, even))
-    costs_LC = np.zeros((model.config.num_layers, len(_BUDGETS)))
-    for tokens_T in tokens_BT:
-        heads = read_heads(model, tokens_T[None])
-        costs_LC += [measure(q, k, counts_CI) for q, k in zip(*heads, strict=True)]
-    chosen_L = _share_out(costs_LC, counts_CI.sum(1), len(costs_LC) * int(counts_I.sum()))
-    return dataclasses.replace(blocks, layer_shares=tuple(_BUDGETS[i] for i in chosen_L))
-
-
-def _measure_costs(blocks, q_BTNH, k_BSKH, counts_CI):
-    """Return f32[C], the cost of a layer at each budget."""
-    scores_BNIJ = blocks.score(q_BTNH, k_BSKH, None)
-    _, N, I, _ = scores_BNIJ.shape  # noqa: E741
-    kept_CNIJ = jax.lax.map(
-        lambda counts_I: blocks.keep(scores_BNIJ, counts_I, most=N * I)[0], counts_CI
+    heads = [read_heads(model, tokens_T[None]) for tokens_T in tokens_BT]
+    habits, costs_LC = [], []
+    for layer in zip(*(zip(*each, strict=True) for each in heads), strict=True):
+        seen = [observe(q, k) for q, k in layer]
+        mean = jax.tree.map(lambda *x: sum(x) / len(x), *seen)
+        habits.append(tuple(tuple(np.asarray(x).tolist()) for x in mean))
+        costs_LC.append(np.mean([measure(q, k, mean, counts_CI) for q, k in layer], axis=0))
+    chosen_L = _share_out(np.stack(costs_LC), counts_CI.sum(1), len(costs_LC) * int(counts_I.sum()))
+    return dataclasses.replace(
+        blocks, layer_shares=tuple(_BUDGETS[i] for i in chosen_L), habits=tuple(habits)
     )
+
+
+def _map_rows(function, blocks, q_BTNH, k_BSKH, *of_blocks):
+    """Apply a function of f32[N, R, J], the shares of a query block, and more of it; average."""
     positions_IR = jnp.arange(q_BTNH.shape[1]).reshape(-1, blocks.block_size)
 
-    def measure(of_block):
-        q_RNH, positions_R, kept_CNJ = of_block
+    def apply(of_block):
+        q_RNH, positions_R, *more = of_block
         shares = compute_shares(
             q_RNH[None, None],
             k_BSKH,
@@ -109,15 +123,39 @@ def _measure_costs(blocks, q_BTNH, k_BSKH, counts_CI):
             block_size=blocks.block_size,
             causal=True,
         )
-        shares_NRJ = shares[0, :, 0]
+        return function(shares[0, :, 0], *more)
 
+    found = jax.lax.map(apply, (q_BTNH[0][positions_IR], positions_IR, *of_blocks))
+    return jax.tree.map(lambda x: x.mean(0), found)
+
+
+def _observe_habits(blocks, q_BTNH, k_BSKH):
+    num_blocks = q_BTNH.shape[1] // blocks.block_size
+    far_IJ = list_far(num_blocks, num_sinks=blocks.num_sinks)
+    near_IJ = np.eye(num_blocks, k=-1, dtype=bool)
+
+    def look(shares_NRJ, far_J, near_J):
+        far = (jnp.where(far_J, shares_NRJ, 0).max(-1) ** 2).mean(-1)
+        return Habits(far, (jnp.where(near_J, shares_NRJ, 0).sum(-1) ** 2).mean(-1))
+
+    return _map_rows(look, blocks, q_BTNH, k_BSKH, jnp.asarray(far_IJ), jnp.asarray(near_IJ))
+
+
+def _measure_costs(blocks, q_BTNH, k_BSKH, habits, counts_CI):
+    """Return f32[C], the cost of a layer at each budget."""
+    scores_BNIJ = blocks.score(q_BTNH, k_BSKH, None, habits)
+    _, N, I, _ = scores_BNIJ.shape  # noqa: E741
+    kept_CNIJ = jax.lax.map(
+        lambda counts_I: blocks.keep(scores_BNIJ, counts_I, most=N * I)[0], counts_CI
+    )
+
+    def cost_all(shares_NRJ, kept_CNJ):
         def cost(kept_NJ):
             return (jnp.where(kept_NJ[:, None], 0, shares_NRJ).max(-1) ** 3).mean()
 
         return jax.lax.map(cost, kept_CNJ)
 
-    parts = (q_BTNH[0][positions_IR], positions_IR, jnp.moveaxis(kept_CNIJ, 2, 0))
-    return jax.lax.map(measure, parts).mean(0)
+    return _map_rows(cost_all, blocks, q_BTNH, k_BSKH, jnp.moveaxis(kept_CNIJ, 2, 0))
 
 
 def _share_out(costs_LC, totals_C, total):

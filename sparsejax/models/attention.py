@@ -29,6 +29,7 @@ from sparsejax.models.residual import make_bias_init, make_kernel_inits
 from sparsejax.models.rotary import apply_rotary, get_rotary
 from sparsejax.models.variables import SparsityMask
 from sparsejax.patterns import BlockChooser, BlockPattern
+from sparsejax.types import PyTree
 
 
 class AttentionOptions(NamedTuple):
@@ -111,7 +112,7 @@ class BlockSparseAttention(nnx.Module):
         *,
         kv_mask_BT: jax.Array | None = None,
         schedule: BlockSchedule | None = None,
-        counts_I: jax.Array | None = None,
+        budget: PyTree | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
@@ -124,7 +125,7 @@ class BlockSparseAttention(nnx.Module):
           kv_mask_BT: bool[B, T], True = a real token that may be attended; None = all real.
           schedule: what `make_block_schedule` made of the block mask, to share its cost; None
             builds it here. Only for T equal to `max_length`.
-          counts_I: i32[I], how many blocks to choose where the options choose; those of this layer.
+          budget: where the options choose blocks, what `BlockChooser.budget` has for this layer.
           options: AttentionOptions, static.
           linear_options: LinearOptions of sparse projections, static.
           pruning_key: typed key; needed where `linear_options` prunes gradients of sparse weights.
@@ -148,7 +149,7 @@ class BlockSparseAttention(nnx.Module):
                 implementation=_name_of_probe(options.implementation),
             )
         y_BTNH, _ = self._attend_heads(
-            q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, (schedule, counts_I), options
+            q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, (schedule, budget), options
         )
         return self._project_out(y_BTNH, linear_options, pruning_key), attention_map_TS
 
@@ -157,7 +158,7 @@ class BlockSparseAttention(nnx.Module):
         x_BTD: jax.Array,
         *,
         schedule: BlockSchedule | None = None,
-        counts_I: jax.Array | None = None,
+        budget: PyTree | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
     ) -> tuple[jax.Array, LayerCache]:
@@ -165,7 +166,7 @@ class BlockSparseAttention(nnx.Module):
 
         Args:
           x_BTD: float[B, T, D]; T at most `max_length`.
-          schedule, counts_I: as of a call.
+          schedule, budget: as of a call.
           options: AttentionOptions, static.
           linear_options: LinearOptions of sparse projections, static.
 
@@ -175,7 +176,7 @@ class BlockSparseAttention(nnx.Module):
         self._check_length(x_BTD)
         q_BTNH, k_BTKH, v_BTKH = self._project_heads(x_BTD, linear_options, None)
         y_BTNH, kept_BNIJ = self._attend_heads(
-            q_BTNH, k_BTKH, v_BTKH, None, (schedule, counts_I), options
+            q_BTNH, k_BTKH, v_BTKH, None, (schedule, budget), options
         )
         S, chosen = self.max_length, None
         if kept_BNIJ is not None:
@@ -194,7 +195,7 @@ class BlockSparseAttention(nnx.Module):
         cache: LayerCache,
         positions_B: jax.Array,
         *,
-        counts_I: jax.Array | None = None,
+        budget: PyTree | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
     ) -> tuple[jax.Array, LayerCache]:
@@ -204,7 +205,7 @@ class BlockSparseAttention(nnx.Module):
           x_B1D: float[B, 1, D].
           cache: LayerCache of all positions before.
           positions_B: i32[B], of `x_B1D`, below `max_length`.
-          counts_I: as of a call.
+          budget: as of a call.
           options: AttentionOptions, static, as of `prefill`.
           linear_options: LinearOptions of sparse projections, static.
 
@@ -225,12 +226,12 @@ class BlockSparseAttention(nnx.Module):
         v_BSKH = write_position(cache.v_BSKH, v_B1KH, positions_B)
         chosen, choose = cache.chosen, options.choose_blocks
         if chosen is not None and choose is not None:
-            counts = self._get_counts(choose, counts_I)
+            budget = self._get_budget(choose, budget)
             chosen = choose_next_rows(
                 chosen._replace(q_BSNH=write_position(chosen.q_BSNH, q_B1NH, positions_B)),
                 k_BSKH,
                 positions_B,
-                lambda q_BSNH, k_BSKH: choose(q_BSNH, k_BSKH, None, counts),
+                lambda q_BSNH, k_BSKH: choose(q_BSNH, k_BSKH, None, budget),
                 self.block.block_q,
             )
         kept_BNS = self._find_kept_positions(chosen, positions_B, options)
@@ -273,7 +274,7 @@ class BlockSparseAttention(nnx.Module):
         return deal_heads(q_BTNH, k_BSKH, v_BSKH)
 
     def _attend_heads(self, q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, of_layer, options):
-        (B, T), (schedule, counts_I) = q_BTNH.shape[:2], of_layer
+        (B, T), (schedule, budget) = q_BTNH.shape[:2], of_layer
         choose = options.choose_blocks if options.sparse else None
         blocks: jax.Array | BlockSchedule | None = None
         pattern, implementation = self.block, options.implementation
@@ -288,8 +289,8 @@ class BlockSparseAttention(nnx.Module):
             kv_mask_BT = jnp.pad(real_BT, ((0, 0), (0, missing)))
         kept_BNIJ = None
         if choose is not None:
-            counts_I = self._get_counts(choose, counts_I)
-            blocks = kept_BNIJ = choose(q_BTNH, k_BSKH, kv_mask_BT, counts_I)
+            budget = self._get_budget(choose, budget)
+            blocks = kept_BNIJ = choose(q_BTNH, k_BSKH, kv_mask_BT, budget)
         # Keys at padded positions come from activations there. Were those, or their products, not
         # finite, gradients of the projections, where they meet zeros, would be NaN whatever
         # attention does. Without gradients a NaN would spread from there: padding has to be finite.
@@ -319,15 +320,13 @@ class BlockSparseAttention(nnx.Module):
             split="rows",
         )
 
-    def _get_counts(self, choose, counts_I):
-        if counts_I is not None:
-            return counts_I
-        counts_LI = choose.count(self.block.grid(self.max_length)[0], self.num_heads)
-        if len(counts_LI) > 1:
-            raise ValueError(
-                f"counts_I must be given where {len(counts_LI)} layers have counts of their own"
-            )
-        return jnp.asarray(counts_LI[0])
+    def _get_budget(self, choose, budget):
+        if budget is not None:
+            return budget
+        budgets = choose.budget(self.block.grid(self.max_length)[0], self.num_heads)
+        if any(len(leaf) > 1 for leaf in jax.tree.leaves(budgets)):
+            raise ValueError("budget must be given where layers have budgets of their own")
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), budgets)
 
     def _find_kept_positions(self, chosen, positions_B, options):
         """Return which positions each head of each example keeps, None for all."""

@@ -37,7 +37,7 @@ class Block(nnx.Module):
         x_BTD,
         *,
         schedule,
-        counts_I,
+        budget,
         kv_mask_BT,
         dropout_key,
         attention_options,
@@ -50,7 +50,7 @@ class Block(nnx.Module):
         Args:
           x_BTD: float[B, T, D].
           schedule: BlockSchedule of this layer's mask, or None.
-          counts_I: i32[I], blocks that this layer chooses, or None.
+          budget: what a chooser of blocks has for this layer, or None.
           kv_mask_BT: bool[B, T], True = real token, or None.
           dropout_key: typed key, or None for no dropout.
           attention_options: AttentionOptions, static.
@@ -66,7 +66,7 @@ class Block(nnx.Module):
             self._enter(self.attention_norm, x_BTD),
             kv_mask_BT=kv_mask_BT,
             schedule=schedule,
-            counts_I=counts_I,
+            budget=budget,
             options=attention_options,
             linear_options=linear_options,
             pruning_key=pruning_key,
@@ -81,13 +81,13 @@ class Block(nnx.Module):
         )
         return self._leave(self.mlp_norm, x_BTD, branch, keys[1]), attention_map
 
-    def prefill(self, x_BTD, *, schedule, counts_I, attention_options, linear_options):
+    def prefill(self, x_BTD, *, schedule, budget, attention_options, linear_options):
         """Apply both branches to a prompt, and keep what later positions attend to.
 
         Args:
           x_BTD: float[B, T, D].
           schedule: BlockSchedule of this layer's mask, or None.
-          counts_I: i32[I], blocks that this layer chooses, or None.
+          budget: what a chooser of blocks has for this layer, or None.
           attention_options: AttentionOptions, static.
           linear_options: LinearOptions, static.
 
@@ -97,20 +97,20 @@ class Block(nnx.Module):
         branch, cache = self.attention.prefill(
             self._enter(self.attention_norm, x_BTD),
             schedule=schedule,
-            counts_I=counts_I,
+            budget=budget,
             options=attention_options,
             linear_options=linear_options,
         )
         return self._finish(x_BTD, branch, linear_options), cache
 
-    def decode(self, x_B1D, cache, positions_B, *, counts_I, attention_options, linear_options):
+    def decode(self, x_B1D, cache, positions_B, *, budget, attention_options, linear_options):
         """Apply both branches to one position of each example.
 
         Args:
           x_B1D: float[B, 1, D].
           cache: LayerCache of the positions before.
           positions_B: i32[B].
-          counts_I: i32[I], blocks that this layer chooses, or None.
+          budget: what a chooser of blocks has for this layer, or None.
           attention_options: AttentionOptions, static.
           linear_options: LinearOptions, static.
 
@@ -121,7 +121,7 @@ class Block(nnx.Module):
             self._enter(self.attention_norm, x_B1D),
             cache,
             positions_B,
-            counts_I=counts_I,
+            budget=budget,
             options=attention_options,
             linear_options=linear_options,
         )

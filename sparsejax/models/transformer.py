@@ -248,8 +248,8 @@ class Transformer(nnx.Module):
         options = self._get_options(attention_options, linear_options)
 
         def apply(block, x_BTD, _, of_layer):
-            schedule, counts_I = of_layer
-            return block.prefill(x_BTD, schedule=schedule, counts_I=counts_I, **options)
+            schedule, budget = of_layer
+            return block.prefill(x_BTD, schedule=schedule, budget=budget, **options)
 
         x_BTD, cache = scan_stack(
             apply,
@@ -289,8 +289,8 @@ class Transformer(nnx.Module):
         )
 
         def apply(block, x_B1D, _, of_layer):
-            cache, counts_I = of_layer
-            return block.decode(x_B1D, cache, positions_B, counts_I=counts_I, **options)
+            cache, budget = of_layer
+            return block.decode(x_B1D, cache, positions_B, budget=budget, **options)
 
         x_B1D, cache = scan_stack(
             apply,
@@ -299,7 +299,7 @@ class Transformer(nnx.Module):
             config=self.config,
             num_layers=self.config.num_layers,
             keys=(),
-            inputs=(cache, self._count_chosen(options["attention_options"])),
+            inputs=(cache, self._get_budgets(options["attention_options"])),
         )
         x_BD = self._normalise(x_B1D)[:, 0]
         return self.compute_logits(x_BD, linear_options=options["linear_options"]), cache
@@ -351,11 +351,11 @@ class Transformer(nnx.Module):
         config = self.config
 
         def apply(block, x_BTD, keys, of_layer):
-            (dropout_key, pruning_key), (schedule, counts_I) = keys, of_layer
+            (dropout_key, pruning_key), (schedule, budget) = keys, of_layer
             return block(
                 x_BTD,
                 schedule=schedule,
-                counts_I=counts_I,
+                budget=budget,
                 kv_mask_BT=mask_BT,
                 dropout_key=dropout_key,
                 attention_options=attention_options,
@@ -378,16 +378,19 @@ class Transformer(nnx.Module):
         """Return the lists of the blocks that the layers keep, or how many each is to choose."""
         by_masks = options.position_mask is None and options.choose_blocks is None
         if not (options.sparse and by_masks and length == self.config.max_length):
-            return None, self._count_chosen(options)
+            return None, self._get_budgets(options)
         if block_lists is None:
             block_lists = make_block_schedule(self.blocks.attention.block_mask[...])
         return block_lists, None
 
-    def _count_chosen(self, options):
+    def _get_budgets(self, options):
         if not options.sparse or options.choose_blocks is None:
             return None
         config = self.config
-        counts_LI = options.choose_blocks.count(
+        budgets = options.choose_blocks.budget(
             config.block.grid(config.max_length)[0], config.num_heads
         )
-        return jnp.broadcast_to(jnp.asarray(counts_LI), (config.num_layers, *counts_LI.shape[1:]))
+        # By layer, whether they are alike or not.
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (config.num_layers, *leaf.shape[1:])), budgets
+        )

@@ -7,7 +7,8 @@ import pytest
 
 from sparsejax.masks import DynamicBlocks
 from sparsejax.masks.attention.block_counts import count_row_blocks
-from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks, predict_scores
+from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks
+from sparsejax.masks.attention.habits import Habits, predict_scores
 
 SIZE, NUM, HEADS, KV_HEADS, WIDTH = 8, 8, 4, 2, 16
 LENGTH = SIZE * NUM
@@ -26,7 +27,8 @@ def draw(seed=0, *, length=LENGTH):
 
 
 def choose(blocks, q, k, kv_mask=None):
-    return np.asarray(jax.jit(blocks)(q, k, kv_mask, jnp.asarray(blocks.count(NUM, HEADS)[0])))
+    budget = jax.tree.map(lambda x: jnp.asarray(x[0]), blocks.budget(NUM, HEADS))
+    return np.asarray(jax.jit(blocks)(q, k, kv_mask, budget))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -118,6 +120,11 @@ def test_a_head_that_looks_far_away_gets_more_than_one_that_does_not():
     assert (scores[0, 0, 6, 1:5] > scores[0, 1, 6, 1:5]).all()
     # Without more to go by, what is nearer is likelier.
     assert (np.diff(scores[0, 0, 6, 1:5]) > 0).all()
+    # What is known of heads counts more than what few rows have seen.
+    known = Habits(jnp.array([0.0, 0.9]), jnp.array([0.5, 0.0]))
+    scores = np.asarray(predict_scores(jnp.asarray(shares), known, num_sinks=1))
+    assert (scores[0, 0, 6, 1:5] < scores[0, 1, 6, 1:5]).all()
+    assert scores[0, 0, 6, 5] > scores[0, 1, 6, 5]
 
 
 def test_of_equal_scores_the_first_are_kept():

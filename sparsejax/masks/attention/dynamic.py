@@ -10,6 +10,7 @@ H head dim, I query blocks, J key blocks, R sampled queries of a query block.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 
 from sparsejax.checks import check_setting
 from sparsejax.masks.attention.block_counts import count_row_blocks, spread_over_layers
+from sparsejax.masks.attention.habits import Habits, predict_scores
 
 
 def sample_queries(
@@ -135,54 +137,21 @@ def keep_top_blocks(
 # only. More groups save less and compile longer.
 _GROUPS = 8
 
-# How a score is made of its parts; chosen on calibration documents of a pretrained model, see
-# `benchmarks/pretrained_attention.py`.
-_SEEN, _EXPECTED, _NEAR_HISTORY, _NEAR_SEEN = 0.3, 1.0, 0.5, 0.25
+# A causal model's query blocks are scored in so many groups, which read keys up to their own end
+# only. More groups save less and compile longer.
+_GROUPS = 8
 
 
-def predict_scores(shares_BNIJ: jax.Array, *, num_sinks: int) -> jax.Array:
-    """Predict which key blocks the queries of a block will need, from what the sampled ones saw.
+class Budget(NamedTuple):
+    """What a choice needs to know of its layer.
 
-    A sampled query tells of one moment. What its head did at the blocks before tells how often it
-    looks far away at all, and how much at the block before. With p the shares, d = i - j >= 2 the
-    distance of a far block, and means over the query blocks up to i,
-
-      need_i = mean_i' max_(j far) p_(i' j)^3
-      near_i = mean_i' (p_(i' i'-1)^3 + p_(i' i'-2)^3) / 2
-
-      score_ij = 0.3 p_ij^3 + need_i d^-2 / sum_far d^-2   far blocks
-      score_ij = 0.25 p_ij^3 + 0.5 near_i                  the block before
-
-    Cubes, since it is the blocks that a query rests on which a loss misses: over patterns, it grows
-    with the mean cube of the largest share that is dropped, and not with the sum of all.
-
-    Args:
-      shares_BNIJ: f32[B, N, I, J], of sampled queries; I = J.
-      num_sinks: int, first key blocks, which are kept anyway and not far.
-
-    Returns:
-      f32[B, N, I, J], causal: row i depends on rows up to i.
+    Attributes:
+      counts_I: i32[I], blocks that all heads together keep of each query block.
+      habits: Habits of the heads, by calibration; None where there was none.
     """
-    num_blocks = shares_BNIJ.shape[-1]
-    row, column = np.indices((num_blocks, num_blocks))
-    distance = row - column
-    far_IJ = (distance >= 2) & (column >= num_sinks)
-    near_IJ = distance == 1
-    counted_I = np.arange(1, num_blocks + 1)
 
-    def average(values_BNI):
-        return jnp.cumsum(values_BNI, axis=-1) / counted_I
-
-    cubes = shares_BNIJ**3
-    need_BNI = average(jnp.max(cubes, axis=-1, where=far_IJ, initial=0.0))
-    recent_IJ = near_IJ | ((distance == 2) & far_IJ)
-    near_BNI = average(jnp.sum(cubes, axis=-1, where=recent_IJ) / 2)
-    weight_IJ = np.where(far_IJ, 1.0 / np.maximum(distance, 1) ** 2, 0.0)
-    weight_IJ /= np.maximum(weight_IJ.sum(-1, keepdims=True), 1e-9)
-    weight_IJ = weight_IJ.astype(np.float32)
-    far = _SEEN * cubes + _EXPECTED * need_BNI[..., None] * weight_IJ
-    near = _NEAR_SEEN * cubes + _NEAR_HISTORY * near_BNI[..., None]
-    return jnp.where(near_IJ, near, far)
+    counts_I: jax.Array | np.ndarray
+    habits: Habits | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,6 +168,7 @@ class DynamicBlocks:
       share_heads: the heads of a layer share their budget of a query block; otherwise each keeps as
         many blocks as the others.
       layer_shares: of the budget, one for each layer, in any unit; () = equal.
+      habits: of each layer, (far, near) with a number for each head, as of `Habits`; () = unknown.
       lookahead: sample the queries of the block itself in a causal model. It reads a prompt that is
         known, and cannot train or generate.
 
@@ -208,7 +178,7 @@ class DynamicBlocks:
     Example:
       >>> blocks = DynamicBlocks(density=0.7, block_size=4, num_blocks=4, causal=True)
       >>> q = k = jax.random.normal(jax.random.key(0), (1, 16, 2, 8))
-      >>> kept = blocks(q, k, None, blocks.count(4, 2)[0])
+      >>> kept = blocks(q, k, None, Budget(blocks.count(4, 2)[0], None))
       >>> kept.shape, int(kept.sum()), bool(kept[:, :, 2, 0].all())
       ((1, 2, 4, 4), 14, True)
     """
@@ -221,6 +191,7 @@ class DynamicBlocks:
     num_sinks: int = 1
     share_heads: bool = True
     layer_shares: tuple[float, ...] = ()
+    habits: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
     lookahead: bool = False
 
     def __post_init__(self):
@@ -268,6 +239,22 @@ class DynamicBlocks:
         )
         return counts_LI[:, :num_blocks].astype(np.int32)
 
+    def budget(self, num_blocks: int, num_heads: int) -> Budget:
+        """Return what a choice needs to know of its layer.
+
+        Args:
+          num_blocks: I, at most those of the longest input.
+          num_heads: N.
+
+        Returns:
+          Budget whose arrays have a leading axis of layers, or 1.
+        """
+        habits = None
+        if self.habits:
+            far_LN, near_LN = np.asarray(self.habits, np.float32).swapaxes(0, 1)
+            habits = Habits(far_LN, near_LN)
+        return Budget(self.count(num_blocks, num_heads), habits)
+
     def measure_density(self, num_blocks: int, num_heads: int) -> np.ndarray:
         """Return the share of the visible blocks that each layer keeps.
 
@@ -286,7 +273,7 @@ class DynamicBlocks:
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         kv_mask_BS: jax.Array | None,
-        counts_I: jax.Array,
+        budget: Budget,
     ) -> jax.Array:
         """Choose blocks.
 
@@ -294,17 +281,21 @@ class DynamicBlocks:
           q_BTNH: float[B, T, N, H], whole blocks.
           k_BSKH: float[B, T, K, H].
           kv_mask_BS: bool[B, T], True = real token; None = all.
-          counts_I: i32[I' >= I], of the layer, see `count`.
+          budget: of the layer, for as many blocks or more.
 
         Returns:
           bool[B, N, I, I], True = kept.
         """
-        scores_BNIJ = self.score(q_BTNH, k_BSKH, kv_mask_BS)
+        scores_BNIJ = self.score(q_BTNH, k_BSKH, kv_mask_BS, budget.habits)
         _, N, I, _ = scores_BNIJ.shape  # noqa: E741
-        return self.keep(scores_BNIJ, counts_I[:I], most=int(self.count(I, N).max()))
+        return self.keep(scores_BNIJ, budget.counts_I[:I], most=int(self.count(I, N).max()))
 
     def score(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, kv_mask_BS: jax.Array | None
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        kv_mask_BS: jax.Array | None,
+        habits: Habits | None,
     ) -> jax.Array:
         """Score the blocks of each head, without a gradient.
 
@@ -312,6 +303,7 @@ class DynamicBlocks:
           q_BTNH: float[B, T, N, H], whole blocks.
           k_BSKH: float[B, T, K, H].
           kv_mask_BS: bool[B, T], True = real token; None = all.
+          habits: of the layer's heads, or None; of the causal form.
 
         Returns:
           f32[B, N, I, I].
@@ -339,7 +331,7 @@ class DynamicBlocks:
             parts.append(jnp.pad(shares_BNIRJ.mean(3), ((0, 0),) * 3 + ((0, num_blocks - end),)))
         scores_BNIJ = jnp.concatenate(parts, axis=2)
         if self.causal and not self.lookahead:
-            scores_BNIJ = predict_scores(scores_BNIJ, num_sinks=self.num_sinks)
+            scores_BNIJ = predict_scores(scores_BNIJ, habits, num_sinks=self.num_sinks)
         return scores_BNIJ
 
     def keep(self, scores_BNIJ: jax.Array, counts_I: jax.Array, *, most: int) -> jax.Array:
