@@ -113,6 +113,8 @@ ARROWS = {
         "sparsejax.patterns",
         "sparsejax.types",
     ),
+    # Text out of models: of those and of nothing that trains.
+    "sparsejax.generation": ("sparsejax.checks", "sparsejax.data", "sparsejax.models"),
     "sparsejax.config": (
         "sparsejax.checks",
         "sparsejax.models",
@@ -148,6 +150,8 @@ ARROWS = {
     "sparsejax.report.plots": ("sparsejax.durable",),
     "sparsejax.training": RUN,
     "sparsejax.tools": (
+        "sparsejax.generation",
+        "sparsejax.pretrained",
         "sparsejax.tools.plan",
         "sparsejax.tools.prove",
         "sparsejax.training",
@@ -177,7 +181,12 @@ ARROWS = {
         "pallas_kernels",
         "sparsejax.processes",
     ),
-    "sparsejax": ("sparsejax.api", "sparsejax.pretrained", "sparsejax.version"),
+    "sparsejax": (
+        "sparsejax.api",
+        "sparsejax.generation",
+        "sparsejax.pretrained",
+        "sparsejax.version",
+    ),
     # What the package itself offers.
     "sparsejax.api": (
         "sparsejax.checkpoint",
@@ -234,12 +243,14 @@ HOMES = {
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
     "flax": (
         "sparsejax.calibration",
+        "sparsejax.generation",
         "sparsejax.models",
         "sparsejax.pretrained",
         "sparsejax.training",
         "benchmarks",
     ),
     "optax": ("sparsejax.optimizer", "sparsejax.training", "benchmarks"),
+    "optax": ("sparsejax.optimizer", "sparsejax.training"),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
         "configs",
