@@ -13,16 +13,16 @@ from sparsejax.version import __version__ as __version__
 if TYPE_CHECKING:
     from sparsejax.api import evaluate as evaluate
     from sparsejax.api import evaluate_choices as evaluate_choices
+    from sparsejax.api import generate as generate
     from sparsejax.api import load_model as load_model
     from sparsejax.api import train as train
-    from sparsejax.generation import generate as generate
     from sparsejax.pretrained import export_hf as export_hf
     from sparsejax.pretrained import load_pretrained as load_pretrained
 
 _API = {
     "evaluate": "sparsejax.api",
     "evaluate_choices": "sparsejax.api",
-    "generate": "sparsejax.generation",
+    "generate": "sparsejax.api",
     "load_model": "sparsejax.api",
     "train": "sparsejax.api",
     "export_hf": "sparsejax.pretrained",

@@ -9,6 +9,7 @@ from sparsejax.config.parse import ConfigError, describe_unused, parse_config
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
+from sparsejax.generation import generate as generate
 from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
 from sparsejax.report.progress import say

@@ -302,7 +302,7 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
       ConfigError: if there are checkpoints and none is whole.
     """
     found, problems = decide(lambda: _find_newest(checkpoints))
-    return found and CheckpointInfo.from_json(found, checkpoints), problems
+    return None if found is None else CheckpointInfo.from_json(found, checkpoints), problems
 
 
 def _find_newest(checkpoints: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -181,18 +181,14 @@ ARROWS = {
         "pallas_kernels",
         "sparsejax.processes",
     ),
-    "sparsejax": (
-        "sparsejax.api",
-        "sparsejax.generation",
-        "sparsejax.pretrained",
-        "sparsejax.version",
-    ),
+    "sparsejax": ("sparsejax.api", "sparsejax.pretrained", "sparsejax.version"),
     # What the package itself offers.
     "sparsejax.api": (
         "sparsejax.checkpoint",
         "sparsejax.config",
         "sparsejax.data",
         "sparsejax.dotted",
+        "sparsejax.generation",
         "sparsejax.models",
         "sparsejax.recipes",
         "sparsejax.report",
@@ -250,7 +246,6 @@ HOMES = {
         "benchmarks",
     ),
     "optax": ("sparsejax.optimizer", "sparsejax.training", "benchmarks"),
-    "optax": ("sparsejax.optimizer", "sparsejax.training"),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
         "configs",
@@ -276,11 +271,7 @@ HOMES = {
 }
 
 # Whole steps must run on a machine that has no more than these.
-STEP_MODULES = (
-    "sparsejax.training.state",
-    "sparsejax.training.step",
-    "sparsejax.accounting.flops",
-)
+STEP_MODULES = ("sparsejax.training.state", "sparsejax.training.step", "sparsejax.accounting.flops")
 STEP_NEEDS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 
 
