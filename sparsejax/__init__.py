@@ -1,8 +1,8 @@
 """Sparse transformer training in JAX: masks, recipes, Flax modules and a trainer.
 
-`sparsejax.train`, `sparsejax.evaluate`, `sparsejax.load_model`, `sparsejax.load_pretrained` and
-`sparsejax.export_hf` are imported when they are first asked for: rooms of this package are used
-without them.
+`sparsejax.train`, `evaluate`, `evaluate_choices`, `export_hf`, `generate`, `load_model` and
+`load_pretrained` are imported when they are first asked for: rooms of this package are used without
+them.
 """
 
 import importlib
@@ -12,6 +12,8 @@ from sparsejax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from sparsejax.api import evaluate as evaluate
+    from sparsejax.api import evaluate_choices as evaluate_choices
+    from sparsejax.api import generate as generate
     from sparsejax.api import load_model as load_model
     from sparsejax.api import train as train
     from sparsejax.pretrained import export_hf as export_hf
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _API = {
     "evaluate": "sparsejax.api",
+    "evaluate_choices": "sparsejax.api",
+    "generate": "sparsejax.api",
     "load_model": "sparsejax.api",
     "train": "sparsejax.api",
     "export_hf": "sparsejax.pretrained",

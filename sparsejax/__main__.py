@@ -14,15 +14,26 @@ class _Command(NamedTuple):
     meaning: str
     # Flags of `sparsejax.command` that it takes; None for a command that is no mode of it.
     options: tuple[str, ...] | None = None
+    needs_config: bool = True
 
 
+_PROMPTS = ("prompt", "prompt_file", "max_new_tokens")
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
 _PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 _COMMANDS = {
     "train": _Command(
         "train a model, or resume its run",
         ("config", "workdir", "doctor", "profile_steps", *_PROCESSES),
     ),
-    "eval": _Command("evaluate the newest checkpoint of a run", ("config", "workdir", *_PROCESSES)),
+    "eval": _Command(
+        "evaluate the newest checkpoint of a run, or a pretrained model",
+        ("config", "workdir", "split", "eval_source", "choices", "pretrained", *_PROCESSES),
+        needs_config=False,
+    ),
+    "generate": _Command(
+        "continue prompts with the model of a run, or a pretrained one",
+        ("workdir", "pretrained", *_PROMPTS, *_SAMPLING),
+    ),
     "plan": _Command(
         "memory, largest batch and kernels on GPUs that need not be here",
         ("config", "target", "hosts"),
@@ -34,6 +45,17 @@ _COMMANDS = {
 _USAGES = {
     "config": "--config=CONFIG [--config.KEY=VALUE ...]",
     "workdir": "--workdir=FOLDER",
+    "split": "[--split=SPLIT]",
+    "eval_source": "[--eval_source=SOURCE]",
+    "choices": "[--choices=FILE]",
+    "pretrained": "[--pretrained=PATH]",
+    "prompt": "--prompt=TEXT ...",
+    "prompt_file": "[--prompt_file=FILE]",
+    "max_new_tokens": "[--max_new_tokens=N]",
+    "temperature": "[--temperature=T]",
+    "top_p": "[--top_p=P]",
+    "top_k": "[--top_k=K]",
+    "seed": "[--seed=N]",
     "target": "[--target=GPU]",
     "hosts": "[--hosts=N]",
     "doctor": "[--doctor=off]",
@@ -80,10 +102,14 @@ def _run_mode(name: str, arguments: list[str]) -> int:
 
     options = _COMMANDS[name].options or ()
     if not set(_HELP).isdisjoint(arguments):
-        print(f"usage: sparsejax {name} {' '.join(_USAGES[option] for option in options)}\n")
+        usages = [_USAGES[option] for option in options]
+        if not _COMMANDS[name].needs_config:
+            usages[0] = f"[{usages[0]}]"
+        print(f"usage: sparsejax {name} {' '.join(usages)}\n")
         print(f"{_COMMANDS[name].meaning[0].upper()}{_COMMANDS[name].meaning[1:]}.\n")
         print(command.describe_options(options))
-        print("\n`sparsejax settings` lists what --config.KEY=VALUE can change.")
+        if "config" in options:
+            print("\n`sparsejax settings` lists what --config.KEY=VALUE can change.")
         return 0
     for argument in arguments:
         option = re.match(r"--?(\w*)", argument)

@@ -1,24 +1,21 @@
-"""Train, evaluate and load from Python; `sparsejax` itself offers all three."""
+"""Train, evaluate and load from Python; `sparsejax` itself offers all of it."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from sparsejax.checkpoint.workdir import read_run
-from sparsejax.config.mesh import MeshConfig
 from sparsejax.config.parse import ConfigError, describe_unused, parse_config
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import DataConfig, Source
 from sparsejax.dotted import name_function
+from sparsejax.generation import generate as generate
 from sparsejax.models import Transformer
 from sparsejax.recipes import Recipe, RecipeFacts
 from sparsejax.report.progress import say
 from sparsejax.report.writers import OptionalWriter, RowWriter
-from sparsejax.tools import evaluate as evaluation
+from sparsejax.tools.choices import evaluate_choices as evaluate_choices
+from sparsejax.tools.evaluate import evaluate_run
 from sparsejax.tools.load import TrainedModel as TrainedModel
 from sparsejax.tools.load import load_model as load_model
 from sparsejax.training.compilation_cache import use_compilation_cache
@@ -73,32 +70,38 @@ def train(
 
 
 def evaluate(
-    workdir: str | os.PathLike, *, mesh: Mapping[str, int] | None = None
+    workdir: str | os.PathLike,
+    *,
+    split: str | None = None,
+    source: str | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run on its validation split.
+    """Evaluate the newest checkpoint of a run on its validation split, or on other data.
+
+    The setting `num_eval_batches` of the run limits what is evaluated; 0 is no limit.
 
     Args:
       workdir: folder of the run.
+      split: "train", "validation" or "all" of both; None = "validation" of the run's data, "all" of
+        another source.
+      source: other data, written as `config.data.source`, such as "text:/path": read with the run's
+        tokenizer and lengths. The run's own data need not be there. None = the run's data.
       mesh: sizes of `config.mesh`, such as {"fsdp": 2}; None = the mesh that the run had, or, if
         the devices are not as many, each with a whole state.
 
     Returns:
-      "step", "phase", "validation_loss", "validation_accuracy", "attention_density" and, if the
-      phase has sparse weights, "weight_density".
+      "step", "phase", "validation_loss" in nats per token or example, "validation_accuracy",
+      "attention_density" and, if the phase has sparse weights, "weight_density". The names of
+      another split begin with it; "loss" and "accuracy" are those of "all". Of a language model
+      also "tokens", "perplexity" and, unless its ids stand for no bytes, "bytes" and
+      "bits_per_byte", for which a separator of documents is one byte.
 
     Raises:
-      ConfigError: if the folder holds no whole checkpoint, the data is no longer there, or the mesh
-        does not fit the devices.
+      ConfigError: if the folder holds no whole checkpoint, the data is no longer there or does not
+        fit the model, or the mesh does not fit the devices.
     """
     use_compilation_cache()
-    config = read_run(workdir).config
-    if mesh is None and not config.mesh.fits(jax.device_count()):
-        mesh = {}
-        say(f"note: devices here: {jax.device_count()}, which the run's mesh does not fit; data=-1")
-    if mesh is not None:
-        sizes = dataclasses.asdict(MeshConfig()) | dict(mesh)
-        config = parse_config(config.to_dict() | {"mesh": sizes})
-    return evaluation.evaluate(config, workdir)
+    return evaluate_run(workdir, split=split, source=source, mesh=mesh)
 
 
 def _make_mapping(

@@ -35,7 +35,9 @@ except flags.Error as error:  # it reads the file of --flagfile as soon as it is
     print(f"error: --flagfile must be a readable file: {error}", file=sys.stderr)
     sys.exit(2)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "plan", "find_decay"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "generate", "plan", "find_decay"], "What to do."
+)
 _DOCTOR = flags.DEFINE_enum("doctor", "auto", ["auto", "off"], "Prove a GPU's kernels before use.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST, steps to be profiled.")
 _TARGET = flags.DEFINE_enum("target", "h200", list_targets(), "GPU to plan for.")
@@ -46,6 +48,39 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _HOSTS = flags.DEFINE_integer("hosts", 1, "Machines to plan for, that share the mesh evenly.")
+_SPLIT = flags.DEFINE_enum(
+    "split", None, ["train", "validation", "all"],
+    "Of the data: validation unless said otherwise, of --eval_source all.",
+)  # fmt: skip
+_EVAL_SOURCE = flags.DEFINE_string(
+    "eval_source", None, "Other data than the run's, as data.source: text:/path."
+)
+_CHOICES = flags.DEFINE_string(
+    "choices", None, "Multiple choice: a file of JSON, {context, choices, answer} in each line."
+)
+_PRETRAINED = flags.DEFINE_string(
+    "pretrained", None, "A model of another library: folder of transformers, or GGUF file."
+)
+_PROMPTS = flags.DEFINE_multi_string("prompt", None, "Text to continue")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with a prompt in each line.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to add at the most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of what is drawn; 0 = the likeliest.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest that make up so much.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from so many of the likeliest.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+
+# Flags of some modes alone.
+_USERS = {
+    "profile_steps": ("train",),
+    "hosts": ("plan",),
+    "split": ("eval",),
+    "eval_source": ("eval",),
+    "choices": ("eval",),
+    "pretrained": ("eval", "generate"),
+    "config": ("train", "eval", "plan", "find_decay"),
+    **dict.fromkeys(("prompt", "prompt_file", "max_new_tokens"), ("generate",)),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), ("generate",)),
+}
 
 
 def run(argv: Sequence[str], *, resume_command: str) -> NoReturn:
@@ -77,11 +112,11 @@ def describe_options(names: Sequence[str]) -> str:
     Args:
       names: of flags.
     """
-    lines = []
+    lines, width = [], max(map(len, names))
     for name in names:
         flag = flags.FLAGS[name]
         default = "" if flag.default is None else f" Default: {flag.default}."
-        lines.append(f"  --{name:<9} {flag.help}{default}")
+        lines.append(f"  --{name:<{width}} {' '.join(flag.help.split())}{default}")
     return "\n".join(lines)
 
 
@@ -139,8 +174,10 @@ def _find_wrong_process_flag() -> str | None:
     mode = _MODE.value
     given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
     lacking = [f"--{name}" for name, value in given.items() if value is None]
-    if (_DISTRIBUTED.value or len(lacking) < 3) and mode not in ("train", "eval"):
-        return f"--mode={mode} must have one process, and no --distributed or --coordinator"
+    if _DISTRIBUTED.value or len(lacking) < 3:
+        alone = f"--mode={mode}" if mode not in ("train", "eval") else "--choices"
+        if alone != "--choices" or _CHOICES.value is not None:
+            return f"{alone} must have one process, and no --distributed or --coordinator"
     if _DISTRIBUTED.value and len(lacking) < 3:
         return "--distributed finds out what the other flags say: give it, or those, not both"
     if 0 < len(lacking) < 3:
@@ -166,12 +203,22 @@ def _find_wrong_flag(argv: list[str]) -> str | None:
     mode, workdir = _MODE.value, _WORKDIR.value or ""
     if len(argv) > 1:
         return f"unknown argument {argv[1]!r}; settings are given as --config.KEY=VALUE"
-    if _PROFILE.value is not None and mode != "train":
-        return f"--profile_steps must not be given with --mode={mode}"
-    if _HOSTS.present and mode != "plan":
-        return f"--hosts must not be given with --mode={mode}"
-    if mode != "plan" and (not workdir or workdir.startswith("--")):
+    for name, modes in _USERS.items():
+        if flags.FLAGS[name].present and mode not in modes:
+            return f"--{name} must not be given with --mode={mode}"
+    if _PRETRAINED.value is not None:
+        if _WORKDIR.present:
+            return "--workdir must not be given with --pretrained: a model comes from one of both"
+        if mode == "eval" and _CHOICES.value is None:
+            return "--choices must be given to evaluate a model of --pretrained"
+    elif mode != "plan" and (not workdir or workdir.startswith("--")):
         return f"--workdir must be a folder, got {workdir or 'none'}"
+    for name in ("config", "split", "eval_source"):
+        if _CHOICES.value is not None and flags.FLAGS[name].present:
+            return f"--{name} must not be given with --choices, which has no use for it"
+    if mode == "generate" and _PROMPT_FILE.present == bool(_PROMPTS.value):
+        found = "both" if _PROMPT_FILE.present else "neither"
+        return f"--prompt or --prompt_file must be given, got {found}"
     return None
 
 
@@ -197,11 +244,14 @@ def _run_mode(
         use_compilation_cache()
     try:
         interrupt.check()
-        settings = _CONFIG.value.to_dict()
+        settings = None if _CONFIG.value is None else _CONFIG.value.to_dict()
         _agree_on_flags(argv, settings)
         # All processes now find the same wrong, and one tells it.
         if message := _find_wrong_flag(argv):
             raise processes.share(ConfigError(message))
+        if settings is None:
+            _run_without_settings(workdir)
+            return 0, "", None
         try:
             config = parse_config(settings)
         except ConfigError as error:
@@ -211,8 +261,8 @@ def _run_mode(
         elif _MODE.value == "find_decay":
             find_decay(config, workdir)
         elif _MODE.value == "eval":
-            for name, value in evaluate(config, workdir).items():
-                say(f"{name}: {value}")
+            found = evaluate(config, workdir, split=_SPLIT.value, source=_EVAL_SOURCE.value)
+            _say_all(found)
         else:
             steps = None if _PROFILE.value is None else StepRange.parse(_PROFILE.value)
             if _DOCTOR.value == "auto":
@@ -226,18 +276,56 @@ def _run_mode(
     except ModuleNotFoundError as error:
         if error.name not in DATA_PACKAGES:
             raise
-        source = _CONFIG.value.data.source
-        return 2, f"data.source={source!r} needs {error.name}: install sparsejax[data]", error
+        user = f"--mode={_MODE.value}"
+        if _EVAL_SOURCE.value is not None:
+            user = f"--eval_source={_EVAL_SOURCE.value!r}"
+        elif _CONFIG.value is not None:
+            user = f"data.source={_CONFIG.value.data.source!r}"
+        return 2, f"{user} needs {error.name}: install sparsejax[data]", error
     except (NonFiniteError, CheckpointError, OSError) as error:
         return 1, str(error), error
     return 0, "", None
 
 
-def _agree_on_flags(argv: list[str], settings: dict[str, Any]) -> None:
+def _run_without_settings(workdir: str) -> None:
+    """Do what needs no config: a run has recorded its own, and a pretrained model has none."""
+    from sparsejax.tools.choices import evaluate_choices
+    from sparsejax.tools.evaluate import evaluate_run
+    from sparsejax.tools.generate import load_any, read_prompts, write_texts
+
+    if _MODE.value == "eval" and _CHOICES.value is None:
+        _say_all(evaluate_run(workdir, split=_SPLIT.value, source=_EVAL_SOURCE.value))
+        return
+    if _CHOICES.value is not None:
+        _say_all(evaluate_choices(load_any(workdir, _PRETRAINED.value), _CHOICES.value))
+        return
+    path = _PROMPT_FILE.value
+    prompts = _PROMPTS.value or [] if path is None else read_prompts(path)
+    text = write_texts(
+        load_any(workdir, _PRETRAINED.value),
+        prompts,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
+        seed=_SEED.value,
+    )
+    print(text, flush=True)
+
+
+def _say_all(values: dict[str, Any]) -> None:
+    from sparsejax.report.progress import say
+
+    for name, value in values.items():
+        say(f"{name}: {value}")
+
+
+def _agree_on_flags(argv: list[str], settings: dict[str, Any] | None) -> None:
     """Refuse processes that were started differently."""
     from sparsejax.checkpoint.workdir import require_same
 
-    given = {flag.name: flag.value for flag in (_MODE, _WORKDIR, _DOCTOR, _PROFILE)}
+    compared = (_MODE, _WORKDIR, _DOCTOR, _PROFILE, _SPLIT, _EVAL_SOURCE)
+    given = {flag.name: flag.value for flag in compared}
     require_same("settings", {"config": settings, "arguments": argv[1:], **given})
 
 

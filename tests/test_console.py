@@ -13,11 +13,18 @@ from packaging.requirements import Requirement
 from pallas_kernels.doctor import __main__ as doctor
 from sparsejax import __main__ as console
 from sparsejax import command
+from sparsejax.config import command_line
 from sparsejax.config.parse import list_settings
 from sparsejax.version import __version__
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_MODES = {"train": "train", "eval": "eval", "plan": "plan", "find-decay": "find_decay"}
+_MODES = {
+    "train": "train",
+    "eval": "eval",
+    "generate": "generate",
+    "plan": "plan",
+    "find-decay": "find_decay",
+}
 
 
 def _run(program, *arguments):
@@ -57,13 +64,14 @@ def test_version_is_that_of_the_package(capsys):
 
 @pytest.mark.parametrize("name", _MODES)
 def test_a_mode_gets_its_arguments_and_a_command_that_resumes(name, handed_on):
+    arguments = ["--config=quickstart", "--config.seed=1"]
+    if name == "generate":
+        arguments = ["--workdir=runs/mine", "--prompt=a b"]
     with pytest.raises(SystemExit):
-        console.main([name, "--config=quickstart", "--config.seed=1"])
+        console.main([name, *arguments])
     ((argv, resume),) = handed_on
-    mode = f"--mode={_MODES[name]}"
-    assert argv == [f"sparsejax {name}", mode, "--config=quickstart", "--config.seed=1"]
-    again = [sys.executable, "-m", "sparsejax", name, "--config=quickstart", "--config.seed=1"]
-    assert shlex.split(resume) == again
+    assert argv == [f"sparsejax {name}", f"--mode={_MODES[name]}", *arguments]
+    assert shlex.split(resume) == [sys.executable, "-m", "sparsejax", name, *arguments]
 
 
 def test_commands_and_their_options_are_all_modes_and_flags():
@@ -77,10 +85,11 @@ def test_commands_and_their_options_are_all_modes_and_flags():
 def test_help_of_a_mode_lists_its_options_alone(name, handed_on, capsys):
     assert console.main([name, "--help"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"usage: sparsejax {name} --config=CONFIG ")
+    first = {"eval": "[--config=CONFIG ", "generate": "--workdir=FOLDER "}
+    assert said.startswith(f"usage: sparsejax {name} {first.get(name, '--config=CONFIG ')}")
     listed = {line.split()[0] for line in said.splitlines() if line.startswith("  --")}
     assert listed == {f"--{option}" for option in console._COMMANDS[name].options}
-    assert "sparsejax settings" in said and not handed_on
+    assert ("sparsejax settings" in said) == (name != "generate") and not handed_on
     assert ("GPU to plan for. Default: h200.\n" in said) == (name == "plan")
 
 
@@ -88,7 +97,10 @@ def test_help_of_a_mode_lists_its_options_alone(name, handed_on, capsys):
     "arguments, message",
     [
         (["trian"], "got 'trian'; did you mean 'train'?"),
-        (["--config=quickstart"], "must be one of train, eval, plan, find-decay, settings, doctor"),
+        (
+            ["--config=quickstart"],
+            "must be one of train, eval, generate, plan, find-decay, settings, doctor",
+        ),
         ([], "got none; see sparsejax --help"),
         (
             ["eval", "--target=h100"],
@@ -127,6 +139,44 @@ def test_the_doctor_is_the_one_of_the_kernels(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         console.main(["doctor", "--help"])
     assert capsys.readouterr().out.startswith("usage: sparsejax doctor ")
+
+
+_WRONG_FLAGS = [
+    ("--mode=generate --workdir=a", "--prompt or --prompt_file must be given, got neither"),
+    ("--mode=generate --workdir=a --prompt=b --prompt_file=c", "must be given, got both"),
+    ("--mode=generate --prompt=b", "--workdir must be a folder, got none"),
+    ("--mode=generate --pretrained=a --workdir=b", "--workdir must not be given with --pretrained"),
+    ("--mode=generate --workdir=a --split=all", "--split must not be given with --mode=generate"),
+    ("--workdir=a --temperature=1", "--temperature must not be given with --mode=train"),
+    ("--mode=eval --pretrained=a", "--choices must be given to evaluate a model of --pretrained"),
+    ("--mode=eval --workdir=a --choices=b --eval_source=c", "--eval_source must not be given with"),
+    ("--mode=eval --choices=b --distributed", "--choices must have one process"),
+    ("--mode=generate --config=a", "--config must not be given with --mode=generate"),
+]
+
+
+def test_flags_that_do_not_go_together_are_refused_in_one_line():
+    program = f"""
+from absl import flags
+from sparsejax import command
+for text in {[text for text, _ in _WRONG_FLAGS]!r}:
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    arguments = [each for each in text.split() if not each.startswith("--config")]
+    flags.FLAGS(["train.py", *arguments])
+    flags.FLAGS["config"].present = int("--config" in text)
+    print(command._find_wrong_process_flag() or command._find_wrong_flag(["train.py"]))
+"""
+    lines = _run(["-c", program]).stdout.splitlines()
+    for line, (_, message) in zip(lines, _WRONG_FLAGS, strict=True):
+        assert message in line
+
+
+@pytest.mark.parametrize("arguments", [["--mode=eval", "--config.seed=1"], ["--mode=train"]])
+def test_without_a_config_settings_cannot_be_changed_and_nothing_trains(arguments):
+    with pytest.raises(ValueError, match="--config must be the name of a config"):
+        command_line.read_settings(["train.py", *arguments], flags.FLAGS, None)
 
 
 @pytest.mark.parametrize("program", [("-m", "sparsejax", "train"), ("train.py",)])

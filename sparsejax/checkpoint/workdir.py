@@ -237,12 +237,12 @@ class RecordedRun(NamedTuple):
     Attributes:
       config: its settings.
       spec: what its model knows of the data.
-      tokenizer: name of the tokenizer of its data.
+      fingerprint: what identifies its data, the name of the tokenizer among it.
     """
 
     config: TrainConfig
     spec: DataSpec
-    tokenizer: str
+    fingerprint: dict[str, Any]
 
 
 def read_run(workdir: str | os.PathLike) -> RecordedRun:
@@ -261,13 +261,13 @@ def read_run(workdir: str | os.PathLike) -> RecordedRun:
     # That of the run, of which earlier versions had none.
     mesh = recorded.get("mesh", dataclasses.asdict(MeshConfig()))
     config = parse_config({**recorded["config"], "mesh": mesh})
-    spec, tokenizer = recorded["spec"], recorded["data"].get("tokenizer")
+    spec, fingerprint = recorded["spec"], recorded["data"]
     kinds = {name: str if name == "task" else int for name in DataSpec._fields}
     if {name: type(value) for name, value in spec.items()} != kinds:
         raise _make_error(checkpoints, "spec", f"made of {', '.join(kinds)}", spec)
-    if not isinstance(tokenizer, str):
-        raise _make_error(checkpoints, "data.tokenizer", "the name of a tokenizer", tokenizer)
-    return RecordedRun(config, DataSpec(**spec), tokenizer)
+    if not isinstance(name := fingerprint.get("tokenizer"), str):
+        raise _make_error(checkpoints, "data.tokenizer", "the name of a tokenizer", name)
+    return RecordedRun(config, DataSpec(**spec), fingerprint)
 
 
 def read_choices(checkpoints: Path) -> dict[str, str]:
@@ -302,8 +302,7 @@ def find_newest_checkpoint(checkpoints: Path) -> tuple[CheckpointInfo | None, li
       ConfigError: if there are checkpoints and none is whole.
     """
     found, problems = decide(lambda: _find_newest(checkpoints))
-    newest = None if found is None else CheckpointInfo.from_json(found, checkpoints)
-    return newest, problems
+    return None if found is None else CheckpointInfo.from_json(found, checkpoints), problems
 
 
 def _find_newest(checkpoints: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -390,8 +389,8 @@ def _read_record(checkpoints: Path) -> dict[str, Any] | None:
 
 
 def _make_error(checkpoints: Path, name: str, expected: str, value: Any) -> ConfigError:
-    shown = f"{value!r}"[:60]
-    return ConfigError(f"{name} in {checkpoints / 'run.json'} must be {expected}, got {shown}")
+    place = f"{name} in {checkpoints / 'run.json'}"
+    return ConfigError(f"{place} must be {expected}, got {value!r:.60}")
 
 
 def _split_watching(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from sparsejax.config.shipped import extend_path, find_config, suggest
 
 _CONFIG_FLAG = ("--config", "-config")
+# A run has recorded its settings, and a pretrained model has none.
+_WITHOUT_CONFIG = re.compile(r"--?mode=(eval|generate)")
 _HELP = re.compile(r"--?(\?|help\w*)")
 _CLEARED = re.compile(r"--?config\.([\w.]+)=None")
 _SET_RECIPE = re.compile(r"--?(?:no)?config\.recipe\.(\w+)\.")
@@ -133,9 +135,10 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
     extend_path()
     try:
         rest = flags(argv)
-        config.value.to_dict()  # a missing file shows only when the settings are read
-        clear_settings(config.value, cleared)
-        _refuse_unused(arguments, str(config.value.recipe["name"]))
+        if config.value is not None:
+            config.value.to_dict()  # a missing file shows only when the settings are read
+            clear_settings(config.value, cleared)
+            _refuse_unused(arguments, str(config.value.recipe["name"]))
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
         raise ValueError(describe_error(error, [f"--{name}" for name in flags])) from error
@@ -148,6 +151,9 @@ def _refuse_without_config(arguments: Sequence[str]) -> None:
         return
     if any(_HELP.fullmatch(argument) for argument in arguments):
         return  # absl lists the flags, and ends the process
+    changes = any(re.match(r"--?(no)?config\.", argument) for argument in arguments)
+    if not changes and any(_WITHOUT_CONFIG.fullmatch(argument) for argument in arguments):
+        return
     names = {re.split(r"[.=]", argument)[0] for argument in arguments if argument.startswith("-")}
     close = difflib.get_close_matches(_CONFIG_FLAG[0], sorted(names - {*_CONFIG_FLAG}), n=1)
     hint = f"; {close[0]} is no flag" if close else ""

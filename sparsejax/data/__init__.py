@@ -11,9 +11,9 @@ pyarrow are imported when a source first needs them, so that importing this pack
 than NumPy.
 """
 
-from sparsejax.data.config import DataConfig
+from sparsejax.data.config import DataConfig, change_source
 from sparsejax.data.dataset import Data, make_data
-from sparsejax.data.source import Contents, Example, Source
+from sparsejax.data.source import Contents, EvaluatedSplit, Example, Source
 from sparsejax.data.spec import DataSpec, describe_data
 from sparsejax.data.tokenizer import Tokenizer, keep_tokenizer, load_tokenizer
 
@@ -22,9 +22,11 @@ __all__ = [
     "Data",
     "DataConfig",
     "DataSpec",
+    "EvaluatedSplit",
     "Example",
     "Source",
     "Tokenizer",
+    "change_source",
     "describe_data",
     "keep_tokenizer",
     "load_tokenizer",

@@ -10,6 +10,8 @@ from sparsejax.data.sources import check_spelling, load_source
 
 _NOT_WITH_PATCHES = ("truncate", "tokenizer", "mask_fraction")
 _COMMON = {"source", "data_dir", "sequence_length", "batch_size", "seed", "num_reading_threads"}
+# What they name is of one data set.
+_NAMES = {"train_split", "validation_split", "input_key", "label_key"}
 # Arrays are indexed, and ids are counted, with int32.
 _MOST_ITEMS = 2**31 - 1
 # Of a tokenizer, how few and how many ids.
@@ -218,6 +220,36 @@ class DataConfig:
     def data_path(self) -> Path:
         """Return `data_dir` with `~` expanded."""
         return Path(os.path.expanduser(self.data_dir))
+
+
+def change_source(config: DataConfig, source: str) -> DataConfig:
+    """Read other data as a data set is read: tokenizer, lengths and batches stay.
+
+    What does not apply to the other source goes back to its default, and, between sources of
+    different kinds, so do names of splits and keys.
+
+    Args:
+      config: Of the data set.
+      source: As `DataConfig.source`.
+
+    Returns:
+      Settings of the other data.
+
+    Raises:
+      ValueError: There is no such source, or it takes no tokenizer like this one.
+
+    Example:
+      >>> change_source(DataConfig(source="tfds:lm1b", input_key="text"), "text:/book").input_key
+      ''
+    """
+    check_spelling(source)
+    kind = source.partition(":")[0]
+    options = load_source(kind).options
+    allowed = _COMMON.union(options.always, options.with_patches) - {"source"}
+    if kind != config.kind:
+        allowed -= _NAMES
+    kept = {name: getattr(config, name) for name in allowed}
+    return DataConfig(source=source, **kept)
 
 
 def _check_tokenizer(tokenizer: str) -> None:

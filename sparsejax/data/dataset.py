@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from sparsejax.data import pipeline, shards, store
@@ -12,7 +12,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.data.masking import make_masking
 from sparsejax.data.patches import make_augmentation
 from sparsejax.data.progress import show_progress
-from sparsejax.data.source import Source, Split
+from sparsejax.data.source import EvaluatedSplit, Source, Split
 from sparsejax.data.sources import load_source, refuse_unreadable
 from sparsejax.data.spec import DataSpec, make_spec
 from sparsejax.data.tokenizer import Tokenizer, byte_tokenizer, value_tokenizer
@@ -29,19 +29,35 @@ class Data:
     `sparsejax.batch` says what a batch holds; B there is the batch of this process.
 
     Attributes:
-      train: Endless iterator over shuffled batches, with `get_state` and `set_state`.
-      validation: Opens a pass over the validation split of at most so many batches (None = all);
-        always the same order, the last batch filled up with examples of weight 0.
+      open_train: Makes `train`.
+      passes: For each split, and "all" of them, opens a pass over at most so many batches (None =
+        all); always the same order, the last batch filled up with examples of weight 0.
       spec: What a model must know of the data.
       fingerprint: What must be equal for a run to resume on this data.
       tokenizer: What made the ids.
     """
 
-    train: pipeline.BatchIterator
-    validation: Callable[[int | None], Iterator[pipeline.Batch]]
+    open_train: Callable[[], pipeline.BatchIterator]
+    passes: Mapping[EvaluatedSplit, Callable[[int | None], Iterator[pipeline.Batch]]]
     spec: DataSpec
     fingerprint: dict[str, str | int]
     tokenizer: Tokenizer
+
+    @functools.cached_property
+    def train(self) -> pipeline.BatchIterator:
+        """The endless iterator over shuffled batches, with `get_state` and `set_state`."""
+        return self.open_train()
+
+    def validation(self, max_batches: int | None = None) -> Iterator[pipeline.Batch]:
+        """Open a pass over the validation split.
+
+        Args:
+          max_batches: None = all.
+
+        Returns:
+          Its batches.
+        """
+        return self.passes["validation"](max_batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +68,19 @@ class _Prepared:
     sha256: str
 
 
-def make_data(config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> Data:
+def make_data(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Data:
     """Open a data set, building its caches on first use.
 
     Args:
       config: What to open.
+      tokenizer: That of a model which is evaluated on the data; there may be too little of it to
+        train on. None = what `config.tokenizer` names.
       process_index: This process, in [0, process_count).
       process_count: Processes that share each batch.
 
@@ -78,13 +102,17 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
     source = _open_source(config)
     _check_num_patches(config, source)
     spec = make_spec(config, source.contents)
-    prepared = _prepare(config, source)
-    train = _open_examples(config, prepared, spec, "train")
-    validation = _open_examples(config, prepared, spec, "validation")
-    if len(train) < config.batch_size:
+    prepared = _prepare(config, source, tokenizer)
+    splits: tuple[Split, ...] = ("train", "validation")
+    found: dict[Split, pipeline.ExampleSource] = {
+        split: _open_examples(config, prepared, spec, split) for split in splits
+    }
+    if tokenizer is None:
+        _check_enough(config, {split: len(found[split]) for split in splits})
+    elif not any(map(len, found.values())):
         raise ValueError(
-            f"batch_size={config.batch_size}: the train split of {config.source} has {len(train)} "
-            "examples; expected at most that many"
+            f"sequence_length={config.sequence_length}: {config.source} has not one example of "
+            "that length; expected more data"
         )
     share = {
         "batch_size": config.batch_size // process_count,
@@ -92,25 +120,31 @@ def make_data(config: DataConfig, *, process_index: int = 0, process_count: int 
         "process_count": process_count,
     }
     transforms = _make_transforms(config, prepared, spec)
+    examples: dict[EvaluatedSplit, pipeline.ExampleSource] = {
+        **found,
+        "all": pipeline.JoinedExamples([*found.values()]),
+    }
     return Data(
-        train=pipeline.make_train_iterator(
-            train,
+        open_train=functools.partial(
+            pipeline.make_train_iterator,
+            found["train"],
             seed=config.seed,
             num_reading_threads=config.num_reading_threads,
             transform=transforms["train"],
             **share,
         ),
-        validation=pipeline.make_validation(
-            validation, transform=transforms["validation"], **share
-        ),
+        passes={
+            split: pipeline.make_evaluation(each, transform=transforms["validation"], **share)
+            for split, each in examples.items()
+        },
         spec=spec,
         fingerprint={
             # `~` expanded: what stands in one home is not what stands in another.
             "source": f"{config.kind}:{config.rest}" if config.rest else config.source,
             "tokenizer": prepared.tokenizer.name,
             "corpus_sha256": prepared.sha256,
-            "train_examples": len(train),
-            "validation_examples": len(validation),
+            "train_examples": len(found["train"]),
+            "validation_examples": len(found["validation"]),
             **source.fingerprint,
         },
         tokenizer=prepared.tokenizer,
@@ -126,7 +160,7 @@ def prepare(config: DataConfig) -> None:
     Raises:
       ValueError: The data is missing or damaged.
     """
-    _prepare(config, _open_source(config))
+    _prepare(config, _open_source(config), None)
 
 
 def _open_source(config: DataConfig) -> Source:
@@ -134,8 +168,12 @@ def _open_source(config: DataConfig) -> Source:
         return load_source(config.kind).open(config)
 
 
-def _prepare(config: DataConfig, source: Source) -> _Prepared:
-    tokenizer, contents = _make_tokenizer(config, source), source.contents
+def _prepare(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> _Prepared:
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(config, source)
+    else:
+        _check_tokenizer(config, source, tokenizer)
+    contents = source.contents
 
     def write(folder: Path, split: Split) -> None:
         if source.shards is not None:
@@ -157,6 +195,36 @@ def _check_num_patches(config: DataConfig, source: Source) -> None:
         raise ValueError(
             f"sequence_length={config.sequence_length}: the images of {config.source} have "
             f"{source.grid.num_patches} patches; expected at least that"
+        )
+
+
+def _check_enough(config: DataConfig, counts: dict[Split, int]) -> None:
+    """Refuse data that is too little to train and validate on."""
+    for split, count in counts.items():
+        if not count:
+            raise ValueError(
+                f"sequence_length={config.sequence_length}: the {split} split of {config.source} "
+                "has not one example of that length; expected more data or a shorter length"
+            )
+    if counts["train"] < config.batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size}: the train split of {config.source} has "
+            f"{counts['train']} examples; expected at most that many"
+        )
+
+
+def _check_tokenizer(config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
+    """Refuse the tokenizer of a model that does not fit the contents of other data."""
+    num_values = source.contents.num_values
+    if source.shards is not None:
+        return  # the ids are looked at when they are counted
+    fits, held = not tokenizer.name.startswith("values:"), "text"
+    if num_values is not None:
+        fits, held = tokenizer.name == f"values:{num_values}", f"values in [0, {num_values})"
+    if not fits:
+        raise ValueError(
+            f"source={config.source!r} holds {held}, which the model's tokenizer "
+            f"{tokenizer.name!r} does not encode"
         )
 
 
@@ -201,11 +269,6 @@ def _open_examples(
     )
     if isinstance(examples, store.Documents) and not config.truncate:
         examples.check_lengths(split)
-    if not len(examples):
-        raise ValueError(
-            f"sequence_length={config.sequence_length}: the {split} split of {config.source} has "
-            "not one example of that length; expected more data or a shorter length"
-        )
     return examples
 
 

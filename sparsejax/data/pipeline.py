@@ -1,6 +1,6 @@
 """From random-access examples to batches: shuffled and endless, or in order and finite."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,28 @@ class ExampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
+
+
+class JoinedExamples:
+    """The examples of several splits, one split after the other."""
+
+    def __init__(self, parts: Sequence[ExampleSource]):
+        """Join examples.
+
+        Args:
+          parts: Those of each split.
+        """
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: int) -> Batch:
+        for part in self._parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError("there are not so many examples")
 
 
 class BatchIterator(Protocol):
@@ -90,7 +112,7 @@ def make_train_iterator(
     )
 
 
-def make_validation(
+def make_evaluation(
     examples: ExampleSource,
     *,
     batch_size: int,
@@ -98,14 +120,14 @@ def make_validation(
     process_count: int,
     transform: Transform | None = None,
 ) -> Callable[[int | None], Iterator[Batch]]:
-    """Make the function that opens a pass over the validation split.
+    """Make the function that opens a pass over a split in one order.
 
     The order is shuffled once and for all, whatever the run's seed, so that a few batches stand for
     the whole split and are the same in every run. What the last batch lacks is filled with
     copies of its last example at weight 0: a real example, so that no loss of it can be NaN.
 
     Args:
-      examples: The validation split.
+      examples: The split.
       batch_size: Examples per batch of this process.
       process_index: This process.
       process_count: Number of processes.
@@ -121,7 +143,7 @@ def make_validation(
         shuffled = shuffled.map_with_index(_draw_by_position(transform, _VALIDATION_SEED))
     global_batch_size = batch_size * process_count
 
-    def validate(max_batches: int | None = None) -> Iterator[Batch]:
+    def evaluate(max_batches: int | None = None) -> Iterator[Batch]:
         num_batches = -(-len(examples) // global_batch_size)
         if max_batches is not None:
             num_batches = min(num_batches, max_batches)
@@ -130,7 +152,7 @@ def make_validation(
             positions = range(first, first + batch_size)
             yield _stack([_take_or_fill(shuffled, position) for position in positions])
 
-    return validate
+    return evaluate
 
 
 def _draw_by_position(transform: Transform, seed: int) -> Callable[[int, Batch], Batch]:

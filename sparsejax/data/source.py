@@ -11,6 +11,7 @@ from sparsejax.data.patches import PatchGrid
 from sparsejax.data.shards import Shard
 
 type Split = Literal["train", "validation"]
+type EvaluatedSplit = Split | Literal["all"]
 
 
 class Options(NamedTuple):

@@ -31,6 +31,8 @@ class Tokenizer:
       encode: Maps a list of documents to one integer array each.
       decode: Maps ids back to a document; bytes of a text.
       separator: Id that ends each document of a language-model corpus.
+      byte_lengths: Returns how many bytes of text each id stands for, i32[vocab_size], 1 for the
+        separator; None where ids have no such lengths.
       whole_documents: Whether pieces of a document are joined before they are encoded.
       file: What has to be kept beside a model, None where the name says it all.
     """
@@ -40,6 +42,7 @@ class Tokenizer:
     encode: Callable[[list], list[np.ndarray]]
     decode: Callable[[Sequence[int]], Any]
     separator: int = 0
+    byte_lengths: Callable[[], np.ndarray] | None = None
     whole_documents: bool = False
     file: Path | None = None
 
@@ -66,6 +69,7 @@ def byte_tokenizer() -> Tokenizer:
         vocab_size=256,
         encode=lambda documents: [np.frombuffer(text, np.uint8) for text in documents],
         decode=lambda ids: np.asarray(ids, np.uint8).tobytes(),
+        byte_lengths=lambda: np.ones(256, np.int32),
     )
 
 
@@ -120,6 +124,15 @@ def make_tokenizer(
         encodings = model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype) for encoding in encodings]
 
+    def measure() -> np.ndarray:
+        added = model.get_added_tokens_decoder()
+        lengths = np.zeros(vocab_size, np.int32)
+        for token, number in model.get_vocab(with_added_tokens=True).items():
+            # Of others than those added, each character stands for a byte.
+            lengths[number] = len(token.encode() if number in added else token)
+        lengths[separator] = 1
+        return lengths
+
     def decode(ids: Sequence[int]) -> bytes:
         return model.decode(np.asarray(ids).tolist(), skip_special_tokens=False).encode()
 
@@ -129,9 +142,14 @@ def make_tokenizer(
         encode=encode,
         decode=decode,
         separator=separator,
+        byte_lengths=measure if _is_byte_level(model) else None,
         whole_documents=whole_documents,
         file=file,
     )
+
+
+def _is_byte_level(model: "tokenizers.Tokenizer") -> bool:
+    return b'"ByteLevel"' in model.decoder.__getstate__() if model.decoder else False
 
 
 def count_model_ids(model: "tokenizers.Tokenizer") -> int:

@@ -159,6 +159,7 @@ class BlockSparseAttention(nnx.Module):
         *,
         schedule: BlockSchedule | None = None,
         budget: PyTree | None = None,
+        cache_length: int | None = None,
         options: AttentionOptions = SPARSE,
         linear_options: LinearOptions = SPARSE_LINEAR,
     ) -> tuple[jax.Array, LayerCache]:
@@ -167,18 +168,19 @@ class BlockSparseAttention(nnx.Module):
         Args:
           x_BTD: float[B, T, D]; T at most `max_length`.
           schedule, budget: as of a call.
+          cache_length: int, positions of the cache, whole blocks; None = `max_length`.
           options: AttentionOptions, static.
           linear_options: LinearOptions of sparse projections, static.
 
         Returns:
-          float[B, T, D], and the LayerCache of `max_length` positions.
+          float[B, T, D] and LayerCache.
         """
         self._check_length(x_BTD)
         q_BTNH, k_BTKH, v_BTKH = self._project_heads(x_BTD, linear_options, None)
         y_BTNH, kept_BNIJ = self._attend_heads(
             q_BTNH, k_BTKH, v_BTKH, None, (schedule, budget), options
         )
-        S, chosen = self.max_length, None
+        S, chosen = self.max_length if cache_length is None else cache_length, None
         if kept_BNIJ is not None:
             grid = self.block.grid(S)
             missing = [
@@ -204,7 +206,7 @@ class BlockSparseAttention(nnx.Module):
         Args:
           x_B1D: float[B, 1, D].
           cache: LayerCache of all positions before.
-          positions_B: i32[B], of `x_B1D`, below `max_length`.
+          positions_B: i32[B], of `x_B1D`, within the cache.
           budget: as of a call.
           options: AttentionOptions, static, as of `prefill`.
           linear_options: LinearOptions of sparse projections, static.
@@ -234,7 +236,7 @@ class BlockSparseAttention(nnx.Module):
                 lambda q_BSNH, k_BSKH: choose(q_BSNH, k_BSKH, None, budget),
                 self.block.block_q,
             )
-        kept_BNS = self._find_kept_positions(chosen, positions_B, options)
+        kept_BNS = self._find_kept_positions(chosen, positions_B, k_BSKH.shape[1], options)
         y_BNH = attend_one(
             q_B1NH[:, 0],
             k_BSKH,
@@ -328,18 +330,18 @@ class BlockSparseAttention(nnx.Module):
             raise ValueError("budget must be given where layers have budgets of their own")
         return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), budgets)
 
-    def _find_kept_positions(self, chosen, positions_B, options):
+    def _find_kept_positions(self, chosen, positions_B, length, options):
         """Return which positions each head of each example keeps, None for all."""
         if not options.sparse:
             return None
         if options.position_mask is not None:
-            return options.position_mask(self.max_length)[positions_B][:, None]
+            return options.position_mask(length)[positions_B][:, None]
         rows_B = positions_B // self.block.block_q
         if chosen is None:
             kept_BNJ = jnp.moveaxis(self.block_mask[...][0][:, rows_B], 1, 0)
         else:
             kept_BNJ = chosen.kept_BNIJ[jnp.arange(len(rows_B)), :, rows_B]
-        return jnp.repeat(kept_BNJ, self.block.block_kv, axis=-1)
+        return jnp.repeat(kept_BNJ, self.block.block_kv, axis=-1)[..., :length]
 
     def _find_blocks(
         self, length: int, schedule: BlockSchedule | None, options: AttentionOptions

@@ -81,13 +81,14 @@ class Block(nnx.Module):
         )
         return self._leave(self.mlp_norm, x_BTD, branch, keys[1]), attention_map
 
-    def prefill(self, x_BTD, *, schedule, budget, attention_options, linear_options):
+    def prefill(self, x_BTD, *, schedule, budget, cache_length, attention_options, linear_options):
         """Apply both branches to a prompt, and keep what later positions attend to.
 
         Args:
           x_BTD: float[B, T, D].
           schedule: BlockSchedule of this layer's mask, or None.
           budget: what a chooser of blocks has for this layer, or None.
+          cache_length: int, positions of the cache.
           attention_options: AttentionOptions, static.
           linear_options: LinearOptions, static.
 
@@ -98,6 +99,7 @@ class Block(nnx.Module):
             self._enter(self.attention_norm, x_BTD),
             schedule=schedule,
             budget=budget,
+            cache_length=cache_length,
             options=attention_options,
             linear_options=linear_options,
         )

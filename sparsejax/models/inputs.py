@@ -29,6 +29,25 @@ def check_tokens(config: TransformerConfig, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_cache_length(config: TransformerConfig, length: int, *, num_read: int) -> None:
+    """Refuse a cache that does not hold a prompt, or is not of whole blocks.
+
+    Args:
+      config: of the model.
+      length: positions of the cache.
+      num_read: positions of the prompt.
+
+    Raises:
+      ValueError: if it does not fit.
+    """
+    config.block.grid(length)
+    if not num_read <= length <= config.max_length:
+        raise ValueError(
+            f"cache_length must be at least T={num_read} and at most "
+            f"max_length={config.max_length}, got {length}"
+        )
+
+
 def check_decoder_tokens(
     config: TransformerConfig, tokens: jax.Array, decoder_tokens: jax.Array | None
 ) -> None:

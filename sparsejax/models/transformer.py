@@ -19,7 +19,7 @@ from sparsejax.models.config import EMBEDDING, TransformerConfig, sparse_weight_
 from sparsejax.models.decoder import Decoder
 from sparsejax.models.embedding import look_up, make_embed
 from sparsejax.models.head import HeadTransform, compute_logits, make_head
-from sparsejax.models.inputs import check_decoder_tokens, check_tokens
+from sparsejax.models.inputs import check_cache_length, check_decoder_tokens, check_tokens
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import (
     dropout,
@@ -223,6 +223,7 @@ class Transformer(nnx.Module):
         self,
         tokens_BT: jax.Array,
         *,
+        cache_length: int | None = None,
         attention_options: AttentionOptions | None = None,
         linear_options: LinearOptions | None = None,
     ) -> tuple[jax.Array, LayerCache]:
@@ -230,6 +231,8 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BT: i32[B, T]; what follows a shorter prompt is overwritten before it is seen.
+          cache_length: positions of the cache, whole blocks, at least T and at most `max_length`;
+            None = `max_length`.
           attention_options: AttentionOptions, static; None = the model's own attribute.
           linear_options: LinearOptions, static; None likewise.
 
@@ -239,17 +242,20 @@ class Transformer(nnx.Module):
 
         Raises:
           ValueError: if the model is no causal language model, or `tokens_BT` has the wrong rank or
-            is longer than `max_length`.
+            is longer than `max_length`, or `cache_length` is out of range.
         """
         config = self.config
         if not config.causal:
             raise ValueError("only a causal language model reads prompts, got causal=False")
         check_tokens(config, tokens_BT.shape)
+        cache_length = config.max_length if cache_length is None else cache_length
+        check_cache_length(config, cache_length, num_read=tokens_BT.shape[1])
         options = self._get_options(attention_options, linear_options)
 
         def apply(block, x_BTD, _, of_layer):
             schedule, budget = of_layer
-            return block.prefill(x_BTD, schedule=schedule, budget=budget, **options)
+            lengths = {"budget": budget, "cache_length": cache_length}
+            return block.prefill(x_BTD, schedule=schedule, **lengths, **options)
 
         x_BTD, cache = scan_stack(
             apply,
@@ -276,7 +282,7 @@ class Transformer(nnx.Module):
         Args:
           tokens_B: i32[B].
           cache: what `prefill`, or the last `decode`, returned.
-          positions_B: i32[B], of the tokens, below `max_length`; those before have been read.
+          positions_B: i32[B], of the tokens, within the cache; those before have been read.
           attention_options: AttentionOptions, static, as of `prefill`.
           linear_options: LinearOptions, static, as of `prefill`.
 

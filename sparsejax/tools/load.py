@@ -55,7 +55,7 @@ def load_model(workdir: str | os.PathLike, *, step: int | None = None) -> Traine
         optimizer = make_optimizer(config.optimizer, num_steps=config.schedule_length)
         phase = find_phase(recipe, info.metadata["phase"])
         state, _ = restore(info, make_abstract_state(model_config, recipe, optimizer, phase.name))
-        tokenizer = load_tokenizer(recorded.tokenizer, Path(workdir))
+        tokenizer = load_tokenizer(recorded.fingerprint["tokenizer"], Path(workdir))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     params = recipe.transform_params(state.params, state.sparsity, phase)

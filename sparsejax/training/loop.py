@@ -34,16 +34,11 @@ from sparsejax.training.describe import describe_costs, describe_model, make_tit
 from sparsejax.training.finish import finish_run
 from sparsejax.training.initial import check_initial
 from sparsejax.training.profile import StepProfiler, StepRange
-from sparsejax.training.setup import (
-    Programs,
-    Run,
-    compile_phase,
-    compute_validation,
-    prepare_run,
-)
+from sparsejax.training.setup import Programs, Run, compile_phase, prepare_run
 from sparsejax.training.signals import StopRequest
 from sparsejax.training.start import Start, open_or_resume
 from sparsejax.training.step import Batch, explain_skip
+from sparsejax.training.validation import compute_validation
 
 
 class NonFiniteError(FloatingPointError):

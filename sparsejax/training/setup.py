@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sparsejax.accounting.units import format_quantity
 from sparsejax.config.parse import ConfigError, naming_data
 from sparsejax.config.schema import TrainConfig, make_recipe, make_transformer_config
-from sparsejax.data import Data, describe_data, make_data
+from sparsejax.data import Data, Tokenizer, describe_data, make_data
 from sparsejax.models import (
     Choice,
     TransformerConfig,
@@ -173,11 +173,12 @@ class Run:
         )
 
 
-def prepare_run(config: TrainConfig) -> Run:
+def prepare_run(config: TrainConfig, *, tokenizer: Tokenizer | None = None) -> Run:
     """Open the data and build everything that does not change during training.
 
     Args:
       config: settings.
+      tokenizer: that of a run which is evaluated on the data; None = what the settings name.
 
     Raises:
       ConfigError: if the data cannot be used as configured, or a setting does not fit it.
@@ -198,7 +199,7 @@ def prepare_run(config: TrainConfig) -> Run:
     index, parts = find_share(NamedSharding(mesh, PartitionSpec(BATCH)), config.data.batch_size)
     # After the settings were checked: to prepare data may take hours.
     with _opening_data(config), first_alone("data"):
-        data = make_data(config.data, process_index=index, process_count=parts)
+        data = make_data(config.data, tokenizer=tokenizer, process_index=index, process_count=parts)
     run = Run(
         config=config,
         data=data,
@@ -229,7 +230,7 @@ def _check_implementations(run: Run) -> None:
     named = run.config.named_implementations
     if not named:
         return
-    batch = run.put_batch(next(run.data.validation(1)))
+    batch = run.put_batch(next(run.data.passes["all"](1)))
     options = {**run.config.step_options, "num_micro_batches": 1}
     for phase in run.recipe.phases:
         step = make_eval_step(run.graphdef, run.recipe, phase, **options)
@@ -364,30 +365,6 @@ def _keeping_choices(run: Run, jitted: Any, *arguments: Any) -> Iterator[None]:
             "--workdir"
         ) from error
     run.choices.update({choice.call: choice.backend for choice in made})
-
-
-def compute_validation(
-    run: Run, eval_step: Callable, state: TrainState, block_lists: BlockLists
-) -> dict[str, float]:
-    """Average loss and accuracy over the configured number of validation batches.
-
-    Args:
-      run: the run.
-      eval_step: compiled for the state's phase.
-      state: what is evaluated.
-      block_lists: of this state.
-
-    Returns:
-      "validation_loss" in nats per token or example, and "validation_accuracy".
-    """
-    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    for batch in run.data.validation(run.config.num_eval_batches or None):
-        sums = jax.device_get(eval_step(state, run.put_batch(batch), block_lists))
-        totals = {name: totals[name] + float(sums[name]) for name in totals}
-    return {
-        "validation_loss": totals["loss"] / totals["count"],
-        "validation_accuracy": totals["correct"] / totals["count"],
-    }
 
 
 def _make_abstract_arguments(run: Run, phase: Phase, batch: Batch) -> tuple[Any, ...]:

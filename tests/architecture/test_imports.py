@@ -113,6 +113,8 @@ ARROWS = {
         "sparsejax.patterns",
         "sparsejax.types",
     ),
+    # Text out of models: of those and of nothing that trains.
+    "sparsejax.generation": ("sparsejax.checks", "sparsejax.data", "sparsejax.models"),
     "sparsejax.config": (
         "sparsejax.checks",
         "sparsejax.models",
@@ -148,6 +150,8 @@ ARROWS = {
     "sparsejax.report.plots": ("sparsejax.durable",),
     "sparsejax.training": RUN,
     "sparsejax.tools": (
+        "sparsejax.generation",
+        "sparsejax.pretrained",
         "sparsejax.tools.plan",
         "sparsejax.tools.prove",
         "sparsejax.training",
@@ -184,6 +188,7 @@ ARROWS = {
         "sparsejax.config",
         "sparsejax.data",
         "sparsejax.dotted",
+        "sparsejax.generation",
         "sparsejax.models",
         "sparsejax.recipes",
         "sparsejax.report",
@@ -234,6 +239,7 @@ HOMES = {
     "numpy": ("pallas_kernels", "sparsejax", "benchmarks"),
     "flax": (
         "sparsejax.calibration",
+        "sparsejax.generation",
         "sparsejax.models",
         "sparsejax.pretrained",
         "sparsejax.training",
@@ -265,11 +271,7 @@ HOMES = {
 }
 
 # Whole steps must run on a machine that has no more than these.
-STEP_MODULES = (
-    "sparsejax.training.state",
-    "sparsejax.training.step",
-    "sparsejax.accounting.flops",
-)
+STEP_MODULES = ("sparsejax.training.state", "sparsejax.training.step", "sparsejax.accounting.flops")
 STEP_NEEDS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 
 

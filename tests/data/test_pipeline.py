@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from sparsejax.data.pipeline import make_train_iterator, make_validation
+from sparsejax.data.pipeline import make_evaluation, make_train_iterator
 
 NUM_EXAMPLES = 23
 ONE_PROCESS = {"process_index": 0, "process_count": 1}
@@ -85,7 +85,7 @@ def test_processes_share_each_global_batch(process_count):
 
 def validate(max_batches=None, batch_size=5, **process):
     return list(
-        make_validation(Numbers(), batch_size=batch_size, **ONE_PROCESS | process)(max_batches)
+        make_evaluation(Numbers(), batch_size=batch_size, **ONE_PROCESS | process)(max_batches)
     )
 
 
@@ -100,7 +100,7 @@ def test_validation_covers_the_split_once_and_fills_up_with_weight_zero():
 
 
 def test_validation_is_the_same_at_every_pass_and_can_be_cut_short():
-    open_validation = make_validation(Numbers(), batch_size=5, **ONE_PROCESS)
+    open_validation = make_evaluation(Numbers(), batch_size=5, **ONE_PROCESS)
     first, second = list(open_validation(None)), list(open_validation(None))
     np.testing.assert_equal(first, second)
     np.testing.assert_equal(list(open_validation(2)), first[:2])

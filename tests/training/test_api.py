@@ -8,10 +8,12 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
 import sparsejax
+from sparsejax import command
 from sparsejax.checkpoint.save import find_checkpoints
-from sparsejax.config.parse import ConfigError
+from sparsejax.config.parse import ConfigError, parse_config
 from sparsejax.data import Contents, Example, Source
 from sparsejax.dotted import name_function
 from sparsejax.models import AttentionOptions, LinearOptions, Transformer
@@ -90,13 +92,89 @@ def test_a_model_is_loaded_where_its_data_is_not(run, tmp_path):
         (tmp_path / "corpus.txt").rename(workdir.parent / "corpus.txt")
 
 
+@pytest.mark.ci
+def test_a_run_is_evaluated_on_either_split_and_on_other_text(run, tmp_path):
+    name, settings, workdir = run
+    data = prepare_run(parse_config(settings)).data
+    for split in ("validation", "train"):
+        found = sparsejax.evaluate(workdir, split=split)
+        # Text of ASCII alone: no character lies across two windows.
+        texts = [
+            data.tokenizer.decode(targets).replace(b"<|endoftext|>", b"\0")
+            for batch in data.passes[split](settings["num_eval_batches"])
+            for targets, weight in zip(batch["targets"], batch["loss_weights"], strict=True)
+            if weight
+        ]
+        loss = found[f"{split}_loss"]
+        assert found["bytes"] == sum(map(len, texts)) > 0
+        assert found["tokens"] == len(texts) * settings["data"]["sequence_length"]
+        bits = loss * found["tokens"] / found["bytes"] / np.log(2)
+        np.testing.assert_allclose(found["bits_per_byte"], bits, rtol=1e-6)
+        np.testing.assert_allclose(found["perplexity"], np.exp(loss), rtol=1e-6)
+        if name != "sste":
+            assert found["bytes"] == found["tokens"]
+    # The run's own text, which the run no longer needs, is read as any other.
+    (workdir.parent / "corpus.txt").rename(tmp_path / "moved.txt")
+    try:
+        other = sparsejax.evaluate(
+            workdir, source=f"text:{tmp_path / 'moved.txt'}", split="validation"
+        )
+    finally:
+        (tmp_path / "moved.txt").rename(workdir.parent / "corpus.txt")
+    assert other == sparsejax.evaluate(workdir)
+    short = tmp_path / "short.txt"
+    short.write_text("".join(f"{i} plus 1 is {i + 1}.\n" for i in range(14)))
+    found = sparsejax.evaluate(workdir, source=f"text:{short}")
+    assert {"loss", "accuracy", "bits_per_byte"} < found.keys()
+    assert found["tokens"] < settings["data"]["batch_size"] * settings["data"]["sequence_length"]
+    with pytest.raises(ConfigError, match="eval_source='listops:short' must be data like the run"):
+        sparsejax.evaluate(workdir, source="listops:short")
+
+
+def _type(capsys, *arguments):
+    """Run the command in this process, and return what it prints."""
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
+        command.run(["sparsejax", *arguments], resume_command="")
+    said = capsys.readouterr()
+    assert end.value.code == 0, said.err
+    return said.out
+
+
+@pytest.mark.ci
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_generates_evaluates_and_asks_without_a_config(run, tmp_path, capsys):
+    name, _, workdir = run
+    if name != "spion":
+        return  # what is loaded is tested above
+    model, folder, prompts = sparsejax.load_model(workdir), f"--workdir={workdir}", ["1 plus", "2"]
+    drawn = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9, "top_k": 30, "seed": 3}
+    new = sparsejax.generate(model, prompts, **drawn)
+    (tmp_path / "prompts.txt").write_text("1 plus\n2\n")
+    flags = [f"--{name}={value}" for name, value in drawn.items()]
+    expected = f"1 plus{new[0]}\n---\n2{new[1]}\n"
+    given = ["--prompt=1 plus", "--prompt=2"]
+    assert _type(capsys, "--mode=generate", folder, *given, *flags) == expected
+    file = f"--prompt_file={tmp_path / 'prompts.txt'}"
+    assert _type(capsys, "--mode=generate", folder, file, *flags) == expected
+
+    def tell(values):
+        return "".join(f"{name}: {value}\n" for name, value in values.items())
+
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"context": "1 plus 1 is", "choices": [" 2.", "xyz"], "answer": 0}\n')
+    found = sparsejax.evaluate_choices(model, path)
+    assert _type(capsys, "--mode=eval", folder, f"--choices={path}") == tell(found)
+    found = sparsejax.evaluate(workdir, split="train")
+    assert _type(capsys, "--mode=eval", folder, "--split=train") == tell(found)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     for load in (sparsejax.load_model, sparsejax.evaluate):
         with pytest.raises(ConfigError, match="must hold a run's checkpoints, found none"):
             load(tmp_path)
 
 
-def test_the_package_offers_three_functions_and_says_so():
+def test_the_package_offers_its_functions_and_says_so():
     with pytest.raises(AttributeError, match="no attribute 'trian'; it has .*'train'"):
         sparsejax.trian  # noqa: B018
 
