@@ -392,11 +392,9 @@ class Transformer(nnx.Module):
     def _get_budgets(self, options):
         if not options.sparse or options.choose_blocks is None:
             return None
-        config = self.config
-        budgets = options.choose_blocks.budget(
-            config.block.grid(config.max_length)[0], config.num_heads
-        )
-        # By layer, whether they are alike or not.
+        layers, heads = self.config.num_layers, self.config.num_heads
+        num_blocks, _ = self.config.block.grid(self.config.max_length)
         return jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (config.num_layers, *leaf.shape[1:])), budgets
+            lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape[1:])),
+            options.choose_blocks.budget(num_blocks, heads),
         )

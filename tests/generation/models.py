@@ -1,37 +1,18 @@
 """Models that continue texts, small and with weights that make their choices clear."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.masks import DynamicBlocks
 from sparsejax.models import AttentionOptions, Transformer
 from sparsejax.recipes import set_attention_masks
 from sparsejax.training.state import merge_model
 from tests.small_models import SPARSE_ATTENTION, make_config, make_small_optimizer, make_state
 
 LENGTH, BLOCK = 64, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstOrOwn:
-    """Keep a query block's own block, and the first one where its first query likes its key."""
-
-    lookahead: bool = False
-
-    def count(self, num_blocks, num_heads):
-        return np.full((1, num_blocks), 2 * num_heads)
-
-    def measure_density(self, num_blocks, num_heads):
-        return np.ones(1)
-
-    def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, counts_I):
-        del kv_mask_BS, counts_I
-        liked_BNI = jnp.einsum("binh,bnh->bni", q_BTNH[:, ::BLOCK], k_BSKH[:, 0]) > 0
-        own_IJ = jnp.eye(q_BTNH.shape[1] // BLOCK, dtype=bool)
-        return own_IJ | (liked_BNI[..., None] & (jnp.arange(len(own_IJ)) == 0))
 
 
 def keep_five(length):
@@ -44,7 +25,11 @@ OPTIONS = {
     "masked": AttentionOptions(),
     "zero": AttentionOptions(pruned_logits="zero"),
     "positions": AttentionOptions(position_mask=keep_five),
-    "chosen": AttentionOptions(choose_blocks=FirstOrOwn()),
+    "chosen": AttentionOptions(
+        choose_blocks=DynamicBlocks(
+            density=0.5, block_size=BLOCK, num_blocks=LENGTH // BLOCK, causal=True
+        )
+    ),
 }
 
 
