@@ -9,7 +9,6 @@ from sparsejax.data import Tokenizer
 from sparsejax.data.tokenizer import TOKENIZER_FILE
 from sparsejax.data.tokenizer_files import open_tokenizer_file
 from sparsejax.pretrained.checkpoint import Checkpoint
-from sparsejax.pretrained.leaves import Shape
 from sparsejax.strict_json import load_json
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +30,9 @@ def open_folder(folder: Path) -> Checkpoint:
         )
     files, shapes = {}, {}
     for path in _list_files(folder):
-        for name, shape in _read_shapes(path).items():
+        with _open(path) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name, shape in found.items():
             if name in files:
                 raise ValueError(f"{folder} must hold the tensor {name!r} once, found it twice")
             files[name], shapes[name] = path, shape
@@ -39,6 +40,11 @@ def open_folder(folder: Path) -> Checkpoint:
     def read(name: str) -> np.ndarray:
         # Opened anew each time: opening maps a file, and reads the list of its tensors only.
         with _open(files[name]) as file:
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _TYPES:
+                raise ValueError(
+                    f"{files[name]}: the tensor {name!r} must be one of {_TYPES}, got {kind}"
+                )
             return file.get_tensor(name)
 
     def load_tokenizer() -> Tokenizer | None:
@@ -63,19 +69,6 @@ def _list_files(folder: Path) -> list[Path]:
     found = sorted(path.name for path in folder.glob("*.bin"))
     convert = f"; convert {found[0]} to safetensors, for it is a pickle" if found else ""
     raise ValueError(f"{folder} must hold {_WHOLE} or {_INDEX}, found neither{convert}")
-
-
-def _read_shapes(path: Path) -> dict[str, Shape]:
-    shapes = {}
-    with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118, it is no mapping
-            found = file.get_slice(name)
-            if found.get_dtype() not in _TYPES:
-                raise ValueError(
-                    f"{path}: the tensor {name!r} must be one of {_TYPES}, got {found.get_dtype()}"
-                )
-            shapes[name] = tuple(found.get_shape())
-    return shapes
 
 
 def _open(path: Path):

@@ -103,6 +103,7 @@ def test_other_spellings_are_the_same_model(tmp_path):
     old |= {
         "cls.predictions.decoder.weight": saved["bert.embeddings.word_embeddings.weight"],
         "bert.pooler.dense.bias": np.ones(32, np.float32),
+        "bert.embeddings.position_ids": np.arange(64)[None],
     }
     folder = change_folder(tmp_path / "bert", "bert", tensors=old)
     assert_same_bits(load_pretrained(folder).model, load_golden("bert").model)
@@ -161,7 +162,7 @@ def test_settings_that_change_the_mathematics_are_refused(tmp_path, name, settin
     "tensors, message",
     [
         ({"model.norm.weight": None}, "must hold the tensor 'model.norm.weight' [32], found none"),
-        ({"model.norm.bias": np.ones(32)}, "must be one of ('F32', 'F16', 'BF16'), got F64"),
+        ({"model.norm.weight": np.ones(32)}, "must be one of ('F32', 'F16', 'BF16'), got F64"),
         (
             {"model.norm.bias": np.ones(32, np.float32)},
             "no tensor that its architecture does not have, found 'model.norm.bias' [32]",
