@@ -10,6 +10,7 @@ from flax import nnx
 from sparsejax.data import Tokenizer
 from sparsejax.models import (
     AttentionOptions,
+    LinearOptions,
     SparsityMask,
     Transformer,
     TransformerConfig,
@@ -54,7 +55,8 @@ def load_pretrained(
       block_size: rows and columns of a block of the attention mask; divides `max_length`.
       dtype: of activations, as of `TransformerConfig`.
       sparse_weights: which weights get masks, as of `TransformerConfig`; they keep everything at
-        first.
+        first. Products are XLA's until `model.linear_options` say else: kernels for 2:4 want masks
+        that prune.
 
     Raises:
       ValueError: if the architecture or one of its settings is unknown, a tensor is missing, too
@@ -94,4 +96,6 @@ def load_pretrained(
     kept = jax.tree.map(lambda mask: jnp.ones(mask.shape, bool), nnx.to_pure_dict(masks))
     model = nnx.merge(graphdef, filled, kept)
     model.attention_options = AttentionOptions(sparse=False)
+    # Of masks that keep everything; a kernel for 2:4 would need ones that prune.
+    model.linear_options = LinearOptions(implementation="xla")
     return PretrainedModel(model, config, tokenizer)

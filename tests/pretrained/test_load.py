@@ -72,6 +72,8 @@ def test_settings_and_tokenizer_are_those_of_the_folder():
     assert model.config == config and not model.attention_options.sparse
     assert (config.max_length, config.block.block_q, config.dtype) == (32, 8, "bfloat16")
     assert model.blocks.mlp.up.kernel_mask[...].all()
+    # Kernels would take a full mask for one that prunes.
+    assert model.linear_options.sparse and model.linear_options.implementation == "xla"
     assert tokenizer.vocab_size == 32 and load_golden("bert").tokenizer is None
     ids = tokenizer.encode([b"to the end<|endoftext|>"])[0]
     # The special token that the text spells out is text, of which these letters are known.

@@ -9,12 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sparsejax.config.parse import ConfigError, parse_config
+from sparsejax.pretrained import export_hf, load_pretrained
 from sparsejax.pretrained.leaves import flatten
 from sparsejax.tools.load import load_model
 from sparsejax.training.initial import check_initial, create_initial_state
 from sparsejax.training.setup import prepare_run
-from tests.pretrained.folders import load_golden, read_params
+from tests.pretrained.folders import assert_same_bits, load_golden, read_params
 from tests.pretrained.make_golden import GOLDEN
+from tests.sharding.eight_devices import run_program
 from tests.training.runs import make_settings, train
 
 _MODEL = {
@@ -30,7 +32,8 @@ _MODEL = {
 }
 
 
-def _make_settings(folder, init_from, **changes):
+def make_initial_settings(folder, init_from, **changes):
+    """Return settings of a run that starts from a golden model of Llama's shape."""
     (folder / "words.txt").write_text("the cat and the hat. the other bat. " * 200)
     model = {f"model__{name}": value for name, value in _MODEL.items()}
     return make_settings(
@@ -51,7 +54,7 @@ def _make_settings(folder, init_from, **changes):
 @pytest.mark.ci
 def test_a_run_starts_from_the_weights_and_goes_on_without_them(tmp_path):
     weights = shutil.copytree(GOLDEN / "llama_tied", tmp_path / "weights")
-    settings = _make_settings(tmp_path, weights)
+    settings = make_initial_settings(tmp_path, weights)
     run = prepare_run(parse_config(settings))
     found = flatten(create_initial_state(run).params)
     expected = read_params(load_golden("llama_tied").model)
@@ -67,8 +70,21 @@ def test_a_run_starts_from_the_weights_and_goes_on_without_them(tmp_path):
     # Two steps away at most: weights that were drawn would differ by tenths.
     for path, value in read_params(load_model(workdir).model).items():
         assert 0 < np.abs(value - expected[path]).max() < 0.01, path
+    trained = load_model(workdir)
+    export_hf(trained, tmp_path / "exported")
+    assert_same_bits(load_pretrained(tmp_path / "exported", block_size=8).model, trained.model)
+    assert (
+        load_pretrained(tmp_path / "exported", block_size=8).tokenizer.name
+        == trained.tokenizer.name
+    )
     with pytest.raises(ConfigError, match="which does not exist"):
         train(settings, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_each_device_holds_its_part_of_the_weights(tmp_path):
+    found = run_program("tests.training.initial_on_mesh", str(tmp_path))
+    assert found == {"wrong": [], "held": 1 / 4}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +99,7 @@ def test_a_run_starts_from_the_weights_and_goes_on_without_them(tmp_path):
 )
 def test_settings_that_are_not_those_of_the_weights_are_refused(tmp_path, changes, message):
     folder = GOLDEN / "llama_tied"
-    settings = parse_config(_make_settings(tmp_path, folder, **changes))
+    settings = parse_config(make_initial_settings(tmp_path, folder, **changes))
     message = f"model.init_from: {message.format(folder=folder)}"
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_initial(settings, tmp_path / "checkpoints")
@@ -96,7 +112,7 @@ def test_data_that_are_not_those_of_the_weights_are_refused(tmp_path):
     (other / "tokenizer.json").write_text(
         text.replace('"a": 2', '"a": 3').replace('"b": 3', '"b": 2')
     )
-    settings = _make_settings(
+    settings = make_initial_settings(
         tmp_path, GOLDEN / "llama_tied", data__tokenizer=f"file:{other}", model__vocab_size=0
     )
     run = prepare_run(parse_config(settings))
@@ -113,6 +129,6 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     tensors = load_file(weights / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, weights / "model.safetensors")
-    run = prepare_run(parse_config(_make_settings(tmp_path, weights)))
+    run = prepare_run(parse_config(make_initial_settings(tmp_path, weights)))
     with pytest.raises(ConfigError, match="must hold the tensor 'model.norm.weight'"):
         create_initial_state(run)
