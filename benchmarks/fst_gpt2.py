@@ -160,6 +160,7 @@ def make_block_case(problem: BlockProblem, kernel: Implementation) -> Case:
                 return nnx.merge(graphdef, params, masks)(
                     x,
                     schedule=None,
+                    budget=None,
                     kv_mask_BT=None,
                     dropout_key=None,
                     attention_options=_DENSE_ATTENTION,
