@@ -9,12 +9,14 @@ import jax
 
 from sparsejax.checks import check_setting
 from sparsejax.config.parse import ConfigError
+from sparsejax.config.pretrained import warn_of_zero_rule
 from sparsejax.config.schema import TrainConfig
 from sparsejax.data import Tokenizer
 from sparsejax.models import TransformerConfig
 from sparsejax.patterns import BlockPattern
 from sparsejax.pretrained import Checkpoint, open_checkpoint, read_leaves, read_settings
 from sparsejax.pretrained.leaves import flatten, nest
+from sparsejax.report.progress import say
 from sparsejax.training.setup import Run
 from sparsejax.training.state import TrainState
 from sparsejax.types import PyTree
@@ -69,6 +71,8 @@ def create_initial_state(run: Run) -> TrainState:
     """
     if not run.config.model.init_from:
         return run.create_state()
+    if warning := warn_of_zero_rule(run.config.recipe, pretrained=True):
+        say(f"warning: {warning}")
     try:
         params = _load_params(run)
     except ValueError as error:
