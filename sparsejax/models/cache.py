@@ -88,7 +88,7 @@ def choose_next_rows(
 
     def renew():
         kept_BNIJ = choose(chosen.q_BSNH, k_BSKH)
-        is_new_BI = positions_B[:, None] // block_q == jnp.arange(kept_BNIJ.shape[2])
+        is_new_BI = positions_B[:, None] // block_q == jnp.arange(kept_BNIJ.shape[2])[None]
         is_new_BI &= begins_B[:, None]
         return jnp.where(is_new_BI[:, None, :, None], kept_BNIJ, chosen.kept_BNIJ)
 
@@ -126,7 +126,7 @@ def attend_one(
     q_BKGH = q_BNH.reshape(B, K, N // K, H)
     scores_BNS = jnp.einsum("bkgh,bskh->bkgs", q_BKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores_BNS = scores_BNS.reshape(B, N, S) / math.sqrt(H)
-    visible_BNS = (jnp.arange(S) <= positions_B[:, None])[:, None]
+    visible_BNS = (jnp.arange(S)[None] <= positions_B[:, None])[:, None]
     kept_BNS = visible_BNS if kept_BNS is None else visible_BNS & kept_BNS
     counted_BNS = visible_BNS if pruned_logits == "zero" else kept_BNS
     scores_BNS = jnp.where(kept_BNS, scores_BNS, 0.0)

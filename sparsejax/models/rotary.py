@@ -98,7 +98,8 @@ def apply_rotary(
         raise ValueError(f"x_BTNH must have an even head dim, got {x_BTNH.shape=}")
     if positions_BT is None:
         positions_BT = jnp.arange(T)[None]
-    angle_BTh = positions_BT.astype(jnp.float32)[..., None] * compute_frequencies(H, rotary)
+    frequency_h = jnp.asarray(compute_frequencies(H, rotary))
+    angle_BTh = positions_BT.astype(jnp.float32)[..., None] * frequency_h[None, None]
     cos, sin = (f(angle_BTh)[:, :, None] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)

@@ -82,7 +82,7 @@ def compute_shares(
     scores_BNIRS = scores.reshape(B, N, I, R, S) / math.sqrt(H)
     seen = jnp.ones((1, 1, 1, 1, S), bool)
     if causal:
-        seen = (jnp.arange(S) <= positions_IR[..., None])[None, None]
+        seen = (jnp.arange(S)[None, None] <= positions_IR[..., None])[None, None]
     if kv_mask_BS is not None:
         seen = seen & kv_mask_BS[:, None, None, None]
     # Where no key is seen, every score is the lowest finite one, and the shares are even.
@@ -117,15 +117,17 @@ def keep_top_blocks(
       bool[B, N, I, J]; of equal scores the first head, then the first block, is kept.
     """
     B, N, I, J = scores_BNIJ.shape  # noqa: E741
-    scores = jnp.where(always_IJ, jnp.inf, scores_BNIJ)
-    scores = jnp.where(visible_IJ, scores, -jnp.inf)
+    scores = jnp.where(always_IJ[None, None], jnp.inf, scores_BNIJ)
+    scores = jnp.where(visible_IJ[None, None], scores, -jnp.inf)
     counts_I = jnp.asarray(counts_I)
     if shared:
         scores = scores.swapaxes(1, 2).reshape(B, I, N * J)
     else:
         counts_I, most = counts_I // N, most // N
     highest, chosen = jax.lax.top_k(scores, min(most, scores.shape[-1]))
-    taken = (jnp.arange(chosen.shape[-1]) < counts_I[:, None]) & (highest > -jnp.inf)
+    order = jax.lax.broadcasted_iota(jnp.int32, chosen.shape, chosen.ndim - 1)
+    counts = jax.lax.broadcast_in_dim(counts_I, chosen.shape, (chosen.ndim - 2,))
+    taken = (order < counts) & (highest > -jnp.inf)
     # One more column takes what is not chosen.
     chosen = jnp.where(taken, chosen, scores.shape[-1])
     rows = jnp.zeros((*scores.shape[:-1], scores.shape[-1] + 1), bool)

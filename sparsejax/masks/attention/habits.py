@@ -67,22 +67,22 @@ def predict_scores(
       f32[B, N, I, J], causal: row i depends on rows up to i.
     """
     num_blocks = shares_BNIJ.shape[-1]
-    row, column = np.indices((num_blocks, num_blocks))
-    distance, far_IJ = row - column, list_far(num_blocks, num_sinks=num_sinks)
+    row, column = np.indices((1, 1, num_blocks, num_blocks))[2:]
+    distance, far_IJ = row - column, list_far(num_blocks, num_sinks=num_sinks)[None, None]
     near_IJ = distance == 1
     known = 0 if habits is None else _KNOWN_ROWS
-    counted_I = (known + np.arange(1, num_blocks + 1)).astype(np.float32)
+    counted_I = (known + np.arange(1, num_blocks + 1)).astype(np.float32)[None, None]
 
     def average(values_BNI, before_N):
         sums_BNI = jnp.cumsum(values_BNI, axis=-1)
         if before_N is not None:
-            sums_BNI = sums_BNI + known * before_N[:, None]
+            sums_BNI = sums_BNI + known * before_N[None, :, None]
         return (sums_BNI / counted_I)[..., None]
 
     far_N, near_N = (None, None) if habits is None else habits
     squares = shares_BNIJ**2
-    far_BNI1 = average(jnp.max(squares, axis=-1, where=far_IJ, initial=0.0), far_N)
-    near_BNI1 = average(jnp.sum(squares, axis=-1, where=near_IJ), near_N)
+    far_BNI1 = average(jnp.where(far_IJ, squares, 0).max(-1), far_N)
+    near_BNI1 = average(jnp.where(near_IJ, squares, 0).sum(-1), near_N)
     weight_IJ = np.where(far_IJ, 1.0 / np.maximum(distance, 1) ** 2, 0.0)
     weight_IJ /= np.maximum(weight_IJ.sum(-1, keepdims=True), 1e-9)
     far = _SEEN * squares + _FAR * far_BNI1 * weight_IJ.astype(np.float32)
