@@ -1,7 +1,8 @@
-"""Train or evaluate a model, or find out what to train it with.
+"""Train, evaluate or use a model, or find out what to train it with.
 
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
-  python train.py --config=configs/quickstart.py --workdir=runs/quickstart --mode=eval
+  python train.py --mode=eval --workdir=runs/quickstart
+  python train.py --mode=generate --workdir=runs/quickstart --prompt="def "
   python train.py --config=configs/quickstart.py --mode=plan --target=h200
   python train.py --config=configs/fst_small.py --mode=find_decay --workdir=runs/decay
 

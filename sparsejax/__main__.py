@@ -18,7 +18,7 @@ class _Command(NamedTuple):
 
 
 _PROMPTS = ("prompt", "prompt_file", "max_new_tokens")
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop_token")
 _PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 _COMMANDS = {
     "train": _Command(
@@ -56,6 +56,7 @@ _USAGES = {
     "top_p": "[--top_p=P]",
     "top_k": "[--top_k=K]",
     "seed": "[--seed=N]",
+    "stop_token": "[--stop_token=ID]",
     "target": "[--target=GPU]",
     "hosts": "[--hosts=N]",
     "doctor": "[--doctor=off]",

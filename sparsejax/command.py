@@ -68,6 +68,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of what is drawn; 0 = the
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest that make up so much.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from so many of the likeliest.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+_STOP_TOKEN = flags.DEFINE_integer(
+    "stop_token", None, "Id that ends a text, the tokenizer's separator unless given; -1 = none."
+)
 
 # Flags of some modes alone.
 _USERS = {
@@ -79,7 +82,7 @@ _USERS = {
     "pretrained": ("eval", "generate"),
     "config": ("train", "eval", "plan", "find_decay"),
     **dict.fromkeys(("prompt", "prompt_file", "max_new_tokens"), ("generate",)),
-    **dict.fromkeys(("temperature", "top_p", "top_k", "seed"), ("generate",)),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop_token"), ("generate",)),
 }
 
 
@@ -309,6 +312,7 @@ def _run_without_settings(workdir: str) -> None:
         top_p=_TOP_P.value,
         top_k=_TOP_K.value,
         seed=_SEED.value,
+        stop_token=_STOP_TOKEN.value,
     )
     print(text, flush=True)
 
