@@ -336,7 +336,9 @@ class DynamicBlocks:
             scores_BNIJ = predict_scores(scores_BNIJ, habits, num_sinks=self.num_sinks)
         return scores_BNIJ
 
-    def keep(self, scores_BNIJ: jax.Array, counts_I: jax.Array, *, most: int) -> jax.Array:
+    def keep(
+        self, scores_BNIJ: jax.Array, counts_I: jax.Array | np.ndarray, *, most: int
+    ) -> jax.Array:
         """Keep the highest scores, and what is always kept.
 
         Args:
