@@ -7,7 +7,7 @@ Legend: B batch, T position, K contracted axis, N columns of the kernel, I x J i
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -52,11 +52,14 @@ class LinearOptions(NamedTuple):
       grad_pruning: "none"; or "mvue" or "mvue_exact", the gradient of a weight comes from two of
         every four tokens, drawn without bias.
       implementation: which kernel runs the product, None for the best on the device.
+      observe: called while a linear layer of a block is traced, whether its weight is sparse or
+        not, with its name and float[..., K], what it reads; None looks at nothing.
     """
 
     sparse: bool = True
     grad_pruning: GradPruning = "none"
     implementation: Implementation | None = None
+    observe: Callable[[str, jax.Array], None] | None = None
 
 
 SPARSE_LINEAR = LinearOptions()
