@@ -56,6 +56,9 @@ def make_text(tokenizer: Tokenizer, num_steps: int) -> Text:
     Args:
       tokenizer: of the model.
       num_steps: int, batches.
+
+    Raises:
+      ValueError: if there are too few docstrings.
     """
     docstrings = sorted(set(_find_docstrings()))
     np.random.default_rng(0).shuffle(docstrings)
@@ -88,13 +91,13 @@ def _find_docstrings() -> Iterator[str]:
 def train(
     model: Transformer, text: Text, *, training: Training, learning_rate: float
 ) -> tuple[Transformer, list[float]]:
-    """Train from a model's parameters and masks, with AdamW at a constant rate after a warm-up.
+    """Train from a model's parameters and masks, with AdamW.
 
     Args:
       model: stays as it is.
       text: of as many batches as there are steps.
       training: how.
-      learning_rate: float.
+      learning_rate: float, after the warm-up, a tenth of the steps.
 
     Returns:
       Transformer, and the loss of every step.

@@ -42,9 +42,16 @@ from sparsejax.patterns import NMPattern, WeightPattern, parse_weight_pattern
 
 NAME, DENSE = "pretrained_weights", "dense"
 CALIBRATION_LENGTH, TEST_LENGTH = 2048, 512
-LAYERS, DENSITY = "mlp/.*", 0.5
+LAYERS = "mlp/.*"
 MAGNITUDE, ACTIVATION_AWARE = "magnitude", "activation-aware"
-PATTERNS = ("2:4", "2:4 transposable", "unstructured", "16x16", "64x64")
+PATTERNS = (
+    ("2:4", 0.5),
+    ("2:4 transposable", 0.5),
+    ("unstructured", 0.5),
+    ("16x16", 0.9),
+    ("16x16", 0.5),
+    ("64x64", 0.5),
+)
 
 
 class Recovery(NamedTuple):
@@ -56,13 +63,13 @@ class Recovery(NamedTuple):
 
 
 RECOVERIES = (
-    Recovery(DENSE, "", "dense"),
     Recovery("2:4", ACTIVATION_AWARE, "fixed masks"),
-    Recovery("2:4 transposable", ACTIVATION_AWARE, "fixed masks"),
     Recovery("2:4 transposable", MAGNITUDE, "FST"),
+    Recovery(DENSE, "", "dense"),
+    Recovery("2:4 transposable", ACTIVATION_AWARE, "fixed masks"),
     Recovery("2:4", MAGNITUDE, "STE"),
 )
-NUM_STEPS, LEARNING_RATE = 40, 5e-5
+NUM_STEPS, LEARNING_RATE = 24, 5e-5
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -83,20 +90,21 @@ class Laboratory:
         self._documents = list_documents(loaded.tokenizer, CALIBRATION_LENGTH)
         self._get_norms = functools.cache(self._measure_norms)
 
-    def prune(self, pattern: str, scores: str) -> Transformer:
+    def prune(self, pattern: str, scores: str, *, density: float = 0.5) -> Transformer:
         """Return the pruned model.
 
         Args:
           pattern: of `PATTERNS`, or "dense", which prunes nothing.
+          density: share that is kept, unless the pattern says it.
           scores: "magnitude" or "activation-aware"; without effect if dense.
         """
         if pattern == DENSE:
             return self._dense
         parsed = parse_weight_pattern(pattern)
         model = _add_masks(self._dense, parsed)
-        density = None if isinstance(parsed, NMPattern) else DENSITY
+        kept = None if isinstance(parsed, NMPattern) else density
         found = score_weights(model, self._get_norms() if scores == ACTIVATION_AWARE else None)
-        masks = {name: choose_mask(x_LKN, parsed, density) for name, x_LKN in found.items()}
+        masks = {name: choose_mask(x_LKN, parsed, kept) for name, x_LKN in found.items()}
         return set_weight_masks(model, masks)
 
     def measure(self, model: Transformer) -> dict[str, Any]:
@@ -133,15 +141,17 @@ def list_rows(laboratory: Laboratory) -> Iterator[tuple[dict[str, Any], Callable
       laboratory: where.
     """
 
-    def measure_pruned(pattern, scores):
-        return laboratory.measure(laboratory.prune(pattern, scores))
+    def measure_pruned(pattern, scores, density):
+        return laboratory.measure(laboratory.prune(pattern, scores, density=density))
 
-    yield _make_key(DENSE, ""), functools.partial(measure_pruned, DENSE, "")
-    for pattern in PATTERNS:
+    yield _make_key(DENSE, "", 1.0), functools.partial(measure_pruned, DENSE, "", 1.0)
+    for pattern, density in PATTERNS:
         for scores in (MAGNITUDE, ACTIVATION_AWARE):
-            yield _make_key(pattern, scores), functools.partial(measure_pruned, pattern, scores)
+            measure = functools.partial(measure_pruned, pattern, scores, density)
+            yield _make_key(pattern, scores, density), measure
     for recovery in RECOVERIES:
-        key = _make_key(recovery.pattern, recovery.scores) | {
+        density = 1.0 if recovery.pattern == DENSE else 0.5
+        key = _make_key(recovery.pattern, recovery.scores, density) | {
             "training": recovery.training,
             "steps": NUM_STEPS,
             "tokens": NUM_STEPS * BATCH_SIZE * LENGTH,
@@ -150,8 +160,14 @@ def list_rows(laboratory: Laboratory) -> Iterator[tuple[dict[str, Any], Callable
         yield key, functools.partial(_recover, laboratory, recovery)
 
 
-def _make_key(pattern: str, scores: str) -> dict[str, Any]:
-    return {"pattern": pattern, "scores": scores, "training": "none", "device": device_name()}
+def _make_key(pattern: str, scores: str, density: float) -> dict[str, Any]:
+    return {
+        "pattern": pattern,
+        "density": density,
+        "scores": scores,
+        "training": "none",
+        "device": device_name(),
+    }
 
 
 def _recover(laboratory: Laboratory, recovery: Recovery) -> dict[str, Any]:
@@ -172,10 +188,11 @@ def _show_training(record: Mapping[str, Any]) -> str:
 
 
 COLUMNS = (
-    Column("pattern", lambda r: r["key"]["pattern"]),
+    Column("feed-forward weights", lambda r: r["key"]["pattern"]),
+    Column("kept", lambda r: f"{r['key']['density']:.0%}"),
     Column("scores", lambda r: r["key"]["scores"]),
     Column("training", _show_training),
-    Column("perplexity", lambda r: f"{r['values']['perplexity']:.2f}"),
+    Column("perplexity", lambda r: f"{r['values']['perplexity']:.4g}"),
     Column("seconds of training", lambda r: f"{r['values']['seconds']:.0f}"),
 )
 
