@@ -35,7 +35,7 @@ def measure_inputs(
     x_BTD = model._embed(tokens, linear_options)
 
     def apply(block, x_BTD, _, of_layer):
-        schedule, counts_I = of_layer
+        schedule, budget = of_layer
         measured = {}
 
         def observe(name, x_BTK):
@@ -44,7 +44,7 @@ def measure_inputs(
         x_BTD, _ = block(
             x_BTD,
             schedule=schedule,
-            counts_I=counts_I,
+            budget=budget,
             kv_mask_BT=None,
             dropout_key=None,
             attention_options=attention_options,
