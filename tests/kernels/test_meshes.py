@@ -20,6 +20,9 @@ from tests.kernels.mesh_cases import list_calls
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _CALLS = ["/".join(call) for call in list_calls()]
+# What runs on every device; `make test-all` adds the oracles and dense products.
+_PORTABLE = [call for call in _CALLS if "/xla/" in call]
+_REST = [call for call in _CALLS if call not in _PORTABLE]
 _FAST = (
     "block_sparse_attention batch/xla/explicit",
     "block_sparse_matmul batch/xla/shard_map",
@@ -48,14 +51,25 @@ def test_eight_devices_compute_what_one_does():
 
 
 @pytest.fixture(scope="module")
-def faults():
-    return _run([])
+def portable():
+    return _run(_PORTABLE)
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("call", _CALLS)
-def test_every_call_on_eight_devices(call, faults):
-    assert faults[call] == ""
+@pytest.mark.parametrize("call", _PORTABLE)
+def test_every_portable_call_on_eight_devices(call, portable):
+    assert portable[call] == ""
+
+
+@pytest.fixture(scope="module")
+def rest():
+    return _run(_REST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", _REST)
+def test_every_other_call_on_eight_devices(call, rest):
+    assert rest[call] == ""
 
 
 def test_calls_on_one_device_are_left_alone():

@@ -17,6 +17,7 @@ from sparsejax.models import (
     LinearOptions,
     SparsityMask,
     Transformer,
+    block,
     decoder,
     products,
     sparse_weight_patterns,
@@ -272,7 +273,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
         monkeypatch.setattr(module, name, record)
 
     watch(products, "nm_matmul", lambda arguments, options: options["key"])
-    for module in (transformer, decoder):
+    for module in (transformer, block, decoder):
         watch(module, "dropout", lambda arguments, options: arguments[2])
     key, weights = jax.random.key(0), make_weights(SPARSE)
     logits = apply(SPARSE, *weights, linear_options=MVUE, pruning_key=key, dropout_key=key)
