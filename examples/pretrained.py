@@ -73,7 +73,7 @@ def measure(model, options, kept_IJ, tokens_T):
 def draw_maps(model, chooser, kept_IJ, tokens_T, path):
     """Draw real attention maps, with the blocks that a fixed pattern and the choice keep.
 
-    The heads are those whose attention the fixed pattern misses most.
+    The heads are those that gain most by the choice.
     """
     import matplotlib
 
@@ -95,19 +95,18 @@ def draw_maps(model, chooser, kept_IJ, tokens_T, path):
         share(q, k)[0].mean(2) for q, k in zip(*read_heads(model, tokens_T[None]), strict=True)
     ]
     shares_LNIJ = np.stack(shares)
-    missed_LN = np.where(kept_IJ, 0, shares_LNIJ).sum((2, 3))
-    worst = np.argsort(-missed_LN, axis=None)[:3]
+    gain_LN = (shares_LNIJ * (1.0 * kept_LNIJ - np.asarray(kept_IJ))).sum((2, 3))
+    most = np.argsort(-gain_LN, axis=None)[:3]
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 7.4), layout="constrained")
-    for column, (layer, head) in enumerate(
-        zip(*np.unravel_index(worst, missed_LN.shape), strict=True)
-    ):
+    for column, which in enumerate(most):
+        layer, head = np.unravel_index(which, gain_LN.shape)
         map_IJ = np.where(np.tri(num_blocks, dtype=bool), shares_LNIJ[layer, head], np.nan)
         for axis, kept, name in (
             (axes[0, column], np.asarray(kept_IJ), "sink + window"),
             (axes[1, column], kept_LNIJ[layer, head], "dynamic"),
         ):
             axis.imshow(map_IJ, cmap="Greys", norm=PowerNorm(0.4, 0, 1))
-            overlay = np.where(kept[..., None], (0.9, 0.35, 0.1, 0.35), (0, 0, 0, 0))
+            overlay = np.where(kept[..., None], (1.0, 0.45, 0.0, 0.3), (0, 0, 0, 0))
             axis.imshow(overlay)
             seen = np.nansum(map_IJ * kept) / num_blocks
             axis.set_title(f"{name}, layer {layer}, head {head}: keeps {seen:.0%}", fontsize=10)
@@ -118,7 +117,7 @@ def draw_maps(model, chooser, kept_IJ, tokens_T, path):
     figure.suptitle(
         f"Attention to {len(tokens_T)} tokens (grey), blocks of {BLOCK} that are kept (orange):\n"
         f"{DENSITY:.0%} of all heads' visible ones in either row. What a query block keeps is\n"
-        "chosen before its tokens are read."
+        "chosen before its tokens are read. The heads that gain most."
     )
     figure.savefig(path, dpi=110)
 
@@ -127,10 +126,11 @@ def main(model_path=None, length=1024, picture="pretrained_attention.png", new_t
     """Compare six patterns; return name -> (perplexity, seconds), and what was written."""
     path = model_path or find_smollm2()
     loaded = sparsejax.load_pretrained(path, max_length=length, block_size=BLOCK)
-    texts = [pydoc_data.topics.topics[name] for name in ("types", "specialnames", "compound")]
+    topics = pydoc_data.topics.topics
+    texts = [topics["specialnames"], topics["types"]]
     text_T, calibration_T = (
-        loaded.tokenizer.encode(["\n\n".join(part).encode()])[0][:length].astype(np.int32)
-        for part in (texts[2:] + texts[1:2], texts[:1])
+        ids[:length].astype(np.int32)
+        for ids in loaded.tokenizer.encode([text.encode() for text in texts])
     )
     patterns = make_patterns(loaded.model, calibration_T)
     found = {}

@@ -317,6 +317,7 @@ class DynamicBlocks:
             within=self.lookahead or not self.causal,
         )
         q, k = jax.lax.stop_gradient((q_BTNH, k_BSKH))
+        predicts = self.causal and not self.lookahead
         num_blocks, parts = len(positions_IR), []
         num_groups = min(_GROUPS, num_blocks) if self.causal else 1
         for rows in np.array_split(np.arange(num_blocks), num_groups):
@@ -330,11 +331,13 @@ class DynamicBlocks:
                 block_size=self.block_size,
                 causal=self.causal,
             )
-            parts.append(jnp.pad(shares_BNIRJ.mean(3), ((0, 0),) * 3 + ((0, num_blocks - end),)))
+            # Of the block's own queries it is cubes that a loss grows with.
+            scores_BNIJ = shares_BNIRJ.mean(3) if predicts else (shares_BNIRJ**3).mean(3)
+            parts.append(jnp.pad(scores_BNIJ, ((0, 0),) * 3 + ((0, num_blocks - end),)))
         scores_BNIJ = jnp.concatenate(parts, axis=2)
-        if self.causal and not self.lookahead:
-            scores_BNIJ = predict_scores(scores_BNIJ, habits, num_sinks=self.num_sinks)
-        return scores_BNIJ
+        if not predicts:
+            return scores_BNIJ
+        return predict_scores(scores_BNIJ, habits, num_sinks=self.num_sinks)
 
     def keep(
         self, scores_BNIJ: jax.Array, counts_I: jax.Array | np.ndarray, *, most: int
