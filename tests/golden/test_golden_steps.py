@@ -154,7 +154,10 @@ _RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", _RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.ci] * (name in ("sat", "sste"))) for name in _RUNS],
+)
 def test_golden_steps(name):
     # The tolerance is for other processors, not for refactors.
     jax.tree.map(

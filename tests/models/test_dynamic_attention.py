@@ -60,6 +60,7 @@ def test_blocks_that_are_not_chosen_are_not_attended_to():
     assert np.abs(compute_logits(TOKENS) - dense).max() > 1e-3
 
 
+@pytest.mark.ci
 def test_decoding_is_the_forward_pass_token_by_token():
     """From prompts that end within a block, of two lengths, across blocks that begin later."""
     expected = np.asarray(compute_logits(TOKENS))
@@ -83,6 +84,7 @@ def test_decoding_is_the_forward_pass_token_by_token():
         np.testing.assert_allclose(logits, expected[rows, positions], atol=2e-5)
 
 
+@pytest.mark.ci
 def test_gradients_are_those_of_the_blocks_that_were_chosen():
     tokens = TOKENS[:1]
 
@@ -103,6 +105,7 @@ def test_gradients_are_those_of_the_blocks_that_were_chosen():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_lookahead_reads_a_prompt_and_decodes_nothing():
     ahead = DynamicBlocks(density=0.5, block_size=SIZE, num_blocks=8, causal=True, lookahead=True)
     options = AttentionOptions(choose_blocks=ahead)

@@ -46,6 +46,7 @@ def _check(name, found):
             assert moved <= most.get((kind, axes), _SMALL_BYTES), (kind, axes, moved)
 
 
+@pytest.mark.ci
 def test_a_model_cut_along_three_axes():
     _check(_FIRST, _run(_FIRST)[_FIRST])
 

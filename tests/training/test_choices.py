@@ -44,6 +44,7 @@ def proven_run(settings, tmp_path_factory):
     return workdir, made
 
 
+@pytest.mark.ci
 def test_a_run_records_what_it_chose_for_every_op(proven_run):
     workdir, made = proven_run
     choices = _choices(workdir)
@@ -53,6 +54,7 @@ def test_a_run_records_what_it_chose_for_every_op(proven_run):
     assert call.startswith("block_sparse_attention(dtype=float32, head_dim=16, block_q=16")
 
 
+@pytest.mark.ci
 def test_a_resumed_run_goes_on_with_what_it_had_without_a_verdict(
     settings, proven_run, tmp_path, monkeypatch
 ):
@@ -64,6 +66,7 @@ def test_a_resumed_run_goes_on_with_what_it_had_without_a_verdict(
     assert _choices(workdir) == _choices(proven_run[0])
 
 
+@pytest.mark.ci
 def test_a_resumed_run_is_refused_where_its_kernel_is_wrong_or_cannot_run(
     settings, proven_run, tmp_path, monkeypatch
 ):
@@ -80,6 +83,7 @@ def test_a_resumed_run_is_refused_where_its_kernel_is_wrong_or_cannot_run(
         train(settings, workdir)
 
 
+@pytest.mark.ci
 def test_a_run_that_recorded_nothing_chooses_now(settings, proven_run, tmp_path):
     workdir = copy_until(proven_run[0], 1, tmp_path / "resumed")
     path = workdir / "checkpoints" / "run.json"
