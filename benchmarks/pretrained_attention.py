@@ -257,10 +257,11 @@ def summarise(results: Results, losses: Losses) -> list[dict[str, Any]]:
         shares = [r["values"].get("attention_kept") for r in records]
         if None not in shares:
             values["attention_kept"] = float(np.mean(shares))
-        if (block, density, SINK_WINDOW) in groups and pattern != SINK_WINDOW:
+        windows = groups.get((block, density, SINK_WINDOW), ())
+        if len(windows) >= len(records) and pattern != SINK_WINDOW:
             values["gain"] = compare(read(records, SINK_WINDOW), found)
         for oracle in (ORACLE, SHARED_ORACLE):
-            if "gain" in values and (block, density, oracle) in groups:
+            if "gain" in values and len(groups.get((block, density, oracle), ())) == len(records):
                 gap = compare(read(records, SINK_WINDOW), read(records, oracle))
                 values[f"share of {oracle}"] = values["gain"].mean / gap.mean
         key = {"block": block, "density": density, "pattern": pattern, "documents": len(records)}
@@ -273,6 +274,11 @@ def _show(name: str, sign: str) -> Callable[[Any], str]:
     return lambda r: "{:{sign}.3f} ± {:.3f}".format(*r["values"][name], sign=sign)
 
 
+def _show_share(record: Any, oracle: str) -> str | None:
+    share = record["values"][f"share of {oracle}"]
+    return f"{share:.0%}" if share > 0 else None
+
+
 COLUMNS = (
     Column("blocks of", lambda r: str(r["key"]["block"])),
     Column("density", lambda r: f"{r['values']['kept']:.3f}"),
@@ -280,8 +286,8 @@ COLUMNS = (
     Column("perplexity", lambda r: f"{r['values']['perplexity']:.2f}"),
     Column("above dense, nats", _show("cost", "")),
     Column("gain over sink + window, nats", _show("gain", "+")),
-    Column("of the oracle's gain", lambda r: f"{r['values'][f'share of {ORACLE}']:.0%}"),
-    Column("of the sharing oracle's", lambda r: f"{r['values'][f'share of {SHARED_ORACLE}']:.0%}"),
+    Column("of the oracle's gain", lambda r: _show_share(r, ORACLE)),
+    Column("of the sharing oracle's", lambda r: _show_share(r, SHARED_ORACLE)),
     Column("attention kept", lambda r: f"{r['values']['attention_kept']:.3f}"),
 )
 
