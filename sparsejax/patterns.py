@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -87,6 +87,26 @@ class BlockChooser(Protocol):
 
         `budget` is that of the layer, without the leading axis.
         """
+        ...
+
+
+class HeadMaps(NamedTuple):
+    """What a probe measures where each head's map is pooled; a model adds a leading axis L.
+
+    Attributes:
+      mean_TS: f32[T, S], the attention map averaged over examples and heads.
+      pooled: f32[N, ...], what `PoolMap` makes of each head's map, averaged over examples.
+    """
+
+    mean_TS: jax.Array
+    pooled: jax.Array
+
+
+class PoolMap(Protocol):
+    """Make something small of the attention map of one head; static and linear."""
+
+    def __call__(self, map_TS: jax.Array, /) -> jax.Array:
+        """Return f32[...] of f32[T, S]."""
         ...
 
 

@@ -16,7 +16,7 @@ import jax
 from sparsejax.checkpoint.files import parse_order
 from sparsejax.checkpoint.save import CheckpointInfo, find_checkpoints, read_run_metadata
 from sparsejax.config.mesh import MeshConfig
-from sparsejax.config.parse import ConfigError, find_differences, parse_config
+from sparsejax.config.parse import ConfigError, add_later_settings, find_differences, parse_config
 from sparsejax.config.schema import WATCHING, TrainConfig
 from sparsejax.data import DataSpec
 from sparsejax.processes import agree, count, decide, is_first
@@ -385,7 +385,7 @@ def _read_record(checkpoints: Path) -> dict[str, Any] | None:
             f"{checkpoints / 'run.json'} must describe a run by {', '.join(parts)}, got "
             f"{str(record)[:60]!r}"
         )
-    return record
+    return record | {"config": add_later_settings(record["config"])}
 
 
 def _make_error(checkpoints: Path, name: str, expected: str, value: Any) -> ConfigError:

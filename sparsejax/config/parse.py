@@ -1,6 +1,7 @@
 """From nested mappings, as users edit them, to frozen settings: checked, listed, compared."""
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -134,6 +135,32 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return config
+
+
+def add_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a recorded run the settings that its version did not have yet.
+
+    They have their defaults, with which a run does what it did without them.
+
+    Args:
+      recorded: nested dict, with the sections that the run used.
+
+    Returns:
+      nested dict with all keys of these sections.
+
+    Example:
+      >>> add_later_settings({"checkpoint": {"keep_last": 3}})
+      {'checkpoint': {'keep_last': 3, 'every_steps': 100, 'keep_best': 1}}
+    """
+    completed = copy.deepcopy({**recorded})
+    for setting in list_settings():
+        *sections, name = setting.name.split(".")
+        section: Any = completed
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if sections and isinstance(section, dict):
+            section.setdefault(name, setting.default)
+    return completed
 
 
 def describe_unused(mapping: Mapping[str, Any]) -> str:

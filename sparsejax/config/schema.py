@@ -298,6 +298,7 @@ def make_recipe(config: TrainConfig, model: TransformerConfig) -> Recipe:
         block_size=block,
         num_blocks=model.max_length // block,
         causal=model.causal,
+        num_heads=model.num_heads,
         head_dim=model.head_dim,
         num_steps=config.schedule_length,
         patterns=sparse_weight_patterns(model),

@@ -22,13 +22,13 @@ from sparsejax.models.cache import (
     write_position,
 )
 from sparsejax.models.config import TransformerConfig, sparse_weight_patterns
-from sparsejax.models.heads import attend, average_map, deal_heads, split_heads
+from sparsejax.models.heads import attend, deal_heads, measure_maps, split_heads
 from sparsejax.models.linear import apply_linear, make_linear
 from sparsejax.models.products import SPARSE_LINEAR, LinearOptions
 from sparsejax.models.residual import make_bias_init, make_kernel_inits
 from sparsejax.models.rotary import apply_rotary, get_rotary
 from sparsejax.models.variables import SparsityMask
-from sparsejax.patterns import BlockChooser, BlockPattern
+from sparsejax.patterns import BlockChooser, BlockPattern, HeadMaps, PoolMap
 from sparsejax.types import PyTree
 
 
@@ -44,6 +44,7 @@ class AttentionOptions(NamedTuple):
         masks; dense products, masked. None attends to blocks.
       choose_blocks: chooses blocks for each example and head from queries and keys, instead of
         those of the masks; None takes the masks.
+      pool_map: makes something small of each head's map, of which a probe returns it too.
     """
 
     sparse: bool = True
@@ -51,6 +52,7 @@ class AttentionOptions(NamedTuple):
     implementation: Implementation | None = None
     position_mask: Callable[[int], jax.Array] | None = None
     choose_blocks: BlockChooser | None = None
+    pool_map: PoolMap | None = None
 
 
 SPARSE = AttentionOptions()
@@ -65,7 +67,7 @@ class BlockSparseAttention(nnx.Module):
       qkv: nnx.Linear or SparseLinear, f32[D, (N + 2K) H].
       out: nnx.Linear or SparseLinear, f32[N H, D].
       block_mask: SparsityMask bool[1, 1, I, J], all True at first; assign to it (outside a
-        trace) to prune.
+        trace) to prune. bool[1, N, I, J] where heads have masks of their own.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -117,7 +119,7 @@ class BlockSparseAttention(nnx.Module):
         linear_options: LinearOptions = SPARSE_LINEAR,
         pruning_key: jax.Array | None = None,
         probe: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array | HeadMaps | None]:
         """Attend and project.
 
         Args:
@@ -132,26 +134,28 @@ class BlockSparseAttention(nnx.Module):
           probe: bool, static; also return the attention map.
 
         Returns:
-          float[B, T, D], and f32[T, T], the softmax map averaged over batch and heads, or None.
+          float[B, T, D], and f32[T, T], the softmax map averaged over batch and heads, or None;
+          HeadMaps where the options pool the map of each head.
 
         Raises:
           ValueError: if T is above `max_length`.
         """
         self._check_length(x_BTD)
         q_BTNH, k_BSKH, v_BSKH = self._project_heads(x_BTD, linear_options, pruning_key)
-        attention_map_TS = None
+        attention_maps = None
         if probe:
-            attention_map_TS = average_map(
+            attention_maps = measure_maps(
                 q_BTNH,
                 k_BSKH,
                 kv_mask_BT,
+                pool_map=options.pool_map,
                 causal=self.causal,
                 implementation=_name_of_probe(options.implementation),
             )
         y_BTNH, _ = self._attend_heads(
             q_BTNH, k_BSKH, v_BSKH, kv_mask_BT, (schedule, budget), options
         )
-        return self._project_out(y_BTNH, linear_options, pruning_key), attention_map_TS
+        return self._project_out(y_BTNH, linear_options, pruning_key), attention_maps
 
     def prefill(
         self,
@@ -302,7 +306,6 @@ class BlockSparseAttention(nnx.Module):
             v_BSKH,
             blocks,
             kv_mask_BT,
-            by_input=choose is not None,
             block_q=pattern.block_q,
             block_kv=pattern.block_kv,
             causal=self.causal,

@@ -59,10 +59,10 @@ class Block(nnx.Module):
           probe: bool, static; also return the attention map.
 
         Returns:
-          float[B, T, D] and f32[T, T] or None.
+          float[B, T, D] and f32[T, T], HeadMaps or None.
         """
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        branch, attention_map = self.attention(
+        branch, attention_maps = self.attention(
             self._enter(self.attention_norm, x_BTD),
             kv_mask_BT=kv_mask_BT,
             schedule=schedule,
@@ -79,7 +79,7 @@ class Block(nnx.Module):
             pruning_key=pruning_key,
             dropout_key=dropout_key,
         )
-        return self._leave(self.mlp_norm, x_BTD, branch, keys[1]), attention_map
+        return self._leave(self.mlp_norm, x_BTD, branch, keys[1]), attention_maps
 
     def prefill(self, x_BTD, *, schedule, budget, cache_length, attention_options, linear_options):
         """Apply both branches to a prompt, and keep what later positions attend to.

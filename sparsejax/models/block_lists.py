@@ -14,11 +14,11 @@ def make_block_lists(masks: PyTree) -> BlockLists:
     """List the attention blocks that a `Transformer` keeps.
 
     Args:
-      masks: nested dict of its masks; that of attention is bool[L, 1, 1, I, J].
+      masks: nested dict of its masks; that of attention is bool[L, 1, 1 | N, I, J].
 
     Returns:
-      BlockSchedule with axes [L, 1, 1, ...], to be passed to the model; None if the masks have none
-      of attention.
+      BlockSchedule with axes [L, 1, 1 | N, ...], to be passed to the model; None if the masks have
+      none of attention.
     """
     attention = masks.get("blocks", {}).get("attention", {})
     return make_block_schedule(attention["block_mask"]) if "block_mask" in attention else None

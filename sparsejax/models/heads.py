@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockSchedule, block_sparse_attention, mean_attention_map
+from pallas_kernels.meshes import vary_like
+from sparsejax.patterns import HeadMaps, PoolMap
 from sparsejax.sharding import (
     AXES,
     BATCH,
@@ -76,8 +78,6 @@ def attend(
     v_BSKH: jax.Array,
     blocks: jax.Array | BlockSchedule | None,
     kv_mask_BS: jax.Array | None,
-    *,
-    by_input: bool = False,
     **options: Any,
 ) -> jax.Array:
     """Attend with `block_sparse_attention`, on a mesh each device with its examples and heads.
@@ -86,9 +86,8 @@ def attend(
       q_BTNH: float[B, T, N, H].
       k_BSKH: float[B, S, K, H].
       v_BSKH: like k.
-      blocks: what is attended to, alike for all examples and heads; bool[B, N, I, J] `by_input`.
+      blocks: what is attended to, bool[1 | B, 1 | N, I, J] or the lists of such a mask; None = all.
       kv_mask_BS: bool[B, S], True = may be attended; None = all.
-      by_input: bool, static; each example and head has blocks of its own.
       **options: of `block_sparse_attention`.
 
     Returns:
@@ -98,31 +97,71 @@ def attend(
     def run(q, k, v, blocks, kv_mask):
         return block_sparse_attention(q, k, v, blocks, kv_mask=kv_mask, **options)
 
-    specs = (*[_HEADS_SPEC] * 3, P(BATCH, HEADS) if by_input else P(), _POSITIONS_SPEC)
+    specs = (*[_HEADS_SPEC] * 3, _find_spec(blocks), _POSITIONS_SPEC)
     y_BTNH = map_parts(run, specs, _HEADS_SPEC)(q_BTNH, k_BSKH, v_BSKH, blocks, kv_mask_BS)
     return constrain(y_BTNH, BATCH, "context", "tensor", None)
 
 
-def average_map(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, kv_mask_BS: jax.Array | None, **options: Any
-) -> jax.Array:
+def _find_spec(blocks: jax.Array | BlockSchedule | None) -> P:
+    """Deal out the blocks of examples and heads that have their own."""
+    leading = jax.tree.leaves(blocks)[0].shape[:2] if blocks is not None else ()
+    return P(*(axes if n > 1 else None for n, axes in zip(leading, (BATCH, HEADS), strict=False)))
+
+
+def measure_maps(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    kv_mask_BS: jax.Array | None,
+    *,
+    pool_map: PoolMap | None = None,
+    **options: Any,
+) -> jax.Array | HeadMaps:
     """Average attention maps over examples and heads, on each device, then over all.
+
+    Where maps of heads are pooled, one head follows the other, so that no more than the map of one
+    and the mean are held.
 
     Args:
       q_BTNH: float[B, T, N, H].
       k_BSKH: float[B, S, K, H].
       kv_mask_BS: bool[B, S], True = may be attended; None = all.
+      pool_map: what is made of each head's map; None measures the mean alone.
       **options: of `mean_attention_map`.
 
     Returns:
-      f32[T, S].
+      f32[T, S], or HeadMaps.
     """
-
-    def average(q, k, kv_mask):
-        found = mean_attention_map(q, k, kv_mask_BS=kv_mask, **options)
-        return jax.lax.pmean(found, AXES) if cut else found
-
     cut = is_mapped()
-    return map_parts(average, (_HEADS_SPEC, _HEADS_SPEC, _POSITIONS_SPEC), P())(
+
+    def measure(q, k, kv_mask):
+        options_here = options | {"kv_mask_BS": kv_mask}
+        if pool_map is None:
+            mean_TS = mean_attention_map(q, k, **options_here)
+            return jax.lax.pmean(mean_TS, AXES) if cut else mean_TS
+        mean_TS, pooled = _pool_heads(q, k, pool_map, options_here)
+        if cut:
+            # Pooling is linear: of each head, devices exchange what is pooled and not its map.
+            mean_TS, pooled = jax.lax.pmean(mean_TS, AXES), jax.lax.pmean(pooled, BATCH)
+        return HeadMaps(mean_TS, pooled)
+
+    out_specs = P() if pool_map is None else HeadMaps(P(), P(HEADS))
+    return map_parts(measure, (_HEADS_SPEC, _HEADS_SPEC, _POSITIONS_SPEC), out_specs)(
         q_BTNH, k_BSKH, kv_mask_BS
     )
+
+
+def _pool_heads(q_BTNH, k_BSKH, pool_map, options):
+    """Return the mean map of a device's heads, and what is made of each one's."""
+    # A measurement: a loop that knows of no gradient keeps nothing for one.
+    q_BTNH, k_BSKH = jax.lax.stop_gradient((q_BTNH, k_BSKH))
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+
+    def add_head(sum_TS, n):
+        q_BT1H = jax.lax.dynamic_slice_in_dim(q_BTNH, n, 1, axis=2)
+        k_BS1H = jax.lax.dynamic_slice_in_dim(k_BSKH, n // (N // K), 1, axis=2)
+        map_TS = mean_attention_map(q_BT1H, k_BS1H, **options)
+        return sum_TS + map_TS, pool_map(map_TS)
+
+    nothing_TS = jnp.zeros((q_BTNH.shape[1], k_BSKH.shape[1]), jnp.float32)
+    sum_TS, pooled = jax.lax.scan(add_head, vary_like(nothing_TS, q_BTNH), jnp.arange(N))
+    return sum_TS / N, pooled

@@ -29,6 +29,7 @@ from sparsejax.models.residual import (
     make_norm,
 )
 from sparsejax.models.stack import make_stack, scan_stack
+from sparsejax.patterns import HeadMaps
 from sparsejax.sharding import cut_positions
 
 
@@ -38,12 +39,12 @@ class ModelOutput(NamedTuple):
     Attributes:
       logits: f32[B, T, V] of a language model, f32[B, C] of a classifier, f32[B, U, V] of an
         encoder-decoder.
-      attention_maps: f32[L, T, T] averaged over batch and heads if probed, else None; those of
-        the encoder if there is a decoder, too.
+      attention_maps: f32[L, T, T] averaged over batch and heads if probed, else None; those of an
+        encoder if there is a decoder. HeadMaps with an axis L where options pool each head's map.
     """
 
     logits: jax.Array
-    attention_maps: jax.Array | None
+    attention_maps: jax.Array | HeadMaps | None
 
 
 class Transformer(nnx.Module):
@@ -168,10 +169,8 @@ class Transformer(nnx.Module):
             `max_length`, `decoder_tokens` is missing or has no use, or `pruning_key` is missing.
         """
         config = self.config
-        if attention_options is None:
-            attention_options = self.attention_options
-        if linear_options is None:
-            linear_options = self.linear_options
+        attention_options = attention_options or self.attention_options
+        linear_options = linear_options or self.linear_options
         check_tokens(config, tokens.shape)
         check_decoder_tokens(config, tokens, decoder_tokens)
         draws = linear_options.sparse and linear_options.grad_pruning != "none"

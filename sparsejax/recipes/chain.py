@@ -151,6 +151,7 @@ def _join(attention: Recipe, weights: Recipe, i: int, j: int) -> Phase:
         ends_when=" and ".join(dict.fromkeys(p.ends_when for p in going if p.last_step is None))
         or a.ends_when,
         probe_every_steps=a.probe_every_steps,
+        pool_map=a.pool_map,
         learning_rate=rates[0].learning_rate if rates else "schedule",
         learning_rate_scale=a.learning_rate_scale * w.learning_rate_scale,
         parts=(a, w),

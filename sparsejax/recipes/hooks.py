@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
+from sparsejax.patterns import HeadMaps
 from sparsejax.recipes.phases import Metric, Observation, Phase, Sparsity, StepAccount
 from sparsejax.types import PyTree
 
@@ -52,7 +53,7 @@ class AuxiliaryLoss(Protocol):
     """
 
     def __call__(
-        self, sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase, /
+        self, sparsity: Sparsity, attention_maps: jax.Array | HeadMaps | None, phase: Phase, /
     ) -> jax.Array:
         """Return the loss."""
         ...
@@ -146,11 +147,12 @@ class Metrics(Protocol):
 class Observe(Protocol):
     """What the recipe makes of attention maps, f32[L, T, T].
 
-    They are those of the step's training batch, averaged over batch and heads.
+    They are those of the step's training batch, averaged over batch and heads. In a phase that
+    pools the map of each head they are HeadMaps with a leading axis L.
     """
 
     def __call__(
-        self, sparsity: Sparsity, attention_maps: jax.Array, phase: Phase, /
+        self, sparsity: Sparsity, attention_maps: jax.Array | HeadMaps, phase: Phase, /
     ) -> tuple[Sparsity, Observation]:
         """Return what the recipe keeps, and what it concluded."""
         ...

@@ -18,6 +18,7 @@ class RecipeFacts:
       block_size: side of an attention block, positions.
       num_blocks: blocks along one side, T / block_size.
       causal: attention sees what lies before.
+      num_heads: query heads.
       head_dim: width of a head.
       num_steps: steps of the run.
       patterns: layer name -> pattern of its weight, of those that are sparse.
@@ -28,6 +29,7 @@ class RecipeFacts:
     block_size: int
     num_blocks: int
     causal: bool
+    num_heads: int
     head_dim: int
     num_steps: int
     patterns: Mapping[str, WeightPattern]

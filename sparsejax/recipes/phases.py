@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax.patterns import BlockChooser
+from sparsejax.patterns import BlockChooser, PoolMap
 from sparsejax.types import PyTree
 
 
@@ -35,6 +35,8 @@ class Phase(NamedTuple):
       ends_when: what `observe` waits for; shown when the phase never ends.
       probe_every_steps: steps between two that probe, that is, pass the attention maps of their
         forward pass to `auxiliary_loss` and `observe`; None = never.
+      pool_map: makes something small of each head's map, of which a probe then passes on as
+        `HeadMaps`, beside the mean over heads. None passes on the mean alone.
       learning_rate: "schedule" continues it, "restart" starts it again at the phase's first step,
         "constant" holds the base rate.
       learning_rate_scale: multiplies the rate.
@@ -55,6 +57,7 @@ class Phase(NamedTuple):
     last_step: int | None = None
     ends_when: str = "the recipe's condition holds"
     probe_every_steps: int | None = None
+    pool_map: PoolMap | None = None
     learning_rate: Literal["schedule", "restart", "constant"] = "schedule"
     learning_rate_scale: float = 1.0
     reset_optimizer: bool = False

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsejax.patterns import HeadMaps
 from sparsejax.recipes import hooks
 from sparsejax.recipes.phases import Measured as Measured
 from sparsejax.recipes.phases import Metric as Metric
@@ -49,7 +50,7 @@ def _keep_first(first: PyTree, /, *rest: Any) -> PyTree:
 
 
 def _add_no_loss(
-    sparsity: Sparsity, attention_maps: jax.Array | None, phase: Phase, /
+    sparsity: Sparsity, attention_maps: jax.Array | HeadMaps | None, phase: Phase, /
 ) -> jax.Array:
     del sparsity, attention_maps, phase
     return jnp.float32(0)
@@ -84,7 +85,7 @@ def _measure_nothing(
 
 
 def _observe_nothing(
-    sparsity: Sparsity, attention_maps: jax.Array, phase: Phase, /
+    sparsity: Sparsity, attention_maps: jax.Array | HeadMaps, phase: Phase, /
 ) -> tuple[Sparsity, Observation]:
     del attention_maps, phase
     return sparsity, Observation(change_phase=jnp.bool_(False), metrics={})

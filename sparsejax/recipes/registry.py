@@ -34,8 +34,8 @@ class RecipeEntry(NamedTuple):
         run, all others from the section, with the defaults of the class.
       make: config -> Recipe.
       needs: what the method needs to know of the model and of the run: any of "num_layers",
-        "length", "block_size" and "num_blocks" (of attention), "causal", "head_dim", "num_steps",
-        and "patterns", layer name -> pattern of its weight.
+        "length", "block_size" and "num_blocks" (of attention), "causal", "num_heads", "head_dim",
+        "num_steps", and "patterns", layer name -> pattern of its weight.
       sparse_weights: default of the setting that names the weights to prune, as "regex=pattern;
         regex=pattern"; None if the method prunes none.
     """
@@ -61,8 +61,8 @@ RECIPES: dict[str, RecipeEntry] = {
     entry.name: entry
     for entry in (
         RecipeEntry("dense", DenseConfig, make_dense),
-        RecipeEntry("spion", SpionConfig, make_spion, _ATTENTION),
-        RecipeEntry("sat", SatConfig, make_sat, (*_ATTENTION, "head_dim")),
+        RecipeEntry("spion", SpionConfig, make_spion, (*_ATTENTION, "num_heads")),
+        RecipeEntry("sat", SatConfig, make_sat, (*_ATTENTION, "num_heads", "head_dim")),
         RecipeEntry(
             "static_attention",
             StaticAttentionConfig,

@@ -60,7 +60,7 @@ def make_train_step(
     state, and says so in `skipped`. So a state that was finite stays finite.
 
     A step that probes shows the recipe the attention maps of its own forward pass, averaged over
-    the batch and heads, before it acts on the gradient.
+    the batch and heads, and what the phase makes of each head's, before it acts on the gradient.
 
     Args:
       graphdef: nnx.GraphDef of the model.
@@ -285,6 +285,7 @@ def make_options(
             sparse=phase.sparse_attention,
             position_mask=phase.position_mask,
             choose_blocks=phase.choose_blocks,
+            pool_map=phase.pool_map,
             pruned_logits=phase.pruned_logits,
             implementation=implementation,
         ),

@@ -133,6 +133,7 @@ def _run_sat():
         SatConfig(
             density=0.6,
             num_layers=2,
+            num_heads=2,
             head_dim=8,
             latest_switch_fraction=0.3,
             num_steps=10,

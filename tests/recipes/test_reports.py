@@ -37,7 +37,7 @@ from tests.recipes.two_weights import (
 )
 
 L, LENGTH, BLOCK = 2, 32, 8
-MAPS = {"block_size": BLOCK, "length": LENGTH, "num_layers": L, "num_steps": 10}
+MAPS = {"block_size": BLOCK, "length": LENGTH, "num_layers": L, "num_heads": 3, "num_steps": 10}
 MASKS = {"blocks": {"attention": {"block_mask": jnp.ones((L, 1, 1, 4, 4), bool)}}}
 
 

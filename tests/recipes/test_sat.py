@@ -20,7 +20,8 @@ BLOCKS = LENGTH // BLOCK
 
 def make(**changes):
     options = {"density": 0.3, "num_layers": LAYERS, "length": LENGTH, "block_size": BLOCK}
-    return make_sat(SatConfig(**options | {"head_dim": 8, "num_steps": 10} | changes))
+    sizes = {"num_heads": 3, "head_dim": 8, "num_steps": 10}
+    return make_sat(SatConfig(**options | sizes | changes))
 
 
 def begin(recipe):
@@ -181,7 +182,7 @@ def test_at_the_published_switch_most_blocks_are_those_of_the_untrained_w(
     settings = parse_config(sat.get_config("image").to_dict())
     optimizer = make_optimizer(settings.optimizer, num_steps=settings.num_steps)
     blocks = 32
-    sizes = {"num_layers": 2, "length": 1024, "block_size": 32, "head_dim": 32}
+    sizes = {"num_layers": 2, "length": 1024, "block_size": 32, "num_heads": 2, "head_dim": 32}
     recipe = make_sat(SatConfig(density=0.05, num_steps=settings.num_steps, **sizes, **changes))
     mask = jnp.ones((2, 1, 1, blocks, blocks), bool)
     sparsity = recipe.init({"block_mask": mask}, {}, jax.random.key(0))

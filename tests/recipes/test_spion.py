@@ -19,6 +19,7 @@ BASE = SpionConfig(
     quantile=0.7,
     probe_interval_fraction=0.1,
     num_layers=LAYERS,
+    num_heads=3,
     length=LENGTH,
     num_steps=100,
 )

@@ -135,9 +135,7 @@ def test_patterns_go_into_block_masks_layer_by_layer_and_nowhere_else():
 
 
 def test_a_pattern_that_does_not_fit_is_refused():
-    expected = (
-        r"\['block_mask'\], got pattern_LIJ.shape=\(2, 8, 8\) for mask.shape=\(3, 1, 1, 8, 8\)"
-    )
+    expected = r"\['block_mask'\], got pattern.shape=\(2, 8, 8\) for mask.shape=\(3, 1, 1, 8, 8\)"
     with pytest.raises(ValueError, match=expected):
         set_attention_masks(MASKS, jnp.ones((2, 8, 8), bool))
     with pytest.raises(ValueError, match="one leaf called 'block_mask', got 0"):

@@ -317,6 +317,7 @@ def test_a_step_keeps_the_structure_of_its_phase():
         probe_interval_fraction=0.5,
         quantile=0.5,
         num_layers=2,
+        num_heads=2,
         length=32,
         num_steps=10,
         causal=True,

@@ -10,7 +10,11 @@ probe before. The phase ends when in every layer the skewness of a_n is at least
 100 |D_n - D_n before| / D_n before is below another. The sparse phase keeps the largest blocks of
 W_n W_n^T; pruned logits count as zero in the softmax.
 
-Legend: L layers, T positions, I = J blocks along one side, P inner size of W.
+With `per_head` every head m of the layer has a W_nm and blocks of its own, fitted to its own map;
+the term of a layer is the mean over its heads, over which the released code averages too. a_n stays
+the mean over heads, so that the switch comes as published.
+
+Legend: L layers, N heads, T positions, I = J blocks along one side, P inner size of W.
 """
 
 import dataclasses
@@ -30,10 +34,14 @@ from sparsejax.masks import (
     pool_attention,
     sat_pattern,
 )
+from sparsejax.patterns import HeadMaps
 from sparsejax.recipes.attention.layer_masks import (
     check_attention_sizes,
+    check_heads,
     draw_attention_patterns,
+    give_heads_masks,
     set_attention_masks,
+    split_maps,
 )
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity, keep_where
 from sparsejax.shares import count_share
@@ -57,6 +65,8 @@ class SatConfig:
       pattern_init_scale: W is drawn uniformly from [0, this); 1 as published. Less is ours: at the
         published switch most kept blocks are those of the untrained W.
       pattern_rate_scale: multiplies the learning rate of W; 1 as published.
+      per_head: fit and keep blocks of each head. Ours; False as published: all heads of a layer
+        share its blocks.
       continue_schedule: keep optimizer state and schedule after the switch; momentum may then move
         W, which nothing reads any more. False as the released code: W is frozen, and a fresh
         optimizer trains at a constant half of the peak rate.
@@ -67,6 +77,7 @@ class SatConfig:
       causal: fit and keep blocks on and below the diagonal only. Our extension: the published
         models are encoders.
       num_layers: layers of the model.
+      num_heads: query heads of a layer.
       length: positions T.
       head_dim: width of a head.
       num_steps: steps of the run.
@@ -83,12 +94,14 @@ class SatConfig:
     pattern_dim: int | None = None
     pattern_init_scale: float = 1.0
     pattern_rate_scale: float = 1.0
+    per_head: bool = False
     continue_schedule: bool = False
     pruned_logits: Literal["masked", "zero"] = "zero"
     latest_switch_fraction: float | None = None
     block_size: int
     causal: bool = False
     num_layers: int
+    num_heads: int
     length: int
     head_dim: int
     num_steps: int
@@ -96,6 +109,7 @@ class SatConfig:
     def __post_init__(self):
         check = make_check("recipe.sat", self)
         check_attention_sizes(check, self)
+        check_heads(check, self)
         check(self.probe_every_steps > 0, "probe_every_steps", "positive")
         check(self.head_dim > 0, "head_dim", "positive")
         try:
@@ -135,10 +149,10 @@ class SatConfig:
 def make_sat(config: SatConfig) -> Recipe:
     """Return SAT with the phases "dense" and "sparse".
 
-    Its own parameters are "pattern", f32[L, I, P], drawn uniformly from [0, 1). The metrics of a
-    probe are f32[L]: "skewness", "distance" from the second probe on, "change_percent" from the
-    third on. The sparse phase begins with one: "untrained_share", f32[L], how many of the kept
-    blocks the W that it began with keeps as well.
+    Its own parameters are "pattern", f32[L, I, P], f32[L, N, I, P] with `per_head`, drawn uniformly
+    from [0, 1). The metrics of a probe are f32[L]: "skewness", "distance" from the second probe on,
+    "change_percent" from the third on. The sparse phase begins with one: "untrained_share", f32[L],
+    how many of the kept blocks the W that it began with keeps as well.
 
     References:
       Yoon, Lee, Kim, Moon, Exploring Attention Sparsity to Accelerate Transformer Training on
@@ -151,21 +165,23 @@ def make_sat(config: SatConfig) -> Recipe:
     if config.causal:
         visible_IJ = np.tril(visible_IJ)
 
-    def pool(maps_LTT):
-        return pool_attention(maps_LTT, block_size=config.block_size, filter_size=None)
+    heads = (config.num_heads,) if config.per_head else ()
+    pool = functools.partial(pool_attention, block_size=config.block_size, filter_size=None)
 
     def choose_blocks(pattern):
         return sat_pattern(pattern, density=config.density, causal=config.causal)
 
     def init(masks, params, key):
         del params
-        shape = (L, I, config.pattern_dim or config.head_dim)
+        if config.per_head:
+            masks = give_heads_masks(masks, config.num_heads)
+        shape = (L, *heads, I, config.pattern_dim or config.head_dim)
         pattern = config.pattern_init_scale * jax.random.uniform(key, shape, jnp.float32)
         statistics = {
             "num_checks": jnp.int32(0),
             "map_before": jnp.zeros((L, T, T), jnp.float32),
             "distance": jnp.zeros((L,), jnp.float32),
-            "pooled": jnp.zeros((L, I, I), jnp.float32),
+            "pooled": jnp.zeros((L, *heads, I, I), jnp.float32),
             "untrained": choose_blocks(pattern),
         }
         return Sparsity(
@@ -178,22 +194,26 @@ def make_sat(config: SatConfig) -> Recipe:
     def auxiliary_loss(sparsity, attention_maps, phase):
         if phase.name != "dense":
             return jnp.float32(0)
-        target_LIJ, seen = sparsity.statistics["pooled"], sparsity.statistics["num_checks"] > 0
+        target, seen = sparsity.statistics["pooled"], sparsity.statistics["num_checks"] > 0
         if attention_maps is not None:
-            target_LIJ, seen = pool(attention_maps), True
-        target_LIJ = jax.lax.stop_gradient(target_LIJ)
-        error_LIJ = model_pooled_map(sparsity.params["pattern"]) - target_LIJ
-        mse_L = (error_LIJ**2).mean((1, 2), where=visible_IJ)
-        return jnp.where(seen, _LOSS_SCALE * L * mse_L.sum(), 0.0)
+            (_, target), seen = split_maps(attention_maps, pool), True
+        error = model_pooled_map(sparsity.params["pattern"]) - jax.lax.stop_gradient(target)
+        mse = (error**2).mean((-2, -1), where=visible_IJ)
+        return jnp.where(seen, _LOSS_SCALE * L * mse.reshape(L, -1).mean(1).sum(), 0.0)
 
     def observe(sparsity, attention_maps, phase):
         del phase
         old = sparsity.statistics
         check = old["num_checks"] + 1
-        maps = attention_maps
         if config.map_decay:
             weight = jnp.where(check == 1, 0.0, config.map_decay)
-            maps = weight * old["map_before"] + (1 - weight) * maps
+            before = old["map_before"]
+            if config.per_head:
+                before = HeadMaps(before, old["pooled"])
+            attention_maps = jax.tree.map(
+                lambda old, new: weight * old + (1 - weight) * new, before, attention_maps
+            )
+        maps, pooled = split_maps(attention_maps, pool)
         skewness = map_skewness(maps)
         # The first check has nothing to compare with.
         distance = jnp.where(check == 1, 0.0, map_distance(old["map_before"], maps))
@@ -204,7 +224,7 @@ def make_sat(config: SatConfig) -> Recipe:
             "num_checks": check,
             "map_before": maps,
             "distance": distance,
-            "pooled": pool(maps),
+            "pooled": pooled,
             "untrained": old["untrained"],
         }
         observation = Observation(
@@ -220,14 +240,15 @@ def make_sat(config: SatConfig) -> Recipe:
     def enter_phase(sparsity, phase, *, previous):
         del phase, previous
         pattern = choose_blocks(sparsity.params["pattern"])
-        shared = (pattern & sparsity.statistics["untrained"]).sum((1, 2))
+        shared = pattern & sparsity.statistics["untrained"]
+        num_shared, num_kept = (x.reshape(L, -1).sum(1) for x in (shared, pattern))
         return dataclasses.replace(
             sparsity,
             masks=set_attention_masks(sparsity.masks, pattern),
             # Only the switch needs the maps. The pooled ones stay for the picture.
             statistics={
                 "pooled": sparsity.statistics["pooled"],
-                "untrained_share": (shared / pattern.sum((1, 2))).astype(jnp.float32),
+                "untrained_share": (num_shared / num_kept).astype(jnp.float32),
             },
         )
 
@@ -246,6 +267,7 @@ def make_sat(config: SatConfig) -> Recipe:
     dense = Phase(
         "dense",
         probe_every_steps=config.probe_every_steps,
+        pool_map=pool if config.per_head else None,
         last_step=config.latest_switch_step,
         ends_when=(
             f"every layer's map has a skewness of at least {config.min_skewness:g} and a distance "

@@ -6,7 +6,7 @@ ends when floor(100 |D_c - D_{c-1}| / D_{c-1}) is below a threshold in every lay
 D_{c-1} is 0 counts as still changing. The patterns are made from the last maps (`flood_fill`) and
 stay fixed. From then on pruned logits count as zero in the softmax.
 
-Legend: L layers, T positions, I = J blocks along one side.
+Legend: L layers, N heads, T positions, I = J blocks along one side.
 """
 
 import dataclasses
@@ -29,8 +29,11 @@ from sparsejax.masks import (
 )
 from sparsejax.recipes.attention.layer_masks import (
     check_attention_sizes,
+    check_heads,
     draw_attention_patterns,
+    give_heads_masks,
     set_attention_masks,
+    split_maps,
 )
 from sparsejax.recipes.recipe import Observation, Phase, Recipe, Sparsity, keep_where
 from sparsejax.shares import count_share
@@ -58,12 +61,16 @@ class SpionConfig:
         released code, so that the third spans two intervals. False replaces it every time.
       restart_learning_rate: start the schedule again, from its warm-up, after the switch. None as
         the released code: "cf" and "c" restart, "f" does not.
+      per_head: choose the blocks of each head from its own map, by the rule of the variant; "c"
+        then keeps exactly the density. The switch still looks at the mean over heads. Ours; False
+        as published: all heads of a layer share its blocks.
       pruned_logits: how pruned blocks count in the softmax, "zero" as published, or "masked".
       latest_switch_fraction: switch after this share of the run, at the next check, even if the
         maps still change. Ours; None as published.
       causal: keep blocks on and below the diagonal only. Our extension: the published models are
         encoders.
       num_layers: layers of the model.
+      num_heads: query heads of a layer.
       length: positions T.
       num_steps: steps of the run.
 
@@ -81,10 +88,12 @@ class SpionConfig:
     max_change_percent: int = 15
     keep_map_at_second_check: bool = True
     restart_learning_rate: bool | None = None
+    per_head: bool = False
     pruned_logits: Literal["masked", "zero"] = "zero"
     latest_switch_fraction: float | None = None
     causal: bool = False
     num_layers: int
+    num_heads: int
     length: int
     num_steps: int
 
@@ -92,6 +101,7 @@ class SpionConfig:
         check = make_check("recipe.spion", self)
         check(self.variant in ("cf", "c", "f"), "variant", "'cf', 'c' or 'f'")
         check_attention_sizes(check, self)
+        check_heads(check, self)
         check(0 < self.probe_interval_fraction < 1, "probe_interval_fraction", "in (0, 1)")
         if self.variant == "c" or self.density is not None:
             num_blocks = self.length // self.block_size
@@ -150,8 +160,9 @@ def make_spion(config: SpionConfig) -> Recipe:
     """Return SPION with the phases "dense" and "sparse".
 
     Where walks are greedy the sparse phase begins with two metrics: "reach", f32[L], the share of
-    the visible blocks that they visit, and "wanted_density", f32[], the share that quantile or
-    density asks for. A warning says where the first is less.
+    the visible blocks that they visit, in the head where it is least if each has its own, and
+    "wanted_density", f32[], the share that quantile or density asks for. A warning says where the
+    first is less.
 
     References:
       Yoon, Han and Moon, SPION: Layer-Wise Sparse Training of Transformer via Convolutional
@@ -160,14 +171,23 @@ def make_spion(config: SpionConfig) -> Recipe:
     num_blocks = config.length // config.block_size
     L, T, I = config.num_layers, config.length, num_blocks  # noqa: E741
     walk = choose_walk(config.walk, causal=config.causal)
+    heads = (config.num_heads,) if config.per_head else ()
+    pool = functools.partial(
+        pool_attention,
+        block_size=config.block_size,
+        filter_size=None if config.variant == "f" else config.filter_size,
+        causal=config.causal,
+    )
 
     def init(masks, params, key):
         del params, key
+        if config.per_head:
+            masks = give_heads_masks(masks, config.num_heads)
         statistics = {
             "num_checks": jnp.int32(0),
             "map_before": jnp.zeros((L, T, T), jnp.float32),
             "distance": jnp.zeros((L,), jnp.float32),
-            "pooled": jnp.zeros((L, I, I), jnp.float32),
+            "pooled": jnp.zeros((L, *heads, I, I), jnp.float32),
         }
         return Sparsity(
             masks=masks, params={}, statistics=statistics, phase_start_step=jnp.int32(0)
@@ -175,24 +195,20 @@ def make_spion(config: SpionConfig) -> Recipe:
 
     def observe(sparsity, attention_maps, phase):
         del phase
+        maps_LTT, pooled = split_maps(attention_maps, pool)
         old = sparsity.statistics
         check = old["num_checks"] + 1
-        distance = map_distance(old["map_before"], attention_maps)
+        distance = map_distance(old["map_before"], maps_LTT)
         # After a distance of 0 this is infinite or NaN, which is below no threshold.
         change_percent = 100 * jnp.abs(distance - old["distance"]) / old["distance"]
         settled = jnp.floor(change_percent) < config.max_change_percent
         keep_before = (check == 2) & config.keep_map_at_second_check
         statistics = {
             "num_checks": check,
-            "map_before": jnp.where(keep_before, old["map_before"], attention_maps),
+            "map_before": jnp.where(keep_before, old["map_before"], maps_LTT),
             # The first check has nothing to compare with.
             "distance": jnp.where(check == 1, 0.0, distance),
-            "pooled": pool_attention(
-                attention_maps,
-                block_size=config.block_size,
-                filter_size=None if config.variant == "f" else config.filter_size,
-                causal=config.causal,
-            ),
+            "pooled": pooled,
         }
         observation = Observation(
             change_phase=(check >= 3) & settled.all(),
@@ -208,7 +224,10 @@ def make_spion(config: SpionConfig) -> Recipe:
         del phase, previous
         pooled = sparsity.statistics["pooled"]
         if config.variant == "c":
-            pattern = top_k_blocks(pooled, density=config.density, causal=config.causal)
+            # As many blocks for each head: the published rule gives fewer to those that look near.
+            pattern = top_k_blocks(
+                pooled, density=config.density, causal=config.causal, exact=config.per_head
+            )
         else:
             pattern = flood_fill(
                 pooled,
@@ -226,7 +245,7 @@ def make_spion(config: SpionConfig) -> Recipe:
 
     @jax.jit
     def measure_reach(pooled):
-        reach = flood_reach(pooled, causal=config.causal, walk=walk)
+        reach = flood_reach(pooled, causal=config.causal, walk=walk).reshape(L, -1).min(1)
         return {"reach": reach, "wanted_density": jnp.float32(config.wanted_density)}
 
     def phase_metrics(sparsity, phase):
@@ -240,6 +259,7 @@ def make_spion(config: SpionConfig) -> Recipe:
     dense = Phase(
         "dense",
         probe_every_steps=config.probe_every_steps,
+        pool_map=pool if config.per_head else None,
         last_step=config.latest_switch_step,
         ends_when=(
             "the distance between two attention maps of every layer changes by less than "

@@ -190,9 +190,11 @@ def _enter_phase(
     config: MSTConfig, sparsity: Sparsity, phase: Phase, *, previous: Phase
 ) -> Sparsity:
     del previous
-    pattern_LIJ = jnp.ones_like(get_attention_masks(sparsity.masks))
     stride = config.attention_stride
-    if phase.sparse_attention and config.attention_blocks and stride is not None:
+    if stride is None or not config.attention_blocks:
+        return sparsity
+    pattern_LIJ = jnp.ones_like(get_attention_masks(sparsity.masks))
+    if phase.sparse_attention:
         pattern_LIJ &= hybrid_blocks(
             pattern_LIJ.shape[-1], block=config.block_size, stride=stride, causal=config.causal
         )
