@@ -45,6 +45,22 @@ def test_what_defines_a_run_is_compared(checkpoints):
         check_same_run(checkpoints, _describe(tokens=4))
 
 
+def test_a_setting_that_came_later_has_its_default(checkpoints):
+    config = base.get_config()
+    config.recipe.name = "spion"
+    config.recipe.spion.quantile = 0.5
+    config = parse_config(config.to_dict())
+    record = _describe(config)
+    del record["config"]["recipe"]["spion"]["per_head"]
+    (checkpoints / "run.json").write_text(dump_json(record))
+    assert check_same_run(checkpoints, _describe(config)) == []
+    assert read_run(checkpoints.parent).config == config
+    sections = {"spion": {**config.recipe.settings, "per_head": True}}
+    recipe = dataclasses.replace(config.recipe, sections=sections)
+    with pytest.raises(ConfigError, match=r"recipe.spion.per_head: False -> True$"):
+        check_same_run(checkpoints, _describe(dataclasses.replace(config, recipe=recipe)))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,5 +1,7 @@
 """MST: mixed growth, hybrid attention in the ultra-sparse phase, and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from sparsejax.masks import hybrid_blocks
 from sparsejax.patterns import NMPattern
-from sparsejax.recipes import get_attention_masks
+from sparsejax.recipes import get_attention_masks, set_attention_masks
 from tests.recipes.two_weights import L, begin, draw, make_update, masks_of, mst
 
 
@@ -48,6 +50,17 @@ def test_attention_is_hybrid_in_the_ultra_sparse_phase():
     assert get_attention_masks(after.masks).all()
     jax.tree.map(np.testing.assert_array_equal, masks_of(after), masks_of(sparsity))
     assert not any(phase.sparse_attention for phase in mst().phases)
+
+
+def test_without_attention_of_its_own_it_leaves_that_of_another_recipe():
+    recipe = mst()
+    sparsity, _ = begin(recipe)
+    pattern = np.broadcast_to(np.eye(5, dtype=bool), (L, 5, 5))
+    masks = set_attention_masks(sparsity.masks, pattern)
+    kept = dataclasses.replace(sparsity, masks=masks)
+    for phase in recipe.phases[1:]:
+        after = recipe.enter_phase(kept, phase, previous=recipe.phases[0])
+        np.testing.assert_array_equal(get_attention_masks(after.masks), pattern)
 
 
 def test_hybrid_attention_is_of_positions_as_published():

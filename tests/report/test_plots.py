@@ -1,5 +1,6 @@
 """Pictures show what they are given, with legible text."""
 
+import functools
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from sparsejax.report.live import TrainingPicture
 from sparsejax.report.plots.attention import plot_attention_patterns
+from sparsejax.report.plots.heads import plot_head_patterns
 from sparsejax.report.plots.style import list_phases, smooth_values
 from sparsejax.report.plots.topology import plot_topology
 from sparsejax.report.plots.training import plot_training
@@ -223,6 +225,43 @@ def test_causal_density_counts_visible_blocks_only(tmp_path, figures):
     masks_LIJ[0, 1, :3] = False
     plot_attention_patterns(masks_LIJ, None, path=tmp_path / "a.png", title="", causal=True)
     assert figures[0].axes[0].get_title() == "layer 0: kept, density 0.50"
+
+
+@pytest.mark.parametrize(
+    ("heads", "causal"),
+    [(2, True), *(pytest.param(n, False, marks=pytest.mark.ci) for n in (1, 9))],
+)
+def test_every_head_is_drawn_with_its_density(tmp_path, figures, heads, causal):
+    masks_LNIJ = np.zeros((2, heads, 4, 4), bool)
+    for layer, head in np.ndindex(2, heads):
+        masks_LNIJ[layer, head].flat[4 : 4 + layer + head] = True
+    pooled_LNIJ = np.random.default_rng(0).random((2, heads, 4, 4))
+    note = "A line that is longer than the strip of a layer of two heads is wide.\nAnother."
+    draw = functools.partial(plot_head_patterns, title="SPION-C", causal=causal, note=note)
+    draw(masks_LNIJ, pooled_LNIJ, path=tmp_path / "a.png")
+    attention, kept, *_ = figures[0].axes
+    assert attention.get_title() == "layer 0: attention"
+    assert [text.get_text() for text in attention.get_xticklabels()] == [
+        f"head {n}" for n in range(heads)
+    ]
+    # Of head n, n blocks of the second row, which sees two.
+    expected = [min(n, 2) / 10 if causal else n / 16 for n in range(heads)]
+    shown = [float(text.get_text()) for text in kept.get_xticklabels()]
+    np.testing.assert_allclose(shown, expected, atol=0.0051)
+    # One grid for each head, the last as wide and at the right.
+    images = kept.get_images()
+    assert len(images) == heads
+    assert images[-1].get_extent()[1] == kept.get_xlim()[1]
+    np.testing.assert_array_equal(
+        images[-1].get_array() == 1, masks_LNIJ[0, -1] & (np.tri(4, dtype=bool) | (not causal))
+    )
+    assert_texts_do_not_overlap(figures[0])
+    draw(masks_LNIJ, None, path=tmp_path / "b.png")
+    assert [panel.get_title() for panel in figures[1].axes][0] == "layer 0: kept, with density"
+    with pytest.raises(ValueError, match=r"pooled_LNIJ must be finite and shaped like masks_LNIJ"):
+        draw(masks_LNIJ, pooled_LNIJ[0], path=tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"masks_LNIJ must be bool\[L, N, I, J\], got bool"):
+        draw(masks_LNIJ[0], None, path=tmp_path / "c.png")
 
 
 @pytest.mark.parametrize(

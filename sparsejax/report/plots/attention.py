@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
-from sparsejax.report.plots.style import BLUE, GREY, make_figure, save_figure
+from sparsejax.report.plots.style import BLUE, GREY, make_figure, measure_note, save_figure
 
 _PRUNED, _INVISIBLE = "#F2F2F2", "#C4C4C4"
 
@@ -61,8 +61,9 @@ def plot_attention_patterns(
     panels_per_layer = 1 if pooled_LIJ is None else 2
     layers_per_row = min(layers, 4 if pooled_LIJ is None else 3 if layers > 4 else 2)
     grid_rows = math.ceil(layers / layers_per_row)
-    width = max(2.3 * panels_per_layer * layers_per_row + 0.6, 4.5)
-    height = 2.45 * grid_rows + 1.2 + 0.2 * len(note.splitlines())
+    note_width, note_height = measure_note(note)
+    width = max(2.3 * panels_per_layer * layers_per_row + 0.6, 4.5, note_width)
+    height = 2.45 * grid_rows + 1.2 + note_height
     figure = make_figure(width, height, title=title)
     grid = figure.subplots(grid_rows, panels_per_layer * layers_per_row, squeeze=False)
     panels_of_layer = grid.reshape(-1, panels_per_layer)

@@ -17,7 +17,7 @@ from sparsejax.report.plots.attention import (
     draw_mask,
     make_visible,
 )
-from sparsejax.report.plots.style import make_figure, save_figure
+from sparsejax.report.plots.style import make_figure, measure_note, save_figure
 
 _HEAD_INCHES = 1.25
 _WIDEST_INCHES = 24.0
@@ -63,9 +63,10 @@ def plot_head_patterns(
     visible_IJ = make_visible(rows_I, columns_J, causal)
     strips_per_layer = 1 if pooled_LNIJ is None else 2
     inches = min(_HEAD_INCHES, _WIDEST_INCHES / heads)
-    height = layers * strips_per_layer * (inches * rows_I / columns_J + 0.5)
-    height += 1.2 + 0.2 * len(note.splitlines())
-    figure = make_figure(max(inches * heads + 1.7, 4.5), height, title=title)
+    note_width, note_height = measure_note(note)
+    width = max(inches * heads + 1.7, 4.5, note_width)
+    height = layers * strips_per_layer * (inches * rows_I / columns_J + 0.5) + 1.2 + note_height
+    figure = make_figure(width, height, title=title)
     strips = figure.subplots(layers * strips_per_layer, 1, squeeze=False)
     strips_of_layer = strips.reshape(layers, strips_per_layer)
     starts = [n * (columns_J + max(1, columns_J // 8)) for n in range(heads)]

@@ -35,6 +35,17 @@ def make_figure(width: float, height: float, *, title: str = "") -> Figure:
     return figure
 
 
+def measure_note(note: str) -> tuple[float, float]:
+    """Return width and height of a note in small letters, inches.
+
+    Args:
+      note: str, of any number of lines.
+    """
+    lines = note.splitlines()
+    longest = max((len(line) for line in lines), default=0)
+    return _LETTER_POINTS * longest / _POINTS, 0.2 * len(lines)
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Save a picture whole, in one step, so that whoever watches a run never sees a part of it.
 
