@@ -81,5 +81,7 @@ RUNS: dict[str, Mapping[str, Any]] = {
     "magnitude": {"recipe": "magnitude"},
     "static_weights": {"recipe": "static_weights"},
     "spion+fst": {"recipe": "spion+fst", "checkpoint__every_steps": 2},
+    "spion per head": {"recipe": "spion", "recipe__spion__per_head": True},
+    "sat per head": {"recipe": "sat", "recipe__sat__per_head": True},
 }
 """What is trained, by a name for the table: `make_settings` takes these."""

@@ -134,23 +134,23 @@ def measure_maps(
     cut = is_mapped()
 
     def measure(q, k, kv_mask):
-        options_here = options | {"kv_mask_BS": kv_mask}
         if pool_map is None:
-            mean_TS = mean_attention_map(q, k, **options_here)
+            mean_TS = mean_attention_map(q, k, kv_mask_BS=kv_mask, **options)
             return jax.lax.pmean(mean_TS, AXES) if cut else mean_TS
-        mean_TS, pooled = _pool_heads(q, k, pool_map, options_here)
+        mean_TS, pooled = _pool_heads(q, k, kv_mask, pool_map, options)
         if cut:
             # Pooling is linear: of each head, devices exchange what is pooled and not its map.
             mean_TS, pooled = jax.lax.pmean(mean_TS, AXES), jax.lax.pmean(pooled, BATCH)
-        return HeadMaps(mean_TS, pooled)
+        return mean_TS, pooled
 
-    out_specs = P() if pool_map is None else HeadMaps(P(), P(HEADS))
-    return map_parts(measure, (_HEADS_SPEC, _HEADS_SPEC, _POSITIONS_SPEC), out_specs)(
+    out_specs = P() if pool_map is None else (P(), P(HEADS))
+    measured = map_parts(measure, (_HEADS_SPEC, _HEADS_SPEC, _POSITIONS_SPEC), out_specs)(
         q_BTNH, k_BSKH, kv_mask_BS
     )
+    return measured if pool_map is None else HeadMaps(*measured)
 
 
-def _pool_heads(q_BTNH, k_BSKH, pool_map, options):
+def _pool_heads(q_BTNH, k_BSKH, kv_mask_BS, pool_map, options):
     """Return the mean map of a device's heads, and what is made of each one's."""
     # A measurement: a loop that knows of no gradient keeps nothing for one.
     q_BTNH, k_BSKH = jax.lax.stop_gradient((q_BTNH, k_BSKH))
@@ -159,7 +159,7 @@ def _pool_heads(q_BTNH, k_BSKH, pool_map, options):
     def add_head(sum_TS, n):
         q_BT1H = jax.lax.dynamic_slice_in_dim(q_BTNH, n, 1, axis=2)
         k_BS1H = jax.lax.dynamic_slice_in_dim(k_BSKH, n // (N // K), 1, axis=2)
-        map_TS = mean_attention_map(q_BT1H, k_BS1H, **options)
+        map_TS = mean_attention_map(q_BT1H, k_BS1H, kv_mask_BS=kv_mask_BS, **options)
         return sum_TS + map_TS, pool_map(map_TS)
 
     nothing_TS = jnp.zeros((q_BTNH.shape[1], k_BSKH.shape[1]), jnp.float32)

@@ -10,6 +10,7 @@ from sparsejax.recipes.attention.layer_masks import (
     compute_attention_density as compute_attention_density,
 )
 from sparsejax.recipes.attention.layer_masks import get_attention_masks as get_attention_masks
+from sparsejax.recipes.attention.layer_masks import give_heads_masks as give_heads_masks
 from sparsejax.recipes.attention.layer_masks import set_attention_masks as set_attention_masks
 from sparsejax.recipes.attention.sat import SatConfig as SatConfig
 from sparsejax.recipes.attention.sat import make_sat as make_sat

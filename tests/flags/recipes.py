@@ -22,14 +22,15 @@ _MST = {
     "recipe__mst__restoration": 0.34,
     "recipe__mst__attention_stride": 16,
 }
+_SAT = {
+    "recipe__sat__density": 0.75,
+    "recipe__sat__latest_switch_fraction": 3 / 6,
+    "recipe__sat__min_skewness": 1e9,
+}
 RECIPES = {
     "dense": {},
     "spion": _SPION,
-    "sat": {
-        "recipe__sat__density": 0.75,
-        "recipe__sat__latest_switch_fraction": 3 / 6,
-        "recipe__sat__min_skewness": 1e9,
-    },
+    "sat": _SAT,
     "static_attention": {"recipe__static_attention__density": 0.75},
     "dynamic_attention": {
         "recipe__dynamic_attention__density": 0.75,
@@ -55,8 +56,12 @@ RECIPES = {
     },
     "static_weights": {"recipe__static_weights__sparsity": 0.5},
     "spion+fst": _SPION | _FST,
+    "spion per head": _SPION
+    | {"recipe__name": "spion", "recipe__spion__per_head": True, "model__num_kv_heads": 2},
+    "sat per head": _SAT
+    | {"recipe__name": "sat", "recipe__sat__per_head": True, "model__num_kv_heads": 2},
 }
-"""Name of the recipe -> changes of the settings."""
+"""Name of the recipe, or of what is special of it -> changes of the settings."""
 
 
 def make_settings(folder, name, **changes):

@@ -35,11 +35,13 @@ def test_pairs_that_cannot_occur_are_left_out():
 
 
 def test_a_pair_has_the_attention_of_one_and_the_weights_of_the_other():
-    attention = _attention(_DENSE._replace(learning_rate_scale=0.5))
+    looks = {"learning_rate_scale": 0.5, "pool_map": jnp.diagonal}
+    attention = _attention(_DENSE._replace(**looks))
     weights = Recipe("w", (_TWO_FOUR._replace(grad_pruning="mvue", learning_rate_scale=0.1),))
     first, second = chain(attention, weights).phases
     assert (first.sparse_attention, second.sparse_attention) == (False, True)
     assert first.sparse_weights and first.grad_pruning == "mvue"
+    assert (first.pool_map, second.pool_map) == (jnp.diagonal, None)
     assert first.learning_rate_scale == pytest.approx(0.05)
 
 

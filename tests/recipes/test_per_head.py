@@ -12,6 +12,7 @@ from sparsejax.patterns import HeadMaps
 from sparsejax.recipes import (
     SatConfig,
     SpionConfig,
+    compute_attention_density,
     get_attention_masks,
     make_sat,
     make_spion,
@@ -111,6 +112,8 @@ def test_a_walk_over_each_head_reaches_what_its_least_head_reaches():
     np.testing.assert_allclose(values["reach"], reach.min(1), rtol=1e-6)
     kept = np.asarray(get_attention_masks(sparsity.masks)).sum((2, 3))
     np.testing.assert_allclose(kept / (BLOCKS * (BLOCKS + 1) / 2), reach, rtol=1e-6)
+    density = compute_attention_density(sparsity.masks, causal=True)
+    np.testing.assert_allclose(density, reach.mean(1), rtol=1e-6)
     assert "layers [0, 1] keep less" in recipe.phase_warnings(values)[0]
 
 

@@ -236,7 +236,7 @@ def test_every_head_is_drawn_with_its_density(tmp_path, figures, heads, causal):
     for layer, head in np.ndindex(2, heads):
         masks_LNIJ[layer, head].flat[4 : 4 + layer + head] = True
     pooled_LNIJ = np.random.default_rng(0).random((2, heads, 4, 4))
-    note = "A line that is longer than the strip of a layer of two heads is wide.\nAnother."
+    note = "A line that is longer than two heads are wide. " * 2 + "\nAnother."
     draw = functools.partial(plot_head_patterns, title="SPION-C", causal=causal, note=note)
     draw(masks_LNIJ, pooled_LNIJ, path=tmp_path / "a.png")
     attention, kept, *_ = figures[0].axes

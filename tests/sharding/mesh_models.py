@@ -16,6 +16,7 @@ from flax import nnx
 from sparsejax.accounting.collectives import find_collectives
 from sparsejax.models import AttentionOptions, LinearOptions, SparsityMask, make_transformer
 from sparsejax.patterns import BlockPattern, NMPattern, WeightBlocks
+from sparsejax.recipes import give_heads_masks
 from sparsejax.sharding import AXES, make_mesh, shard_tree, use_mesh
 from tests.small_models import make_config
 
@@ -31,6 +32,7 @@ class Case(NamedTuple):
       linear: how its linear layers multiply.
       attention: how it attends.
       own: whether projections are layers of a user's own.
+      per_head: whether heads have masks of blocks of their own.
     """
 
     mesh: dict[str, int]
@@ -38,6 +40,7 @@ class Case(NamedTuple):
     linear: LinearOptions = LinearOptions()
     attention: AttentionOptions = AttentionOptions()
     own: bool = False
+    per_head: bool = False
 
 
 class OwnLinear(nnx.Linear):
@@ -77,6 +80,9 @@ CASES = {
         {"mlp_activation": "swiglu", "num_kv_heads": 4},
         LinearOptions(sparse=False),
         own=True,
+    ),
+    "blocks of each head over tensor and context": Case(
+        {"fsdp": 2, "tensor": 2, "context": 2}, {"num_kv_heads": 2}, per_head=True
     ),
     "classifier over tensor and context": Case(
         {"fsdp": 2, "tensor": 2, "context": 2}, {"num_classes": 4, "causal": False}
@@ -127,7 +133,8 @@ def run(name: str) -> dict[str, Any]:
     if case.own:
         model.blocks.attention.qkv.__class__ = model.blocks.mlp.up.__class__ = OwnLinear
     graphdef, params, masks = nnx.split(model, nnx.Param, SparsityMask)
-    params, masks = nnx.to_pure_dict(params), _make_masks(nnx.to_pure_dict(masks))
+    params, masks = nnx.to_pure_dict(params), nnx.to_pure_dict(masks)
+    masks = _make_masks(give_heads_masks(masks, config.num_heads) if case.per_head else masks)
     key = jax.random.key(2)
     tokens = jax.random.randint(key, (BATCH, LENGTH), 0, VOCAB)
     mask = jnp.arange(LENGTH)[None] < jnp.arange(BATCH)[:, None] + LENGTH - BATCH

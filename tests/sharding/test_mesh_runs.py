@@ -14,6 +14,7 @@ _CHOSEN = [
     "mst/data=2 fsdp=2 tensor=2",
     "fst/fsdp=8",
     "spion+fst/context=4",
+    "spion per head/data=2 fsdp=2 tensor=2",
 ]
 _REST = sorted({*list_runs()} - {*_CHOSEN} - {f"resume/{name}" for name in RESUMED})
 _HELD = {"fsdp=8": 0.2, "data=2 fsdp=4": 0.33, "data=2 fsdp=2 tensor=2": 0.33, "context=4": 1.0}
