@@ -4,9 +4,9 @@
 
 SmolLM2-135M, which was trained with dense attention, reads four documents of 2,048 tokens through
 the blocks of each pattern, without training. Fixed patterns know nothing, learned ones have seen
-two other documents, "dynamic" chooses from the document itself and causally, "lookahead" too but
-from the queries of the block itself, and the oracles keep the highest of the dense model's own maps
-of the document. All keep as many blocks.
+four other documents, "habits alone" and "dynamic" are calibrated by these, "dynamic" chooses from
+the document itself and causally, "lookahead" too but from the queries of the block itself, and the
+oracles keep the highest of the dense model's own maps of the document. All keep as many blocks.
 
 Losses of every token are kept (`results/pretrained_attention.npz`, in units of 1e-4 nats), so that
 patterns are compared token by token. Errors are those of means over chunks of 64 tokens, 95 %.
@@ -31,13 +31,13 @@ from benchmarks.environment import describe_environment, device_name
 from benchmarks.harness import RESULTS, parse_arguments
 from benchmarks.pretrained_documents import Document, list_documents
 from benchmarks.pretrained_patterns import (
-    LOOKAHEAD,
+    CHOSEN,
+    FREE_ORACLE,
     ORACLE,
     PATTERNS,
-    SHARED_ORACLE,
     SINK_WINDOW,
     average_maps,
-    make_choosers,
+    make_chooser,
     make_masks,
     make_oracles,
     measure_maps,
@@ -51,7 +51,6 @@ NAME, LENGTH, DENSE = "pretrained_attention", 2048, "dense"
 SETTINGS = ((64, 0.2), (32, 0.2), (64, 0.3), (32, 0.1), (32, 0.3))
 _CHUNK = 64
 _UNIT = 1e-4
-_LOOKING = (LOOKAHEAD, ORACLE, SHARED_ORACLE)
 
 
 class Losses:
@@ -163,11 +162,14 @@ def run_setting(
     tests = [i for i, document in enumerate(documents) if document.use == "test"]
     calibrations = [i for i, document in enumerate(documents) if document.use == "calibration"]
     ids_BT = np.stack([documents[i].ids_T for i in calibrations])
-    choosers = make_choosers(model, ids_BT, density=density, block_size=block_size)
+    sizes = {"density": density, "block_size": block_size}
+    get_chooser = functools.cache(lambda name: make_chooser(name, model, ids_BT, **sizes))
     fixed: Mapping[str, np.ndarray] = {}
     dense = make_loss(model, AttentionOptions(sparse=False))
     sparse = make_loss(model, AttentionOptions())
-    choose = {n: make_loss(model, AttentionOptions(choose_blocks=c)) for n, c in choosers.items()}
+    choose = functools.cache(
+        lambda name: make_loss(model, AttentionOptions(choose_blocks=get_chooser(name)))
+    )
 
     def measure(pattern: str, index: int) -> tuple[np.ndarray, float, float | None]:
         """Return losses, density and share of the dense attention that is kept."""
@@ -175,12 +177,12 @@ def run_setting(
         document = documents[index]
         if pattern == DENSE:
             return dense(params, None, document.ids_T), 1.0, 1.0
-        if pattern in choosers:
-            loss_T = choose[pattern](params, None, document.ids_T)
-            return loss_T, _mean_density(choosers[pattern], model), None
+        if pattern in CHOSEN:
+            loss_T = choose(pattern)(params, None, document.ids_T)
+            return loss_T, _mean_density(get_chooser(pattern), model), None
         if not fixed:
             calibration = average_maps([get_maps(i) for i in calibrations])
-            fixed = make_masks(calibration, density=density, block_size=block_size)
+            fixed = make_masks(calibration, **sizes)
         maps = get_maps(index)
         masks = dict(fixed) | make_oracles(maps, density=density)
         kept_LNIJ = masks[pattern]
@@ -260,7 +262,7 @@ def summarise(results: Results, losses: Losses) -> list[dict[str, Any]]:
         windows = groups.get((block, density, SINK_WINDOW), ())
         if len(windows) >= len(records) and pattern != SINK_WINDOW:
             values["gain"] = compare(read(records, SINK_WINDOW), found)
-        for oracle in (ORACLE, SHARED_ORACLE):
+        for oracle in (ORACLE, FREE_ORACLE):
             if "gain" in values and len(groups.get((block, density, oracle), ())) == len(records):
                 gap = compare(read(records, SINK_WINDOW), read(records, oracle))
                 values[f"share of {oracle}"] = values["gain"].mean / gap.mean
@@ -287,7 +289,7 @@ COLUMNS = (
     Column("above dense, nats", _show("cost", "")),
     Column("gain over sink + window, nats", _show("gain", "+")),
     Column("of the oracle's gain", lambda r: _show_share(r, ORACLE)),
-    Column("of the sharing oracle's", lambda r: _show_share(r, SHARED_ORACLE)),
+    Column("of the sharing oracle's", lambda r: _show_share(r, FREE_ORACLE)),
     Column("attention kept", lambda r: f"{r['values']['attention_kept']:.3f}"),
 )
 

@@ -36,6 +36,8 @@ _LIBRARY = pathlib.Path(pydoc_data.topics.__file__).parents[1]
 _TOPICS = {
     "types": ("calibration", ("types", "binary", "bitwise", "comparisons")),
     "classes": ("calibration", ("specialnames", "class")),
+    "debugger": ("calibration", ("debugger",)),
+    "strings": ("calibration", ("strings", "formatstrings")),
     "execution": ("test", ("execmodel", "import", "objects")),
     "compound statements": ("test", ("compound", "function", "with")),
 }

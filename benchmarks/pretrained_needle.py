@@ -20,6 +20,7 @@ from flax import nnx
 from benchmarks.environment import describe_environment, device_name
 from benchmarks.harness import RESULTS, parse_arguments
 from benchmarks.pretrained_documents import list_documents
+from benchmarks.pretrained_patterns import QUERY_SPACING
 from benchmarks.records import Column, Results, make_table
 from benchmarks.smollm2 import load_smollm2
 from sparsejax.calibration import calibrate_blocks
@@ -85,7 +86,13 @@ def make_patterns(model: Any, prose_T: np.ndarray, length: int) -> dict[str, Cal
       length: int, T.
     """
     num_blocks = length // BLOCK
-    blocks = DynamicBlocks(density=DENSITY, block_size=BLOCK, num_blocks=num_blocks, causal=True)
+    blocks = DynamicBlocks(
+        density=DENSITY,
+        block_size=BLOCK,
+        num_blocks=num_blocks,
+        causal=True,
+        query_spacing=QUERY_SPACING,
+    )
     blocks = calibrate_blocks(model, prose_T[None, :length], blocks)
     kept_IJ = pattern_at_density("sink_window", num_blocks, density=DENSITY, causal=True)
     mask = model.blocks.attention.block_mask

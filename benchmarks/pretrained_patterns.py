@@ -3,7 +3,7 @@
 Legend: L layers, T positions, N query heads, I = J blocks along one side.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,12 @@ from sparsejax.models import Transformer
 
 SINK_WINDOW = "sink + window"
 ORACLE, SHARED_ORACLE = "oracle", "oracle, heads share"
-DYNAMIC, DYNAMIC_PLAIN, DYNAMIC_HEADS = "dynamic", "dynamic, uncalibrated", "dynamic, heads alike"
+FREE_ORACLE = "oracle, heads and layers share"
+DYNAMIC, HABITS = "dynamic", "habits alone"
+DYNAMIC_PLAIN, DYNAMIC_HEADS = "dynamic, uncalibrated", "dynamic, heads alike"
 LOOKAHEAD = "lookahead"
+QUERY_SPACING = 128
+"""Positions between the queries that are sampled where the choice is calibrated."""
 FIXED = {
     SINK_WINDOW: "sink_window",
     "sliding window": "sliding_window",
@@ -37,9 +41,17 @@ FIXED = {
 }
 WALKS = {"SPION-CF, causal walk": "flood", "SPION-CF, published walk": "greedy"}
 SPION_C, SAT, TOP, SHARED_TOP = "SPION-C", "SAT, fitted", "top-k by head", "top-k, heads share"
+CHOSEN: dict[str, dict[str, Any]] = {
+    DYNAMIC: {"query_spacing": QUERY_SPACING},
+    HABITS: {"num_queries": 0},
+    DYNAMIC_PLAIN: {},
+    DYNAMIC_HEADS: {"share_heads": False},
+    LOOKAHEAD: {"lookahead": True, "num_queries": 8},
+}
+"""Settings of what chooses blocks within the model."""
 PATTERNS = (
-    *(SINK_WINDOW, ORACLE, DYNAMIC, SHARED_ORACLE, DYNAMIC_PLAIN, LOOKAHEAD, DYNAMIC_HEADS),
-    *(TOP, SHARED_TOP, SPION_C, SAT, *WALKS, *FIXED),
+    *(SINK_WINDOW, ORACLE, DYNAMIC, HABITS, SHARED_ORACLE, FREE_ORACLE),
+    *(DYNAMIC_PLAIN, LOOKAHEAD, DYNAMIC_HEADS, TOP, SHARED_TOP, SPION_C, SAT, *WALKS, *FIXED),
 )
 """All patterns, the most important first; one name may come twice."""
 _FIT_STEPS = 400
@@ -52,10 +64,12 @@ class Maps(NamedTuple):
       layers_LTT: f32[L, T, T], averaged over heads.
       blocks_LNIJ: f32[L, N, I, J], share of each key block, averaged over the rows of each query
         block.
+      cubes_LNIJ: f32[L, N, I, J], likewise of the cubes of these shares.
     """
 
     layers_LTT: np.ndarray
     blocks_LNIJ: np.ndarray
+    cubes_LNIJ: np.ndarray
 
 
 def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps:
@@ -83,13 +97,15 @@ def measure_maps(model: Transformer, ids_T: np.ndarray, block_size: int) -> Maps
                 block_size=block_size,
                 causal=True,
             )
-            return shares[0, :, 0].mean(1)
+            return shares[0, :, 0].mean(1), (shares[0, :, 0] ** 3).mean(1)
 
-        blocks_INJ = jax.lax.map(measure, (q_BTNH[0][rows], rows))
-        return mean_attention_map(q_BTNH, k_BSKH, causal=True), blocks_INJ.swapaxes(0, 1)
+        found = jax.lax.map(measure, (q_BTNH[0][rows], rows))
+        by_head = (x_INJ.swapaxes(0, 1) for x_INJ in found)
+        return mean_attention_map(q_BTNH, k_BSKH, causal=True), *by_head
 
-    q_LBTNH, k_LBSKH = read_heads(model, ids_T[None])
-    layers = [jax.device_get(look(q, k)) for q, k in zip(q_LBTNH, k_LBSKH, strict=True)]
+    states = read_heads(model, ids_T[None])
+    pairs = zip(states.q_LBTNH, states.k_LBTKH, strict=True)
+    layers = [jax.device_get(look(q, k)) for q, k in pairs]
     return Maps(*(np.stack(part) for part in zip(*layers, strict=True)))
 
 
@@ -135,6 +151,8 @@ def make_masks(calibration: Maps, *, density: float, block_size: int) -> dict[st
 def make_oracles(maps: Maps, *, density: float) -> dict[str, np.ndarray]:
     """Keep the highest of a document's own dense maps, which no method knows.
 
+    Where layers share, too, the highest cubes are kept, which a loss grows with.
+
     Args:
       maps: of the document.
       density: share of the visible blocks that is kept.
@@ -142,41 +160,35 @@ def make_oracles(maps: Maps, *, density: float) -> dict[str, np.ndarray]:
     Returns:
       name -> bool[L, N, I, J].
     """
+    cubes_LNIJ = maps.cubes_LNIJ
+    # As if all heads were of one layer.
+    free = _keep_top(cubes_LNIJ.reshape(1, -1, *cubes_LNIJ.shape[2:]), density, shared=True)
     return {
         ORACLE: _keep_top(maps.blocks_LNIJ, density, shared=False),
         SHARED_ORACLE: _keep_top(maps.blocks_LNIJ, density, shared=True),
+        FREE_ORACLE: free.reshape(cubes_LNIJ.shape),
     }
 
 
-def make_choosers(
-    model: Transformer, ids_BT: np.ndarray, *, density: float, block_size: int
-) -> dict[str, DynamicBlocks]:
+def make_chooser(
+    name: str, model: Transformer, ids_BT: np.ndarray, *, density: float, block_size: int
+) -> DynamicBlocks:
     """Make what chooses blocks within the model.
 
     Args:
-      ids_BT: i32[B, T], other documents, by which the choice is calibrated.
+      name: one of `CHOSEN`.
+      ids_BT: i32[B, T], other documents, by which a choice is calibrated.
       density: share of the visible blocks that is kept.
       block_size: int, side of a block, positions.
-
-    Returns:
-      name -> DynamicBlocks.
     """
-
-    def make(**options):
-        return DynamicBlocks(
-            density=density,
-            block_size=block_size,
-            num_blocks=ids_BT.shape[1] // block_size,
-            causal=True,
-            **options,
-        )
-
-    return {
-        DYNAMIC: calibrate_blocks(model, ids_BT, make()),
-        DYNAMIC_PLAIN: make(),
-        DYNAMIC_HEADS: make(share_heads=False),
-        LOOKAHEAD: make(lookahead=True, num_queries=8),
-    }
+    blocks = DynamicBlocks(
+        density=density,
+        block_size=block_size,
+        num_blocks=ids_BT.shape[1] // block_size,
+        causal=True,
+        **CHOSEN[name],
+    )
+    return calibrate_blocks(model, ids_BT, blocks) if name in (DYNAMIC, HABITS) else blocks
 
 
 def _keep_top(blocks_LNIJ, density, *, shared):

@@ -1,75 +1,55 @@
-"""How heads attend, and which layers need more attention blocks than others, by a few texts.
+"""What each head of attention needs, and how many blocks each layer gets, by a few texts.
 
 Legend: L layers, B batch, T query position, S key position, N query heads, K key/value heads,
-H head dim, I query blocks, J key blocks, R positions of a block, C budgets that are tried.
+H head dim, I query blocks, J key blocks, R positions of a block, F parts of a score.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 from flax import nnx
 
 from sparsejax.masks import DynamicBlocks
-from sparsejax.masks.attention.dynamic import compute_shares
-from sparsejax.masks.attention.habits import Habits, list_far
-from sparsejax.models import AttentionOptions, Transformer
+from sparsejax.masks.attention.habits import Habits, classify_distances, predict_scores, remember
+from sparsejax.models import HeadStates, Transformer, measure_heads
 
-# Of a layer, in parts of the mean.
-_BUDGETS = (
-    *(0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1),
-    *(1.2, 1.3, 1.4, 1.6, 1.8, 2.1, 2.5, 3.0),
-)
+# Of the sum of squares of a part, so that parts that say the same have one solution.
+_RIDGE = 1e-3
+# What is left of a head's attention counts as at least this share.
+_LEAST_REST = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class _KeepAll:
-    """A chooser that keeps every block, so that the cache of a prompt holds its queries."""
-
-    lookahead = False
-
-    def budget(self, num_blocks, num_heads):
-        return np.full((1, num_blocks), num_heads, np.int32)
-
-    def measure_density(self, num_blocks, num_heads):
-        return np.ones(1)
-
-    def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, budget):
-        num_blocks = len(budget)
-        return jnp.ones((q_BTNH.shape[0], q_BTNH.shape[2], num_blocks, num_blocks), bool)
-
-
-def read_heads(model: Transformer, tokens_BT: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Return the queries and keys of every layer of a causal model that attends everywhere.
+def read_heads(model: Transformer, tokens_BT: np.ndarray, *, gradients: bool = False) -> HeadStates:
+    """Read what the heads of every layer attend with, compiled; see `measure_heads`.
 
     Args:
       tokens_BT: i32[B, T], T = `max_length`.
+      gradients: bool, also differentiate the loss.
 
     Returns:
-      float[L, B, T, N, H] and float[L, B, T, K, H].
+      HeadStates.
     """
-    graphdef, state = nnx.split(model)
-    options = AttentionOptions(choose_blocks=_KeepAll())
-
-    @jax.jit
-    def read(state, tokens_BT):
-        _, cache = nnx.merge(graphdef, state).prefill(tokens_BT, attention_options=options)
-        assert cache.chosen is not None
-        return cache.chosen.q_BSNH, cache.k_BSKH
-
-    return read(state, tokens_BT)
+    return _make_reader(model, gradients=gradients)(tokens_BT)
 
 
 def calibrate_blocks(
     model: Transformer, tokens_BT: np.ndarray, blocks: DynamicBlocks
 ) -> DynamicBlocks:
-    """Learn from a few texts how heads attend, and which layers need more blocks than others.
+    """Learn from a few texts what dropping a block costs each head, and share out the blocks.
 
-    A layer's cost at a budget is the mean over heads and positions of the cube of the largest share
-    of attention that goes to one dropped block; over patterns, the loss of a language model grows
-    with it. Layers get the budgets, out of a grid, whose costs add up to least at the same total.
+    What a loss loses to second order when query block i no longer sees key block j, from the
+    gradient g of the loss with respect to a head's output y, and the empirical Fisher information
+    in place of the second derivative:
+
+      cost_ij = mean_(t in i) (g_t (y_t - y_t without j))^2
+
+    Each head's costs are fitted by the parts of its score (`Habits`), with factors that are not
+    negative. The layers share the budget as the highest scores of all their heads would have it.
 
     Args:
       tokens_BT: i32[B, T], texts that nothing is measured on later; T = `max_length`.
@@ -80,95 +60,148 @@ def calibrate_blocks(
 
     Raises:
       ValueError: if the blocks are not causal, look ahead or are not shared by heads.
+
+    References:
+      The second-order cost is that of LeCun et al., Optimal Brain Damage, 1989.
     """
     if blocks.lookahead or not (blocks.causal and blocks.share_heads):
         raise ValueError(
             "blocks must be causal, without lookahead and with share_heads to be calibrated, got "
             f"{blocks}"
         )
-    num_blocks, num_heads = tokens_BT.shape[1] // blocks.block_size, model.config.num_heads
     even = dataclasses.replace(blocks, layer_shares=(), habits=())
-    counts_I, least_I = even.count(num_blocks, num_heads)[0], np.arange(1, num_blocks + 1)
-    most_I = num_heads * least_I
-    least_I = num_heads * np.minimum(least_I, 1 + blocks.num_sinks)
-    counts_CI = np.stack(
-        [np.clip(np.rint(part * counts_I).astype(int), least_I, most_I) for part in _BUDGETS]
-    )
-    observe = jax.jit(functools.partial(_observe_habits, even))
-    measure = jax.jit(functools.partial(_measure_costs, even))
-    heads = [read_heads(model, tokens_T[None]) for tokens_T in tokens_BT]
-    habits, costs_LC = [], []
-    for layer in zip(*(zip(*each, strict=True) for each in heads), strict=True):
-        seen = [observe(q, k) for q, k in layer]
-        mean = jax.tree.map(lambda *x: sum(x) / len(x), *seen)
-        habits.append(tuple(tuple(np.asarray(x).tolist()) for x in mean))
-        costs_LC.append(np.mean([measure(q, k, mean, counts_CI) for q, k in layer], axis=0))
-    chosen_L = _share_out(np.stack(costs_LC), counts_CI.sum(1), len(costs_LC) * int(counts_I.sum()))
+    observe = jax.jit(functools.partial(_observe, even))
+    read = _make_reader(model, gradients=True)
+    sums, shares = [], []
+    for tokens_T in tokens_BT:
+        states = read(tokens_T[None])
+        layers = [jax.device_get(observe(*layer)) for layer in zip(*states, strict=True)]
+        gram, moment, shares_LNIJ = (np.stack(x) for x in zip(*layers, strict=True))
+        sums.append((gram, moment))
+        shares.append(shares_LNIJ)
+    gram_LNFF, moment_LNF = (sum(x) for x in zip(*sums, strict=True))
+    habits = [_fit_habits(*layer) for layer in zip(gram_LNFF, moment_LNF, strict=True)]
     return dataclasses.replace(
-        blocks, layer_shares=tuple(_BUDGETS[i] for i in chosen_L), habits=tuple(habits)
+        blocks,
+        layer_shares=_share_out(even, habits, shares),
+        habits=tuple(Habits(*(_freeze(x) for x in layer)) for layer in habits),
     )
 
 
-def _map_rows(function, blocks, q_BTNH, k_BSKH, *of_blocks):
-    """Apply a function of f32[N, R, J], the shares of a query block, and more of it; average."""
-    positions_IR = jnp.arange(q_BTNH.shape[1]).reshape(-1, blocks.block_size)
+def measure_costs(
+    q_TNH: jax.Array,
+    k_TKH: jax.Array,
+    v_TKH: jax.Array,
+    y_TNH: jax.Array,
+    gradient_TNH: jax.Array,
+    *,
+    block_size: int,
+) -> jax.Array:
+    """Measure what each query block of a head would lose without each key block.
 
-    def apply(of_block):
-        q_RNH, positions_R, *more = of_block
-        shares = compute_shares(
-            q_RNH[None, None],
-            k_BSKH,
-            positions_R[None],
-            None,
-            block_size=blocks.block_size,
-            causal=True,
+    Args:
+      q_TNH: float[T, N, H] of a causal model.
+      k_TKH: float[T, K, H].
+      v_TKH: float[T, K, H].
+      y_TNH: float[T, N, H], what heads return.
+      gradient_TNH: float[T, N, H], of the loss with respect to y.
+      block_size: int, R.
+
+    Returns:
+      f32[N, I, J], squares of the loss's unit.
+    """
+    T, N, H = q_TNH.shape
+    K = k_TKH.shape[1]
+    rows_IR = jnp.arange(T).reshape(-1, block_size)
+
+    def by_block(x_NRS):
+        return x_NRS.reshape(N, block_size, -1, block_size).sum(-1)
+
+    def multiply(x_RNH, y_SKH):
+        x = x_RNH.reshape(block_size, K, N // K, H).astype(jnp.float32)
+        return jnp.einsum("rkgh,skh->kgrs", x, y_SKH.astype(jnp.float32)).reshape(N, block_size, T)
+
+    def measure(rows_R):
+        seen_RS = jnp.arange(T)[None] <= rows_R[:, None]
+        scores_NRS = multiply(q_TNH[rows_R], k_TKH) / np.sqrt(H)
+        shares_NRS = jax.nn.softmax(jnp.where(seen_RS[None], scores_NRS, -jnp.inf), axis=-1)
+        # Without block j the output is (y - sum_(s in j) share_s v_s) / (1 - share_j).
+        asked_NR1 = (gradient_TNH[rows_R] * y_TNH[rows_R]).sum(-1).T[..., None]
+        given_NRJ = by_block(shares_NRS * multiply(gradient_TNH[rows_R], v_TKH))
+        shares_NRJ = by_block(shares_NRS)
+        changes = (shares_NRJ * asked_NR1 - given_NRJ) / jnp.maximum(1 - shares_NRJ, _LEAST_REST)
+        return (changes**2).mean(1)
+
+    return jax.lax.map(measure, rows_IR).swapaxes(0, 1)
+
+
+def _make_reader(model, *, gradients):
+    """Return the function of tokens to HeadStates, which is compiled once."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def read(state, tokens_BT):
+        return measure_heads(nnx.merge(graphdef, state), tokens_BT, gradients=gradients)
+
+    return lambda tokens_BT: read(state, jnp.asarray(tokens_BT))
+
+
+def _observe(blocks, q_BTNH, k_BTKH, v_BTKH, y_BTNH, gradient_BTNH):
+    """Return sums f32[N, F, F] and f32[N, F] of a least-squares fit, and shares f32[N, I, J]."""
+    shares_BNIJ = blocks.look(q_BTNH, k_BTKH, None)
+    costs_NIJ = measure_costs(
+        *(x[0] for x in (q_BTNH, k_BTKH, v_BTKH, y_BTNH, gradient_BTNH)),
+        block_size=blocks.block_size,
+    )
+    N, num_blocks, _ = costs_NIJ.shape
+    classes_CIJ = classify_distances(num_blocks, num_sinks=blocks.num_sinks)
+    # What is kept anyway, and what nobody sees, has no distance.
+    open_IJ = classes_CIJ.any(0).astype(np.float32)[None]
+    squares = shares_BNIJ**2
+    parts_NFIJ = jnp.concatenate(
+        [
+            jnp.broadcast_to(classes_CIJ[None], (N, *classes_CIJ.shape)),
+            (squares[0] * open_IJ)[:, None],
+            (remember(squares)[0] * open_IJ)[:, None],
+        ],
+        axis=1,
+    )
+    gram_NFF = jnp.einsum("nfij,ngij->nfg", parts_NFIJ, parts_NFIJ)
+    return gram_NFF, jnp.einsum("nfij,nij->nf", parts_NFIJ, costs_NIJ), shares_BNIJ[0]
+
+
+def _fit_habits(gram_NFF: np.ndarray, moment_NF: np.ndarray) -> Habits:
+    """Solve the least-squares problem of each head, with factors that are not negative."""
+    factors_NF = []
+    for gram_FF, moment_F in zip(gram_NFF.astype(float), moment_NF.astype(float), strict=True):
+        size_F = np.sqrt(gram_FF.diagonal())
+        scale_F = np.where(size_F > 0, size_F, 1)
+        scaled_FF = gram_FF / scale_F / scale_F[:, None] + _RIDGE * np.eye(len(scale_F))
+        root_FF = np.linalg.cholesky(scaled_FF)
+        found_F, _ = scipy.optimize.nnls(root_FF.T, np.linalg.solve(root_FF, moment_F / scale_F))
+        factors_NF.append(found_F / scale_F)
+    factors_NF = np.asarray(factors_NF, np.float32)
+    return Habits(factors_NF[:, :-2], factors_NF[:, -2], factors_NF[:, -1])
+
+
+def _share_out(
+    blocks: DynamicBlocks, habits: Sequence[Habits], shares: Sequence[np.ndarray]
+) -> tuple[float, ...]:
+    """Count how many of the highest scores of all layers together are of each; mean of texts 1."""
+    together = Habits(*(np.concatenate(x) for x in zip(*habits, strict=True)))
+    counts_L = np.zeros(len(habits))
+    for shares_LNIJ in shares:
+        L, N, num_blocks, _ = shares_LNIJ.shape
+        scores = predict_scores(
+            shares_LNIJ.reshape(1, L * N, num_blocks, num_blocks),
+            together,
+            num_sinks=blocks.num_sinks,
         )
-        return function(shares[0, :, 0], *more)
-
-    found = jax.lax.map(apply, (q_BTNH[0][positions_IR], positions_IR, *of_blocks))
-    return jax.tree.map(lambda x: x.mean(0), found)
-
-
-def _observe_habits(blocks, q_BTNH, k_BSKH):
-    num_blocks = q_BTNH.shape[1] // blocks.block_size
-    far_IJ = list_far(num_blocks, num_sinks=blocks.num_sinks)
-    near_IJ = np.eye(num_blocks, k=-1, dtype=bool)
-
-    def look(shares_NRJ, far_J, near_J):
-        far = (jnp.where(far_J, shares_NRJ, 0).max(-1) ** 2).mean(-1)
-        return Habits(far, (jnp.where(near_J, shares_NRJ, 0).sum(-1) ** 2).mean(-1))
-
-    return _map_rows(look, blocks, q_BTNH, k_BSKH, jnp.asarray(far_IJ), jnp.asarray(near_IJ))
+        (counts_I,) = blocks.count(num_blocks, L * N)
+        kept = np.asarray(blocks.keep(scores, counts_I, most=int(counts_I.max())))
+        counts_L += kept.reshape(L, -1).sum(1)
+    return tuple((counts_L / counts_L.mean()).tolist())
 
 
-def _measure_costs(blocks, q_BTNH, k_BSKH, habits, counts_CI):
-    """Return f32[C], the cost of a layer at each budget."""
-    scores_BNIJ = blocks.score(q_BTNH, k_BSKH, None, habits)
-    _, N, I, _ = scores_BNIJ.shape  # noqa: E741
-    kept_CNIJ = jax.lax.map(
-        lambda counts_I: blocks.keep(scores_BNIJ, counts_I, most=N * I)[0], counts_CI
-    )
-
-    def cost_all(shares_NRJ, kept_CNJ):
-        def cost(kept_NJ):
-            return (jnp.where(kept_NJ[:, None], 0, shares_NRJ).max(-1) ** 3).mean()
-
-        return jax.lax.map(cost, kept_CNJ)
-
-    return _map_rows(cost_all, blocks, q_BTNH, k_BSKH, jnp.moveaxis(kept_CNIJ, 2, 0))
-
-
-def _share_out(costs_LC, totals_C, total):
-    """Choose a budget for each layer, of the least sum of costs within a total."""
-
-    def choose(price):
-        return (costs_LC + price * totals_C).argmin(1)
-
-    low, high = 0.0, 2 * costs_LC.max()
-    for _ in range(60):
-        price = (low + high) / 2
-        if totals_C[choose(price)].sum() > total:
-            low = price
-        else:
-            high = price
-    return choose(high)
+def _freeze(x: np.ndarray) -> tuple:
+    return tuple(x.tolist()) if x.ndim == 1 else tuple(map(tuple, x.tolist()))

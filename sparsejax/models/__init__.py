@@ -19,6 +19,8 @@ from sparsejax.models.config import TransformerOptions as TransformerOptions
 from sparsejax.models.config import sparse_weight_patterns as sparse_weight_patterns
 from sparsejax.models.embedding import SparseEmbed as SparseEmbed
 from sparsejax.models.linear import SparseLinear as SparseLinear
+from sparsejax.models.measure import HeadStates as HeadStates
+from sparsejax.models.measure import measure_heads as measure_heads
 from sparsejax.models.measure import measure_inputs as measure_inputs
 from sparsejax.models.mlp import MLP as MLP
 from sparsejax.models.own_class import find_model_class as find_model_class

@@ -203,8 +203,8 @@ def apply_linear(
     Returns:
       float[..., N], or [..., N / 2] for a gated activation; on a mesh its columns are dealt.
     """
-    if options.observe is not None:
-        options.observe(name, x)
+    if options.tap is not None:
+        x = options.tap(name, x)
     key = None
     if pruning_key is not None and isinstance(layer, SparseLinear):
         key = jax.random.fold_in(pruning_key, zlib.crc32(name.encode()))

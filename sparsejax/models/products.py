@@ -52,14 +52,14 @@ class LinearOptions(NamedTuple):
       grad_pruning: "none"; or "mvue" or "mvue_exact", the gradient of a weight comes from two of
         every four tokens, drawn without bias.
       implementation: which kernel runs the product, None for the best on the device.
-      observe: called while a linear layer of a block is traced, whether its weight is sparse or
-        not, with its name and float[..., K], what it reads; None looks at nothing.
+      tap: called while a linear layer of a block is traced, whether its weight is sparse or not,
+        with its name and float[..., K], what it would read; returns what it reads. None = the same.
     """
 
     sparse: bool = True
     grad_pruning: GradPruning = "none"
     implementation: Implementation | None = None
-    observe: Callable[[str, jax.Array], None] | None = None
+    tap: Callable[[str, jax.Array], jax.Array] | None = None
 
 
 SPARSE_LINEAR = LinearOptions()

@@ -1,6 +1,7 @@
 """What a few texts say of heads and layers before blocks of attention are chosen."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.calibration import calibrate_blocks, read_heads
+from sparsejax.calibration import calibrate_blocks
+from sparsejax.calibration.attention import measure_costs
+from sparsejax.masks.attention.habits import Habits
+from sparsejax.models import AttentionOptions, SparsityMask, measure_heads
 from tests.models.test_dynamic_attention import (
     GRAPHDEF,
     LENGTH,
@@ -22,29 +26,87 @@ from tests.models.test_dynamic_attention import (
 BLOCKS, NUM, HEADS = OPTIONS.choose_blocks, LENGTH // SIZE, 4
 
 
+def make_model():
+    return nnx.merge(GRAPHDEF, PARAMS, MASKS)
+
+
+measure_in_blocks = jax.jit(functools.partial(measure_costs, block_size=SIZE))
+
+
 @pytest.mark.ci
-def test_habits_are_those_of_dense_attention_and_the_total_stays():
-    model = nnx.merge(GRAPHDEF, PARAMS, MASKS)
+def test_a_block_costs_the_square_of_what_the_loss_moves_by_without_it():
+    states = jax.jit(measure_heads)(make_model(), TOKENS[:1])
+    layer, head, row, block = 0, 2, 5, 3
+    costs = measure_in_blocks(*(x[layer, 0] for x in states))
+    assert costs.shape == (HEADS, NUM, NUM) and (np.triu(costs[0], 1) == 0).all()
+    q, k, v, y, gradient = (np.asarray(x[layer, 0], np.float64) for x in states)
+    moves = []
+    for query in range(row * SIZE, (row + 1) * SIZE):
+        seen = slice(query + 1)
+        scores = k[seen, head // 2] @ q[query, head] / np.sqrt(q.shape[-1])
+        shares = np.exp(scores - scores.max())
+        shares[block * SIZE : (block + 1) * SIZE] = 0
+        without = shares / shares.sum() @ v[seen, head // 2]
+        moves.append(gradient[query, head] @ (without - y[query, head]))
+    np.testing.assert_allclose(costs[head, row, block], np.mean(np.square(moves)), rtol=1e-3)
+
+
+@pytest.mark.ci
+def test_the_gradient_of_a_heads_output_is_that_of_the_loss():
+    model, tokens = make_model(), TOKENS[:1]
+    states = jax.jit(measure_heads)(model, tokens)
+    plain = jax.jit(lambda m, t: measure_heads(m, t, gradients=False))(model, tokens)
+    assert plain.gradient_LBTNH is None
+    for x, y in zip(plain[:-1], states[:-1], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+    graphdef, params, masks = nnx.split(model, nnx.Param, SparsityMask)
+    plain_params = nnx.to_pure_dict(params)
+
+    def compute_loss(scale):
+        # Twice a head's rows of the projection are as twice its output.
+        out = plain_params["blocks"]["attention"]["out"]
+        out = out | {"kernel": out["kernel"].at[1, 16:24].multiply(scale)}
+        attention = plain_params["blocks"]["attention"] | {"out": out}
+        blocks = plain_params["blocks"] | {"attention": attention}
+        merged = nnx.merge(graphdef, plain_params | {"blocks": blocks}, masks)
+        logits = merged(tokens, attention_options=AttentionOptions(sparse=False)).logits[0, :-1]
+        chosen = logits[jnp.arange(LENGTH - 1), tokens[0, 1:]]
+        return (jax.nn.logsumexp(logits, axis=-1) - chosen).sum()
+
+    expected = jax.jit(jax.grad(compute_loss))(1.0)
+    got = (states.gradient_LBTNH * states.y_LBTNH)[1, 0, :, 2].sum()
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.ci
+def test_heads_that_nothing_reads_give_their_blocks_to_the_others():
+    model = make_model()
+    out = model.blocks.attention.out.kernel
+    out[...] = out[...].at[:, 16:24].set(0)
     found = calibrate_blocks(model, TOKENS, BLOCKS)
-    expected = np.zeros((2, 2, HEADS))
-    for tokens in TOKENS:
-        q, k = (np.asarray(x)[:, 0] for x in read_heads(model, tokens[None]))
-        k = np.repeat(k, HEADS // k.shape[2], axis=2)
-        scores = jnp.einsum("ltnh,lsnh->lnts", q, k) / q.shape[-1] ** 0.5
-        shares = jax.nn.softmax(jnp.where(np.tri(LENGTH, dtype=bool), scores, -jnp.inf), -1)
-        shares = np.asarray(shares.reshape(2, HEADS, NUM, SIZE, NUM, SIZE).sum(-1))
-        row, column = np.indices((NUM, NUM))
-        far = ((row - column >= 2) & (column > 0))[:, None]
-        near = (row - column == 1)[:, None]
-        expected[:, 0] += ((shares * far).max(-1) ** 2).mean((2, 3)) / 2
-        expected[:, 1] += ((shares * near).sum(-1) ** 2).mean((2, 3)) / 2
-    np.testing.assert_allclose(found.habits, expected, rtol=1e-4)
-    total = BLOCKS.count(NUM, HEADS).sum()
-    assert found.count(NUM, HEADS).sum() == 2 * total
-    assert len(found.layer_shares) == 2
+    static = calibrate_blocks(model, TOKENS, dataclasses.replace(BLOCKS, num_queries=0))
+    for blocks in (found, static):
+        assert blocks.count(NUM, HEADS).sum() == 2 * BLOCKS.count(NUM, HEADS).sum()
+        assert all(np.min(part) >= 0 for layer in blocks.habits for part in layer)
+        options = AttentionOptions(choose_blocks=blocks)
+        _, cache = model.prefill(TOKENS, attention_options=options)
+        kept_LBN = np.asarray(cache.chosen.kept_BNIJ).sum((3, 4))
+        # The sink and the diagonal, and what the others have no use for.
+        assert (kept_LBN[:, :, 2] < kept_LBN[:, :, [0, 1, 3]].min(-1)).all()
+        assert (kept_LBN[:, :, 2] <= 18).all()
+    assert any(np.any(layer.seen_N) for layer in found.habits)
+    assert not np.any([[layer.seen_N, layer.before_N] for layer in static.habits])
 
 
 def test_a_choice_that_looks_ahead_is_not_calibrated():
     ahead = dataclasses.replace(BLOCKS, lookahead=True)
     with pytest.raises(ValueError, match="blocks must be causal, without lookahead"):
-        calibrate_blocks(nnx.merge(GRAPHDEF, PARAMS, MASKS), TOKENS, ahead)
+        calibrate_blocks(make_model(), TOKENS, ahead)
+
+
+def test_habits_of_another_model_are_refused():
+    habits = (Habits(((0.1,) * 9,) * 3, (1.0,) * 3, (0.0,) * 3),) * 2
+    blocks = dataclasses.replace(BLOCKS, habits=habits)
+    with pytest.raises(ValueError, match=r"habits must be of 4 heads and 9 classes.*\(3, 9\)"):
+        blocks.budget(NUM, HEADS)

@@ -8,7 +8,13 @@ import pytest
 from sparsejax.masks import DynamicBlocks
 from sparsejax.masks.attention.block_counts import count_row_blocks
 from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks
-from sparsejax.masks.attention.habits import Habits, predict_scores
+from sparsejax.masks.attention.habits import (
+    Habits,
+    classify_distances,
+    make_even_habits,
+    predict_scores,
+    remember,
+)
 
 SIZE, NUM, HEADS, KV_HEADS, WIDTH = 8, 8, 4, 2, 16
 LENGTH = SIZE * NUM
@@ -111,20 +117,50 @@ def test_keys_that_are_padding_have_no_share():
     np.testing.assert_allclose(scores[0], expected, rtol=1e-5)
 
 
-def test_a_head_that_looks_far_away_gets_more_than_one_that_does_not():
-    shares = np.zeros((1, 2, NUM, NUM), np.float32)
-    shares[0, :, range(NUM), range(NUM)] = 1
-    # At its rows up to 5 the first head looks at block 1; at row 6 nobody looks far.
-    shares[0, 0, 3:6, 1] = 0.9
-    scores = np.asarray(predict_scores(jnp.asarray(shares), num_sinks=1))
-    assert (scores[0, 0, 6, 1:5] > scores[0, 1, 6, 1:5]).all()
-    # Without more to go by, what is nearer is likelier.
-    assert (np.diff(scores[0, 0, 6, 1:5]) > 0).all()
-    # What is known of heads counts more than what few rows have seen.
-    known = Habits(jnp.array([0.0, 0.9]), jnp.array([0.5, 0.0]))
-    scores = np.asarray(predict_scores(jnp.asarray(shares), known, num_sinks=1))
-    assert (scores[0, 0, 6, 1:5] < scores[0, 1, 6, 1:5]).all()
-    assert scores[0, 0, 6, 5] > scores[0, 1, 6, 5]
+@pytest.mark.parametrize("spacing", [2 * SIZE, 3 * SIZE])
+def test_query_blocks_between_samples_have_the_last_ones_before(spacing):
+    q, k = draw()
+    every = make().look(q, k, None)
+    spaced = make(query_spacing=spacing).look(q, k, None)
+    rows = np.arange(NUM) // (spacing // SIZE) * (spacing // SIZE)
+    np.testing.assert_allclose(spaced, every[:, :, rows], rtol=1e-6)
+
+
+def test_without_samples_habits_alone_choose_whatever_the_input():
+    blocks = make(num_queries=0)
+    kept = choose(blocks, *draw())
+    np.testing.assert_array_equal(kept, choose(blocks, *draw(1)))
+    # Alike in all heads: what is nearest, beside the sink.
+    assert kept[:, :, 4, [0, 3, 4]].all()
+
+
+def test_scores_add_up_what_is_known_of_a_head_and_what_it_saw():
+    rng = np.random.default_rng(0)
+    shares = np.tril(rng.random((1, 2, NUM, NUM))).astype(np.float32)
+    habits = Habits(rng.random((2, 9)), np.array([2.0, 0.0]), np.array([0.5, 3.0]))
+    scores = np.asarray(predict_scores(jnp.asarray(shares), habits, num_sinks=1))
+    row, column, head = 7, 3, 0
+    past = sum(0.3 * 0.7 ** (k - 1) * shares[0, head, row - k, column] ** 2 for k in range(1, 8))
+    # Four blocks away: the fourth class.
+    expected = habits.distance_NC[head, 3] + 2 * shares[0, head, row, column] ** 2 + 0.5 * past
+    assert scores[0, head, row, column] == pytest.approx(expected, rel=1e-5)
+    # Six blocks away is the fifth class; the first block behind the sink has its own beside it.
+    expected = habits.distance_NC[1, 4] + habits.distance_NC[1, 8]
+    past = np.asarray(remember(jnp.asarray(shares) ** 2))[0, 1, row, 1]
+    assert scores[0, 1, row, 1] == pytest.approx(expected + 3 * past, rel=1e-5)
+    changed = shares.copy()
+    changed[:, :, 5:] = 0
+    before = np.asarray(predict_scores(jnp.asarray(changed), habits, num_sinks=1))
+    np.testing.assert_array_equal(before[:, :, :5], scores[:, :, :5])
+
+
+def test_every_open_block_has_one_class_of_distance():
+    classes = classify_distances(50, num_sinks=2)
+    row, column = np.indices((50, 50))
+    np.testing.assert_array_equal(classes[:-1].sum(0), (row > column) & (column >= 2))
+    np.testing.assert_array_equal(classes[-1], (row > column) & (column == 2))
+    # Of heads that nothing is known of, what is nearer is likelier.
+    assert (np.diff(make_even_habits(1).distance_NC[0, :-1]) < 0).all()
 
 
 def test_of_equal_scores_the_first_are_kept():
@@ -160,7 +196,10 @@ def test_layers_have_their_shares_of_an_exact_total():
     [
         ({"density": 0.2}, "density=0.2 must keep at least one of 8 blocks"),
         ({"density": 0.25}, "density must be enough for 1 sinks and a diagonal, got 0.25"),
-        ({"num_queries": 9}, "num_queries must be at most block_size=8, got 9"),
+        ({"num_queries": 9}, r"num_queries must be in \[0, block_size=8\], got 9"),
+        ({"num_queries": 0, "causal": False}, r"num_queries must be in \[1, block_size=8\], got 0"),
+        ({"query_spacing": 12}, "query_spacing must be a multiple of block_size=8, got 12"),
+        ({"query_spacing": 16, "lookahead": True}, "query_spacing must be None where queries are"),
         ({"layer_shares": (1.0, 0.0)}, "layer_shares must be positive"),
         ({"layer_shares": (1.0,), "share_heads": False}, r"must be \(\) without share_heads"),
         ({"causal": False, "lookahead": True}, "lookahead must be False without causal"),

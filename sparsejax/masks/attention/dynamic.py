@@ -2,10 +2,11 @@
 
 A query block's own queries are not known before its tokens are. In a causal model its blocks are
 chosen from the first query of the block and from queries before it: `R` of them, sampled. Their
-exact attention to every key before the block, summed by key block, tells what to keep.
+exact attention to every key before the block, summed by key block, tells what to keep, beside what
+is known of each head.
 
-Legend: B batch, T query position, S key position, N query heads, K key/value heads, G = N / K,
-H head dim, I query blocks, J key blocks, R sampled queries of a query block.
+Legend: B batch, T query position, S key position, N query heads, K key/value heads, H head dim,
+I query blocks, J key blocks, R sampled queries of a query block, C classes of distance, L layers.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 
 from sparsejax.checks import check_setting
 from sparsejax.masks.attention.block_counts import count_row_blocks, spread_over_layers
-from sparsejax.masks.attention.habits import Habits, predict_scores
+from sparsejax.masks.attention.habits import NUM_CLASSES, Habits, predict_scores
 
 
 def sample_queries(
@@ -137,11 +138,7 @@ def keep_top_blocks(
 
 # A causal model's query blocks are scored in so many groups, which read keys up to their own end
 # only. More groups save less and compile longer.
-_GROUPS = 8
-
-# A causal model's query blocks are scored in so many groups, which read keys up to their own end
-# only. More groups save less and compile longer.
-_GROUPS = 8
+_GROUPS = 4
 
 
 class Budget(NamedTuple):
@@ -165,12 +162,15 @@ class DynamicBlocks:
       block_size: side of a block, positions.
       num_blocks: blocks along one side of the longest input.
       causal: what a query block keeps depends on positions up to its first; otherwise on all.
-      num_queries: sampled queries of each query block.
+      num_queries: sampled queries of each query block. 0 = none: then a causal model keeps what the
+        habits of its heads say, whatever the input.
+      query_spacing: of a causal model, positions between the query blocks that are sampled, whole
+        blocks; those between have the samples of the last one before. None = every one is.
       num_sinks: first key blocks that are always kept, beside the diagonal.
       share_heads: the heads of a layer share their budget of a query block; otherwise each keeps as
         many blocks as the others.
       layer_shares: of the budget, one for each layer, in any unit; () = equal.
-      habits: of each layer, (far, near) with a number for each head, as of `Habits`; () = unknown.
+      habits: of each layer, `Habits` whose arrays are tuples; () = unknown.
       lookahead: sample the queries of the block itself in a causal model. It reads a prompt that is
         known, and cannot train or generate.
 
@@ -190,19 +190,30 @@ class DynamicBlocks:
     num_blocks: int
     causal: bool
     num_queries: int = 1
+    query_spacing: int | None = None
     num_sinks: int = 1
     share_heads: bool = True
     layer_shares: tuple[float, ...] = ()
-    habits: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
+    habits: tuple[Habits, ...] = ()
     lookahead: bool = False
 
     def __post_init__(self):
-        for name in ("block_size", "num_blocks", "num_queries"):
+        for name in ("block_size", "num_blocks"):
             check_setting(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        expected = f"at most block_size={self.block_size}"
+        least = 0 if self._predicts else 1
+        expected = f"in [{least}, block_size={self.block_size}]"
         check_setting(
-            self.num_queries <= self.block_size, "num_queries", self.num_queries, expected
+            least <= self.num_queries <= self.block_size,
+            "num_queries",
+            self.num_queries,
+            expected,
         )
+        spacing, expected = self.query_spacing, f"a multiple of block_size={self.block_size}"
+        if spacing is not None:
+            is_whole = spacing > 0 and spacing % self.block_size == 0
+            check_setting(is_whole, "query_spacing", spacing, expected)
+            expected = "None where queries are sampled within their own block"
+            check_setting(self._predicts, "query_spacing", spacing, expected)
         check_setting(
             0 <= self.num_sinks <= self.num_blocks,
             "num_sinks",
@@ -253,8 +264,10 @@ class DynamicBlocks:
         """
         habits = None
         if self.habits:
-            far_LN, near_LN = np.asarray(self.habits, np.float32).swapaxes(0, 1)
-            habits = Habits(far_LN, near_LN)
+            habits = Habits(*(np.asarray(x, np.float32) for x in zip(*self.habits, strict=True)))
+            expected = f"of {num_heads} heads and {NUM_CLASSES} classes of distance"
+            shape = habits.distance_NC.shape[1:]
+            check_setting(shape == (num_heads, NUM_CLASSES), "habits", f"{shape=}", expected)
         return Budget(self.count(num_blocks, num_heads), habits)
 
     def measure_density(self, num_blocks: int, num_heads: int) -> np.ndarray:
@@ -310,18 +323,48 @@ class DynamicBlocks:
         Returns:
           f32[B, N, I, I].
         """
+        if self._predicts:
+            shares_BNIJ = self.look(q_BTNH, k_BSKH, kv_mask_BS)
+            return predict_scores(shares_BNIJ, habits, num_sinks=self.num_sinks)
         positions_IR = sample_queries(
             q_BTNH.shape[1] // self.block_size,
             block_size=self.block_size,
             num_queries=self.num_queries,
-            within=self.lookahead or not self.causal,
+            within=True,
         )
+        shares_BNIRJ = self._compute_shares(q_BTNH, k_BSKH, kv_mask_BS, positions_IR)
+        # Of the block's own queries it is cubes that a loss grows with.
+        return (shares_BNIRJ**3).mean(3)
+
+    def look(self, q_BTNH: jax.Array, k_BSKH: jax.Array, kv_mask_BS: jax.Array | None) -> jax.Array:
+        """Say what the sampled queries of a causal model give to each key block on average.
+
+        Args:
+          q_BTNH: float[B, T, N, H], whole blocks.
+          k_BSKH: float[B, T, K, H].
+          kv_mask_BS: bool[B, T], True = real token; None = all.
+
+        Returns:
+          f32[B, N, I, I], without a gradient.
+        """
+        B, T, N, _ = q_BTNH.shape
+        num_blocks = T // self.block_size
+        if not self.num_queries:
+            return jnp.zeros((B, N, num_blocks, num_blocks), jnp.float32)
+        every = (self.query_spacing or self.block_size) // self.block_size
+        positions_IR = sample_queries(
+            num_blocks, block_size=self.block_size, num_queries=self.num_queries, within=False
+        )
+        sampled = self._compute_shares(q_BTNH, k_BSKH, kv_mask_BS, positions_IR[::every])
+        return jnp.repeat(sampled.mean(3), every, axis=2)[:, :, :num_blocks]
+
+    def _compute_shares(self, q_BTNH, k_BSKH, kv_mask_BS, positions_IR):
+        """Return f32[B, N, I, R, J] of the sampled queries, I of those query blocks."""
         q, k = jax.lax.stop_gradient((q_BTNH, k_BSKH))
-        predicts = self.causal and not self.lookahead
-        num_blocks, parts = len(positions_IR), []
-        num_groups = min(_GROUPS, num_blocks) if self.causal else 1
-        for rows in np.array_split(np.arange(num_blocks), num_groups):
-            end = rows[-1] + 1 if self.causal else num_blocks
+        num_rows, num_blocks = len(positions_IR), q.shape[1] // self.block_size
+        num_groups, parts = min(_GROUPS, num_rows) if self.causal else 1, []
+        for rows in np.array_split(np.arange(num_rows), num_groups):
+            end = positions_IR[rows].max() // self.block_size + 1 if self.causal else num_blocks
             seen = slice(end * self.block_size)
             shares_BNIRJ = compute_shares(
                 q[:, positions_IR[rows]],
@@ -331,13 +374,8 @@ class DynamicBlocks:
                 block_size=self.block_size,
                 causal=self.causal,
             )
-            # Of the block's own queries it is cubes that a loss grows with.
-            scores_BNIJ = shares_BNIRJ.mean(3) if predicts else (shares_BNIRJ**3).mean(3)
-            parts.append(jnp.pad(scores_BNIJ, ((0, 0),) * 3 + ((0, num_blocks - end),)))
-        scores_BNIJ = jnp.concatenate(parts, axis=2)
-        if not predicts:
-            return scores_BNIJ
-        return predict_scores(scores_BNIJ, habits, num_sinks=self.num_sinks)
+            parts.append(jnp.pad(shares_BNIRJ, ((0, 0),) * 4 + ((0, num_blocks - end),)))
+        return jnp.concatenate(parts, axis=2)
 
     def keep(
         self, scores_BNIJ: jax.Array, counts_I: jax.Array | np.ndarray, *, most: int
@@ -361,6 +399,11 @@ class DynamicBlocks:
             most=most,
             shared=self.share_heads,
         )
+
+    @property
+    def _predicts(self):
+        """Whether a query block's own queries are not known."""
+        return self.causal and not self.lookahead
 
     def _list_visible(self, num_blocks):
         visible_IJ = np.ones((num_blocks, num_blocks), bool)

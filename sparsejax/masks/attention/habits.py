@@ -1,89 +1,109 @@
-"""What a head of attention will need next, by what it needed before.
+"""What a head of attention will need next, by how heads attend and by what it looked at before.
 
-Legend: B batch, N query heads, I query blocks, J key blocks.
+Legend: B batch, N query heads, I query blocks, J key blocks, C classes of distance.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# How a score is made of its parts, and the query blocks that what is known of a head counts as;
-# chosen on calibration documents of a pretrained model, see `benchmarks/pretrained_attention.py`.
-_SEEN, _FAR, _NEAR, _NEAR_SEEN, _KNOWN_ROWS = 0.3, 1.0, 0.5, 0.25, 64
+# The first distances of the classes, in blocks. One class more is that of the first block behind
+# the sinks, which heads look at from everywhere.
+_DISTANCES = (1, 2, 3, 4, 6, 10, 18, 34)
+NUM_CLASSES = len(_DISTANCES) + 1
+# How much of what a query block needed the next one still needs.
+_MEMORY = 0.7
 
 
 class Habits(NamedTuple):
-    """How heads attend, on average over positions.
+    """What a dropped block costs each head, in parts that add up.
 
     Attributes:
-      far_N: f32[N], square of the largest share that one far block gets.
-      near_N: f32[N], square of the share of the block before.
+      distance_NC: f32[N, C], for each class of distance; the last class adds to that of a block's
+        distance.
+      seen_N: f32[N], times the square of the share that the sampled query gives to the block.
+      before_N: f32[N], times the decaying mean of these squares over the query blocks before.
     """
 
-    far_N: jax.Array
-    near_N: jax.Array
+    distance_NC: Any
+    seen_N: Any
+    before_N: Any
 
 
-def list_far(num_blocks: int, *, num_sinks: int) -> np.ndarray:
-    """Return which key blocks are far: two or more before the query block, and no sinks.
+def make_even_habits(num_heads: int) -> Habits:
+    """Return what is assumed of heads that nothing is known of.
+
+    What is seen counts most; a block at distance d counts as a share of 0.3 / d.
+    """
+    distances = np.array([0.1 / first**2 for first in _DISTANCES] + [0.0], np.float32)
+    return Habits(
+        np.tile(distances, (num_heads, 1)),
+        np.ones(num_heads, np.float32),
+        np.full(num_heads, 0.5, np.float32),
+    )
+
+
+def classify_distances(num_blocks: int, *, num_sinks: int) -> np.ndarray:
+    """Say which classes of distance each block belongs to.
 
     Args:
       num_blocks: int, I = J.
       num_sinks: int, first key blocks, which are kept anyway.
 
     Returns:
-      bool[I, J].
+      f32[C, I, J] of 0 and 1; none for sinks, the diagonal and what is behind it.
     """
     row, column = np.indices((num_blocks, num_blocks))
-    return (row - column >= 2) & (column >= num_sinks)
+    distance = np.where(column >= num_sinks, row - column, 0)
+    ends = (*_DISTANCES[1:], num_blocks + 1)
+    classes = [(distance >= a) & (distance < b) for a, b in zip(_DISTANCES, ends, strict=True)]
+    return np.stack([*classes, (distance >= 1) & (column == num_sinks)]).astype(np.float32)
+
+
+def remember(squares_BNIJ: jax.Array) -> jax.Array:
+    """Average over the query blocks before each one, the last of them most.
+
+    before_i = 0.3 sum_(k >= 1) 0.7^(k - 1) square_(i - k)
+
+    Args:
+      squares_BNIJ: f32[B, N, I, J], I = J.
+
+    Returns:
+      f32[B, N, I, J]; the first query block has zeros.
+    """
+    num_blocks = squares_BNIJ.shape[-1]
+    row, other = np.indices((num_blocks, num_blocks))
+    past = row - other
+    weight_II = np.where(past >= 1, (1 - _MEMORY) * _MEMORY ** np.maximum(past - 1, 0), 0)
+    return jnp.einsum("ik,bnkj->bnij", jnp.asarray(weight_II, jnp.float32), squares_BNIJ)
 
 
 def predict_scores(
     shares_BNIJ: jax.Array, habits: Habits | None = None, *, num_sinks: int
 ) -> jax.Array:
-    """Predict which key blocks the queries of a block will need, from what the sampled ones saw.
+    """Predict what dropping a block would cost, from what sampled queries saw and from habits.
 
-    A sampled query tells of one moment. What its head does at other times tells how often it looks
-    far away at all, and how much at the block before. With p the shares and d = i - j the distance,
-    and means over the query blocks up to i, and habits as if they were those of 64 more,
+    With p the shares, c the class of the block's distance,
 
-      far_i = mean_i' max_(j far) p_(i' j)^2
-      near_i = mean_i' p_(i' i'-1)^2
+      score_ij = distance_c + seen p_ij^2 + before 0.3 sum_(k >= 1) 0.7^(k - 1) p_(i - k, j)^2
 
-      score_ij = 0.3 p_ij^2 + far_i d^-2 / sum_far d^-2   far blocks
-      score_ij = 0.25 p_ij^2 + 0.5 near_i                 the block before
-
-    Squares, since it is the blocks that a query rests on which a loss misses, and not the sum of
-    many small shares.
+    Squares, since the change of the output grows with the share, and a loss with its square.
 
     Args:
       shares_BNIJ: f32[B, N, I, J], of sampled queries; I = J.
-      habits: Habits by calibration, or None.
-      num_sinks: int, first key blocks, which are kept anyway and not far.
+      habits: Habits by calibration; None assumes the same of all heads.
+      num_sinks: int, first key blocks, which are kept anyway.
 
     Returns:
       f32[B, N, I, J], causal: row i depends on rows up to i.
     """
-    num_blocks = shares_BNIJ.shape[-1]
-    row, column = np.indices((1, 1, num_blocks, num_blocks))[2:]
-    distance, far_IJ = row - column, list_far(num_blocks, num_sinks=num_sinks)[None, None]
-    near_IJ = distance == 1
-    known = 0 if habits is None else _KNOWN_ROWS
-    counted_I = (known + np.arange(1, num_blocks + 1)).astype(np.float32)[None, None]
-
-    def average(values_BNI, before_N):
-        sums_BNI = jnp.cumsum(values_BNI, axis=-1)
-        if before_N is not None:
-            sums_BNI = sums_BNI + known * before_N[None, :, None]
-        return (sums_BNI / counted_I)[..., None]
-
-    far_N, near_N = (None, None) if habits is None else habits
+    N, _, num_blocks = shares_BNIJ.shape[1:]
+    distance_NC, seen_N, before_N = make_even_habits(N) if habits is None else habits
+    classes_CIJ = classify_distances(num_blocks, num_sinks=num_sinks)
+    base_NIJ = jnp.einsum("nc,cij->nij", jnp.asarray(distance_NC), classes_CIJ)
     squares = shares_BNIJ**2
-    far_BNI1 = average(jnp.where(far_IJ, squares, 0).max(-1), far_N)
-    near_BNI1 = average(jnp.where(near_IJ, squares, 0).sum(-1), near_N)
-    weight_IJ = np.where(far_IJ, 1.0 / np.maximum(distance, 1) ** 2, 0.0)
-    weight_IJ /= np.maximum(weight_IJ.sum(-1, keepdims=True), 1e-9)
-    far = _SEEN * squares + _FAR * far_BNI1 * weight_IJ.astype(np.float32)
-    return jnp.where(near_IJ, _NEAR_SEEN * squares + _NEAR * near_BNI1, far)
+    scores = jnp.asarray(seen_N)[None, :, None, None] * squares
+    scores += jnp.asarray(before_N)[None, :, None, None] * remember(squares)
+    return scores + base_NIJ[None]
