@@ -77,15 +77,14 @@ def make_trial(tokenizer: Any, prose_T: np.ndarray, length: int, depth: float, n
     return Trial(np.concatenate(parts), range(length - len(answer), length))
 
 
-def make_patterns(model: Any, prose_T: np.ndarray, length: int) -> dict[str, Callable[..., Any]]:
+def make_patterns(model: Any, prose_BT: np.ndarray) -> dict[str, Callable[..., Any]]:
     """Return name -> jitted function of parameters and ids to the logits before each position.
 
     Args:
-      model: SmolLM2 with that many positions.
-      prose_T: i32, text by which the choice is calibrated.
-      length: int, T.
+      model: SmolLM2 with as many positions as the texts.
+      prose_BT: i32[B, T], texts by which the choice is calibrated.
     """
-    num_blocks = length // BLOCK
+    num_blocks = prose_BT.shape[1] // BLOCK
     blocks = DynamicBlocks(
         density=DENSITY,
         block_size=BLOCK,
@@ -93,7 +92,7 @@ def make_patterns(model: Any, prose_T: np.ndarray, length: int) -> dict[str, Cal
         causal=True,
         query_spacing=QUERY_SPACING,
     )
-    blocks = calibrate_blocks(model, prose_T[None, :length], blocks)
+    blocks = calibrate_blocks(model, prose_BT, blocks)
     kept_IJ = pattern_at_density("sink_window", num_blocks, density=DENSITY, causal=True)
     mask = model.blocks.attention.block_mask
     mask[...] = jax.numpy.broadcast_to(kept_IJ, mask[...].shape)
@@ -156,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             np.concatenate([d.ids_T for d in documents if d.use == use])
             for use in ("calibration", "test")
         )
-        patterns = make_patterns(loaded.model, calibration_T, length)
+        patterns = make_patterns(loaded.model, calibration_T.reshape(-1, length))
         state = nnx.state(loaded.model)
         for depth in DEPTHS:
             for name in NEEDLES:

@@ -34,19 +34,19 @@ def find_smollm2():
     return next(file.locate() for file in files if file.suffix == ".gguf")
 
 
-def make_patterns(model, calibration_T):
+def make_patterns(model, calibration_BT):
     """Return name -> (AttentionOptions, bool[I, J] that all layers keep, or None)."""
-    num_blocks = len(calibration_T) // BLOCK
-    sides = {"block_size": BLOCK, "num_blocks": num_blocks, "causal": True}
-    even = DynamicBlocks(density=DENSITY, **sides)
-    chosen = calibrate_blocks(model, calibration_T[None], even)
+    num_blocks = calibration_BT.shape[1] // BLOCK
+    sides = {"density": DENSITY, "block_size": BLOCK, "num_blocks": num_blocks, "causal": True}
+    by_habits = calibrate_blocks(model, calibration_BT, DynamicBlocks(num_queries=0, **sides))
+    chosen = calibrate_blocks(model, calibration_BT, DynamicBlocks(query_spacing=128, **sides))
     patterns = {"dense": (AttentionOptions(sparse=False), None)}
     for name in ("sliding_window", "bigbird", "sink_window"):
         kept = pattern_at_density(
             name, num_blocks, density=DENSITY, causal=True, key=jax.random.key(0)
         )
         patterns[name.replace("_", " ")] = (AttentionOptions(), kept)
-    patterns["dynamic, uncalibrated"] = (AttentionOptions(choose_blocks=even), None)
+    patterns["habits alone"] = (AttentionOptions(choose_blocks=by_habits), None)
     patterns["dynamic"] = (AttentionOptions(choose_blocks=chosen), None)
     return patterns
 
@@ -91,10 +91,9 @@ def draw_maps(model, chooser, kept_IJ, tokens_T, path):
     share = jax.jit(
         lambda q, k: compute_shares(q[:, rows], k, rows, None, block_size=BLOCK, causal=True)
     )
-    shares = [
-        share(q, k)[0].mean(2) for q, k in zip(*read_heads(model, tokens_T[None]), strict=True)
-    ]
-    shares_LNIJ = np.stack(shares)
+    states = read_heads(model, tokens_T[None])
+    pairs = zip(states.q_LBTNH, states.k_LBTKH, strict=True)
+    shares_LNIJ = np.stack([share(q, k)[0].mean(2) for q, k in pairs])
     gain_LN = (shares_LNIJ * (1.0 * kept_LNIJ - np.asarray(kept_IJ))).sum((2, 3))
     most = np.argsort(-gain_LN, axis=None)[:3]
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 7.4), layout="constrained")
@@ -117,7 +116,7 @@ def draw_maps(model, chooser, kept_IJ, tokens_T, path):
     figure.suptitle(
         f"Attention to {len(tokens_T)} tokens (grey), blocks of {BLOCK} that are kept (orange):\n"
         f"{DENSITY:.0%} of all heads' visible ones in either row. What a query block keeps is\n"
-        "chosen before its tokens are read. The heads that gain most."
+        "chosen before its tokens are read. The heads whose kept attention grows most."
     )
     figure.savefig(path, dpi=110)
 
@@ -127,12 +126,12 @@ def main(model_path=None, length=1024, picture="pretrained_attention.png", new_t
     path = model_path or find_smollm2()
     loaded = sparsejax.load_pretrained(path, max_length=length, block_size=BLOCK)
     topics = pydoc_data.topics.topics
-    texts = [topics["specialnames"], topics["types"]]
-    text_T, calibration_T = (
+    texts = [topics[name] for name in ("specialnames", "types", "debugger", "formatstrings")]
+    text_T, *calibration_BT = (
         ids[:length].astype(np.int32)
         for ids in loaded.tokenizer.encode([text.encode() for text in texts])
     )
-    patterns = make_patterns(loaded.model, calibration_T)
+    patterns = make_patterns(loaded.model, np.stack(calibration_BT))
     found = {}
     for name, (options, kept_IJ) in patterns.items():
         found[name] = measure(loaded.model, options, kept_IJ, text_T)

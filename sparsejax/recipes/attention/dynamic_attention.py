@@ -21,6 +21,9 @@ class DynamicAttentionConfig:
       density: share of the visible blocks that is kept, exactly.
       num_queries: queries of each query block that are compared with all keys to choose its blocks.
         In a causal model these are its first one and those before; otherwise they lie evenly in it.
+        0, of a causal model: whatever the input, what is nearest is kept.
+      query_spacing: of a causal model, positions between the query blocks that are sampled, whole
+        blocks; None = every one is.
       num_sinks: first key blocks that are always kept, beside the diagonal.
       share_heads: the heads of a layer share one budget; otherwise each has an equal one.
       dense_phase: what ends the dense phase: "fraction", a share of the run; or "spion" or "sat",
@@ -41,6 +44,7 @@ class DynamicAttentionConfig:
 
     density: float = 0.2
     num_queries: int = 1
+    query_spacing: int | None = None
     num_sinks: int = 1
     share_heads: bool = True
     dense_phase: DensePhase = "fraction"
@@ -86,6 +90,7 @@ class DynamicAttentionConfig:
             num_blocks=self.length // self.block_size,
             causal=self.causal,
             num_queries=self.num_queries,
+            query_spacing=self.query_spacing,
             num_sinks=self.num_sinks,
             share_heads=self.share_heads,
         )
