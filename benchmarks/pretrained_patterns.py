@@ -22,7 +22,8 @@ from sparsejax.masks import (
     top_k_blocks,
 )
 from sparsejax.masks.attention.block_counts import count_row_blocks
-from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks
+from sparsejax.masks.attention.dynamic import keep_top_blocks
+from sparsejax.masks.attention.query_shares import compute_shares
 from sparsejax.models import Transformer
 
 SINK_WINDOW = "sink + window"

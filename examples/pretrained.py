@@ -19,7 +19,7 @@ from flax import nnx
 import sparsejax
 from sparsejax.calibration import calibrate_blocks, read_heads
 from sparsejax.masks import DynamicBlocks, pattern_at_density
-from sparsejax.masks.attention.dynamic import compute_shares
+from sparsejax.masks.attention.query_shares import compute_shares
 from sparsejax.models import AttentionOptions
 
 DENSITY, BLOCK = 0.2, 32

@@ -32,7 +32,7 @@ def read_heads(model: Transformer, tokens_BT: np.ndarray, *, gradients: bool = F
       gradients: bool, also differentiate the loss.
 
     Returns:
-      HeadStates.
+      HeadStates of all layers, with a gradient where it was asked for.
     """
     return _make_reader(model, gradients=gradients)(tokens_BT)
 
@@ -48,6 +48,8 @@ def calibrate_blocks(
 
       cost_ij = mean_(t in i) (g_t (y_t - y_t without j))^2
 
+    where what is left without j counts as a tenth of the attention at least.
+
     Each head's costs are fitted by the parts of its score (`Habits`), with factors that are not
     negative. The layers share the budget as the highest scores of all their heads would have it.
 
@@ -59,7 +61,8 @@ def calibrate_blocks(
       DynamicBlocks with `habits` and `layer_shares`.
 
     Raises:
-      ValueError: if the blocks are not causal, look ahead or are not shared by heads.
+      ValueError: if the blocks are not causal, look ahead or are not shared by heads, are not those
+        of the model, there are no texts, or a gradient is not finite.
 
     References:
       The second-order cost is that of LeCun et al., Optimal Brain Damage, 1989.
@@ -69,6 +72,15 @@ def calibrate_blocks(
             "blocks must be causal, without lookahead and with share_heads to be calibrated, got "
             f"{blocks}"
         )
+    pattern, length = model.config.block, blocks.num_blocks * blocks.block_size
+    sides = (pattern.block_q, pattern.block_kv, model.config.max_length)
+    if sides != (blocks.block_size, blocks.block_size, length):
+        raise ValueError(
+            f"blocks must have the model's block sizes and length {sides}, got "
+            f"block_size={blocks.block_size} and num_blocks={blocks.num_blocks}"
+        )
+    if not len(tokens_BT):
+        raise ValueError("tokens_BT must hold at least one text to calibrate by, got 0")
     even = dataclasses.replace(blocks, layer_shares=(), habits=())
     observe = jax.jit(functools.partial(_observe, even))
     read = _make_reader(model, gradients=True)
@@ -77,6 +89,8 @@ def calibrate_blocks(
         states = read(tokens_T[None])
         layers = [jax.device_get(observe(*layer)) for layer in zip(*states, strict=True)]
         gram, moment, shares_LNIJ = (np.stack(x) for x in zip(*layers, strict=True))
+        if not np.isfinite(moment).all():
+            raise ValueError("attention and its gradient must be finite to calibrate, got others")
         sums.append((gram, moment))
         shares.append(shares_LNIJ)
     gram_LNFF, moment_LNF = (sum(x) for x in zip(*sums, strict=True))
@@ -119,7 +133,9 @@ def measure_costs(
 
     def multiply(x_RNH, y_SKH):
         x = x_RNH.reshape(block_size, K, N // K, H).astype(jnp.float32)
-        return jnp.einsum("rkgh,skh->kgrs", x, y_SKH.astype(jnp.float32)).reshape(N, block_size, T)
+        y = y_SKH.astype(jnp.float32)
+        products = jnp.einsum("rkgh,skh->kgrs", x, y, precision="highest")
+        return products.reshape(N, block_size, T)
 
     def measure(rows_R):
         seen_RS = jnp.arange(T)[None] <= rows_R[:, None]
@@ -166,8 +182,9 @@ def _observe(blocks, q_BTNH, k_BTKH, v_BTKH, y_BTNH, gradient_BTNH):
         ],
         axis=1,
     )
-    gram_NFF = jnp.einsum("nfij,ngij->nfg", parts_NFIJ, parts_NFIJ)
-    return gram_NFF, jnp.einsum("nfij,nij->nf", parts_NFIJ, costs_NIJ), shares_BNIJ[0]
+    multiply = functools.partial(jnp.einsum, precision="highest")
+    gram_NFF = multiply("nfij,ngij->nfg", parts_NFIJ, parts_NFIJ)
+    return gram_NFF, multiply("nfij,nij->nf", parts_NFIJ, costs_NIJ), shares_BNIJ[0]
 
 
 def _fit_habits(gram_NFF: np.ndarray, moment_NF: np.ndarray) -> Habits:

@@ -140,7 +140,7 @@ def parse_config(mapping: Mapping[str, Any]) -> TrainConfig:
 def add_later_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Give a recorded run the settings that its version did not have yet.
 
-    They have their defaults, with which a run does what it did without them.
+    They have their defaults. Top-level settings are not completed.
 
     Args:
       recorded: nested dict, with the sections that the run used.
@@ -208,7 +208,7 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """
     lines = []
     for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, "missing"), new.get(key, "missing")
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += find_differences(before, after, f"{prefix}{key}.")
         elif before != after:
@@ -280,11 +280,11 @@ def _get_hints(entry: RecipeEntry) -> dict[str, Any]:
 def _refuse_early(config: TrainConfig) -> None:
     """Build model and recipe for data that is not read yet: what no data could make valid.
 
-    The model is an encoder, because a causal pattern has fewer blocks to choose from; its
-    vocabulary has as many ids as blocks of an embedding can divide.
+    What some task could make valid is not refused yet. The vocabulary has as many ids as blocks of
+    an embedding can divide.
     """
     patches = bool(config.data.patch_size)
-    tasks = {"classification": 2, "masked_language_model": 0}
+    tasks = {"classification": 2, "masked_language_model": 0, "language_model": 0}
     if config.data.kind == "pairs":
         tasks = {"translation": 0}
     blocks = [pattern for _, pattern in list_sparse_weights(config.recipe)]
@@ -300,13 +300,12 @@ def _refuse_early(config: TrainConfig) -> None:
                 num_classes=num_classes,
                 patch_values=int(patches),
             )
-            break
+            make_recipe(config, model)
+            return
         except ValueError as error:
             refused = refused or error
-    else:
-        assert refused is not None
-        raise refused
-    make_recipe(config, model)
+    assert refused is not None
+    raise refused
 
 
 def _cast_section(

@@ -58,6 +58,33 @@ class AttentionOptions(NamedTuple):
 SPARSE = AttentionOptions()
 
 
+def make_budgets(options: AttentionOptions, config: TransformerConfig) -> PyTree | None:
+    """Return what a chooser of blocks needs to know of each layer.
+
+    Args:
+      options: of a call.
+      config: of the model.
+
+    Returns:
+      `BlockChooser.budget` with a leading axis of layers; None where the options choose nothing.
+
+    Raises:
+      ValueError: if the chooser knows another number of layers.
+    """
+    if not options.sparse or options.choose_blocks is None:
+        return None
+    num_blocks, _ = config.block.grid(config.max_length)
+    budgets = options.choose_blocks.budget(num_blocks, config.num_heads)
+
+    def spread(leaf):
+        if len(leaf) not in (1, config.num_layers):
+            expected = f"choose_blocks must know of {config.num_layers} layers, or of all alike"
+            raise ValueError(f"{expected}, got {len(leaf)}")
+        return jnp.broadcast_to(leaf, (config.num_layers, *leaf.shape[1:]))
+
+    return jax.tree.map(spread, budgets)
+
+
 class BlockSparseAttention(nnx.Module):
     """Self-attention over the blocks that `block_mask` keeps.
 

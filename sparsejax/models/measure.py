@@ -42,6 +42,7 @@ class HeadStates(NamedTuple):
 class _KeepAll:
     """A chooser that keeps every block, so that the cache of a prompt holds its queries."""
 
+    grid: tuple[int, int]
     lookahead = False
 
     def budget(self, num_blocks, num_heads):
@@ -51,8 +52,7 @@ class _KeepAll:
         return np.ones(1)
 
     def __call__(self, q_BTNH, k_BSKH, kv_mask_BS, budget):
-        num_blocks = len(budget)
-        return jnp.ones((q_BTNH.shape[0], q_BTNH.shape[2], num_blocks, num_blocks), bool)
+        return jnp.ones((q_BTNH.shape[0], q_BTNH.shape[2], *self.grid), bool)
 
 
 def measure_inputs(
@@ -90,7 +90,7 @@ def measure_heads(
       gradients: bool, static; also differentiate the loss of predicting every token but the first.
 
     Returns:
-      HeadStates.
+      HeadStates of all layers, with a gradient where it was asked for.
 
     Raises:
       ValueError: if the model is no causal language model, or the tokens do not fill it.
@@ -109,7 +109,7 @@ def measure_heads(
         return x_BTF
 
     def read(offsets_LBTF):
-        options = AttentionOptions(choose_blocks=_KeepAll())
+        options = AttentionOptions(choose_blocks=_KeepAll(config.block.grid(config.max_length)))
         x_BTD, (seen, cache) = _read_blocks(model, tokens_BT, options, tap, offsets_LBTF)
         states = HeadStates(
             cache.chosen.q_BSNH,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import make_block_schedule
-from sparsejax.models.attention import SPARSE, AttentionOptions
+from sparsejax.models.attention import SPARSE, AttentionOptions, make_budgets
 from sparsejax.models.block import Block
 from sparsejax.models.block_lists import BlockLists
 from sparsejax.models.cache import LayerCache
@@ -304,7 +304,7 @@ class Transformer(nnx.Module):
             config=self.config,
             num_layers=self.config.num_layers,
             keys=(),
-            inputs=(cache, self._get_budgets(options["attention_options"])),
+            inputs=(cache, make_budgets(options["attention_options"], self.config)),
         )
         x_BD = self._normalise(x_B1D)[:, 0]
         return self.compute_logits(x_BD, linear_options=options["linear_options"]), cache
@@ -383,17 +383,7 @@ class Transformer(nnx.Module):
         """Return the lists of the blocks that the layers keep, or how many each is to choose."""
         by_masks = options.position_mask is None and options.choose_blocks is None
         if not (options.sparse and by_masks and length == self.config.max_length):
-            return None, self._get_budgets(options)
+            return None, make_budgets(options, self.config)
         if block_lists is None:
             block_lists = make_block_schedule(self.blocks.attention.block_mask[...])
         return block_lists, None
-
-    def _get_budgets(self, options):
-        if not options.sparse or options.choose_blocks is None:
-            return None
-        layers, heads = self.config.num_layers, self.config.num_heads
-        num_blocks, _ = self.config.block.grid(self.config.max_length)
-        return jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape[1:])),
-            options.choose_blocks.budget(num_blocks, heads),
-        )

@@ -73,7 +73,7 @@ RECIPES: dict[str, RecipeEntry] = {
             "dynamic_attention",
             DynamicAttentionConfig,
             make_dynamic_attention,
-            (*_ATTENTION, "head_dim"),
+            (*_ATTENTION, "num_heads", "head_dim"),
         ),
         RecipeEntry("fst", FSTConfig, make_fst, _WEIGHTS, "mlp/.*=2:4 transposable"),
         RecipeEntry("sste", SSTEConfig, make_sste, ("patterns",), "mlp/.*=2:4"),

@@ -246,6 +246,7 @@ HOMES = {
         "benchmarks",
     ),
     "optax": ("sparsejax.optimizer", "sparsejax.training", "benchmarks"),
+    "scipy": ("sparsejax.calibration",),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
         "configs",

@@ -7,7 +7,7 @@ import pytest
 
 from sparsejax.masks import DynamicBlocks
 from sparsejax.masks.attention.block_counts import count_row_blocks
-from sparsejax.masks.attention.dynamic import compute_shares, keep_top_blocks
+from sparsejax.masks.attention.dynamic import keep_top_blocks
 from sparsejax.masks.attention.habits import (
     Habits,
     classify_distances,
@@ -15,7 +15,9 @@ from sparsejax.masks.attention.habits import (
     predict_scores,
     remember,
 )
+from sparsejax.masks.attention.query_shares import compute_shares
 
+HABITS = Habits(((0.1,) * 9,) * 4, (1.0,) * 4, (0.0,) * 4)
 SIZE, NUM, HEADS, KV_HEADS, WIDTH = 8, 8, 4, 2, 16
 LENGTH = SIZE * NUM
 
@@ -131,7 +133,26 @@ def test_without_samples_habits_alone_choose_whatever_the_input():
     kept = choose(blocks, *draw())
     np.testing.assert_array_equal(kept, choose(blocks, *draw(1)))
     # Alike in all heads: what is nearest, beside the sink.
-    assert kept[:, :, 4, [0, 3, 4]].all()
+    many = make(num_queries=0, num_blocks=32, density=0.45)
+    kept = np.asarray(
+        many.keep(
+            many.score(*draw(length=32 * SIZE), None, None), many.count(32, HEADS)[0], most=99
+        )
+    )
+    for row in (12, 31):
+        count = kept[0, :, row].sum(-1)
+        assert np.ptp(count) <= 1
+        for head in range(HEADS):
+            nearest = [0, *range(row - count[head] + 2, row + 1)]
+            assert kept[0, head, row, nearest].all()
+
+
+def test_a_row_that_is_not_finite_changes_none_before_it():
+    shares = np.tril(np.random.default_rng(0).random((1, 1, 4, 4))).astype(np.float32)
+    expected = predict_scores(jnp.asarray(shares), num_sinks=1)
+    shares[0, 0, 3] = np.nan
+    scores = predict_scores(jnp.asarray(shares), num_sinks=1)
+    np.testing.assert_array_equal(scores[:, :, :3], expected[:, :, :3])
 
 
 def test_scores_add_up_what_is_known_of_a_head_and_what_it_saw():
@@ -142,10 +163,13 @@ def test_scores_add_up_what_is_known_of_a_head_and_what_it_saw():
     row, column, head = 7, 3, 0
     past = sum(0.3 * 0.7 ** (k - 1) * shares[0, head, row - k, column] ** 2 for k in range(1, 8))
     # Four blocks away: the fourth class.
-    expected = habits.distance_NC[head, 3] + 2 * shares[0, head, row, column] ** 2 + 0.5 * past
+    nearness = 1 + 1e-3 / (row - column)
+    expected = (
+        nearness * habits.distance_NC[head, 3] + 2 * shares[0, head, row, column] ** 2 + 0.5 * past
+    )
     assert scores[0, head, row, column] == pytest.approx(expected, rel=1e-5)
     # Six blocks away is the fifth class; the first block behind the sink has its own beside it.
-    expected = habits.distance_NC[1, 4] + habits.distance_NC[1, 8]
+    expected = (1 + 1e-3 / 6) * (habits.distance_NC[1, 4] + habits.distance_NC[1, 8])
     past = np.asarray(remember(jnp.asarray(shares) ** 2))[0, 1, row, 1]
     assert scores[0, 1, row, 1] == pytest.approx(expected + 3 * past, rel=1e-5)
     changed = shares.copy()
@@ -200,6 +224,11 @@ def test_layers_have_their_shares_of_an_exact_total():
         ({"num_queries": 0, "causal": False}, r"num_queries must be in \[1, block_size=8\], got 0"),
         ({"query_spacing": 12}, "query_spacing must be a multiple of block_size=8, got 12"),
         ({"query_spacing": 16, "lookahead": True}, "query_spacing must be None where queries are"),
+        ({"query_spacing": 16, "num_queries": 0}, "query_spacing must be None with num_queries=0"),
+        ({"query_spacing": 72}, "query_spacing must be at most the 64 positions"),
+        ({"query_spacing": 16.0}, "query_spacing must be a multiple of block_size=8, got 16.0"),
+        ({"habits": (HABITS,), "lookahead": True}, r"habits must be \(\) where"),
+        ({"habits": (HABITS,), "layer_shares": (1.0, 1.0)}, "habits must be of as many layers"),
         ({"layer_shares": (1.0, 0.0)}, "layer_shares must be positive"),
         ({"layer_shares": (1.0,), "share_heads": False}, r"must be \(\) without share_heads"),
         ({"causal": False, "lookahead": True}, "lookahead must be False without causal"),

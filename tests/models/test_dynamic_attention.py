@@ -1,5 +1,7 @@
 """A model that chooses its attention blocks: it is causal, it decodes, and it trains."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.masks import DynamicBlocks
+from sparsejax.masks.attention.habits import Habits
 from sparsejax.models import AttentionOptions, SparsityMask, Transformer
 from sparsejax.patterns import BlockPattern
 from tests.small_models import VOCAB, make_config
@@ -28,6 +31,32 @@ OPTIONS = AttentionOptions(
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
 
 
+def draw_calibrated():
+    """Return options as calibration leaves them: habits, shares of layers, fewer samples."""
+    rng = np.random.default_rng(2)
+
+    def draw(*shape):
+        return rng.gamma(0.3, size=shape).tolist()
+
+    habits = tuple(
+        Habits(tuple(map(tuple, draw(4, 9))), tuple(draw(4)), tuple(draw(4))) for _ in range(2)
+    )
+    return AttentionOptions(
+        choose_blocks=DynamicBlocks(
+            density=0.5,
+            block_size=SIZE,
+            num_blocks=8,
+            causal=True,
+            query_spacing=2 * SIZE,
+            layer_shares=(1.3, 0.7),
+            habits=habits,
+        )
+    )
+
+
+BOTH = pytest.mark.parametrize("options", [OPTIONS, draw_calibrated()], ids=["plain", "calibrated"])
+
+
 def draw_model(config=CONFIG):
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graphdef, params, masks = nnx.split(model, nnx.Param, SparsityMask)
@@ -39,17 +68,18 @@ def draw_model(config=CONFIG):
 GRAPHDEF, PARAMS, MASKS = draw_model()
 
 
-@jax.jit
-def compute_logits(tokens):
-    return nnx.merge(GRAPHDEF, PARAMS, MASKS)(tokens, attention_options=OPTIONS).logits
+@functools.partial(jax.jit, static_argnums=1)
+def compute_logits(tokens, options=OPTIONS):
+    return nnx.merge(GRAPHDEF, PARAMS, MASKS)(tokens, attention_options=options).logits
 
 
-def test_a_token_changes_no_logits_before_it():
-    expected = np.asarray(compute_logits(TOKENS))
+@BOTH
+def test_a_token_changes_no_logits_before_it(options):
+    expected = np.asarray(compute_logits(TOKENS, options))
     for position in (8, 21, 40, 63):
         tokens = TOKENS.copy()
         tokens[:, position] = (tokens[:, position] + 1) % VOCAB
-        changed = np.asarray(compute_logits(tokens))
+        changed = np.asarray(compute_logits(tokens, options))
         np.testing.assert_array_equal(changed[:, :position], expected[:, :position])
         assert (changed[:, position] != expected[:, position]).any()
 
@@ -61,19 +91,20 @@ def test_blocks_that_are_not_chosen_are_not_attended_to():
 
 
 @pytest.mark.ci
-def test_decoding_is_the_forward_pass_token_by_token():
+@BOTH
+def test_decoding_is_the_forward_pass_token_by_token(options):
     """From prompts that end within a block, of two lengths, across blocks that begin later."""
-    expected = np.asarray(compute_logits(TOKENS))
+    expected = np.asarray(compute_logits(TOKENS, options))
     starts = np.array([21, 11])
 
     @jax.jit
     def prefill(tokens):
-        return nnx.merge(GRAPHDEF, PARAMS, MASKS).prefill(tokens, attention_options=OPTIONS)[1]
+        return nnx.merge(GRAPHDEF, PARAMS, MASKS).prefill(tokens, attention_options=options)[1]
 
     @jax.jit
     def decode(tokens, cache, positions):
         model = nnx.merge(GRAPHDEF, PARAMS, MASKS)
-        return model.decode(tokens, cache, positions, attention_options=OPTIONS)
+        return model.decode(tokens, cache, positions, attention_options=options)
 
     # What stands behind the shorter prompt is another text.
     prompt = np.where(np.arange(21) < starts[:, None], TOKENS[:, :21], 3)

@@ -10,7 +10,6 @@ I query blocks, J key blocks, R sampled queries of a query block, C classes of d
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,78 +19,7 @@ import numpy as np
 from sparsejax.checks import check_setting
 from sparsejax.masks.attention.block_counts import count_row_blocks, spread_over_layers
 from sparsejax.masks.attention.habits import NUM_CLASSES, Habits, predict_scores
-
-
-def sample_queries(
-    num_blocks: int, *, block_size: int, num_queries: int, within: bool
-) -> np.ndarray:
-    """Return the positions of the queries that stand for each query block.
-
-    Args:
-      num_blocks: int, I.
-      block_size: int, positions of a block.
-      num_queries: int, R.
-      within: bool, they lie evenly within the block; otherwise they are the first position of the
-        block and those before it.
-
-    Returns:
-      int[I, R]; what would lie before the first position is the first.
-
-    Example:
-      >>> sample_queries(2, block_size=8, num_queries=2, within=True).tolist()
-      [[2, 6], [10, 14]]
-      >>> sample_queries(2, block_size=8, num_queries=2, within=False).tolist()
-      [[0, 0], [8, 7]]
-    """
-    first_I1, order_R = block_size * np.arange(num_blocks)[:, None], np.arange(num_queries)
-    if within:
-        return first_I1 + (block_size * (2 * order_R + 1)) // (2 * num_queries)
-    return np.maximum(first_I1 - order_R, 0)
-
-
-def compute_shares(
-    q_BIRNH: jax.Array,
-    k_BSKH: jax.Array,
-    positions_IR: np.ndarray | jax.Array,
-    kv_mask_BS: jax.Array | None,
-    *,
-    block_size: int,
-    causal: bool,
-) -> jax.Array:
-    """Compute which share of their attention some queries give to each key block.
-
-    share[r, j] = sum_(s in block j) softmax_s(q_r k_s / sqrt(H))
-
-    Args:
-      q_BIRNH: float[B, I, R, N, H], queries of each query block.
-      k_BSKH: float[B, S, K, H].
-      positions_IR: i32[I, R], of the queries: in a causal model they see keys up to there.
-      kv_mask_BS: bool[B, S], True = real token; None = all.
-      block_size: int, positions of a key block.
-      causal: bool, static.
-
-    Returns:
-      f32[B, N, I, R, J].
-
-    Numerics:
-      Products in the type of the queries, summed in f32; softmax in f32.
-    """
-    B, I, R, N, H = q_BIRNH.shape  # noqa: E741
-    S, K = k_BSKH.shape[1:3]
-    q = q_BIRNH.reshape(B, I, R, K, N // K, H)
-    scores = jnp.einsum("birkgh,bskh->bkgirs", q, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BNIRS = scores.reshape(B, N, I, R, S) / math.sqrt(H)
-    seen = jnp.ones((1, 1, 1, 1, S), bool)
-    if causal:
-        seen = (jnp.arange(S)[None, None] <= positions_IR[..., None])[None, None]
-    if kv_mask_BS is not None:
-        seen = seen & kv_mask_BS[:, None, None, None]
-    # Where no key is seen, every score is the lowest finite one, and the shares are even.
-    scores_BNIRS = jnp.where(seen, scores_BNIRS, jnp.finfo(jnp.float32).min)
-    highest = scores_BNIRS.max(-1, keepdims=True)
-    # Summed by block before they are normalised: one pass over the positions.
-    sums = jnp.exp(scores_BNIRS - highest).reshape(B, N, I, R, -1, block_size).sum(-1)
-    return sums / sums.sum(-1, keepdims=True)
+from sparsejax.masks.attention.query_shares import compute_shares, sample_queries
 
 
 def keep_top_blocks(
@@ -210,10 +138,20 @@ class DynamicBlocks:
         )
         spacing, expected = self.query_spacing, f"a multiple of block_size={self.block_size}"
         if spacing is not None:
-            is_whole = spacing > 0 and spacing % self.block_size == 0
+            is_whole = isinstance(spacing, int) and spacing > 0 and spacing % self.block_size == 0
             check_setting(is_whole, "query_spacing", spacing, expected)
             expected = "None where queries are sampled within their own block"
             check_setting(self._predicts, "query_spacing", spacing, expected)
+            expected = "None with num_queries=0"
+            check_setting(self.num_queries > 0, "query_spacing", spacing, expected)
+            length = self.num_blocks * self.block_size
+            expected = f"at most the {length} positions of the longest input"
+            check_setting(spacing <= length, "query_spacing", spacing, expected)
+        is_used = self._predicts or not self.habits
+        check_setting(is_used, "habits", "some", "() where a query block's own queries are known")
+        lengths = {len(part) for part in (self.habits, self.layer_shares) if part}
+        expected = "of as many layers as layer_shares"
+        check_setting(len(lengths) < 2, "habits", f"{len(self.habits)}", expected)
         check_setting(
             0 <= self.num_sinks <= self.num_blocks,
             "num_sinks",
@@ -265,9 +203,10 @@ class DynamicBlocks:
         habits = None
         if self.habits:
             habits = Habits(*(np.asarray(x, np.float32) for x in zip(*self.habits, strict=True)))
+            shapes = [x.shape[1:] for x in habits]
             expected = f"of {num_heads} heads and {NUM_CLASSES} classes of distance"
-            shape = habits.distance_NC.shape[1:]
-            check_setting(shape == (num_heads, NUM_CLASSES), "habits", f"{shape=}", expected)
+            wanted = [(num_heads, NUM_CLASSES), (num_heads,), (num_heads,)]
+            check_setting(shapes == wanted, "habits", f"{shapes=}", expected)
         return Budget(self.count(num_blocks, num_heads), habits)
 
     def measure_density(self, num_blocks: int, num_heads: int) -> np.ndarray:

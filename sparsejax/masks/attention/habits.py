@@ -15,6 +15,8 @@ _DISTANCES = (1, 2, 3, 4, 6, 10, 18, 34)
 NUM_CLASSES = len(_DISTANCES) + 1
 # How much of what a query block needed the next one still needs.
 _MEMORY = 0.7
+# Below every cost that matters.
+_NOTHING = 1e-12
 
 
 class Habits(NamedTuple):
@@ -67,6 +69,8 @@ def remember(squares_BNIJ: jax.Array) -> jax.Array:
 
     before_i = 0.3 sum_(k >= 1) 0.7^(k - 1) square_(i - k)
 
+    What is not finite counts as 0, since rows where no token is yet may hold anything.
+
     Args:
       squares_BNIJ: f32[B, N, I, J], I = J.
 
@@ -77,7 +81,9 @@ def remember(squares_BNIJ: jax.Array) -> jax.Array:
     row, other = np.indices((num_blocks, num_blocks))
     past = row - other
     weight_II = np.where(past >= 1, (1 - _MEMORY) * _MEMORY ** np.maximum(past - 1, 0), 0)
-    return jnp.einsum("ik,bnkj->bnij", jnp.asarray(weight_II, jnp.float32), squares_BNIJ)
+    squares_BNIJ = jnp.where(jnp.isfinite(squares_BNIJ), squares_BNIJ, 0)
+    weight_II = jnp.asarray(weight_II, jnp.float32)
+    return jnp.einsum("ik,bnkj->bnij", weight_II, squares_BNIJ, precision="highest")
 
 
 def predict_scores(
@@ -102,7 +108,11 @@ def predict_scores(
     N, _, num_blocks = shares_BNIJ.shape[1:]
     distance_NC, seen_N, before_N = make_even_habits(N) if habits is None else habits
     classes_CIJ = classify_distances(num_blocks, num_sinks=num_sinks)
-    base_NIJ = jnp.einsum("nc,cij->nij", jnp.asarray(distance_NC), classes_CIJ)
+    row, column = np.indices((num_blocks, num_blocks))
+    # Of blocks of one class the nearest come first, and of heads that know nothing.
+    nearness_IJ = (1e-3 / np.maximum(row - column, 1)).astype(np.float32)
+    base_NIJ = jnp.einsum("nc,cij->nij", jnp.asarray(distance_NC), classes_CIJ, precision="highest")
+    base_NIJ = base_NIJ * (1 + nearness_IJ)[None] + (_NOTHING * nearness_IJ)[None]
     squares = shares_BNIJ**2
     scores = jnp.asarray(seen_N)[None, :, None, None] * squares
     scores += jnp.asarray(before_N)[None, :, None, None] * remember(squares)

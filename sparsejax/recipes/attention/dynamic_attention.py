@@ -35,6 +35,7 @@ class DynamicAttentionConfig:
       causal: choose on and below the diagonal, for a query block from positions up to its first.
       num_layers: layers of the model.
       length: positions T.
+      num_heads: query heads of a layer.
       head_dim: width of a head.
       num_steps: steps of the run.
 
@@ -54,6 +55,7 @@ class DynamicAttentionConfig:
     causal: bool = False
     num_layers: int
     length: int
+    num_heads: int
     head_dim: int
     num_steps: int
 
@@ -111,6 +113,7 @@ def make_dynamic_attention(config: DynamicAttentionConfig) -> Recipe:
         "block_size": config.block_size,
         "causal": config.causal,
         "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
         "length": config.length,
         "num_steps": config.num_steps,
         "latest_switch_fraction": config.latest_switch_fraction,
