@@ -34,7 +34,7 @@ NEEDLES = {
     "harbour": ("The secret number of the harbour is ", "7194"),
     "library": ("The secret number of the library is ", "3852"),
 }
-_DENSE, _FIXED, _DYNAMIC = "dense", "sink + window", "dynamic"
+_DENSE, _FIXED, _DYNAMIC, _HABITS = "dense", "sink + window", "dynamic", "habits alone"
 
 
 class Trial(NamedTuple):
@@ -85,14 +85,13 @@ def make_patterns(model: Any, prose_BT: np.ndarray) -> dict[str, Callable[..., A
       prose_BT: i32[B, T], texts by which the choice is calibrated.
     """
     num_blocks = prose_BT.shape[1] // BLOCK
-    blocks = DynamicBlocks(
-        density=DENSITY,
-        block_size=BLOCK,
-        num_blocks=num_blocks,
-        causal=True,
-        query_spacing=QUERY_SPACING,
-    )
-    blocks = calibrate_blocks(model, prose_BT, blocks)
+
+    def calibrate(**options):
+        blocks = DynamicBlocks(
+            density=DENSITY, block_size=BLOCK, num_blocks=num_blocks, causal=True, **options
+        )
+        return AttentionOptions(choose_blocks=calibrate_blocks(model, prose_BT, blocks))
+
     kept_IJ = pattern_at_density("sink_window", num_blocks, density=DENSITY, causal=True)
     mask = model.blocks.attention.block_mask
     mask[...] = jax.numpy.broadcast_to(kept_IJ, mask[...].shape)
@@ -110,7 +109,8 @@ def make_patterns(model: Any, prose_BT: np.ndarray) -> dict[str, Callable[..., A
     return {
         _DENSE: make(AttentionOptions(sparse=False)),
         _FIXED: make(AttentionOptions()),
-        _DYNAMIC: make(AttentionOptions(choose_blocks=blocks)),
+        _DYNAMIC: make(calibrate(query_spacing=QUERY_SPACING)),
+        _HABITS: make(calibrate(num_queries=0)),
     }
 
 
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     values = {"found": found, "loss": float(losses.mean())}
                     results.record(key, values, describe_environment())
                     print(f"{key}: {values}", flush=True)
-    rows = [_row(results, n, p) for n in LENGTHS for p in (_DENSE, _FIXED, _DYNAMIC)]
+    rows = [_row(results, n, p) for n in LENGTHS for p in (_DENSE, _FIXED, _DYNAMIC, _HABITS)]
     table = make_table([row for row in rows if row], COLUMNS)
     (RESULTS / f"{NAME}.md").write_text(table)
     print("\n" + table)
