@@ -42,6 +42,7 @@ from sparsejax.patterns import NMPattern, WeightPattern, parse_weight_pattern
 
 NAME, DENSE = "pretrained_weights", "dense"
 CALIBRATION_LENGTH, TEST_LENGTH = 2048, 512
+CALIBRATION = ("types", "classes")
 LAYERS = "mlp/.*"
 MAGNITUDE, ACTIVATION_AWARE = "magnitude", "activation-aware"
 PATTERNS = (
@@ -118,7 +119,7 @@ class Laboratory:
         return {"losses": losses, "perplexity": float(np.exp(np.mean([*losses.values()])))}
 
     def _measure_norms(self):
-        documents = [d for d in self._documents if d.use == "calibration"]
+        documents = [d for d in self._documents if d.name in CALIBRATION]
         batches = [document.ids_T[None] for document in documents]
         return collect_statistics(self._dense, batches).norms
 
