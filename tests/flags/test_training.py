@@ -11,8 +11,14 @@ from tests.training.runs import load_end, train
 pytestmark = pytest.mark.ci
 
 
+# Patterns of heads are traced in `test_recipes`, too; whole runs of them are for `make test-all`.
+def _mark(name, precision):
+    marks = pytest.mark.slow if name.endswith("per head") else ()
+    return pytest.param(name, precision, marks=marks)
+
+
 @pytest.mark.parametrize(
-    ("name", "precision"), [*zip(RECIPES, itertools.cycle(["bfloat16", "highest"]), strict=False)]
+    ("name", "precision"), [*map(_mark, RECIPES, itertools.cycle(["bfloat16", "highest"]))]
 )
 def test_runs_are_narrow_finite_and_transfer_nothing_unasked(tmp_path, name, precision):
     settings = make_settings(tmp_path, name)

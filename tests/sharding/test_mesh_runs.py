@@ -9,9 +9,8 @@ from tests.sharding.mesh_runs import RESUMED, SHORT, list_runs
 
 # Every mesh, and every mechanism but two on one; `make test-all` runs all recipes on all.
 _CHOSEN = [
-    "spion/data=2 fsdp=4",
     "dynamic_attention/data=2 fsdp=2 tensor=2",
-    "mst/data=2 fsdp=2 tensor=2",
+    "mst/data=2 fsdp=4",
     "fst/fsdp=8",
     "spion+fst/context=4",
     "spion per head/data=2 fsdp=2 tensor=2",
