@@ -208,7 +208,7 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """
     lines = []
     for key in sorted(set(old) | set(new)):
-        before, after = old.get(key, "missing"), new.get(key, "missing")
+        before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += find_differences(before, after, f"{prefix}{key}.")
         elif before != after:
