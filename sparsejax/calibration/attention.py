@@ -93,7 +93,7 @@ def calibrate_blocks(
             raise ValueError("attention and its gradient must be finite to calibrate, got others")
         sums.append((gram, moment))
         shares.append(shares_LNIJ)
-    gram_LNFF, moment_LNF = (sum(x) for x in zip(*sums, strict=True))
+    gram_LNFF, moment_LNF = (np.sum(x, axis=0) for x in zip(*sums, strict=True))
     habits = [_fit_habits(*layer) for layer in zip(gram_LNFF, moment_LNF, strict=True)]
     return dataclasses.replace(
         blocks,
@@ -210,7 +210,7 @@ def _share_out(
     for shares_LNIJ in shares:
         L, N, num_blocks, _ = shares_LNIJ.shape
         scores = predict_scores(
-            shares_LNIJ.reshape(1, L * N, num_blocks, num_blocks),
+            jnp.asarray(shares_LNIJ.reshape(1, L * N, num_blocks, num_blocks)),
             together,
             num_sinks=blocks.num_sinks,
         )
