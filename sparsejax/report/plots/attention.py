@@ -46,16 +46,7 @@ def plot_attention_patterns(
       OSError: if the file cannot be written.
       ValueError: if an array has another dtype or shape, or attention that is not finite.
     """
-    masks_LIJ = np.asarray(masks_LIJ)
-    if masks_LIJ.dtype != bool or masks_LIJ.ndim != 3 or not masks_LIJ.size:
-        raise ValueError(f"masks_LIJ must be bool[L, I, J], got {describe_array(masks_LIJ)}")
-    if pooled_LIJ is not None:
-        pooled_LIJ = np.asarray(pooled_LIJ)
-        if pooled_LIJ.shape != masks_LIJ.shape or not np.isfinite(pooled_LIJ).all():
-            raise ValueError(
-                f"pooled_LIJ must be finite and shaped like masks_LIJ, {list(masks_LIJ.shape)}, "
-                f"got {describe_array(pooled_LIJ)}"
-            )
+    masks_LIJ, pooled_LIJ = read_maps(masks_LIJ, pooled_LIJ, "LIJ")
     layers = len(masks_LIJ)
     visible_IJ = make_visible(masks_LIJ.shape[1], masks_LIJ.shape[2], causal)
     panels_per_layer = 1 if pooled_LIJ is None else 2
@@ -178,6 +169,36 @@ def _draw(panel: Axes, values_IJ: np.ndarray, first_column: int, **colors: Any) 
     (rows_I, columns_J), left = values_IJ.shape, first_column - 0.5
     extent = (left, left + columns_J, rows_I - 0.5, -0.5)
     return panel.imshow(values_IJ, interpolation="nearest", extent=extent, **colors)
+
+
+def read_maps(
+    masks: np.ndarray, pooled: np.ndarray | None, axes: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read masks and pooled attention, if they can be drawn together.
+
+    Args:
+      masks: bool, True = kept.
+      pooled: float, of the same shape, or None.
+      axes: letters of the axes, for messages.
+
+    Returns:
+      bool array and float array or None, of one shape.
+
+    Raises:
+      ValueError: if an array has another dtype or shape, or attention that is not finite.
+    """
+    masks = np.asarray(masks)
+    if masks.dtype != bool or masks.ndim != len(axes) or not masks.size:
+        expected = f"masks_{axes} must be bool[{', '.join(axes)}]"
+        raise ValueError(f"{expected}, got {describe_array(masks)}")
+    if pooled is not None:
+        pooled = np.asarray(pooled)
+        if pooled.shape != masks.shape or not np.isfinite(pooled).all():
+            raise ValueError(
+                f"pooled_{axes} must be finite and shaped like masks_{axes}, "
+                f"{list(masks.shape)}, got {describe_array(pooled)}"
+            )
+    return masks, pooled
 
 
 def describe_array(array: np.ndarray) -> str:

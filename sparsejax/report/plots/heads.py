@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from sparsejax.report.plots.attention import (
     add_bar,
     add_legend,
-    describe_array,
     draw_attention,
     draw_mask,
     make_visible,
+    read_maps,
 )
 from sparsejax.report.plots.style import make_figure, measure_note, save_figure
 
@@ -49,16 +49,7 @@ def plot_head_patterns(
       OSError: if the file cannot be written.
       ValueError: if an array has another dtype or shape, or attention that is not finite.
     """
-    masks_LNIJ = np.asarray(masks_LNIJ)
-    if masks_LNIJ.dtype != bool or masks_LNIJ.ndim != 4 or not masks_LNIJ.size:
-        raise ValueError(f"masks_LNIJ must be bool[L, N, I, J], got {describe_array(masks_LNIJ)}")
-    if pooled_LNIJ is not None:
-        pooled_LNIJ = np.asarray(pooled_LNIJ)
-        if pooled_LNIJ.shape != masks_LNIJ.shape or not np.isfinite(pooled_LNIJ).all():
-            raise ValueError(
-                "pooled_LNIJ must be finite and shaped like masks_LNIJ, "
-                f"{list(masks_LNIJ.shape)}, got {describe_array(pooled_LNIJ)}"
-            )
+    masks_LNIJ, pooled_LNIJ = read_maps(masks_LNIJ, pooled_LNIJ, "LNIJ")
     layers, heads, rows_I, columns_J = masks_LNIJ.shape
     visible_IJ = make_visible(rows_I, columns_J, causal)
     strips_per_layer = 1 if pooled_LNIJ is None else 2
