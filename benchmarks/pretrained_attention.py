@@ -10,44 +10,32 @@ oracles keep the highest of the dense model's own maps of the document. All keep
 
 Losses of every token are kept (`results/pretrained_attention.npz`, in units of 1e-4 nats), so that
 patterns are compared token by token. Errors are those of means over chunks of 64 tokens, 95 %.
+Forward passes are timed on one document, all patterns in turns (`pretrained_attention_speed.json`).
 
-Legend: L layers, T positions, N query heads, I = J blocks along one side.
+Legend: T positions.
 """
 
 import functools
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
 from benchmarks.environment import describe_environment, device_name
 from benchmarks.harness import RESULTS, parse_arguments
-from benchmarks.pretrained_documents import Document, list_documents
-from benchmarks.pretrained_patterns import (
-    CHOSEN,
-    FREE_ORACLE,
-    ORACLE,
-    PATTERNS,
-    SINK_WINDOW,
-    average_maps,
-    make_chooser,
-    make_masks,
-    make_oracles,
-    measure_maps,
-)
+from benchmarks.pretrained_documents import list_documents
+from benchmarks.pretrained_patterns import FREE_ORACLE, ORACLE, PATTERNS, SINK_WINDOW
+from benchmarks.pretrained_setting import DENSE, Setting
 from benchmarks.records import Column, Results, make_table
 from benchmarks.smollm2 import load_smollm2
-from sparsejax.masks import block_density
-from sparsejax.models import AttentionOptions, SparsityMask, Transformer
+from pallas_kernels.doctor.timing import time_interleaved
 
-NAME, LENGTH, DENSE = "pretrained_attention", 2048, "dense"
+NAME, LENGTH = "pretrained_attention", 2048
+SPEED = f"{NAME}_speed"
 SETTINGS = ((64, 0.2), (32, 0.2), (64, 0.3), (32, 0.1), (32, 0.3))
 _CHUNK = 64
 _UNIT = 1e-4
@@ -107,116 +95,72 @@ def compare(losses: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Compa
     return Comparison(float(every.mean()), float(1.96 * error))
 
 
-def make_loss(
-    model: Transformer, options: AttentionOptions
-) -> Callable[[Any, np.ndarray | None, np.ndarray], np.ndarray]:
-    """Return the jitted function of masks and tokens to the loss of every token but the first.
-
-    Args:
-      options: AttentionOptions of the forward pass.
-
-    Returns:
-      Function (params, masks bool[L, 1 | N, I, J] or None, ids i32[T]) -> f32[T - 1].
-    """
-    graphdef, _, masks = nnx.split(model, nnx.Param, SparsityMask)
-    plain = nnx.to_pure_dict(masks)
-
-    @jax.jit
-    def compute(params, masks_LNIJ, ids_T):
-        masks = plain
-        if masks_LNIJ is not None:
-            attention = plain["blocks"]["attention"] | {"block_mask": masks_LNIJ[:, None]}
-            masks = plain | {"blocks": plain["blocks"] | {"attention": attention}}
-        merged = nnx.merge(graphdef, params, masks)
-        logits_TV = merged(ids_T[None], attention_options=options).logits[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits_TV[:-1], ids_T[1:])
-
-    return compute
-
-
-def run_setting(
-    model: Transformer,
-    documents: Sequence[Document],
+def measure_losses(
+    setting: Setting,
     results: Results,
     losses: Losses,
     *,
-    block_size: int,
-    density: float,
     force: bool,
     is_late: Callable[[], bool],
 ) -> None:
-    """Evaluate all patterns of one density and block size on all documents.
+    """Read all documents through all patterns of a setting.
 
     Args:
-      model: SmolLM2, with blocks of that size.
-      documents: of `list_documents`.
+      setting: with SmolLM2.
       results: file that summaries go to.
       losses: file that losses go to.
-      block_size: int, side of a block, positions.
-      density: float, share of the visible blocks that is kept.
       force: measure again what is there.
       is_late: says when to stop.
     """
-    params = nnx.state(model, nnx.Param)
-    get_maps = functools.cache(lambda i: measure_maps(model, documents[i].ids_T, block_size))
-    tests = [i for i, document in enumerate(documents) if document.use == "test"]
-    calibrations = [i for i, document in enumerate(documents) if document.use == "calibration"]
-    ids_BT = np.stack([documents[i].ids_T for i in calibrations])
-    sizes = {"density": density, "block_size": block_size}
-    get_chooser = functools.cache(lambda name: make_chooser(name, model, ids_BT, **sizes))
-    fixed: Mapping[str, np.ndarray] = {}
-    dense = make_loss(model, AttentionOptions(sparse=False))
-    sparse = make_loss(model, AttentionOptions())
-    choose = functools.cache(
-        lambda name: make_loss(model, AttentionOptions(choose_blocks=get_chooser(name)))
-    )
-
-    def measure(pattern: str, index: int) -> tuple[np.ndarray, float, float | None]:
-        """Return losses, density and share of the dense attention that is kept."""
-        nonlocal fixed
-        document = documents[index]
-        if pattern == DENSE:
-            return dense(params, None, document.ids_T), 1.0, 1.0
-        if pattern in CHOSEN:
-            loss_T = choose(pattern)(params, None, document.ids_T)
-            return loss_T, _mean_density(get_chooser(pattern), model), None
-        if not fixed:
-            calibration = average_maps([get_maps(i) for i in calibrations])
-            fixed = make_masks(calibration, **sizes)
-        maps = get_maps(index)
-        masks = dict(fixed) | make_oracles(maps, density=density)
-        kept_LNIJ = masks[pattern]
-        shares = (maps.blocks_LNIJ * kept_LNIJ).sum(-1).mean()
-        loss_T = sparse(params, kept_LNIJ, document.ids_T)
-        kept = float(block_density(jnp.asarray(kept_LNIJ), causal=True).mean())
-        return loss_T, kept, float(shares)
-
     for pattern in (DENSE, *dict.fromkeys(PATTERNS)):
-        for index in tests:
-            document = documents[index]
+        for index in setting.tests:
+            document = setting.documents[index]
             key = {
                 "pattern": pattern,
-                "block": 0 if pattern == DENSE else block_size,
-                "density": 1.0 if pattern == DENSE else density,
+                "block": 0 if pattern == DENSE else setting.block_size,
+                "density": 1.0 if pattern == DENSE else setting.density,
                 "document": document.name,
                 "device": device_name(),
             }
             if is_late() or (key in results and not force):
                 continue
             began = time.perf_counter()
-            loss_T, kept, share = measure(pattern, index)
-            losses.record(name_losses(key), np.asarray(loss_T))
-            values = {"loss": float(np.mean(loss_T)), "kept": kept, "sha256": document.sha256}
-            if share is not None:
-                values["attention_kept"] = share
+            reading = setting.prepare(pattern, index)
+            loss_T = np.asarray(reading.compute())
+            losses.record(name_losses(key), loss_T)
+            values = {
+                "loss": float(loss_T.mean()),
+                "kept": reading.kept,
+                "sha256": document.sha256,
+            }
+            if reading.share is not None:
+                values["attention_kept"] = reading.share
             results.record(key, values, describe_environment())
             took = time.perf_counter() - began
-            print(f"{key}: {values['loss']:.4f} nats, density {kept:.4f}, {took:.0f} s", flush=True)
+            print(f"{key}: {values}, {took:.0f} s", flush=True)
 
 
-def _mean_density(chooser: Any, model: Transformer) -> float:
-    config = model.config
-    return float(chooser.measure_density(config.block.grid(LENGTH)[0], config.num_heads).mean())
+def measure_speed(
+    setting: Setting, results: Results, *, force: bool, is_late: Callable[[], bool]
+) -> None:
+    """Time all patterns of a setting in turns, on its first document.
+
+    Args:
+      setting: with SmolLM2.
+      results: file that seconds of a forward pass go to, pattern by pattern.
+      force: measure again what is there.
+      is_late: says when to stop.
+    """
+    sizes = {"block": setting.block_size, "density": setting.density}
+    key = sizes | {"device": device_name()}
+    if is_late() or (key in results and not force):
+        return
+    names = (DENSE, *dict.fromkeys(PATTERNS))
+    calls = {name: setting.prepare(name, setting.tests[0]).compute for name in names}
+    samples = time_interleaved(calls, repeats=5, limit_seconds=300)
+    seconds = {name: statistics.median(found) for name, found in samples.items()}
+    results.record(key, seconds, describe_environment())
+    print(f"{key}: {seconds}", flush=True)
 
 
 def name_losses(key: Mapping[str, Any]) -> str:
@@ -224,12 +168,13 @@ def name_losses(key: Mapping[str, Any]) -> str:
     return f"{key['pattern']}|{key['block']}|{key['density']}|{key['document']}"
 
 
-def summarise(results: Results, losses: Losses) -> list[dict[str, Any]]:
+def summarise(results: Results, losses: Losses, speed: Results) -> list[dict[str, Any]]:
     """Compare the patterns of each setting over its documents.
 
     Args:
       results: with at least the dense losses of a document.
       losses: of the same.
+      speed: seconds of the settings that were timed.
 
     Returns:
       list of records, as `make_table` takes them, patterns in order of their loss.
@@ -266,7 +211,12 @@ def summarise(results: Results, losses: Losses) -> list[dict[str, Any]]:
             if "gain" in values and len(groups.get((block, density, oracle), ())) == len(records):
                 gap = compare(read(records, SINK_WINDOW), read(records, oracle))
                 values[f"share of {oracle}"] = values["gain"].mean / gap.mean
-        key = {"block": block, "density": density, "pattern": pattern, "documents": len(records)}
+        sizes = {"block": block, "density": density}
+        timed = sizes | {"device": records[0]["key"]["device"]}
+        if timed in speed:
+            seconds = speed[timed]["values"]
+            values |= {"seconds": seconds[pattern], "of_dense": seconds[pattern] / seconds[DENSE]}
+        key = sizes | {"pattern": pattern, "documents": len(records)}
         rows.append({"key": key, "values": values, "environment": records[0]["environment"]})
     rows.sort(key=lambda r: (r["key"]["density"], r["key"]["block"], r["values"]["cost"].mean))
     return rows
@@ -291,6 +241,8 @@ COLUMNS = (
     Column("of the oracle's gain", lambda r: _show_share(r, ORACLE)),
     Column("of the sharing oracle's", lambda r: _show_share(r, FREE_ORACLE)),
     Column("attention kept", lambda r: f"{r['values']['attention_kept']:.3f}"),
+    Column("forward pass, ms", lambda r: f"{1e3 * r['values']['seconds']:,.0f}"),
+    Column("of dense", lambda r: f"{r['values']['of_dense']:.2f}"),
 )
 
 
@@ -303,20 +255,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments("Attention patterns of a pretrained model.", arguments)
     began = time.perf_counter()
     results, losses = Results(RESULTS / f"{NAME}.json"), Losses(RESULTS / f"{NAME}.npz")
+    speed = Results(RESULTS / f"{SPEED}.json")
     load = functools.cache(lambda block_size: load_smollm2(LENGTH, block_size=block_size))
+    how: dict[str, Any] = {
+        "force": options.force,
+        "is_late": lambda: time.perf_counter() - began > options.budget_seconds,
+    }
     for block_size, density in SETTINGS[: 2 if options.headline else None]:
         loaded = load(block_size)
-        run_setting(
-            loaded.model,
-            list_documents(loaded.tokenizer, LENGTH),
-            results,
-            losses,
-            block_size=block_size,
-            density=density,
-            force=options.force,
-            is_late=lambda: time.perf_counter() - began > options.budget_seconds,
-        )
-    rows = summarise(results, losses)
+        documents = list_documents(loaded.tokenizer, LENGTH)
+        setting = Setting(loaded.model, documents, block_size=block_size, density=density)
+        measure_losses(setting, results, losses, **how)
+        measure_speed(setting, speed, **how)
+    rows = summarise(results, losses, speed)
     perplexity = [r["values"]["loss"] for r in results.records if r["key"]["pattern"] == DENSE]
     heading = f"Dense: perplexity {np.exp(np.mean(perplexity)):.2f}.\n\n"
     table = heading + make_table(rows, COLUMNS)

@@ -36,11 +36,12 @@ if _compile_extra.exists() and importlib.util.find_spec("jax_cuda13_plugin") is 
     sys.path.append(str(_compile_extra))
 
 hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("full", max_examples=60, deadline=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw few examples by default, many in `make test-ci` or with HYPOTHESIS_PROFILE=full."""
+    """Draw few examples by default, more in `make test-ci`, most with HYPOTHESIS_PROFILE=full."""
     chosen = config.getoption("markexpr")
-    default = "fast" if not chosen or "not ci" in chosen else "full"
+    default = "fast" if not chosen or "not ci" in chosen else "ci"
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default))

@@ -19,6 +19,7 @@ from pallas_kernels.nm_matmul.triton import tiles as packing_tiles
 from pallas_kernels.source_hash import hash_modules
 from pallas_kernels.tables import TABLES
 from pallas_kernels.transposable_mask.triton import tiles as transposable_tiles
+from tests.tiers import tier
 
 pytest.importorskip("jax_triton")
 
@@ -144,8 +145,10 @@ def _compare(op, facts, capability):
     assert compiled_kernels.compile_call(op, facts, capability) == recorded
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize(
+    "op",
+    tier({op: op for op in CALLS}, fast=(), slow=["block_sparse_attention", "block_sparse_matmul"]),
+)
 def test_a_sample_compiles_to_what_is_reported(op):
     _compare(op, CALLS[op][0], (8, 6))
     _compare(op, CALLS[op][-1], (10, 0))

@@ -143,7 +143,7 @@ def _run(folder, *, capability="9.0"):
     return code, said
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="calls are exported for a CPU")
 def test_each_exported_call_is_proven_by_itself(folder):
     code, (right, wrong, unread) = _run(folder)

@@ -17,7 +17,7 @@ from benchmarks.harness import measure_case
 QUICK = {"repeats": 3, "sample_seconds": 0.0}
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_both_blocks_agree_with_their_references():
     case = make_block_case(BlockProblem(64, 1, 64, "float32"), "xla")
     values = measure_case(case, **QUICK)
@@ -29,7 +29,7 @@ def test_both_blocks_agree_with_their_references():
     assert np.asarray(grads["mlp"]["up"]["kernel"]).any()
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_call_of_a_step_goes_from_one_search_to_the_next():
     case = make_step_case(StepProblem("small", 1), "xla")
     assert case.units == 10

@@ -52,7 +52,7 @@ def test_differences_are_found_and_named():
     assert found == ["/a/b: [1, 2.5] instead of [1, 2.0]", "/c: 1 instead of nan"]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_killed_runs_end_like_others(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kill", "--runs=2", "--seed=3"]
     command += [f"--output={tmp_path / 'kill.json'}"]

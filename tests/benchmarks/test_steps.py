@@ -8,7 +8,7 @@ from benchmarks.steps import make_classification_batch
 from benchmarks.targets import evaluate
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_step_without_and_steps_with_probes_are_timed():
     case = probe_cost.make_case(probe_cost.Problem(320, 1))
     assert set(case.foreign) == {"no probe", "spion", "sat"}

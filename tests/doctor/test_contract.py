@@ -18,7 +18,7 @@ from pallas_kernels.doctor.trials import Trial
 from pallas_kernels.nm_matmul.mosaic_sm90 import products as nm_products
 from pallas_kernels.tables import TABLES
 from tests.kernels.interpreter import hopper
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 _CALLS = dict(reversed(trials.list_default_calls()))
 ATTENTION = dataclasses.replace(
@@ -148,7 +148,7 @@ BROKEN_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("op", tier({op: op for op in BROKEN_KERNELS}, fast=["nm_matmul"]))
+@pytest.mark.parametrize("op", tier({op: op for op in BROKEN_KERNELS}, fast=()))
 def test_a_broken_kernel_is_wrong_under_the_interpreter(op, monkeypatch):
     BROKEN_KERNELS[op](monkeypatch)
     with hopper():
@@ -270,7 +270,7 @@ def test_a_child_proves_and_times_a_trial_and_says_what_it_refuses():
     assert "needs a Hopper GPU (compute capability 9), found 'cpu'" in refusal
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_head_dim_without_gradients_is_proven_forward_only():
     facts = dataclasses.replace(
         ATTENTION, head_dim=256, num_queries=256, num_keys=256, block_q=128, block_kv=128

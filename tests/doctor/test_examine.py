@@ -249,7 +249,7 @@ def test_break_even_is_where_a_straight_line_meets_dense(low, high, expected):
     assert find_break_even("kernel", "dense", timings[:1]) is None
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_what_ran_on_another_device_is_no_verdict():
     # JAX takes the CPU, in silence, where it was asked for a GPU first and has no plugin for it.
     (outcome,) = examine([PORTABLE], H200.kind, environment={"JAX_PLATFORMS": "cpu"})

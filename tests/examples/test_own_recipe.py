@@ -20,7 +20,7 @@ _SETTINGS = {
 }
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_top_kast_trains_more_weights_than_it_shows(tmp_path):
     settings = make_settings(tmp_path, **_SETTINGS)
     summary = sparsejax.train(settings, tmp_path / "run", recipe=own_recipe.make_top_kast)

@@ -13,9 +13,15 @@ pytestmark = pytest.mark.ci
 _INTERPRETED = ("triton", "mosaic_sm90")
 
 
+# Each push has what runs by default; `make test-all` adds the oracles and the dense paths.
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize(
-    ("op", "implementation"), [call for call in CALLS if call[1] not in _INTERPRETED]
+    ("op", "implementation"),
+    [
+        pytest.param(*call, marks=() if call[1] == "xla" else pytest.mark.slow)
+        for call in CALLS
+        if call[1] not in _INTERPRETED
+    ],
 )
 def test_ops(op, implementation, flag):
     call, arrays = make_call(op, implementation)

@@ -11,10 +11,12 @@ from tests.training.runs import load_end, train
 pytestmark = pytest.mark.ci
 
 
-# Patterns of heads are traced in `test_recipes`, too; whole runs of them are for `make test-all`.
+# `test_recipes` traces every recipe. Of whole runs, each push has those with most in them.
+_WHOLE = ("spion+fst",)
+
+
 def _mark(name, precision):
-    marks = pytest.mark.slow if name.endswith("per head") else ()
-    return pytest.param(name, precision, marks=marks)
+    return pytest.param(name, precision, marks=() if name in _WHOLE else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

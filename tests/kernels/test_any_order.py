@@ -49,7 +49,11 @@ def _mean_map():
 
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU has an order of its own")
-@pytest.mark.parametrize("make", [_sparse_product, _attention, _block_product, _mean_map])
+@pytest.mark.parametrize(
+    "make",
+    [_sparse_product, _attention]
+    + [pytest.param(make, marks=pytest.mark.slow) for make in (_block_product, _mean_map)],
+)
 def test_copies_may_land_in_any_order(make):
     function, args = make()
 

@@ -10,6 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas.ops.gpu import hopper_matmul_mgpu
 
 from pallas_kernels import aot, block_sparse_attention
+from tests.tiers import tier
 
 TARGETS = aot.TARGETS
 N = 1024
@@ -109,7 +110,11 @@ def test_the_function_finds_the_gpu_while_it_is_traced():
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "rtx4090" else pytest.param(name, marks=pytest.mark.ci) for name in TARGETS],
+    tier(
+        {name: name for name in TARGETS},
+        fast=["rtx4090"],
+        slow={*TARGETS} - {"rtx4090", "a100", "b200", "h200"},
+    ),
 )
 def test_programs_of_xla_compile_for_every_target(name):
     """A dense layer, and attention forward and backward."""

@@ -12,7 +12,7 @@ from pallas_kernels import block_sparse_attention, mean_attention_map
 from pallas_kernels.doctor.oracles import make_normal
 from tests.kernels.oracles import softmax_maps
 from tests.kernels.portable_forms import in_cpu_form, in_gpu_form
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 average_maps = jit(mean_attention_map, static_argnames=("causal", "implementation"))

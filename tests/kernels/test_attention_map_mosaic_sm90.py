@@ -11,7 +11,7 @@ import pytest
 from tests.kernels.contract import has_select
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.map_contract import BROKEN, Case, check, make_map
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 CASES = {
     # Six steps in each of six tiles: the slots of the ring are used again.
@@ -33,7 +33,14 @@ CASES = {
 _mean_map = make_map("mosaic_sm90")
 
 
-@pytest.mark.parametrize("case", tier(CASES, fast=["grouped_causal_key_mask"]))
+@pytest.mark.parametrize(
+    "case",
+    tier(
+        CASES,
+        fast=["grouped_causal_key_mask"],
+        slow=["causal_key_mask", "rectangle_of_tiles"],
+    ),
+)
 def test_the_mean_map(case):
     with hopper():
         check(case, _mean_map)

@@ -66,6 +66,7 @@ def _check_products(report, blocks, dtype, rows):
     assert report.temp_bytes < 1e5, "an operand is copied"
 
 
+@pytest.mark.ci
 def test_layers_of_gpt2():
     # Eight tall tiles times 48 columns of blocks are enough for 132 processors, times 12 are not.
     report = _compile(2048, (768, 3072), (64, 64))

@@ -26,7 +26,7 @@ from tests.kernels.block_matmul_contract import (
     check_block_matmul,
 )
 from tests.kernels.interpreter import hopper, miss_barrier
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 SMALL = BlockMatmulCase(
     leading=(2, 65),

@@ -24,14 +24,16 @@ from tests.kernels.contract import (
     with_untransposed_lists,
 )
 from tests.kernels.portable_forms import in_cpu_form
+from tests.tiers import tier
 
 IMPLEMENTATIONS = ("xla", "dense")
 _XLA = call_implementation("xla")
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "case", tier(CASES, fast=(), slow=["grouped_key_mask_batch", "f16_key_mask", "bf16_causal"])
+)
 def test_contract(case, implementation):
     check_case(case, call_implementation(implementation))
 

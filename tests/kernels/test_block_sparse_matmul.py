@@ -14,7 +14,7 @@ from tests.kernels.block_matmul_contract import (
     call_block_matmul,
     check_block_matmul,
 )
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 PLAIN = BlockMatmulCase()
 CASES = {

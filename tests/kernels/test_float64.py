@@ -20,7 +20,7 @@ from pallas_kernels import (
 from pallas_kernels.doctor.oracles import make_nm_masks, make_normal, value_and_gradients
 from tests.kernels import float64
 from tests.kernels.implementations import interpret
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 BLOCK, LENGTH, HEADS, KV_HEADS, DIM = 8, 32, 4, 2, 4
 SCALE = 0.5  # DIM**-0.5

@@ -20,16 +20,14 @@ from tests.kernels.mesh_cases import list_calls
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _CALLS = ["/".join(call) for call in list_calls()]
-# What runs on every device; `make test-all` adds the oracles and dense products.
-_PORTABLE = [call for call in _CALLS if "/xla/" in call]
+# What runs on every device, on explicit axes; `make test-all` adds other meshes, the oracles and
+# dense products.
+_PORTABLE = [call for call in _CALLS if "/xla/explicit" in call]
 _REST = [call for call in _CALLS if call not in _PORTABLE]
 _FAST = (
     "block_sparse_attention batch/xla/explicit",
     "block_sparse_matmul batch/xla/shard_map",
-    "nm_matmul batch/xla/explicit",
-    "nm_matmul batch/xla/shard_map",
     "nm_matmul bits of the batch/xla/explicit",
-    "nm_matmul bits of the batch/xla/shard_map",
 )
 
 

@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90 import attention
 from pallas_kernels.machine_code import parse
 from pallas_kernels.products_in_flight import find_loops
 from tests.kernels.machine_checks import check_kernel
+from tests.tiers import tier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,18 @@ def _check(report, num_kernels):
         assert "UTMALDG" in kernel.sass, f"{kernel} copies no tiles"
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("setting", _PAIRWISE, ids=str)
+# The widest, the smallest, and one of everything; the rest is for `make test-all`.
+_FEW = [_PAIRWISE[i] for i in (1, 2, 10)]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    tier(
+        {str(setting): setting for setting in _PAIRWISE},
+        fast=(),
+        slow=[str(setting) for setting in _PAIRWISE if setting not in _FEW],
+    ),
+)
 def test_kernels_compile_without_spills(setting):
     _check(_compile(setting), 3)
 
@@ -116,7 +127,7 @@ def test_every_configuration_compiles_without_spills(setting):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(("batch", "parts"), [(1, 4), (5, 1)])
+@pytest.mark.parametrize(("batch", "parts"), [(1, 4), pytest.param(5, 1, marks=pytest.mark.slow)])
 def test_groups_are_split_where_they_leave_processors_idle(batch, parts):
     # Without a split, 32 programs for each example, on 132 processors.
     setting = Setting(head_dim=128, blocks=(128, 128), causal=True, group=4, batch=batch)
@@ -138,7 +149,10 @@ def test_a_wide_head_compiles_forward():
 
 @pytest.mark.parametrize(
     ("head_dim", "products"),
-    [(32, (6, 8, 12)), pytest.param(64, (8, 12, 16), marks=pytest.mark.ci)],
+    [
+        pytest.param(32, (6, 8, 12), marks=pytest.mark.slow),
+        pytest.param(64, (8, 12, 16), marks=pytest.mark.ci),
+    ],
 )
 def test_tensor_cores_do_the_products_and_nothing_else(head_dim, products):
     report = _compile(Setting(head_dim=head_dim, blocks=(64, 64)))

@@ -47,16 +47,16 @@ _change = functools.partial(dataclasses.replace, _SMALL)
 
 # Name -> case, processors (two are what the interpreter says), parts.
 _FAST = {
-    # Each part walks its list twice.
-    "shared_mask_in_2_of_2": (_SMALL, 2, 2),
-    # Each part has a list of two joined heads; wide blocks, so that a program has one ring.
-    "own_masks_in_2_of_2": (_change(mask_heads=4, block_kv=128, mask_names=("random",)), 2, 2),
     # Three items for programs of two.
     "own_masks_in_3_of_1": (
         _change(num_heads=3, mask_heads=3, num_keys=64, mask_names=("random",)), 2, 3,
     ),
 }  # fmt: skip
 _SLOW = {
+    # Each part walks its list twice.
+    "shared_mask_in_2_of_2": (_SMALL, 2, 2),
+    # Each part has a list of two joined heads; wide blocks, so that a program has one ring.
+    "own_masks_in_2_of_2": (_change(mask_heads=4, block_kv=128, mask_names=("random",)), 2, 2),
     "shared_mask_in_4_of_1": (_SMALL, 4, 4),
     "own_masks_in_4_of_1": (_change(mask_heads=4, mask_names=("random",)), 4, 4),
     "own_masks_in_2_of_2_narrow": (

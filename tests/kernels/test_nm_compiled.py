@@ -14,7 +14,7 @@ from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
 from pallas_kernels.products_in_flight import find_loops
 from tests.kernels.machine_checks import check_kernel
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 NUM_PROCESSORS = 132
 
@@ -92,7 +92,14 @@ def _make_problem(product):
     return Problem(**defaults | product)
 
 
-@pytest.mark.parametrize("product", tier(PRODUCTS, fast=["small"]))
+@pytest.mark.parametrize(
+    "product",
+    tier(
+        PRODUCTS,
+        fast=["small"],
+        slow=["square", "square_f16", "gpt2_124m_up", "gpt2_1558m_dw", "llama_dw"],
+    ),
+)
 def test_products_of_transformers(product):
     problem = _make_problem(product)
     tiles = default_config(

@@ -30,7 +30,7 @@ from tests.kernels.nm_contract import (
     compile_nm_case,
     expected_nm_results,
 )
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 _FAST = ["transposable", "geglu", "one_of_four", "two_of_eight", "mvue_exact", "bf16"]
 PRUNING = {

@@ -28,6 +28,7 @@ from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.nm_contract import NM_KERNEL_CASES, check_nm_case, check_pruned_gradient
+from tests.tiers import tier
 
 _CASES = {
     name: dataclasses.replace(
@@ -47,14 +48,16 @@ def packed_beforehand(x, w, mask, **options):
     return nm_matmul(x, w, mask, packed=packed, implementation="mosaic_sm90", **options)
 
 
+@pytest.mark.ci
 def test_contract_with_packing():
     case = dataclasses.replace(_CASES["bf16_geglu"], leading=(40,), has_bias=True)
     with hopper():
         check_nm_case(case, "mosaic_sm90", optimise=False)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("case", _CASES.values(), ids=_CASES.keys())
+@pytest.mark.parametrize(
+    "case", tier(_CASES, fast=(), slow=["bf16_mvue", "f16_gelu_bias", "bf16_swiglu_bias", "bf16"])
+)
 def test_contract(case):
     with hopper():
         check_nm_case(case, packed_beforehand, optimise=False)
@@ -134,10 +137,11 @@ CUTS = {
 }
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize(("problem", "tiles"), CUTS.values(), ids=CUTS.keys())
-def test_every_cut_gives_the_product(problem, tiles):
-    check(problem, tiles)
+@pytest.mark.parametrize(
+    "cut", tier(CUTS, fast=(), slow=["geglu_half_full", "many_tiles_a_program", "bias_gelu_f16"])
+)
+def test_every_cut_gives_the_product(cut):
+    check(*cut)
 
 
 @pytest.mark.ci

@@ -17,7 +17,7 @@ from tests.kernels.block_matmul_contract import (
     check_block_matmul,
 )
 from tests.kernels.portable_forms import in_cpu_form, in_gpu_form
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 _attend = in_gpu_form(contract.call_implementation("xla"))
 _multiply = in_gpu_form(call_block_matmul("xla"))
@@ -34,7 +34,12 @@ _MATMUL_CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", tier(contract.CASES, fast=["bf16_grouped_key_mask_segments", "bf16_zero"])
+    "case",
+    tier(
+        contract.CASES,
+        fast=["bf16_zero"],
+        slow=["grouped_key_mask_segments_zero_all", "grouped_key_mask_batch", "f16_key_mask"],
+    ),
 )
 def test_attention(case):
     contract.check_case(case, _attend, optimise=False)

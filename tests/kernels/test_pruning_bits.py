@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import draw_pruning_bits, nm_matmul
 from pallas_kernels.nm_matmul.mvue import prune_tokens, take_bits
 from tests.kernels.nm_contract import NM_CASES, check_bits_of_a_key
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 # The leading axes of x, and those of its bits.
 _SHAPES = {

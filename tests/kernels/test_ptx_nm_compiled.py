@@ -19,6 +19,7 @@ from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels import float64, ptx_host
 from tests.kernels.ptx_host import ptx_machine_runs_kernels
 from tests.kernels.test_nm_packing import assert_same_bits, make_weight
+from tests.tiers import tier
 
 
 @pytest.mark.ci
@@ -101,8 +102,9 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS.keys())
+@pytest.mark.parametrize(
+    "case", tier(PRODUCTS, fast=(), slow=["five steps", "many steps", "contraction outside"])
+)
 def test_products(case):
     check_product(*case, reads="late", copies="late")
 

@@ -15,7 +15,6 @@ from pallas_kernels import choose_implementation, record_choices, transposable_m
 from pallas_kernels.transposable_mask import xla
 from pallas_kernels.transposable_mask.call import TransposableFacts
 from sparsejax.masks import retained_l1
-from tests.kernels.tiers import tier
 from tests.kernels.transposable_contract import (
     LEGAL,
     check_best_and_first,
@@ -28,6 +27,7 @@ from tests.kernels.transposable_contract import (
     to_tiles,
     to_totals,
 )
+from tests.tiers import tier
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pallas_kernels import aot, transposable_mask
 from pallas_kernels.machine_code import parse
 from pallas_kernels.transposable_mask.call import TransposableFacts
 from pallas_kernels.transposable_mask.triton.tiles import find_tile
-from tests.kernels.tiers import tier
+from tests.tiers import tier
 
 pytest.importorskip("jax_triton")
 

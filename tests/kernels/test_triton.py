@@ -20,8 +20,8 @@ from tests.kernels.contract import (
     with_a_block_dropped,
     with_untransposed_lists,
 )
-from tests.kernels.tiers import tier
 from tests.kernels.triton_interpreter import triton_kernels
+from tests.tiers import tier
 
 _SMALL = Case(
     batch=1, num_heads=2, num_kv_heads=1, num_queries=96, num_keys=96, head_dim=16, block_q=32,
@@ -63,7 +63,14 @@ def _attend(q, k, v, mask, **options):
     return call_implementation("triton")(q, k, v, mask, **options)
 
 
-@pytest.mark.parametrize("case", tier(CASES, fast=["causal_per_head_zero_bf16"]))
+@pytest.mark.parametrize(
+    "case",
+    tier(
+        CASES,
+        fast=["causal_per_head_zero_bf16"],
+        slow=["every_mask", "segments_zero_bf16", "wide_head_bf16", "wide_queries_causal_zero"],
+    ),
+)
 def test_contract(case):
     with triton_kernels():
         check_case(case, _attend)

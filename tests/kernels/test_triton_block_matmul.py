@@ -18,8 +18,8 @@ from tests.kernels.block_matmul_contract import (
     check_block_matmul,
 )
 from tests.kernels.broken_triton import break_kernel
-from tests.kernels.tiers import tier
 from tests.kernels.triton_interpreter import triton_kernels
+from tests.tiers import tier
 
 _SMALL = BlockMatmulCase(
     leading=(2, 19),

@@ -23,8 +23,8 @@ from pallas_kernels.doctor.trials import Trial
 from pallas_kernels.tables import TABLES
 from tests.kernels.broken_triton import break_kernel
 from tests.kernels.map_contract import BROKEN, Case, check, make_map
-from tests.kernels.tiers import tier
 from tests.kernels.triton_interpreter import triton_kernels
+from tests.tiers import tier
 
 _average = make_map("triton")
 
@@ -53,7 +53,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", tier(CASES, fast=["cut_f32"]))
+@pytest.mark.parametrize(
+    "case",
+    tier(
+        CASES,
+        fast=["cut_f32"],
+        slow=["key_mask", "widest_head_bf16", "causal_f16", "padded_head", "no_mask_bf16"],
+    ),
+)
 def test_contract(case):
     with triton_kernels():
         check(case, _average)
@@ -141,9 +148,20 @@ def test_repeat_is_bit_equal_and_lse_of_minus_infinity_adds_nothing():
     np.testing.assert_array_equal(emptied, first.at[5].set(0.0))
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
-@pytest.mark.parametrize("own_lse", [True, False])
+@pytest.mark.parametrize(
+    ("own_lse", "axes"),
+    [
+        pytest.param(own_lse, axes, marks=pytest.mark.ci if ci else pytest.mark.slow)
+        for own_lse, axes, ci in (
+            (True, (0, None), True),
+            (False, (None, 0), True),
+            (True, (0, 0), False),
+            (True, (None, 0), False),
+            (False, (0, 0), False),
+            (False, (0, None), False),
+        )
+    ],
+)
 def test_vmap_is_one_launch_and_equals_a_loop(axes, own_lse):
     shapes = [
         shape if axis is None else (2, 3, *shape)

@@ -14,8 +14,8 @@ from pallas_kernels.doctor.oracles import make_nm_masks, make_normal
 from pallas_kernels.nm_matmul.mvue import draw_bits, prune_drawn
 from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels.test_mvue import GROUPS
-from tests.kernels.tiers import tier
 from tests.kernels.triton_interpreter import run, triton_kernels
+from tests.tiers import tier
 
 VARIANTS = pytest.mark.parametrize("exact", [False, True], ids=["approximate", "exact"])
 KEY = jax.random.key(5)

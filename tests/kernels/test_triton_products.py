@@ -24,8 +24,8 @@ from pallas_kernels.triton.device import check_device
 from tests.kernels import float64, nm_contract
 from tests.kernels.nm_contract import NM_KERNEL_CASES, check_nm_case
 from tests.kernels.test_triton_nm import count_launches
-from tests.kernels.tiers import tier
 from tests.kernels.triton_interpreter import ptx_triton, triton_kernels
+from tests.tiers import tier
 
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 CONDITIONS = {
@@ -86,7 +86,14 @@ def list_cuts():
 CUTS = list_cuts()
 
 
-@pytest.mark.parametrize("case", tier(NM_KERNEL_CASES, fast=["bf16_mvue_odd_rows"]))
+@pytest.mark.parametrize(
+    "case",
+    tier(
+        NM_KERNEL_CASES,
+        fast=["bf16_mvue_odd_rows"],
+        slow=["bf16_mvue", "f16_gelu_bias", "bf16_swiglu_bias", "bf16"],
+    ),
+)
 def test_contract(case):
     with triton_kernels():
         check_nm_case(case, "triton")
@@ -105,9 +112,8 @@ def test_bits_are_supplied_for_rows_that_are_appended():
         nm_contract.check_bits_of_a_key(NM_KERNEL_CASES["bf16_mvue_odd_rows"], "triton")
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize("turned", [False, True], ids=["plain", "turned"])
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cut", tier(CUTS, fast=(), slow=list(CUTS)[1::2]))
 def test_every_tile_whatever_is_slow(cut, turned):
     columns = cut.columns if turned else cut.columns + 5
     with triton_kernels():

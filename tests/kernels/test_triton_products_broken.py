@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels.nm_matmul.triton import tiles
 from tests.kernels.test_triton_products import CONDITIONS, check_product
-from tests.kernels.tiers import tier
 from tests.kernels.triton_interpreter import ptx_triton, triton_kernels
+from tests.tiers import tier
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() == "gpu", reason="a GPU runs what is compiled, and checks no memory"

@@ -20,7 +20,7 @@ from tests.kernels.oracles import softmax_maps
 from tests.small_models import make_config
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_flood_filled_pattern():
     case = Case(
         batch=1, num_heads=1, num_kv_heads=1, num_queries=256, num_keys=256, head_dim=64,
@@ -42,7 +42,7 @@ def _make_attention(width, heads, length, *, block, dtype):
     return BlockSparseAttention(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_model_pads_a_length_between_blocks():
     real = jnp.arange(100) < jnp.array([[100], [70]])
 

@@ -240,7 +240,7 @@ def test_every_parameter_has_a_gradient():
             assert np.isfinite(part).all() and np.abs(part).max() > 0, path
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_unrolled_and_recomputed_layers_are_the_same():
     params, masks = make_weights(SPARSE, prunes=True)
     other = dataclasses.replace(SPARSE, scan_layers=False, remat=True)

@@ -151,7 +151,11 @@ def test_the_dense_mode_is_the_model_without_masks_bit_for_bit():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": True}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param({"scan_layers": False}, marks=pytest.mark.slow), {"remat": True}],
+    ids=str,
+)
 def test_unrolled_and_recomputed_layers_draw_the_same(change):
     params, masks = make_weights(CONFIG)
     other = dataclasses.replace(CONFIG, **change)

@@ -68,6 +68,7 @@ def test_two_processes_train_as_one_does_and_write_once(finished):
     np.testing.assert_allclose(losses, same_losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_was(finished):
     folder, _ = finished
     workdir, settings = folder / "began alone", make_settings(folder)
@@ -110,6 +111,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, index, number):
     assert read_losses(workdir)[0][-1] == ("train", newest)
 
 
+@pytest.mark.slow
 def test_after_a_kill_during_a_save_the_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
     workdir, long = tmp_path / "run", {"recipe__name": "dense", "eval_every_steps": 1000}
     run = launch(tmp_path, workdir, num_steps=1000, **long)

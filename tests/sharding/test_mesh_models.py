@@ -11,8 +11,15 @@ import pytest
 
 from tests.sharding.eight_devices import run_program
 from tests.sharding.mesh_models import CASES
+from tests.tiers import tier
 
 _FIRST, *_REST = CASES
+_SLOW = (
+    "blocks over tensor and context",
+    "dense over all",
+    "own layers over tensor",
+    "classifier over tensor and context",
+)
 _SMALL_BYTES = 4096
 """Biases, scales, one layer's mask of blocks, positions."""
 
@@ -51,12 +58,6 @@ def test_a_model_cut_along_three_axes():
     _check(_FIRST, _run(_FIRST)[_FIRST])
 
 
-@pytest.fixture(scope="module")
-def found():
-    return _run(*_REST)
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("name", _REST)
-def test_every_axis(name, found):
-    _check(name, found[name])
+@pytest.mark.parametrize("name", tier({name: name for name in _REST}, fast=(), slow=_SLOW))
+def test_every_axis(name):
+    _check(name, _run(name)[name])

@@ -6,15 +6,11 @@ import pytest
 
 from tests.sharding.eight_devices import run_program
 from tests.sharding.mesh_runs import RESUMED, SHORT, list_runs
+from tests.tiers import tier
 
-# Every mechanism but two, on three meshes; `make test-all` runs all recipes on all.
-_CHOSEN = [
-    "dynamic_attention/data=2 fsdp=2 tensor=2",
-    "mst/data=2 fsdp=2 tensor=2",
-    "fst/fsdp=8",
-    "spion+fst/context=4",
-    "spion per head/data=2 fsdp=2 tensor=2",
-]
+# Weights that grow, heads that choose, and both kinds of masks; a run takes a minute, and
+# `make test-all` runs all recipes on all meshes.
+_CHOSEN = ["mst/data=2 fsdp=2 tensor=2", "spion+fst/context=4"]
 _REST = sorted({*list_runs()} - {*_CHOSEN} - {f"resume/{name}" for name in RESUMED})
 _HELD = {"fsdp=8": 0.2, "data=2 fsdp=4": 0.33, "data=2 fsdp=2 tensor=2": 0.33, "context=4": 1.0}
 
@@ -56,15 +52,11 @@ def test_every_recipe_on_every_mesh(name):
     _check(name, _run(name)[name])
 
 
-@pytest.fixture(scope="module")
-def resumed():
-    return _run(*(f"resume/{name}" for name in RESUMED))
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_run_goes_on_on_other_devices(name, resumed):
-    found = resumed[f"resume/{name}"]
+@pytest.mark.parametrize(
+    "name", tier({n: n for n in RESUMED}, fast=(), slow={*RESUMED} - {"4 to 8"})
+)
+def test_a_run_goes_on_on_other_devices(name):
+    found = _run(f"resume/{name}")[f"resume/{name}"]
     assert found["restored"] == 0
     _check("fst", found)
     if name == "8 to 8":

@@ -43,7 +43,7 @@ def _read(text):
     return {row[0]: row[1:] for row in cells if row}
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_parts_of_both_phases_add_up_to_what_xla_reports(plan):
     assert [phase.name for phase in plan.phases] == ["dense", "sparse"]
     dense, sparse = plan.phases
@@ -91,7 +91,7 @@ def test_table_shows_phases_side_by_side(plan):
     assert "Mosaic and Triton kernels" in lines and "backends of the sparse ops" in lines
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_small_gpu_is_planned_for(tmp_path):
     settings = make_settings(tmp_path, model__num_layers=1, recipe__name="dense")
     small = make_plan(parse_config(settings), target="rtx4090")
@@ -102,7 +102,7 @@ def test_a_small_gpu_is_planned_for(tmp_path):
     assert phase.peak_bytes < small.usable_bytes < aot.TARGETS["rtx4090"].memory_bytes
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_devices_share_the_state_and_what_they_send_is_told(tmp_path):
     settings = make_settings(
         tmp_path,
@@ -243,7 +243,9 @@ def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, m
             marks=pytest.mark.ci,
         ),
         (["--mode=eval"], "--workdir must be a folder, got none"),
-        (["--hosts=2"], "--hosts must not be given with --mode=train"),
+        pytest.param(
+            ["--hosts=2"], "--hosts must not be given with --mode=train", marks=pytest.mark.slow
+        ),
     ],
     ids=["target", "workdir", "hosts"],
 )
@@ -275,7 +277,10 @@ def test_command_knows_the_targets_and_lists_them_without_jax():
 
 @pytest.mark.parametrize(
     "target, backend",
-    [("h200", "mosaic_sm90"), pytest.param("a100", "triton", marks=pytest.mark.ci)],
+    [
+        pytest.param("h200", "mosaic_sm90", marks=pytest.mark.ci),
+        pytest.param("a100", "triton", marks=pytest.mark.slow),
+    ],
 )
 def test_a_plan_takes_what_a_right_verdict_would_choose_and_says_so(
     target, backend, tmp_path, monkeypatch

@@ -21,6 +21,7 @@ from sparsejax.recipes import Phase, Recipe
 from sparsejax.report.metrics import read_metrics
 from sparsejax.strict_json import load_json
 from sparsejax.training.setup import prepare_run
+from tests.tiers import tier
 from tests.training.runs import make_settings, train
 
 _STEPS = 6
@@ -39,7 +40,7 @@ _RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=_RUNS)
+@pytest.fixture(scope="module", params=tier({n: n for n in _RUNS}, fast=(), slow=["fst", "sste"]))
 def run(request, tmp_path_factory):
     """The name of a method, its settings and the folder of its run."""
     folder = tmp_path_factory.mktemp(request.param)

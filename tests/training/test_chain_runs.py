@@ -81,7 +81,7 @@ def test_flops_of_both_add_up(finished):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("step", [5, 6, 7, 8])
+@pytest.mark.parametrize("step", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7, 8))])
 def test_it_resumes_bit_for_bit_across_each_switch(step, settings, finished, tmp_path):
     workdir, _, _ = finished
     resumed = copy_until(workdir, step, tmp_path / "resumed")
@@ -89,10 +89,13 @@ def test_it_resumes_bit_for_bit_across_each_switch(step, settings, finished, tmp
     _assert_same(load_end(settings, resumed), load_end(settings, workdir))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chained", "alone", "part"),
-    [("spion+dense", "spion", "attention"), ("fst+dense", "fst", "weights")],
+    [
+        pytest.param("spion+dense", "spion", "attention", marks=pytest.mark.slow),
+        ("fst+dense", "fst", "weights"),
+    ],
 )
 def test_beside_a_dense_one_each_trains_as_it_does_alone(chained, alone, part, tmp_path):
     ends = {}
@@ -146,7 +149,7 @@ def make_late(facts):
     return Recipe("late", (Phase("x", last_step=99), Phase("y")))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_trains_and_the_run_says_so(tmp_path):
     name = f"{__name__}:make_attention_recipe"
     settings = make_settings(tmp_path, recipe__name=name)

@@ -69,7 +69,7 @@ def _kernels(params, masks):
     return found
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_static_masks_are_dense_training_of_masked_weights():
     # Adam would make much of the rounding of gradients that are zero.
     optimizer = _optimizer(name="sgd", learning_rate=1.0)
@@ -109,7 +109,9 @@ def _dense_gradient(state, batch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("keep", [False, True], ids=["skipped", "kept"])
+@pytest.mark.parametrize(
+    "keep", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["skipped", "kept"]
+)
 def test_an_update_grows_where_the_gradient_of_the_whole_batch_is_largest(keep):
     # A clipped gradient would be all ties: it must not decide.
     optimizer = _optimizer(clip_value=1e-6)
@@ -242,7 +244,7 @@ def _load(settings, workdir, step):
     return run, phase, dataclasses.replace(state, key=jax.random.key_data(state.key)), data_state
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [4, pytest.param(6, marks=pytest.mark.slow)],

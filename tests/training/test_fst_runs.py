@@ -232,7 +232,7 @@ def test_s_ste_masks_follow_the_weights(tmp_path):
         np.testing.assert_array_equal(mask, soft_threshold_mask(w, axis=-2))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_decay_rate_is_found(tmp_path):
     candidates = "1e-4 1e-1 10"
     settings = make_settings(

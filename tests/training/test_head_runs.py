@@ -6,6 +6,7 @@ import pytest
 
 from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
+from tests.tiers import tier
 from tests.training.runs import assert_documented, copy_until, load_end, make_settings, train
 
 pytestmark = pytest.mark.ci
@@ -30,7 +31,11 @@ _RUNS = {
 }
 
 
-@pytest.fixture(name="trained", scope="module", params=_RUNS)
+@pytest.fixture(
+    name="trained",
+    scope="module",
+    params=tier({name: name for name in _RUNS}, fast=["spion"], slow=["sat"]),
+)
 def _trained(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp(request.param)
     settings = make_settings(folder, **_SHARED | _RUNS[request.param])
@@ -57,6 +62,7 @@ def test_every_head_has_its_blocks(trained):
     assert (workdir / "attention_patterns.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [pytest.param(3, marks=pytest.mark.slow), _SWITCH], ids=["dense", "at_the_switch"]
 )

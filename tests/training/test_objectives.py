@@ -102,7 +102,7 @@ def test_what_is_planned_is_what_is_trained(kind, tmp_path):
     _trace(config, spec)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_published_settings_make_steps_of_the_published_shapes():
     bert = parse_config(fst_bert.get_config().to_dict())
     model = _trace(bert, describe_data(bert.data))
@@ -176,7 +176,7 @@ _LONGER = {
     ("kind", "changes"),
     [
         ("masked", {"optimizer__warmup_fraction": 0.5, "num_micro_batches": 2}),
-        ("patches", {"data__random_crop": False}),
+        pytest.param("patches", {"data__random_crop": False}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_learns_with_sparse_weights(kind, changes, tmp_path):

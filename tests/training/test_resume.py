@@ -107,6 +107,7 @@ def _assert_same_end(settings, workdir, reference):
     assert repr(_numbers(workdir)) == repr(_numbers(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_the_command_resumes_bit_for_bit(settings, uninterrupted, tmp_path, capsys):
     # In this process: importing everything anew would take longer than the steps.
@@ -133,7 +134,7 @@ def test_kill_and_resume_is_bit_exact(step, settings, uninterrupted, tmp_path):
     _assert_same_end(settings, tmp_path, uninterrupted[0])
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(settings, uninterrupted, tmp_path):
     code, output = _start(settings, tmp_path, 4, signal.SIGTERM)
     assert code == 0
@@ -166,7 +167,7 @@ def hangup():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.usefixtures("hangup")
 def test_a_signal_at_any_moment_ends_the_run_where_it_resumes_bit_for_bit(
     settings, uninterrupted, tmp_path, monkeypatch, capsys
@@ -213,7 +214,7 @@ def test_finished_run_says_so_and_trains_no_more(settings, uninterrupted, capsys
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_an_extended_run_ends_like_one_that_was_planned_so_long(
     settings, uninterrupted, tmp_path, capsys
 ):

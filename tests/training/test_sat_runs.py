@@ -85,6 +85,7 @@ def test_after_the_switch_the_rate_is_constant_and_the_pattern_frozen(trained):
     assert fresh == 9 - _SWITCH, "the optimizer began anew at the switch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [pytest.param(3, marks=pytest.mark.slow), _SWITCH], ids=["dense", "at_the_switch"]
 )
@@ -103,6 +104,7 @@ def test_resuming_is_bit_exact(step, trained, tmp_path):
     assert seen(resumed) == seen(workdir)
 
 
+@pytest.mark.slow
 def test_a_switch_that_does_not_come_is_spoken_of(tmp_path, capsys):
     changes = {"recipe__sat__latest_switch_fraction": None, "recipe__sat__probe_every_steps": 4}
     settings = make_settings(tmp_path, **_SAT | changes, recipe__sat__map_decay=0.5)

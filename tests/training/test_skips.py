@@ -106,7 +106,7 @@ def test_a_run_stopped_while_it_skips_fails_at_the_same_step(tmp_path, monkeypat
     assert _read_steps(stopped) == _read_steps(tmp_path / "whole")
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_too_short_to_reach_the_limit_fails_by_its_last_validation(tmp_path):
     settings = make_settings(tmp_path, **_DIVERGING, num_steps=4, max_consecutive_skips=10)
     for _ in range(2):

@@ -43,7 +43,11 @@ def _run(state, step, num_steps, batch=None):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("recipe", [None, SPARSE_ATTENTION], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(None, marks=pytest.mark.slow), SPARSE_ATTENTION],
+    ids=["dense", "sparse"],
+)
 def test_overfits_one_batch(recipe):
     state, step = _make(recipe, _STILL)
     _, history = _run(prune_attention(state) if recipe else state, step, 80, _batch())

@@ -54,6 +54,7 @@ def _compile(sparse, num_devices=1, implementation="xla"):
     return aot.compile_for(step, state, batch, mesh=mesh, donate_argnums=0)
 
 
+@pytest.mark.slow
 def test_train_step_compiles_for_an_h200_and_fits():
     report = _compile(sparse=True)
     assert 0 < report.peak_bytes < aot.H200.memory_bytes

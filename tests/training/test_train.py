@@ -52,7 +52,7 @@ _MORE_ERRORS = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [pytest.param(*case, id=name) for name, case in _ERRORS.items()]
-    + [pytest.param(*case, id=name, marks=pytest.mark.ci) for name, case in _MORE_ERRORS.items()],
+    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in _MORE_ERRORS.items()],
 )
 def test_user_errors_exit_with_code_2_and_one_message(arguments, message, tmp_path):
     result = _type("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *arguments)
@@ -128,7 +128,7 @@ def test_classification_trains_from_a_set_in_tfds_format(tmp_path):
     assert train(settings, tmp_path / "run")["validation_accuracy"] == 1.0
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_healthy_run_has_no_nan_and_says_what_walks_do_not_reach(tmp_path, capsys):
     # SPION's; those of the other methods are trained like this in their own files.
     walks = {"walk": "greedy", "quantile": None, "density": 1.0}

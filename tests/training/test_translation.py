@@ -67,7 +67,7 @@ def _restore(settings, workdir, step):
     return restore(info, run.make_abstract_state(info.metadata["phase"]))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_learns_to_copy(trained):
     settings, workdir, summary = trained
     rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["kind"] == "train"]
@@ -99,7 +99,7 @@ def test_masks_of_both_stacks_are_searched_for_by_name(trained):
         np.testing.assert_array_equal(mask, transposable_mask(stack[layer]["kernel"]))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [pytest.param(40, marks=pytest.mark.slow), 80], ids=["sparse", "at_the_switch"]
 )
@@ -121,7 +121,7 @@ def test_resuming_is_bit_exact(step, trained, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == _NUM_STEPS
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_training_is_smoothed_and_validation_is_not(tmp_path):
     settings = _make_settings(
         tmp_path, label_smoothing=0.25, model__dropout_rate=0.0, recipe__name="dense"
