@@ -48,7 +48,7 @@ def test_top_kast_trains_more_weights_than_it_shows(tmp_path):
     np.testing.assert_allclose(dense - sum(whole.values()), saved, rtol=2e-3)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_only_weights_of_the_larger_set_move(tmp_path, monkeypatch):
     monkeypatch.setattr(own_recipe, "REFRESH_STEPS", 10 * _STEPS)
     ends = {}

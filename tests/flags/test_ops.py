@@ -31,7 +31,12 @@ def test_ops(op, implementation, flag):
 
 
 @pytest.mark.parametrize(
-    ("op", "implementation"), [call for call in CALLS if call[1] in _INTERPRETED]
+    ("op", "implementation"),
+    [
+        pytest.param(*call, marks=() if call[1] == "triton" else pytest.mark.slow)
+        for call in CALLS
+        if call[1] in _INTERPRETED
+    ],
 )
 def test_kernels(op, implementation):
     call, arrays = make_call(op, implementation)

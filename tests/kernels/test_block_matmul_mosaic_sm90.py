@@ -51,7 +51,7 @@ SLOW_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", tier(CASES, fast=["small"]))
+@pytest.mark.parametrize("case", tier(CASES, fast=["small"], slow=["64x64"]))
 def test_contract(case):
     with hopper():
         check_block_matmul(case, call_block_matmul("mosaic_sm90"))
@@ -196,7 +196,7 @@ def _half_of_the_tokens(monkeypatch):
 @pytest.mark.parametrize(
     ("broken", "case", "part"),
     [
-        pytest.param(_lists_of_other_owners, "64x64", "y", marks=pytest.mark.ci),
+        pytest.param(_lists_of_other_owners, "64x64", "y", marks=pytest.mark.slow),
         pytest.param(_first_half_of_each_block, "128x64_f16", "y", marks=pytest.mark.ci),
         pytest.param(_half_of_the_tokens, "64x64", "dw", marks=pytest.mark.ci),
     ],

@@ -30,7 +30,7 @@ IMPLEMENTATIONS = ("xla", "dense")
 _XLA = call_implementation("xla")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "case", tier(CASES, fast=(), slow=["grouped_key_mask_batch", "f16_key_mask", "bf16_causal"])
 )

@@ -68,7 +68,13 @@ def _attend(q, k, v, mask, **options):
     tier(
         CASES,
         fast=["causal_per_head_zero_bf16"],
-        slow=["every_mask", "segments_zero_bf16", "wide_head_bf16", "wide_queries_causal_zero"],
+        slow=[
+            "every_mask",
+            "key_mask_batch_f16",
+            "segments_zero_bf16",
+            "wide_head_bf16",
+            "wide_queries_causal_zero",
+        ],
     ),
 )
 def test_contract(case):

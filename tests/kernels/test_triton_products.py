@@ -91,7 +91,7 @@ CUTS = list_cuts()
     tier(
         NM_KERNEL_CASES,
         fast=["bf16_mvue_odd_rows"],
-        slow=["bf16_mvue", "f16_gelu_bias", "bf16_swiglu_bias", "bf16"],
+        slow={*NM_KERNEL_CASES} - {"bf16_mvue_odd_rows", "f16_mvue_exact_swiglu", "bf16_geglu"},
     ),
 )
 def test_contract(case):
@@ -113,7 +113,7 @@ def test_bits_are_supplied_for_rows_that_are_appended():
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["plain", "turned"])
-@pytest.mark.parametrize("cut", tier(CUTS, fast=(), slow=list(CUTS)[1::2]))
+@pytest.mark.parametrize("cut", tier(CUTS, fast=(), slow={*CUTS} - {*list(CUTS)[::3]}))
 def test_every_tile_whatever_is_slow(cut, turned):
     columns = cut.columns if turned else cut.columns + 5
     with triton_kernels():
@@ -136,7 +136,7 @@ def test_parts_of_the_contraction(conditions):
 @WITHOUT_GPU
 @pytest.mark.ci
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("activation", [None, "swiglu"])
+@pytest.mark.parametrize("activation", [pytest.param(None, marks=pytest.mark.slow), "swiglu"])
 def test_programs_of_newer_devices(capability, activation):
     with triton_kernels(capability):
         cut = tiles.find_product_tile(capability, rows=256, columns=70, divides_columns=False)
@@ -146,7 +146,9 @@ def test_programs_of_newer_devices(capability, activation):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(
+    "dtype", tier({d: d for d in ROUNDING}, fast=["bfloat16"], slow=["float16"])
+)
 def test_bias_and_activation(activation, dtype):
     with triton_kernels():
         options = {"activation": activation, "keeps_inputs": True, "dtype": dtype}

@@ -133,6 +133,7 @@ def test_after_a_kill_during_a_save_the_run_goes_on_from_the_last_whole_checkpoi
     assert not any(".tmp" in path.name for path in checkpoints.iterdir())
 
 
+@pytest.mark.slow
 def test_a_setting_that_differs_ends_all(tmp_path):
     run = launch(tmp_path, tmp_path / "run", own=((), ("--config.optimizer.weight_decay=0.5",)))
     assert run.wait() == [2, 2], run.explain()

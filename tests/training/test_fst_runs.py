@@ -219,7 +219,7 @@ def test_a_run_shows_its_flip_rates(trained):
     assert spared < 1 and summary["training_flops_of_dense"] == pytest.approx(expected)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_s_ste_masks_follow_the_weights(tmp_path):
     settings = make_settings(tmp_path, recipe__name="sste", recipe__sste__flip_interval_steps=2)
     with jax.debug_nans(True):

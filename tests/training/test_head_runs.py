@@ -43,6 +43,7 @@ def _trained(tmp_path_factory, request):
         return settings, folder / "run", train(settings, folder / "run")
 
 
+@pytest.mark.slow
 def test_every_head_has_its_blocks(trained):
     settings, workdir, summary = trained
     assert_documented(workdir)

@@ -171,7 +171,7 @@ _LONGER = {
 }
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

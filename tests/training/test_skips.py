@@ -79,7 +79,7 @@ def _read_steps(workdir):
     return repr([(r["step"], r["loss"], r["skipped"]) for r in rows if r["kind"] == "train"])
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_stopped_while_it_skips_fails_at_the_same_step(tmp_path, monkeypatch, capsys):
     settings = make_settings(tmp_path, **_DIVERGING, max_consecutive_skips=4)
     with pytest.raises(NonFiniteError) as failure:
