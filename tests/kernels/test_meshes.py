@@ -26,8 +26,7 @@ _PORTABLE = [call for call in _CALLS if "/xla/explicit" in call]
 _REST = [call for call in _CALLS if call not in _PORTABLE]
 _FAST = (
     "block_sparse_attention batch/xla/explicit",
-    "block_sparse_matmul batch/xla/shard_map",
-    "nm_matmul bits of the batch/xla/explicit",
+    "nm_matmul bits of the batch/xla/shard_map",
 )
 
 

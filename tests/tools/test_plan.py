@@ -240,9 +240,9 @@ def test_missing_packages_are_refused_with_the_command_that_has_them(tmp_path, m
         pytest.param(
             ["--mode=plan", "--target=v100"],
             "--target=v100: value should be one of <h200|h100|",
-            marks=pytest.mark.ci,
+            marks=pytest.mark.slow,
         ),
-        (["--mode=eval"], "--workdir must be a folder, got none"),
+        pytest.param(["--mode=eval"], "--workdir must be a folder, got none", marks=pytest.mark.ci),
         pytest.param(
             ["--hosts=2"], "--hosts must not be given with --mode=train", marks=pytest.mark.slow
         ),
