@@ -16,11 +16,11 @@ from flax import nnx
 from benchmarks.pretrained_documents import Document
 from benchmarks.pretrained_patterns import (
     CHOSEN,
+    Maps,
     average_maps,
     make_chooser,
     make_masks,
     make_oracles,
-    measure_maps,
 )
 from sparsejax.masks import block_density
 from sparsejax.models import AttentionOptions, SparsityMask, Transformer
@@ -59,11 +59,17 @@ class Setting:
         self,
         model: Transformer,
         documents: Sequence[Document],
+        get_maps: Callable[[int], Maps],
         *,
         block_size: int,
         density: float,
     ):
-        self.model, self.documents = model, documents
+        """Measure nothing yet.
+
+        Args:
+          get_maps: function of a document's number to its dense maps, which settings share.
+        """
+        self.model, self.documents, self._get_maps = model, documents, get_maps
         self.block_size, self.density = block_size, density
         self.tests = [i for i, document in enumerate(documents) if document.use == "test"]
         self._calibrations = [i for i, d in enumerate(documents) if d.use == "calibration"]
@@ -86,7 +92,7 @@ class Setting:
             kept = chooser.measure_density(config.block.grid(len(ids_T))[0], config.num_heads)
             return Reading(lambda: compute(self._params, None, ids_T), float(kept.mean()), None)
         kept_LNIJ = self._get_mask(pattern, index)
-        blocks_LNIJ = self._maps[index].blocks_LNIJ
+        blocks_LNIJ = self._get_maps(index).blocks_LNIJ
         on_device = jnp.asarray(kept_LNIJ)
         return Reading(
             lambda: self._sparse(self._params, on_device, ids_T),
@@ -113,19 +119,13 @@ class Setting:
         return _Lazily(make)
 
     @functools.cached_property
-    def _maps(self):
-        return _Lazily(
-            lambda index: measure_maps(self.model, self.documents[index].ids_T, self.block_size)
-        )
-
-    @functools.cached_property
     def _fixed(self):
-        calibration = average_maps([self._maps[i] for i in self._calibrations])
+        calibration = average_maps([self._get_maps(i) for i in self._calibrations])
         return make_masks(calibration, **self._sizes)
 
     @functools.cached_property
     def _oracles(self):
-        return _Lazily(lambda index: make_oracles(self._maps[index], density=self.density))
+        return _Lazily(lambda index: make_oracles(self._get_maps(index), density=self.density))
 
     def _get_mask(self, pattern, index):
         return self._fixed[pattern] if pattern in self._fixed else self._oracles[index][pattern]

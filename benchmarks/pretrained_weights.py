@@ -213,8 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments("Weights of a pretrained model, pruned and trained.", arguments)
     began = time.perf_counter()
     results, laboratory = Results(RESULTS / f"{NAME}.json"), Laboratory()
-    rows = list(list_rows(laboratory))
-    for key, measure in rows:
+    for key, measure in list_rows(laboratory):
         if time.perf_counter() - began > options.budget_seconds:
             break
         if options.headline and key["training"] != "none":
@@ -224,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values = measure()
         results.record(key, values, describe_environment())
         print(f"{key}: perplexity {values['perplexity']:.2f}", flush=True)
-    table = make_table(_join_devices([results[key] for key, _ in rows if key in results]), COLUMNS)
+    table = make_table(_join_devices(results.records), COLUMNS)
     (RESULTS / f"{NAME}.md").write_text(table)
     print("\n" + table)
 
