@@ -16,7 +16,7 @@ from sparsejax.data.tokenizer import (
 )
 from sparsejax.strict_json import load_json
 
-_CONFIG_FILE = "tokenizer_config.json"
+CONFIG_FILE = "tokenizer_config.json"
 # BERT and its kin have no token that ends a text, but one that parts two.
 _SEPARATORS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
 
@@ -38,7 +38,7 @@ def open_tokenizer_file(tokenizer: str) -> Tokenizer:
       ValueError: There is no such file, it cannot be read, or has no separator.
     """
     file = _find_file(tokenizer)
-    beside = file.with_name(_CONFIG_FILE)
+    beside = file.with_name(CONFIG_FILE)
     read = [(path.name, path) for path in (file, beside) if path.is_file()]
     try:
         return _open(tokenizer, file, identify_files(read))
@@ -51,7 +51,7 @@ def open_tokenizer_file(tokenizer: str) -> Tokenizer:
 def _open(tokenizer: str, file: Path, _identity: str) -> Tokenizer:
     digest = hash_tokenizer(file)
     model = read_model(file)
-    separator = _find_separator(tokenizer, model, file.with_name(_CONFIG_FILE))
+    separator = _find_separator(tokenizer, model, file.with_name(CONFIG_FILE))
     return make_tokenizer(
         model,
         name=f"file:{separator}:{count_model_ids(model)}:{digest}",

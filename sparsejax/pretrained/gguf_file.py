@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsejax.data.tokenizer import TOKENIZER_FILE
 from sparsejax.durable import write_durably
 from sparsejax.models import Rotary, compute_frequencies
 from sparsejax.pretrained.checkpoint import Checkpoint
@@ -99,15 +100,19 @@ def open_gguf(path: Path) -> Checkpoint:
 def save_tokenizer(path: str | os.PathLike, file: str | os.PathLike) -> None:
     """Write the tokenizer of a GGUF file as a tokenizer.json, which the library `tokenizers` reads.
 
+    The token that ends a text is named in a tokenizer_config.json beside it.
+
     Args:
       path: of the GGUF file.
-      file: what is written; replaced if it exists.
+      file: the tokenizer.json, by whatever name; both are replaced if they exist.
 
     Raises:
       ValueError: if it is no GGUF file, or its tokenizer is of an unknown kind.
-      OSError: if it cannot be written.
+      OSError: if they cannot be written.
     """
-    write_durably(Path(file), write_gguf_tokenizer(_read(Path(path))[0], str(path)))
+    file = Path(file)
+    for name, text in write_gguf_tokenizer(_read(Path(path))[0], str(path)).items():
+        write_durably(file if name == TOKENIZER_FILE else file.with_name(name), text)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

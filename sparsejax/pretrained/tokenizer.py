@@ -1,6 +1,7 @@
 """Tokenizers out of the metadata of GGUF files."""
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsejax.data import Tokenizer
 from sparsejax.data.tokenizer import TOKENIZER_FILE
-from sparsejax.data.tokenizer_files import open_tokenizer_file
+from sparsejax.data.tokenizer_files import CONFIG_FILE, open_tokenizer_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,6 +21,7 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_END = "tokenizer.ggml.eos_token_id"
 _LISTS = ("tokens", "token_type", "merges")
 _SPLITS = ("gpt-2", "llama-bpe", "smollm")
 
@@ -39,23 +41,33 @@ def open_gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer |
     """
     if "tokenizer.ggml.model" not in metadata:
         return None
-    text = write_gguf_tokenizer(metadata, origin)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / TOKENIZER_FILE).write_text(text, "utf-8")
+        for name, text in write_gguf_tokenizer(metadata, origin).items():
+            (Path(folder) / name).write_text(text, "utf-8")
         return dataclasses.replace(open_tokenizer_file(f"file:{folder}"), file=None)
 
 
-def write_gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> str:
-    """Return the tokenizer.json of a GGUF file.
+def write_gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> dict[str, str]:
+    """Return the tokenizer.json of a GGUF file, and a config that names the token that ends a text.
 
     Args:
       metadata: keys and values.
       origin: the file, for messages.
 
+    Returns:
+      Name of a file -> what stands in it; without a config where the GGUF file names no such token.
+
     Raises:
-      ValueError: if the tokenizer is of an unknown kind.
+      ValueError: if the tokenizer is of an unknown kind, or ends texts with a token that it lacks.
     """
-    return _make_model(metadata, origin).to_str(pretty=True)
+    files = {TOKENIZER_FILE: _make_model(metadata, origin).to_str(pretty=True)}
+    end = metadata.get(_END)
+    if end is not None:
+        tokens = _get_list(metadata, "tokenizer.ggml.tokens", origin)
+        if type(end) is not int or not 0 <= end < len(tokens):
+            raise ValueError(f"{origin}: {_END} must be an id below {len(tokens)}, got {end!r}")
+        files[CONFIG_FILE] = json.dumps({"eos_token": tokens[end]})
+    return files
 
 
 def _make_model(metadata: Mapping[str, Any], origin: str) -> "tokenizers.Tokenizer":

@@ -44,7 +44,7 @@ _GPT2 = {
 
 
 def write_llama(
-    path, name="llama_tied", *, kind=None, pre="smollm", model="gpt2", base=0, extra=None
+    path, name="llama_tied", *, kind=None, pre="smollm", model="gpt2", base=0, extra=None, end=None
 ):
     """Write a golden model as the tools of llama.cpp do, maybe quantised."""
     writer, settings = _start(path, "llama", name)
@@ -62,6 +62,8 @@ def write_llama(
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
+    if end is not None:
+        writer.add_eos_token_id(end)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     for key, value in load_file(GOLDEN / name / "model.safetensors").items():
@@ -101,6 +103,18 @@ def test_a_llama_is_the_same_model(tmp_path):
         found.tokenizer.encode(texts), golden.tokenizer.encode(texts), strict=True
     ):
         np.testing.assert_array_equal(ids, expected)
+
+
+def test_a_text_ends_at_the_token_that_the_file_names(tmp_path):
+    """As of models that follow instructions, whose turns end otherwise than their documents."""
+    path = tmp_path / "model.gguf"
+    assert load_pretrained(write_llama(path)).tokenizer.separator == 0
+    found = load_pretrained(write_llama(path, end=5)).tokenizer
+    save_tokenizer(path, tmp_path / "saved.json")
+    saved = open_tokenizer_file(f"file:{tmp_path / 'saved.json'}")
+    assert found.separator == saved.separator == 5 and found.name == saved.name
+    number = found.vocab_size
+    _refuse(write_llama(path, end=number), f"eos_token_id must be an id below {number}, got")
 
 
 def test_scaling_of_wavelengths_is_found_in_its_factors(tmp_path):
