@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,11 @@ def get_config():
     return ml_collections.ConfigDict(json.loads(text))
 """
 LIMIT_SECONDS = 300
+# What the library that joins CPUs says. Its threads speak at once, so that pieces may mix.
+_GLOO = re.compile(
+    r"(\[Gloo\] Rank |\d+| is connected to "
+    r"| peer ranks\. Expected number of connected peer ranks is : )*"
+)
 
 
 def write_config(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
@@ -83,9 +89,10 @@ class Launched:
                     )
                 )
 
-    def read_out(self, index: int) -> str:
-        """Return the standard output of a process so far."""
-        return (self._folder / f"out{index}").read_text()
+    def read_own(self, index: int) -> list[str]:
+        """Return the lines of a process so far that are its own."""
+        said = (self._folder / f"out{index}").read_text()
+        return [line for line in said.splitlines() if not _GLOO.fullmatch(line)]
 
     def read_errors(self, index: int) -> list[str]:
         """Return the messages of errors of a process so far."""

@@ -29,11 +29,6 @@ def read_losses(workdir):
     return [(row["kind"], row["step"]) for row in rows], [x for x in losses if x is not None]
 
 
-def read_own(run, index):
-    """Return the lines that are not those of the library that joins CPUs."""
-    return [line for line in run.read_out(index).splitlines() if not line.startswith("[Gloo]")]
-
-
 def has_trained(workdir, step):
     """Tell whether a step is recorded."""
     path = workdir / "metrics.jsonl"
@@ -59,7 +54,7 @@ def test_two_processes_train_as_one_does_and_write_once(finished):
     for name in ("training.png", "attention_patterns.png", "summary.json", "flops.json"):
         assert (folder / "run" / name).stat().st_size
     assert len(list((folder / "run" / "tensorboard").iterdir())) == 1
-    assert read_own(run, 0)[-1].startswith("  checkpoint ") and read_own(run, 1) == []
+    assert run.read_own(0)[-1].startswith("  checkpoint ") and run.read_own(1) == []
     alone = launch(folder, folder / "alone", own=((),), devices=4)
     assert alone.wait() == [0], alone.explain()
     rows, losses = read_losses(folder / "run")
@@ -75,7 +70,7 @@ def test_two_processes_go_on_where_one_was(finished):
     assert train(settings | {"num_steps": 8, "schedule_steps": 10}, workdir) is not None
     run = launch(folder, workdir, mesh__fsdp=4)
     assert run.wait() == [0, 0], run.explain()
-    assert any("processes: None -> '2'" in line for line in read_own(run, 0))
+    assert any("processes: None -> '2'" in line for line in run.read_own(0))
     losses = [row["loss"] for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
     expected = [
         row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in row
@@ -103,11 +98,11 @@ def test_a_signal_to_one_stops_all_after_the_same_step(tmp_path, index, number):
     run.wait_until(functools.partial(has_trained, workdir, 2))
     run.processes[index].send_signal(number)
     assert run.wait() == [0, 0], run.explain()
-    stopped, resume = read_own(run, 0)[-2:]
+    stopped, resume = run.read_own(0)[-2:]
     newest = list_whole(workdir)[0]
     cause = "SIGINT" if index == 0 else "a signal to one of the processes"
     assert stopped.startswith(f"stopped by {cause}; ") and f"step {newest} is saved" in stopped
-    assert resume.startswith("resume with: ") and read_own(run, 1) == []
+    assert resume.startswith("resume with: ") and run.read_own(1) == []
     assert read_losses(workdir)[0][-1] == ("train", newest)
 
 
