@@ -23,6 +23,7 @@ from sparsejax.tools.evaluate import evaluate
 from sparsejax.training import loop
 from sparsejax.training.setup import prepare_run
 from tests.checkpoint.saves import fill_disk_for
+from tests.tiers import tier
 from tests.training.runs import (
     NUM_STEPS,
     assert_documented,
@@ -120,11 +121,8 @@ def test_the_command_resumes_bit_for_bit(settings, uninterrupted, tmp_path, caps
     _assert_same_end(settings, workdir, uninterrupted[0])
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
-    "step",
-    [pytest.param(3, marks=pytest.mark.slow), 6, pytest.param(8, marks=pytest.mark.slow)],
-    ids=["before", "at", "after"],
+    "step", tier({"before": 3, "at": 6, "after": 8}, fast=(), slow=["before", "after"])
 )
 def test_kill_and_resume_is_bit_exact(step, settings, uninterrupted, tmp_path):
     code, _ = _start(settings, tmp_path, step, signal.SIGKILL)
