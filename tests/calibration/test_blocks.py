@@ -100,12 +100,6 @@ def test_heads_that_nothing_reads_give_their_blocks_to_the_others():
     assert not np.any([[layer.seen_N, layer.before_N] for layer in static.habits])
 
 
-def test_a_choice_that_looks_ahead_is_not_calibrated():
-    ahead = dataclasses.replace(BLOCKS, lookahead=True)
-    with pytest.raises(ValueError, match="blocks must be causal, without lookahead"):
-        calibrate_blocks(make_model(), TOKENS, ahead)
-
-
 def make_habits(num_heads):
     return Habits(((0.1,) * 9,) * num_heads, (1.0,) * num_heads, (0.0,) * num_heads)
 
@@ -124,6 +118,10 @@ def test_habits_of_another_model_are_refused():
 @pytest.mark.parametrize(
     ("blocks", "texts", "message"),
     [
+        *(
+            (dataclasses.replace(BLOCKS, **{name: value}), TOKENS, "causal, without lookahead and")
+            for name, value in (("lookahead", True), ("share_heads", False), ("causal", False))
+        ),
         (BLOCKS, TOKENS[:0], "tokens_BT must hold at least one text"),
         (dataclasses.replace(BLOCKS, num_blocks=7), TOKENS, r"got block_size=8 and num_blocks=7"),
         (
