@@ -37,6 +37,10 @@ class DataConfig:
         - `"text:/path"`: a text file or a folder of them, a language-model corpus.
         - `"listops"`, `"listops:short"`: Long Range Arena ListOps, lengths 501-1999 or 21-199.
         - `"pathfinder"`: Long Range Arena Pathfinder, 32 x 32 pixels.
+        - `"copying:hidden_permutation"`, `"copying:fixed_lag"`, `"copying:associative_recall"`: an
+          encoder has to fill in the second half, a copy of the first, block by block: in one
+          permutation, at half of the length, or in an order that the first symbol of each block
+          tells.
         - `"idx:/folder"`: images in MNIST's IDX format as sequences of pixels or patches.
         - `"tfds:NAME[/config]"`: a TFDS set; text or images with labels are classified, text
           without a label is a language-model corpus.
@@ -84,6 +88,10 @@ class DataConfig:
         the tail.
       listops_examples: Training examples of ListOps; validation and test have 1/48 as many each.
       pathfinder_examples: The same of Pathfinder, with 1/8.
+      copy_block: Positions of a block that is copied.
+      copy_symbols: Number of symbols, in [2, 256].
+      copy_permutation: Seed of the hidden permutation.
+      copy_examples: Training examples of a copying task; validation has a tenth as many.
       mask_fraction: Share of the tokens of a corpus that are masked and must be predicted (masked
         language model), in (0, 1); 0 to predict the next token.
       patch_size: Side of the square patches that images are cut into, in pixels; 0 for single
@@ -118,6 +126,10 @@ class DataConfig:
     validation_fraction: float = 0.05
     listops_examples: int = 96_000
     pathfinder_examples: int = 160_000
+    copy_block: int = 8
+    copy_symbols: int = 16
+    copy_permutation: int = 0
+    copy_examples: int = 100_000
     mask_fraction: float = 0.0
     patch_size: int = 0
     image_channels: int = 0
@@ -145,6 +157,10 @@ class DataConfig:
         _check_integer("num_reading_threads", self.num_reading_threads, 0, 1)
         _check_integer("listops_examples", self.listops_examples, 48, _MOST_ITEMS)
         _check_integer("pathfinder_examples", self.pathfinder_examples, 8, _MOST_ITEMS)
+        _check_integer("copy_block", self.copy_block, 1, _MOST_ITEMS)
+        _check_integer("copy_symbols", self.copy_symbols, 2, 256)
+        _check_integer("copy_permutation", self.copy_permutation, 0, 2**32 - 1)
+        _check_integer("copy_examples", self.copy_examples, 10, _MOST_ITEMS)
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction}: expected a number in (0, 1)"

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from sparsejax.data import pipeline, shards, store
+from sparsejax.data import pipeline, shards, store, token_files
 from sparsejax.data.bpe import load_bpe, name_bpe, train_bpe
 from sparsejax.data.cache import cached_folder, hash_json
 from sparsejax.data.config import DataConfig
@@ -180,7 +180,7 @@ def _prepare(config: DataConfig, source: Source, tokenizer: Tokenizer | None) ->
             shards.write_index(folder, source.shards[split], tokenizer.vocab_size)
             return
         examples = show_progress(source.read(split), f"Writing the {split} split as tokens")
-        store.write_examples(folder, examples, tokenizer, contents)
+        token_files.write_examples(folder, examples, tokenizer, contents)
 
     folders, digests = {}, {}
     for split in ("train", "validation"):
@@ -266,6 +266,7 @@ def _open_examples(
         config.sequence_length,
         grid=prepared.source.grid,
         stream=None if found is None else shards.ShardStream(found[split]),
+        hidden=prepared.source.contents.task == "masked_language_model",
     )
     if isinstance(examples, store.Documents) and not config.truncate:
         examples.check_lengths(split)
@@ -277,7 +278,7 @@ def _make_transforms(
 ) -> dict[Split, pipeline.Transform | None]:
     """Return what changes the examples of each split at random."""
     grid = prepared.source.grid
-    if spec.task == "masked_language_model":
+    if config.mask_fraction:
         masking = make_masking(
             sequence_length=config.sequence_length,
             mask_fraction=config.mask_fraction,

@@ -34,7 +34,8 @@ class Contents(NamedTuple):
     """What the examples of a source are.
 
     Attributes:
-      task: What the examples are for; settings may make a masked one of a language model.
+      task: What the examples are for; settings may make a masked one of a language model. One that
+        is masked from the beginning has values for ids.
       num_values: Number of distinct pixels or symbols; None for text.
       num_classes: Number of labels; 0 for a language model and for translation.
       patch_values: Values of a patch of an image; 0 for anything else.
@@ -50,7 +51,8 @@ class Example(NamedTuple):
     """One raw example.
 
     Attributes:
-      documents: One document, or two: to match, or a sentence and its translation. Text is UTF-8
+      documents: One document, or two: to match, or a sentence and its translation, or values and
+        which of them are hidden (1, others 0). Text is UTF-8
         `bytes`; pixels and symbols are uint8[length], each below the source's `num_values`;
         patches lie one after another.
       label: Class of the example; 0 where there are no classes.

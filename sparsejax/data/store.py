@@ -1,49 +1,21 @@
-"""Token files on disk: written once from a source, memory-mapped as random-access examples.
+"""Token files on disk, memory-mapped as random-access examples.
 
-The task decides how examples are stored and what they become: `write_examples` and
-`open_examples` hold that choice. `sparsejax.batch` says what the arrays of an example mean; here
-they have no axis for the batch.
+The task decides what examples become. `sparsejax.batch` says what the arrays of an example mean;
+here they have no axis for the batch.
 
 Axis letters: B batch, T position in the sequence, P the two documents of a pair, V value of a
 patch.
 """
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sparsejax.batch import Task
 from sparsejax.data.patches import PatchGrid
-from sparsejax.data.pieces import join_pieces
 from sparsejax.data.shards import ShardStream
-from sparsejax.data.source import Contents, Example
+from sparsejax.data.token_files import LABELS, OFFSETS, TOKENS
 from sparsejax.data.tokenizer import Tokenizer
-
-_TOKENS, _OFFSETS, _LABELS = "tokens.bin", "offsets.npy", "labels.npy"
-_GROUP_BYTES = 4 << 20
-
-
-def write_examples(
-    folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, contents: Contents
-) -> None:
-    """Write a split as its task asks for.
-
-    Args:
-      folder: Existing folder for the files.
-      examples: The split.
-      tokenizer: Encodes the documents.
-      contents: What the examples are.
-
-    Raises:
-      ValueError: A label or a value is out of range.
-    """
-    if contents.task == "language_model":
-        write_stream(folder, examples, tokenizer)
-    else:
-        # Without classes every label is 0.
-        write_documents(folder, examples, tokenizer, contents.num_classes or 1)
 
 
 def open_examples(
@@ -54,6 +26,7 @@ def open_examples(
     *,
     grid: PatchGrid | None = None,
     stream: ShardStream | None = None,
+    hidden: bool = False,
 ) -> "Windows | Documents | Patches":
     """Map what `write_examples` wrote.
 
@@ -64,11 +37,14 @@ def open_examples(
       sequence_length: T.
       grid: How the documents are patches of images; None if they are not.
       stream: Ids in files of their own, which were not written to the folder.
+      hidden: Whether the documents say which of their values are hidden.
 
     Returns:
       The examples.
     """
     match task:
+        case "masked_language_model" if hidden:
+            return Cloze(folder, tokenizer, sequence_length)
         case "language_model" | "masked_language_model":
             shifted = task == "language_model"
             tokens = map_tokens(folder, tokenizer) if stream is None else stream
@@ -81,58 +57,6 @@ def open_examples(
             return Documents(folder, tokenizer, sequence_length, paired=task == "matching")
 
 
-def write_stream(folder: Path, examples: Iterator[Example], tokenizer: Tokenizer) -> None:
-    """Write a language-model corpus as one stream, a separator after each document.
-
-    Args:
-      folder: Existing folder for the files.
-      examples: The corpus.
-      tokenizer: Encodes the documents.
-
-    Raises:
-      ValueError: A value is out of range.
-    """
-    separator = np.array([tokenizer.separator], tokenizer.dtype).tobytes()
-    if tokenizer.whole_documents:
-        examples = join_pieces(examples)
-    with open(folder / _TOKENS, "wb") as file:
-        for example, documents in _encode_examples(examples, tokenizer):
-            for tokens in documents:
-                file.write(tokens.astype(tokenizer.dtype).tobytes())
-            if example.complete:
-                file.write(separator)
-
-
-def write_documents(
-    folder: Path, examples: Iterator[Example], tokenizer: Tokenizer, num_classes: int
-) -> None:
-    """Write labelled documents end to end, with their offsets and labels.
-
-    Args:
-      folder: Existing folder for the files.
-      examples: The split.
-      tokenizer: Encodes the documents.
-      num_classes: Labels are in [0, num_classes).
-
-    Raises:
-      ValueError: A label or a value is out of range.
-    """
-    lengths, labels = [0], []
-    with open(folder / _TOKENS, "wb") as file:
-        for example, documents in _encode_examples(examples, tokenizer):
-            if not 0 <= example.label < num_classes:
-                raise ValueError(
-                    f"example {len(labels)} has label={example.label}; expected a class in "
-                    f"[0, {num_classes})"
-                )
-            for tokens in documents:
-                file.write(tokens.astype(tokenizer.dtype).tobytes())
-                lengths.append(tokens.size)
-            labels.append(example.label)
-    np.save(folder / _OFFSETS, np.cumsum(lengths, dtype=np.int64))
-    np.save(folder / _LABELS, np.array(labels, np.int32))
-
-
 def map_tokens(folder: Path, tokenizer: Tokenizer) -> np.ndarray:
     """Map the stream that `write_stream` wrote.
 
@@ -143,7 +67,7 @@ def map_tokens(folder: Path, tokenizer: Tokenizer) -> np.ndarray:
     Returns:
       unsigned[size], the ids.
     """
-    return _map_ids(folder / _TOKENS, tokenizer.dtype)
+    return _map_ids(folder / TOKENS, tokenizer.dtype)
 
 
 class Windows:
@@ -195,9 +119,9 @@ class Documents:
           sequence_length: T.
           paired: Whether each example has two documents.
         """
-        self._tokens = _map_ids(folder / _TOKENS, tokenizer.dtype)
-        self._offsets = np.load(folder / _OFFSETS)
-        self._labels = np.load(folder / _LABELS)
+        self._tokens = _map_ids(folder / TOKENS, tokenizer.dtype)
+        self._offsets = np.load(folder / OFFSETS)
+        self._labels = np.load(folder / LABELS)
         self._sequence_length = sequence_length
         self._per_example = 2 if paired else 1
 
@@ -292,6 +216,38 @@ class Translations(Documents):
         return padded_T
 
 
+class Cloze(Documents):
+    """Sequences of T values, some of which are hidden: their inputs are the id after the last."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, sequence_length: int):
+        """Map the documents that `write_documents` wrote, and which of their values are hidden.
+
+        Args:
+          folder: Where they were written.
+          tokenizer: With which they were written.
+          sequence_length: T.
+
+        Raises:
+          ValueError: A sequence has another length.
+        """
+        super().__init__(folder, tokenizer, sequence_length, paired=True)
+        lengths = np.diff(self._offsets)
+        if (other := lengths[lengths != sequence_length]).size:
+            raise ValueError(
+                f"sequence_length={sequence_length}: a sequence with hidden values, or the list of "
+                f"them, has {other[0]} positions; expected as many"
+            )
+        self._mask_id = tokenizer.vocab_size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        values, hidden = (self._read(2 * int(index) + side) - 1 for side in (0, 1))
+        return {
+            "inputs": np.where(hidden, np.int32(self._mask_id), values),
+            "targets": values,
+            "loss_weights": hidden.astype(np.float32),
+        }
+
+
 class Patches:
     """Labelled images of equally many patches, padded with zeros to T."""
 
@@ -303,8 +259,8 @@ class Patches:
           grid: How the images fall into patches.
           sequence_length: T, at least their number.
         """
-        self._labels = np.load(folder / _LABELS)
-        values = _map_ids(folder / _TOKENS, np.dtype(np.uint8))
+        self._labels = np.load(folder / LABELS)
+        values = _map_ids(folder / TOKENS, np.dtype(np.uint8))
         self._values_NTV = values.reshape(-1, grid.num_patches, grid.patch_values)
         self._sequence_length = sequence_length
 
@@ -327,42 +283,3 @@ def _map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
-
-
-def _encode_examples(
-    examples: Iterator[Example], tokenizer: Tokenizer
-) -> Iterator[tuple[Example, list[np.ndarray]]]:
-    number = itertools.count()
-    for group in _group_examples(examples):
-        encoded = iter(tokenizer.encode([text for item in group for text in item.documents]))
-        for example in group:
-            documents = [next(encoded) for _ in example.documents]
-            _check_ids(documents, tokenizer.vocab_size, next(number))
-            yield example, documents
-
-
-def _check_ids(documents: list[np.ndarray], vocab_size: int, number: int) -> None:
-    for ids in documents:
-        if ids.dtype.kind not in "ui" or ids.ndim != 1:
-            raise ValueError(
-                f"example {number} is {ids.dtype}{list(ids.shape)}; expected whole numbers along "
-                "one axis"
-            )
-        if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-            raise ValueError(
-                f"example {number} has values from {ids.min()} to {ids.max()}; expected values in "
-                f"[0, {vocab_size})"
-            )
-
-
-def _group_examples(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    # Enough text at once to keep the tokenizer's threads busy, little enough for its memory.
-    group, size = [], 0
-    for example in examples:
-        group.append(example)
-        size += sum(len(document) for document in example.documents)
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

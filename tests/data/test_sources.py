@@ -13,7 +13,7 @@ import sparsejax.data.sources
 from sparsejax.batch import describe_batch, get_targets
 from sparsejax.data import Contents, DataConfig, Example, describe_data, make_data
 from sparsejax.data.sources import SOURCES, load_source
-from sparsejax.data.store import write_examples
+from sparsejax.data.token_files import write_examples
 from sparsejax.data.tokenizer import value_tokenizer
 from tests.data.test_files import write_idx
 

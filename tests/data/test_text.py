@@ -16,7 +16,8 @@ from sparsejax.data.prepare import main
 from sparsejax.data.sources import text
 from sparsejax.data.sources.stdlib import open_stdlib
 from sparsejax.data.sources.text import open_text
-from sparsejax.data.store import Windows, map_tokens, write_stream
+from sparsejax.data.store import Windows, map_tokens
+from sparsejax.data.token_files import write_stream
 from sparsejax.data.tokenizer import byte_tokenizer
 from sparsejax.strict_json import dump_json, load_json
 
@@ -334,7 +335,7 @@ MEASURED_SOURCE = """
 import resource, sys
 from sparsejax.data.sources.text import open_text
 from sparsejax.data import DataConfig
-from sparsejax.data.store import write_stream
+from sparsejax.data.token_files import write_stream
 from sparsejax.data.tokenizer import byte_tokenizer
 from pathlib import Path
 import numpy as np

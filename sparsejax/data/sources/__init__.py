@@ -45,6 +45,9 @@ SOURCES = {
     "stdlib": SourceRow(("stdlib",)),
     "listops": SourceRow(("listops", "listops:short")),
     "pathfinder": SourceRow(("pathfinder",)),
+    "copying": SourceRow(
+        ("copying:hidden_permutation", "copying:fixed_lag", "copying:associative_recall")
+    ),
     "text": SourceRow(("text:/path",), any_rest=True),
     "jsonl": SourceRow(("jsonl:/path",), any_rest=True),
     "parquet": SourceRow(("parquet:/path",), any_rest=True),
