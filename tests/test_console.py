@@ -183,7 +183,9 @@ def test_without_a_config_settings_cannot_be_changed_and_nothing_trains(argument
 def test_both_programs_refuse_an_unknown_config_alike(program):
     result = _run(program, "--config=quickstrat")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: --config must be a .py file or one of dense_small, ")
+    assert result.stderr.startswith(
+        "error: --config must be a .py file or one of copying, dense_small, "
+    )
     assert result.stderr.endswith("got 'quickstrat'; did you mean 'quickstart'?\n")
 
 

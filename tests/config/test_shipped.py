@@ -80,7 +80,7 @@ def test_flags_in_a_file_are_as_those_of_the_command_line(read, tmp_path):
 
 @pytest.mark.parametrize("value", ["configs/quickstart", "lra", "base", "", "zzz"])
 def test_an_unknown_name_is_refused_with_those_there_are(value):
-    with pytest.raises(ValueError, match=rf"one of dense_small, .*, got '{value}'"):
+    with pytest.raises(ValueError, match=rf"one of copying, dense_small, .*, got '{value}'"):
         name_files(["train.py", f"--config={value}"])
 
 
