@@ -25,7 +25,7 @@ from sparsejax.masks.attention.dynamic import Budget
 from sparsejax.masks.attention.habits import NUM_CLASSES, Habits
 
 NAME, LENGTH, HEADS, KV_HEADS, WIDTH, DENSITY = "dynamic_cost", 4096, 9, 3, 64, 0.2
-SETTINGS = ((64, 128), (32, 128), (64, 64), (32, 32), (64, 0), (32, 0))
+SETTINGS = ((64, 128), (32, 128), (32, 256), (64, 64), (32, 32), (64, 0), (32, 0))
 
 
 def make_case(block_size: int, spacing: int) -> Case:
