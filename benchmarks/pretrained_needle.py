@@ -4,7 +4,8 @@
 
 A sentence with a number of four digits is put into real prose, at some depth; the text ends by
 asking for it. Found is a needle whose digits are all likeliest when the digits before are given.
-Patterns keep a fifth of the blocks of 64; `--headline` reads 4,096 tokens only, not 8,192.
+Patterns keep a fifth of the blocks of 64; "lookahead" may, since the whole text is a prompt.
+`--headline` reads 4,096 tokens only, not 8,192.
 """
 
 import functools
@@ -20,7 +21,8 @@ from flax import nnx
 from benchmarks.environment import describe_environment, device_name
 from benchmarks.harness import RESULTS, parse_arguments
 from benchmarks.pretrained_documents import list_documents
-from benchmarks.pretrained_patterns import QUERY_SPACING
+from benchmarks.pretrained_patterns import CHOSEN, DYNAMIC, HABITS, LOOKAHEAD, SINK_WINDOW
+from benchmarks.pretrained_setting import DENSE
 from benchmarks.records import Column, Results, make_table
 from benchmarks.smollm2 import load_smollm2
 from sparsejax.calibration import calibrate_blocks
@@ -34,7 +36,7 @@ NEEDLES = {
     "harbour": ("The secret number of the harbour is ", "7194"),
     "library": ("The secret number of the library is ", "3852"),
 }
-_DENSE, _FIXED, _DYNAMIC, _HABITS = "dense", "sink + window", "dynamic", "habits alone"
+PATTERNS = (DENSE, SINK_WINDOW, DYNAMIC, HABITS, LOOKAHEAD)
 
 
 class Trial(NamedTuple):
@@ -77,8 +79,10 @@ def make_trial(tokenizer: Any, prose_T: np.ndarray, length: int, depth: float, n
     return Trial(np.concatenate(parts), range(length - len(answer), length))
 
 
-def make_patterns(model: Any, prose_BT: np.ndarray) -> dict[str, Callable[..., Any]]:
-    """Return name -> jitted function of parameters and ids to the logits before each position.
+def make_patterns(model: Any, prose_BT: np.ndarray) -> Callable[[str], Callable[..., Any]]:
+    """Return what makes a pattern's jitted function of parameters and ids to the last logits.
+
+    Patterns are calibrated when they are asked for, once.
 
     Args:
       model: SmolLM2 with as many positions as the texts.
@@ -86,11 +90,17 @@ def make_patterns(model: Any, prose_BT: np.ndarray) -> dict[str, Callable[..., A
     """
     num_blocks = prose_BT.shape[1] // BLOCK
 
-    def calibrate(**options):
+    def choose(name):
         blocks = DynamicBlocks(
-            density=DENSITY, block_size=BLOCK, num_blocks=num_blocks, causal=True, **options
+            density=DENSITY,
+            block_size=BLOCK,
+            num_blocks=num_blocks,
+            causal=True,
+            **CHOSEN[name],
         )
-        return AttentionOptions(choose_blocks=calibrate_blocks(model, prose_BT, blocks))
+        if not blocks.lookahead:
+            blocks = calibrate_blocks(model, prose_BT, blocks)
+        return AttentionOptions(choose_blocks=blocks)
 
     kept_IJ = pattern_at_density("sink_window", num_blocks, density=DENSITY, causal=True)
     mask = model.blocks.attention.block_mask
@@ -106,12 +116,8 @@ def make_patterns(model: Any, prose_BT: np.ndarray) -> dict[str, Callable[..., A
 
         return compute
 
-    return {
-        _DENSE: make(AttentionOptions(sparse=False)),
-        _FIXED: make(AttentionOptions()),
-        _DYNAMIC: make(calibrate(query_spacing=QUERY_SPACING)),
-        _HABITS: make(calibrate(num_queries=0)),
-    }
+    options = {DENSE: AttentionOptions(sparse=False), SINK_WINDOW: AttentionOptions()}
+    return functools.cache(lambda name: make(options.get(name) or choose(name)))
 
 
 def _row(results: Results, length: int, pattern: str) -> dict[str, Any] | None:
@@ -155,12 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             np.concatenate([d.ids_T for d in documents if d.use == use])
             for use in ("calibration", "test")
         )
-        patterns = make_patterns(loaded.model, calibration_T.reshape(-1, length))
+        get_pattern = make_patterns(loaded.model, calibration_T.reshape(-1, length))
         state = nnx.state(loaded.model)
         for depth in DEPTHS:
             for name in NEEDLES:
                 trial = make_trial(loaded.tokenizer, prose_T, length, depth, name)
-                for pattern, compute in patterns.items():
+                for pattern in PATTERNS:
                     key = {
                         "length": length,
                         "depth": depth,
@@ -172,14 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if late or (key in results and not options.force):
                         continue
                     count = len(trial.answers)
-                    logits = np.asarray(compute(state, trial.ids_T, count))
+                    logits = np.asarray(get_pattern(pattern)(state, trial.ids_T, count))
                     wanted = trial.ids_T[trial.answers.start :]
                     losses = jax.nn.logsumexp(logits, -1) - logits[np.arange(count), wanted]
                     found = bool((logits.argmax(-1) == wanted).all())
                     values = {"found": found, "loss": float(losses.mean())}
                     results.record(key, values, describe_environment())
                     print(f"{key}: {values}", flush=True)
-    rows = [_row(results, n, p) for n in LENGTHS for p in (_DENSE, _FIXED, _DYNAMIC, _HABITS)]
+    rows = [_row(results, n, p) for n in LENGTHS for p in PATTERNS]
     table = make_table([row for row in rows if row], COLUMNS)
     (RESULTS / f"{NAME}.md").write_text(table)
     print("\n" + table)
