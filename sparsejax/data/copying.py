@@ -1,6 +1,6 @@
 """Sequences whose second half copies the first, so that one knows which blocks attention needs.
 
-Legend: N examples, H positions of a half, T = 2 H, I blocks of a half.
+Legend: N examples, T positions, I blocks of a half, R positions of a block, V symbols.
 """
 
 from collections.abc import Iterator

@@ -60,13 +60,19 @@ def make_spec(config: DataConfig, contents: Contents) -> DataSpec:
       The spec.
 
     Raises:
-      ValueError: Examples with labels cannot be masked, those without cannot be cut.
+      ValueError: Examples with labels cannot be masked, those without cannot be cut, and texts
+        cannot say what is hidden.
     """
     task = contents.task
     if config.truncate and task == "language_model":
         raise ValueError(
             f"truncate=True does not apply to {config.source}: texts without labels are one "
             "stream; leave it at False"
+        )
+    if task == "masked_language_model" and contents.num_values is None:
+        raise ValueError(
+            f"{config.source} says which tokens of a text are hidden, which only values can; "
+            "expected num_values, or texts and mask_fraction above 0"
         )
     if config.mask_fraction:
         if task != "language_model":

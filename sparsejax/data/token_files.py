@@ -29,11 +29,13 @@ def write_examples(
       contents: What the examples are.
 
     Raises:
-      ValueError: A label or a value is out of range.
+      ValueError: A label or a value is out of range, or an example does not say what is hidden.
     """
     if contents.task == "language_model":
         write_stream(folder, examples, tokenizer)
     else:
+        if contents.task == "masked_language_model":
+            examples = map(_check_hidden, examples)
         # Without classes every label is 0.
         write_documents(folder, examples, tokenizer, contents.num_classes or 1)
 
@@ -88,6 +90,15 @@ def write_documents(
             labels.append(example.label)
     np.save(folder / OFFSETS, np.cumsum(lengths, dtype=np.int64))
     np.save(folder / LABELS, np.array(labels, np.int32))
+
+
+def _check_hidden(example: Example) -> Example:
+    if len(example.documents) != 2 or not np.isin(example.documents[1], (0, 1)).all():
+        raise ValueError(
+            "an example of a masked language model must be values and which of them are hidden, "
+            f"0 or 1, got {example.documents!r:.60}"
+        )
+    return example
 
 
 def _encode_examples(

@@ -105,15 +105,45 @@ def test_what_cannot_be_drawn_is_refused(changes, message, tmp_path):
         describe_data(make_config(tmp_path, **changes))
 
 
-def make_short_source(config):
-    """Yield a sequence that is shorter than the settings say."""
-    example = Example((np.arange(6, dtype=np.uint8), np.ones(6, np.uint8)))
-    contents = Contents("masked_language_model", num_values=8)
-    return Source(contents=contents, identity={}, read=lambda split: iter([example] * 4))
+def _make_source(documents, num_values=8):
+    contents = Contents("masked_language_model", num_values=num_values)
+    return Source(contents=contents, identity={}, read=lambda split: iter([Example(documents)] * 4))
 
 
-def test_a_sequence_of_another_length_is_refused(tmp_path):
-    source = f"own:{__name__}:make_short_source"
+_VALUES = np.arange(8, dtype=np.uint8)
+
+
+def make_short(config):
+    """Make sequences that are shorter than the settings say."""
+    return _make_source((_VALUES[:6], np.ones(6, np.uint8)))
+
+
+def make_weighted(config):
+    """Make sequences whose second documents are no flags."""
+    return _make_source((_VALUES, 2 * np.ones(8, np.uint8)))
+
+
+def make_unmarked(config):
+    """Make sequences that say nothing of what is hidden."""
+    return _make_source((_VALUES,))
+
+
+def make_text(config):
+    """Make texts that have parts hidden."""
+    return _make_source((b"a text", b"\0\0\1\1\1\1"), num_values=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_short, "sequence_length=8: a sequence .* has 6 positions"),
+        (make_weighted, "which of them are hidden, 0 or 1, got"),
+        (make_unmarked, "which of them are hidden, 0 or 1, got"),
+        (make_text, "hidden, which only values can; expected num_values"),
+    ],
+)
+def test_sources_that_do_not_say_what_is_hidden_are_refused(make, message, tmp_path):
+    source = f"own:{__name__}:{make.__name__}"
     config = DataConfig(source=source, data_dir=str(tmp_path), sequence_length=8, batch_size=2)
-    with pytest.raises(ValueError, match="sequence_length=8: a sequence .* has 6 positions"):
+    with pytest.raises(ValueError, match=message):
         make_data(config)

@@ -11,7 +11,7 @@ from tests.training.runs import load_end, train
 pytestmark = pytest.mark.ci
 
 
-# `test_recipes` traces every recipe. Of whole runs, each push has those with most in them.
+# `test_recipes` traces every recipe. Of whole runs, each push has the one with most in it.
 _WHOLE = ("spion+fst",)
 
 

@@ -156,20 +156,11 @@ def test_repeat_is_bit_equal_and_lse_of_minus_infinity_adds_nothing():
     np.testing.assert_array_equal(emptied, first.at[5].set(0.0))
 
 
-@pytest.mark.parametrize(
-    ("own_lse", "axes"),
-    [
-        pytest.param(own_lse, axes, marks=pytest.mark.ci if ci else pytest.mark.slow)
-        for own_lse, axes, ci in (
-            (True, (0, None), True),
-            (False, (None, 0), True),
-            (True, (0, 0), False),
-            (True, (None, 0), False),
-            (False, (0, 0), False),
-            (False, (0, None), False),
-        )
-    ],
-)
+_AXES = {"both": (0, 0), "queries": (0, None), "keys": (None, 0)}
+
+
+@pytest.mark.parametrize("axes", tier(_AXES, fast=(), slow=["both", "keys"]))
+@pytest.mark.parametrize("own_lse", [True, False])
 def test_vmap_is_one_launch_and_equals_a_loop(axes, own_lse):
     shapes = [
         shape if axis is None else (2, 3, *shape)

@@ -8,8 +8,8 @@ from tests.sharding.eight_devices import run_program
 from tests.sharding.mesh_runs import RESUMED, SHORT, list_runs
 from tests.tiers import tier
 
-# Weights that grow, heads that choose, and both kinds of masks; a run takes a minute, and
-# `make test-all` runs all recipes on all meshes.
+# Weights that grow, and masks of both kinds; a run takes a minute, and `make test-all` runs all
+# recipes on all meshes.
 _CHOSEN = ["rigl/data=2 fsdp=2 tensor=2", "spion+fst/context=4"]
 _REST = sorted({*list_runs()} - {*_CHOSEN} - {f"resume/{name}" for name in RESUMED})
 _HELD = {"fsdp=8": 0.2, "data=2 fsdp=4": 0.33, "data=2 fsdp=2 tensor=2": 0.33, "context=4": 1.0}

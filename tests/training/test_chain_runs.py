@@ -92,10 +92,7 @@ def test_it_resumes_bit_for_bit_across_each_switch(step, settings, finished, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chained", "alone", "part"),
-    [
-        pytest.param("spion+dense", "spion", "attention", marks=pytest.mark.slow),
-        ("fst+dense", "fst", "weights"),
-    ],
+    [("spion+dense", "spion", "attention"), ("fst+dense", "fst", "weights")],
 )
 def test_beside_a_dense_one_each_trains_as_it_does_alone(chained, alone, part, tmp_path):
     ends = {}

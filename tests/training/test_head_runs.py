@@ -6,10 +6,9 @@ import pytest
 
 from sparsejax.recipes import get_attention_masks
 from sparsejax.report.metrics import read_metrics
-from tests.tiers import tier
 from tests.training.runs import assert_documented, copy_until, load_end, make_settings, train
 
-pytestmark = pytest.mark.ci
+pytestmark = pytest.mark.slow
 
 _SWITCH = 6
 _SHARED = {"model__num_heads": 4, "model__num_kv_heads": 2, "checkpoint__every_steps": 3}
@@ -31,11 +30,7 @@ _RUNS = {
 }
 
 
-@pytest.fixture(
-    name="trained",
-    scope="module",
-    params=tier({name: name for name in _RUNS}, fast=["spion"], slow=["sat"]),
-)
+@pytest.fixture(name="trained", scope="module", params=_RUNS)
 def _trained(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp(request.param)
     settings = make_settings(folder, **_SHARED | _RUNS[request.param])
@@ -43,7 +38,6 @@ def _trained(tmp_path_factory, request):
         return settings, folder / "run", train(settings, folder / "run")
 
 
-@pytest.mark.slow
 def test_every_head_has_its_blocks(trained):
     settings, workdir, summary = trained
     assert_documented(workdir)
@@ -63,10 +57,7 @@ def test_every_head_has_its_blocks(trained):
     assert (workdir / "attention_patterns.png").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "step", [pytest.param(3, marks=pytest.mark.slow), _SWITCH], ids=["dense", "at_the_switch"]
-)
+@pytest.mark.parametrize("step", [3, _SWITCH], ids=["dense", "at_the_switch"])
 def test_resuming_is_bit_exact(step, trained, tmp_path):
     settings, workdir, _ = trained
     resumed = copy_until(workdir, step, tmp_path / "resumed")

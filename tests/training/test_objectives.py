@@ -176,7 +176,7 @@ _LONGER = {
     ("kind", "changes"),
     [
         ("masked", {"optimizer__warmup_fraction": 0.5, "num_micro_batches": 2}),
-        pytest.param("patches", {"data__random_crop": False}, marks=pytest.mark.slow),
+        ("patches", {"data__random_crop": False}),
     ],
 )
 def test_a_run_learns_with_sparse_weights(kind, changes, tmp_path):

@@ -51,7 +51,7 @@ def open_copying(config: DataConfig) -> Source:
     draw = functools.partial(draw_copies, copying, half, permutation=config.copy_permutation)
 
     def read(split: Split) -> Iterator[Example]:
-        # The seeds of the splits are not those of a training run's order.
+        # Each split has a seed of its own.
         drawn = draw(seed=list(counts).index(split), num_examples=counts[split])
         return map(Example, drawn)
 
