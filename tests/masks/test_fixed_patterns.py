@@ -1,5 +1,7 @@
 """The static patterns: their definitions, and exact counts at a requested density."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from sparsejax.masks import (
     sliding_window,
 )
 
-FAMILIES = ["sliding_window", "sink_window", "longformer", "bigbird"]
+FAMILIES = ["sliding_window", "sink_window", "longformer", "bigbird", "random"]
 
 
 def visible_blocks(num_blocks, causal):
@@ -135,6 +137,18 @@ def test_parts_take_their_shares():
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_random_blocks_lie_anywhere_beside_the_diagonal(causal):
+    visible = visible_blocks(8, causal)
+    draw = functools.partial(pattern_at_density, "random", 8, density=0.5, causal=causal)
+    share = np.mean([draw(key=jax.random.key(s)) for s in range(100)], axis=0)
+    assert (share.diagonal() == 1).all()
+    # Each of the others is as likely; ± .2 is four standard deviations.
+    beside = share[visible & ~np.eye(8, dtype=bool)]
+    expected = (visible.sum() / 2 - 8) / len(beside)
+    np.testing.assert_allclose(beside, expected, atol=0.2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("stride", [1, 3, 5, 40])
 def test_hybrid_attention_is_local_or_strided(stride, causal):
     expected = [
@@ -188,6 +202,7 @@ def test_hybrid_blocks_cover_the_mask_and_nothing_else(causal):
         ),
         (lambda: pattern_at_density("reformer", 4, density=0.5), "name='reformer'"),
         (lambda: pattern_at_density("bigbird", 4, density=0.5), "key=None"),
+        (lambda: pattern_at_density("random", 4, density=0.5), "key=None"),
         (lambda: pattern_at_density("longformer", 4, density=0.2), "density=0.2"),
         (lambda: pattern_at_density("longformer", 4, density=float("nan")), "density=nan"),
     ],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.masks import pattern_at_density
+from sparsejax.masks import FIXED_PATTERNS, pattern_at_density
 from sparsejax.recipes import (
     StaticAttentionConfig,
     compute_attention_density,
@@ -49,7 +49,7 @@ def test_after_dense_steps_the_pattern_applies_in_the_second_phase():
     np.testing.assert_array_equal(*(get_attention_masks(s.masks) for s in (later, at_once)))
 
 
-@pytest.mark.parametrize("pattern", ["sliding_window", "sink_window", "longformer", "bigbird"])
+@pytest.mark.parametrize("pattern", FIXED_PATTERNS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_density_is_the_one_asked_for(pattern, causal):
     config = dataclasses.replace(BASE, pattern=pattern, causal=causal)
@@ -82,8 +82,8 @@ def test_the_key_decides_the_random_blocks():
     [
         (
             {"pattern": "strided"},
-            "pattern must be one of ('sliding_window', 'sink_window', 'longformer', 'bigbird'), "
-            "got 'strided'",
+            "pattern must be one of ('sliding_window', 'sink_window', 'longformer', 'bigbird', "
+            "'random'), got 'strided'",
         ),
         (
             {"density": 0.1},

@@ -275,6 +275,7 @@ def pattern_at_density(
       sink_window     the first `num_sinks` columns whole, then the window
       longformer      half to globals, half to the window
       bigbird         a third each to globals, random blocks and the window
+      random          all to random blocks
 
     The window grows outward from the diagonal; sinks fill the first column, globals the first row
     and column, the blocks farthest from the diagonal first, then the next. Ties go in row order: a
@@ -286,14 +287,15 @@ def pattern_at_density(
       density: fraction of the visible blocks to keep; at least the diagonal's share.
       causal: whether only the lower triangle of blocks is visible.
       num_sinks: leading columns that are sinks; the other families do not use it.
-      key: PRNG key of the random blocks; the other families do not use it.
+      key: PRNG key of random blocks; families without them do not use it.
 
     Returns:
       bool[NB, NB], True = kept.
 
     Raises:
       ValueError: if the name is unknown, `num_blocks` is not positive, the density is above 1
-        or below the share of the diagonal, `num_sinks` is not in 1 to NB, or BigBird lacks its key.
+        or below the share of the diagonal, `num_sinks` is not in 1 to NB, or the key that random
+        blocks need is missing.
 
     Example:
       >>> pattern_at_density("longformer", 4, density=0.5).astype(int)
@@ -335,12 +337,13 @@ def _add_globals(kept, rest, grid):
 
 
 def _add_globals_and_random_blocks(kept, rest, grid):
-    if grid.key is None:
-        raise ValueError("key must be given for name='bigbird', got key=None")
     third = rest // 3
     kept = _keep_globals(kept, third, grid)
-    draws = jax.random.uniform(grid.key, kept.shape, jnp.float32)
-    return _keep_lowest(draws, third, kept, grid.visible), rest - 2 * third
+    return _keep_random(kept, third, grid), rest - 2 * third
+
+
+def _add_random_blocks(kept, rest, grid):
+    return _keep_random(kept, rest, grid), 0
 
 
 FIXED_PATTERNS: dict[str, Family] = {
@@ -348,6 +351,7 @@ FIXED_PATTERNS: dict[str, Family] = {
     "sink_window": _add_sinks,
     "longformer": _add_globals,
     "bigbird": _add_globals_and_random_blocks,
+    "random": _add_random_blocks,
 }
 """The families that `pattern_at_density` knows, by name."""
 
@@ -356,6 +360,13 @@ def _keep_globals(kept, count, grid):
     NB = grid.num_blocks
     farthest_border_first = (_nearest_border(NB) + 1) * NB - _distance(NB)
     return _keep_lowest(farthest_border_first, count, kept, grid.visible)
+
+
+def _keep_random(kept, count, grid):
+    if grid.key is None:
+        raise ValueError("key must be given for patterns with random blocks, got key=None")
+    draws = jax.random.uniform(grid.key, kept.shape, jnp.float32)
+    return _keep_lowest(draws, count, kept, grid.visible)
 
 
 def _keep_lowest(

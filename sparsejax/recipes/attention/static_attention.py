@@ -22,8 +22,8 @@ class StaticAttentionConfig:
     """Settings of one fixed pattern for all layers.
 
     Attributes:
-      pattern: "sliding_window", "sink_window" (a window and the first columns), "longformer" or
-        "bigbird", in block form.
+      pattern: "sliding_window", "sink_window" (a window and the first columns), "longformer",
+        "bigbird", in block form, or "random": the diagonal and random blocks.
       density: fraction of the visible blocks kept, at least that of the diagonal. Every pattern
         keeps the same count, round(density * visible).
       num_sinks: columns of blocks that "sink_window" keeps whole; 1 is the block of the first
