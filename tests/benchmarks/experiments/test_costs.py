@@ -3,11 +3,11 @@
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks.mst_small import plot_costs, sum_costs
+from benchmarks.experiments.costs import plot_costs, sum_costs
 
 
-def _record(row, summary, curves=None):
-    return {"key": {"row": row}, "values": {"summary": summary, "curves": curves}}
+def _record(summary, curves=None):
+    return {"values": {"summary": summary, "curves": curves}}
 
 
 def test_costs_add_up_the_steps_of_each_phase(tmp_path, monkeypatch):
@@ -17,12 +17,16 @@ def test_costs_add_up_the_steps_of_each_phase(tmp_path, monkeypatch):
         "step_flops": [[1, 10.0], [2, 10.0], [3, 4.0], [4, 4.0]],
     }
     other = curves | {"validation_loss": [[2, 6.0], [4, 2.0]]}
-    methods = [_record("MST", summary, curves), _record("MST", summary, other)]
-    methods.append(_record("SET", {"num_steps": 4, "sparse_first_step": 0}, curves))
-    timing = [
-        _record("MST", {"warm-up_step_seconds": 1.0, "restoration_step_seconds": seconds})
-        for seconds in (2.0, 3.0, 10.0)
-    ]
+    methods = {
+        "MST": [_record(summary, curves), _record(summary, other)],
+        "SET": [_record({"num_steps": 4, "sparse_first_step": 0}, curves)],
+    }
+    timing = {
+        "MST": [
+            _record({"warm-up_step_seconds": 1.0, "restoration_step_seconds": seconds})
+            for seconds in (2.0, 3.0, 10.0)
+        ]
+    }
     costs = sum_costs(methods, timing)
     assert costs["MST"] == ([5.5, 2.5], [20, 28], [2, 6])
     assert costs["SET"] == ([5.0, 3.0], [20, 28], None)

@@ -1,0 +1,27 @@
+"""All experiments, by name."""
+
+from benchmarks.experiments import (
+    attention_listops,
+    copying,
+    fst_small,
+    mst_small,
+    spion_quickstart,
+)
+from benchmarks.experiments.plan import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        copying.HIDDEN_PERMUTATION,
+        copying.FIXED_LAG,
+        attention_listops.LISTOPS,
+        attention_listops.LISTOPS_TIMING,
+        spion_quickstart.QUICKSTART,
+        spion_quickstart.QUICKSTART_TIMING,
+        fst_small.FST_SMALL,
+        mst_small.MST_SMALL,
+        mst_small.MST_SMALL_PATTERNS,
+        mst_small.MST_SMALL_TIMING,
+    )
+}
+"""Name -> Experiment."""

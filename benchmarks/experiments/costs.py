@@ -1,0 +1,85 @@
+"""What the runs of an experiment have spent when they are validated, in FLOPs and in time."""
+
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+type Groups = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Records by row."""
+
+
+class Costs(NamedTuple):
+    """What the runs of one setting had spent when they were validated, and their mean loss.
+
+    Attributes:
+      seconds: list of float, in steps; None if the setting was not timed.
+    """
+
+    loss: list[float]
+    flops: list[float]
+    seconds: list[float] | None
+
+
+def sum_costs(methods: Groups, timing: Groups) -> dict[str, Costs]:
+    """Add up what every setting spends.
+
+    Args:
+      methods: runs with the curves "validation_loss" and "step_flops".
+      timing: timed runs of some of the settings. Each step takes the median over these runs of its
+        phase's steps.
+
+    Returns:
+      dict, setting -> Costs.
+    """
+    costs = {}
+    for row, records in methods.items():
+        runs = [record["values"] for record in records]
+        losses = [dict(map(tuple, run["curves"]["validation_loss"])) for run in runs]
+        flops = dict(map(tuple, runs[0]["curves"]["step_flops"]))
+        seconds = None
+        if row in timing:
+            timed = [record["values"]["summary"] for record in timing[row]]
+            seconds = _time_steps(runs[0]["summary"], timed)
+        spent = [
+            [sum(x for step, x in each.items() if step <= end) for end in losses[0]]
+            for each in (flops, seconds or {})
+        ]
+        loss = [statistics.fmean(run[step] for run in losses) for step in losses[0]]
+        costs[row] = Costs(loss, spent[0], spent[1] if seconds else None)
+    return costs
+
+
+def plot_costs(costs: Mapping[str, Costs], path: pathlib.Path) -> None:
+    """Draw validation loss over FLOPs, and over time.
+
+    Args:
+      costs: what `sum_costs` returned; a setting that was not timed is drawn over FLOPs only.
+      path: PNG file to write.
+    """
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    by_flops, by_time = figure.subplots(2, 1, sharey=True)
+    for index, (row, spent) in enumerate(costs.items()):
+        style = {"marker": "o", "ms": 4, "color": f"C{index}", "label": row}
+        by_flops.plot(spent.flops, spent.loss, **style)
+        if spent.seconds is not None:
+            by_time.plot(spent.seconds, spent.loss, **style)
+    by_flops.set(xlabel="FLOPs", ylabel="validation loss")
+    by_time.set(xlabel="seconds in steps", ylabel="validation loss")
+    for panel in (by_flops, by_time):
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _time_steps(summary: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return the seconds of every step, from the phase that it belongs to."""
+    suffix = "_first_step"
+    begins = {k.removesuffix(suffix): v for k, v in summary.items() if k.endswith(suffix)}
+    seconds: dict[int, float] = {}
+    for phase, begin in sorted(begins.items(), key=lambda item: item[1]):
+        median = statistics.median(float(run[f"{phase}_step_seconds"]) for run in timed)
+        seconds |= dict.fromkeys(range(begin + 1, summary["num_steps"] + 1), median)
+    return seconds

@@ -1,0 +1,33 @@
+"""Every run of every experiment can begin: configs exist, and settings are of what they name."""
+
+import importlib
+
+import pytest
+
+from benchmarks.experiments.catalogue import EXPERIMENTS
+from sparsejax.config.parse import parse_config
+from sparsejax.config.schema import make_recipe, make_transformer_config
+from sparsejax.data import describe_data
+
+
+def check_setting(config: str, overrides):
+    """Parse settings and build their recipe, as a run does before it trains."""
+    path, _, argument = config.partition(":")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    settings = module.get_config(*([argument] if argument else []))
+    with settings.ignore_type():
+        settings.update_from_flattened_dict(dict(overrides))
+    parsed = parse_config(settings.to_dict())
+    model = make_transformer_config(parsed, **describe_data(parsed.data)._asdict())
+    make_recipe(parsed, model)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_setting_builds_its_recipe(name):
+    experiment = EXPERIMENTS[name]
+    settings = dict(experiment.settings)
+    tuning = experiment.tuning
+    by_name = {} if tuning is None else tuning.candidates
+    for setting in settings.values():
+        for candidate in by_name.get(setting.tuned or "", [{}]):
+            check_setting(setting.config, {**setting.overrides, **candidate})
