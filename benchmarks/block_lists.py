@@ -25,7 +25,8 @@ from sparsejax.recipes import StaticAttentionConfig, make_static_attention
 from sparsejax.training.step import Batch
 
 _VOCAB_SIZE, _DENSITY = 256, 0.15
-# Layers, positions, side of a block: the quickstart's, and where lists are long for the work.
+# Layers, positions, side of a block: those of `configs/spion_small.py` (once the quickstart's), and
+# where lists are long for the work.
 SIZES = {"quickstart": (2, 2048, 64), "small blocks": (4, 2048, 16)}
 """What is measured, by name."""
 

@@ -31,6 +31,8 @@ from sparsejax.models import AttentionOptions
 
 NAME, BLOCK, DENSITY = "pretrained_needle", 64, 0.2
 LENGTHS = (4096, 8192)
+# Four documents are the prose of the longest text, and four calibrate it.
+DOCUMENT_LENGTH = 2048
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 NEEDLES = {
     "harbour": ("The secret number of the harbour is ", "7194"),
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(RESULTS / f"{NAME}.json")
     for length in LENGTHS[: 1 if options.headline else None]:
         loaded = load_smollm2(length, block_size=BLOCK)
-        documents = list_documents(loaded.tokenizer, length // 2)
+        documents = list_documents(loaded.tokenizer, DOCUMENT_LENGTH)
         calibration_T, prose_T = (
             np.concatenate([d.ids_T for d in documents if d.use == use])
             for use in ("calibration", "test")

@@ -56,16 +56,17 @@ _LISTOPS = {"data.listops_examples": 4800, "data.batch_size": 8, "num_eval_batch
 _SWITCH = {"recipe.sat.latest_switch_fraction": 0.6, "optimizer.warmup_fraction": 0.2}
 RUNS: dict[str, _Run] = {
     "quickstart": _Run("quickstart"),
+    "spion_small": _Run("spion_small"),
     "spion-c": _Run(
-        "quickstart",
+        "spion_small",
         _SHORT
         | {"recipe.spion.variant": "c", "recipe.spion.density": 0.4}
         # "c" knows neither.
         | {"recipe.spion.quantile": None, "recipe.spion.walk": None},
     ),
-    "spion-f": _Run("quickstart", _SHORT | {"recipe.spion.variant": "f"}),
+    "spion-f": _Run("spion_small", _SHORT | {"recipe.spion.variant": "f"}),
     "static_attention": _Run(
-        "quickstart",
+        "spion_small",
         {
             "recipe.name": "static_attention",
             "recipe.static_attention.dense_fraction": 0.5,

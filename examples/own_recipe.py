@@ -84,8 +84,8 @@ def make_top_kast(facts):
 
 
 if __name__ == "__main__":
-    from configs import quickstart
+    from configs import spion_small
 
-    config = quickstart.get_config()
+    config = spion_small.get_config()
     config.recipe.own.sparse_weights = "mlp/.*=unstructured"
     sparsejax.train(config, sys.argv[1], recipe=make_top_kast)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 import sparsejax
-from configs import quickstart
+from configs import spion_small
 from sparsejax.data import Contents, Example, Source
 
 
@@ -26,6 +26,6 @@ def make_sums(config):
 
 
 if __name__ == "__main__":
-    config = quickstart.get_config()
+    config = spion_small.get_config()
     config.data.sequence_length = 256
     sparsejax.train(config, sys.argv[1], data=make_sums)

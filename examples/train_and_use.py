@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import sparsejax
-from configs import quickstart
+from configs import spion_small
 from sparsejax.report.metrics import read_metrics
 
 
@@ -25,16 +25,16 @@ def write(model, tokenizer, text, length):
 
 
 def main(workdir, **settings):
-    """Train the quickstart's model, or resume it, and use it.
+    """Train the model of `configs/spion_small.py`, or resume it, and use it.
 
     Args:
       workdir: folder of the run.
-      **settings: that differ from the quickstart's, dots written as double underscores.
+      **settings: that differ from those of the config, dots written as double underscores.
 
     Returns:
       tuple of steps, losses and what the model wrote.
     """
-    config = quickstart.get_config()
+    config = spion_small.get_config()
     for name, value in settings.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     sparsejax.train(config, workdir)

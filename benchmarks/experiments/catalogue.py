@@ -5,7 +5,7 @@ from benchmarks.experiments import (
     copying,
     fst_small,
     mst_small,
-    spion_quickstart,
+    spion_small,
 )
 from benchmarks.experiments.plan import Experiment
 
@@ -16,8 +16,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         copying.FIXED_LAG,
         attention_listops.LISTOPS,
         attention_listops.LISTOPS_TIMING,
-        spion_quickstart.QUICKSTART,
-        spion_quickstart.QUICKSTART_TIMING,
+        spion_small.SPION_SMALL,
+        spion_small.SPION_SMALL_TIMING,
         fst_small.FST_SMALL,
         mst_small.MST_SMALL,
         mst_small.MST_SMALL_PATTERNS,

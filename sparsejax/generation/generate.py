@@ -67,7 +67,7 @@ def generate(
         room for the new tokens; or another argument is out of range.
 
     Example:
-      `sparsejax.generate(sparsejax.load_model("runs/quickstart"), ["def "], max_new_tokens=64)`
+      `sparsejax.generate(sparsejax.load_model("runs/spion_small"), ["def "], max_new_tokens=64)`
     """
     if not isinstance(model, Transformer):
         model, tokenizer = model.model, tokenizer or model.tokenizer

@@ -57,7 +57,15 @@ _RELEASED = {
         "recipe.fst.grad_pruning": "mvue",
     },
 }
-_OURS = ("quickstart", "copying", "dense_small", "sat_quickstart", "fst_small", "mst_small")
+_OURS = (
+    "quickstart",
+    "copying",
+    "dense_small",
+    "spion_small",
+    "sat_quickstart",
+    "fst_small",
+    "mst_small",
+)
 _OPTIONS = {setting for settings in _RELEASED.values() for setting in settings} - {
     "model.dropout_rate",
     "optimizer.b2",

@@ -53,7 +53,7 @@ def test_a_share_in_place_of_a_count_is_told_what_to_pass():
 
 @pytest.mark.ci
 def test_own_source(tmp_path):
-    config = train_and_use.quickstart.get_config()
+    config = train_and_use.spion_small.get_config()
     for name, value in _SHORT.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     config.data.data_dir = str(tmp_path / "data")

@@ -1,22 +1,23 @@
 """Does block-sparse attention found by SPION cost quality, and what does it save?
 
-    make experiments NAME=spion_quickstart_quality
-    make experiments NAME=spion_quickstart_timing
+    make experiments NAME=spion_small
+    make experiments NAME=spion_small_timing
 
-The model, data and number of steps are the quickstart's. Dense attention is the control. The fixed
-patterns are sparse from the first step and keep as many blocks as SPION-CF finds on this data;
-SPION-C is asked for a density that leaves it there too, after its overlap with the diagonal.
+Model, data and number of steps are those of `configs/spion_small.py`. Dense attention is the
+control. The fixed patterns are sparse from the first step and keep as many blocks as SPION-CF finds
+on this data; SPION-C is asked for a density that leaves it there too, after its overlap with the
+diagonal.
 """
 
 from benchmarks.experiments.plan import Experiment, Setting, shorten, static_attention
 
-_CONFIG = "configs/quickstart.py"
+_CONFIG = "configs/spion_small.py"
 _DENSITY = 0.14
 
 
 _DENSE = Setting(config=_CONFIG, overrides={"recipe.name": "dense"})
-QUICKSTART = Experiment(
-    name="spion_quickstart_quality",
+SPION_SMALL = Experiment(
+    name="spion_small",
     kind="quality",
     settings={
         "dense": _DENSE,
@@ -27,6 +28,7 @@ QUICKSTART = Experiment(
             overrides={
                 "recipe.spion.variant": "c",
                 "recipe.spion.quantile": None,
+                "recipe.spion.walk": None,
                 "recipe.spion.density": 0.19,
             },
         ),
@@ -43,8 +45,8 @@ QUICKSTART = Experiment(
     },
 )
 
-QUICKSTART_TIMING = Experiment(
-    name="spion_quickstart_timing",
+SPION_SMALL_TIMING = Experiment(
+    name="spion_small_timing",
     kind="timing",
     settings={
         "dense, jax.nn": shorten(_DENSE, 40),
