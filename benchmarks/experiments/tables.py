@@ -28,7 +28,7 @@ class Judgement(NamedTuple):
     Attributes:
       difference: str, the row minus the other, with the interval of 95 %.
       better_in: str, in how many pairs the row was better.
-      sentence: str.
+      sentence: str, the verdict in words, and what would decide where nothing does.
       verdict: of the claim that the row is better, or no worse than the margin.
     """
 

@@ -246,7 +246,7 @@ HOMES = {
         "benchmarks",
     ),
     "optax": ("sparsejax.optimizer", "sparsejax.training", "benchmarks"),
-    "scipy": ("sparsejax.calibration",),
+    "scipy": ("sparsejax.calibration", "benchmarks.experiments.paired"),
     "orbax": ("sparsejax.checkpoint.save", "benchmarks.same_training"),
     "ml_collections": (
         "configs",
