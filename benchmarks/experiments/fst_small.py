@@ -13,7 +13,6 @@ its own.
 
 import dataclasses
 import functools
-from typing import Any
 
 from benchmarks.experiments.plan import Comparison, Experiment, Tuning, change, use_recipe
 
@@ -39,11 +38,7 @@ _ROWS = {
 _RATES = tuple({"optimizer.learning_rate": rate} for rate in (1.5e-3, 3e-3, 6e-3))
 
 
-def _compare(row: str, against: str, **options: Any) -> Comparison:
-    metric = "validation loss"
-    return Comparison(row=row, against=against, metric=metric, better="less", **options)
-
-
+_compare = functools.partial(Comparison, metric="validation loss", better="less")
 _KEEPS = "the quality of dense training (here: within 1 % of its loss)"
 FST_SMALL = Experiment(
     name="fst_small",

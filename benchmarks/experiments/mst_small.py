@@ -23,7 +23,6 @@ phases' steps take by themselves.
 import dataclasses
 import functools
 import pathlib
-from typing import Any
 
 from benchmarks.experiments.costs import Groups, plot_costs, sum_costs
 from benchmarks.experiments.plan import (
@@ -120,13 +119,7 @@ def _draw_costs(groups: Groups, results_dir: pathlib.Path) -> str:
     return ""
 
 
-def _compare(row: str, against: str, **options: Any) -> Comparison:
-    metric = "validation loss"
-    return Comparison(
-        row=row, against=against, metric=metric, better="less", method="MST", **options
-    )
-
-
+_compare = functools.partial(Comparison, metric="validation loss", better="less", method="MST")
 _KEEPS = "a quarter of the FLOPs keep the quality of dense training (here: within 1 % of its loss)"
 _RIVALS = "better than other sparse training at equal FLOPs"
 MST_SMALL = Experiment(

@@ -55,7 +55,7 @@ class Tuning:
             raise ValueError(f"candidates must be equally many for each setting, got {counts}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """One row against another, seed by seed.
 
@@ -72,6 +72,7 @@ class Comparison:
 
     row: str
     against: str
+    _: dataclasses.KW_ONLY
     metric: str
     better: Literal["less", "more"]
     margin: float | None = None

@@ -111,11 +111,11 @@ def test_verdicts_that_cannot_be_kept_are_found_out_first(gpu, capsys):
 def test_a_config_says_what_it_calls(cache, capsys, monkeypatch, tmp_path):
     root = pathlib.Path(doctor.__file__).parents[2]
     monkeypatch.chdir(root)
-    calls = visit.read_calls(["--config=configs/quickstart.py"])
+    calls = visit.read_calls(["--config=configs/spion_small.py"])
     assert {op for op, _ in calls} == {"block_sparse_attention", "mean_attention_map"}
     assert {facts.num_queries for _, facts in calls} == {2048}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.main(["--config=configs/quickstart.py", "--config.model.block_size=31"]) == 2
+    assert doctor.main(["--config=configs/spion_small.py", "--config.model.block_size=31"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "error: model.block_size must be a positive divisor of data.sequence_length=2048, got 31"
