@@ -26,6 +26,7 @@ from benchmarks.experiments.running import (
 from benchmarks.experiments.tables import compare_runs, write_report
 from benchmarks.harness import RESULTS
 from benchmarks.records import Results
+from sparsejax.config.shipped import suggest
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,17 +42,20 @@ def main(arguments: Sequence[str]) -> int:
       SystemExit: if an argument is not known.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments")
-    parser.add_argument("name", nargs="?", choices=list(EXPERIMENTS), metavar="NAME")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of an experiment")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--again", metavar="ROW", help="train this row again and compare")
     parsed = parser.parse_args(arguments)
     if parsed.name is None:
         list_experiments()
         return 0
+    if parsed.name not in EXPERIMENTS:
+        names = ", ".join(EXPERIMENTS)
+        raise SystemExit(f"error: NAME must be one of {names}, got {parsed.name!r}")
     experiment = EXPERIMENTS[parsed.name]
     if parsed.again is not None and parsed.again not in experiment.settings:
-        rows = ", ".join(map(repr, experiment.settings))
-        parser.error(f"--again must be one of {rows}, got {parsed.again!r}")
+        near = suggest(parsed.again, list(experiment.settings))
+        raise SystemExit(f"error: {parsed.name} must have the row {parsed.again!r}{near}")
     workers = 1 if experiment.kind == "timing" else parsed.workers
     results = Results(RESULTS / f"{experiment.name}.json")
     missing = count_missing(experiment, results)
