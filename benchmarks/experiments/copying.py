@@ -213,7 +213,7 @@ def _make_rows(config: str, densities: Sequence[float]) -> dict[str, Setting]:
 _compare = functools.partial(Comparison, metric="accuracy", better="more")
 
 
-def _claim(pattern: str, claim: str) -> dict[str, str]:
+def _claim(pattern: str, claim: str) -> dict[str, Any]:
     """Return claim and method of a published pattern; nothing of those that are ours."""
     method = {"SPION-CF": "SPION", "SAT": "SAT"}.get(pattern)
     return {"claim": claim, "method": method} if method else {}
@@ -275,6 +275,7 @@ def _make_experiment(task: str, densities: Sequence[float], **options: Any) -> E
         settings=rows,
         seeds=tuple(range(10)),
         columns=_COLUMNS,
+        curves={},
         tuning=_make_tuning(config, _MIDDLE),
         by_seed=_set_permutation,
         measure=measure_blocks,

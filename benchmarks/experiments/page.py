@@ -24,7 +24,7 @@ What the papers claim, in our words, and what small models on two CPU cores allo
   instead of 0, and an interval of 90 %; "TOST" says that it lies within the margin on both sides.
 - **Not confirmed**: the whole interval is worse.
 - **Not decidable here**: neither; the sentence says how many pairs would decide four times in
-  five, if mean and spread are as measured.
+  five, if mean and spread are as measured. Nothing is said before all planned pairs are there.
 - Nothing here says what holds at the size of the papers' models.
 """
 

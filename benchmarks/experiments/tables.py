@@ -39,7 +39,7 @@ class Judgement(NamedTuple):
 
 
 def write_report(experiment: Experiment, results: Results, results_dir: pathlib.Path) -> None:
-    """Write `<name>.md` and `<name>.png`.
+    """Write `<name>.md` and, if there are curves, `<name>.png`.
 
     Args:
       experiment: names rows, columns and comparisons.
@@ -92,7 +92,7 @@ def make_comparison_table(experiment: Experiment, groups: Groups) -> str:
     Args:
       groups: records by row; comparisons that have fewer than two pairs are left out.
     """
-    lines = [["difference of pairs, 95 %", "", "", "better in", "what may be said"]]
+    lines = [["pairs", "of", "difference, 95 %", "better in", "what may be said"]]
     for comparison in experiment.comparisons:
         judgement = judge(experiment, comparison, groups)
         if judgement is None:
@@ -103,7 +103,7 @@ def make_comparison_table(experiment: Experiment, groups: Groups) -> str:
 
 
 def judge(experiment: Experiment, comparison: Comparison, groups: Groups) -> Judgement | None:
-    """Judge a comparison by the seeds that both of its rows were trained with.
+    """Judge a comparison by the seeds that both of its rows were trained with, once all were.
 
     Returns:
       Judgement; None if there are fewer than two pairs.
@@ -121,7 +121,11 @@ def judge(experiment: Experiment, comparison: Comparison, groups: Groups) -> Jud
     sign = 1 if comparison.better == "more" else -1
     difference = f"{_signed(sign * gain.mean)} ± {_round(gain.half_width())}"
     better_in = f"{gain.num_better} of {gain.num_pairs}"
-    if comparison.margin is None:
+    if len(seeds) < len(experiment.seeds):
+        # Whoever looks at every new pair finds something sooner or later.
+        verdict = "not decidable here"
+        sentence = f"{len(seeds)} of {len(experiment.seeds)} pairs so far, nothing is said before"
+    elif comparison.margin is None:
         verdict, sentence = _say_better(comparison, gain)
     else:
         verdict, sentence = _say_no_worse(comparison, gain, statistics.fmean(against))
@@ -163,6 +167,8 @@ def plot_curves(experiment: Experiment, groups: Groups, path: pathlib.Path) -> N
       groups: records by row.
       path: the PNG to write.
     """
+    if not experiment.curves:
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -222,12 +228,16 @@ def _say_pairs(count: int | None) -> str:
 def _make_caption(experiment: Experiment, results: Results, groups: Groups) -> str:
     title = "quality" if experiment.kind == "quality" else "speed"
     records = [record for group in groups.values() for record in group]
-    environments = {
-        f"{record['environment']['device']}, jax {record['environment']['jax']}, "
-        f"{record['environment']['date'][:10]}"
-        for record in records
-    }
-    caption = f"**{experiment.name}** ({title}): {'; '.join(sorted(environments))}"
+    dates: dict[str, set[str]] = {}
+    for record in records:
+        environment = record["environment"]
+        machine = f"{environment['device']}, jax {environment['jax']}"
+        dates.setdefault(machine, set()).add(environment["date"][:10])
+    machines = [
+        f"{machine}, {min(days)}" + (f" to {max(days)}" if len(days) > 1 else "")
+        for machine, days in sorted(dates.items())
+    ]
+    caption = f"**{experiment.name}** ({title}): {'; '.join(machines)}"
     seconds = [r["values"]["seconds"] for r in results.records if "seconds" in r["values"]]
     if seconds:
         caption += f"; {sum(seconds) / 3600:.1f} hours of one core"

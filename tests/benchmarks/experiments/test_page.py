@@ -61,6 +61,12 @@ def test_a_claim_without_pairs_is_not_judged(tmp_path):
     assert "| sparse – dense, loss: not measured yet | **not decidable here** |" in page
 
 
+def test_no_verdict_falls_before_all_pairs_are_there(tmp_path):
+    page = record(tmp_path, {"dense": 2.0, "sparse": 1.0}, seeds=2)
+    assert "better in 2 of 2" in page
+    assert "**not decidable here**: 2 of 3 pairs so far, nothing is said before" in page
+
+
 def test_a_question_of_ours_is_no_claim(tmp_path):
     ours = dataclasses.replace(STUDY, comparisons=STUDY.comparisons[1:])
     assert "study" not in make_page([ours], tmp_path)
