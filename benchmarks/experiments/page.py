@@ -52,7 +52,7 @@ def make_page(experiments: Iterable[Experiment], results_dir: pathlib.Path = RES
             rows = f"{comparison.row} – {comparison.against}, {comparison.metric}"
             link = f"[{experiment.name}](../benchmarks/results/{experiment.name}.md)"
             if judgement is None:
-                cells = [f"{rows}: not measured yet", "**not decidable here**"]
+                cells = [f"{rows}: not measured yet; {experiment.name}", "**not decidable here**"]
             else:
                 measured = (
                     f"{rows}: {judgement.difference}, better in {judgement.better_in}; {link}"

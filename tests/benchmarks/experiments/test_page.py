@@ -58,7 +58,7 @@ def test_a_claim_is_judged_by_its_interval(tmp_path):
 
 def test_a_claim_without_pairs_is_not_judged(tmp_path):
     page = record(tmp_path, {"dense": 2.0, "sparse": 1.0}, seeds=1)
-    assert "| sparse – dense, loss: not measured yet | **not decidable here** |" in page
+    assert "| sparse – dense, loss: not measured yet; study | **not decidable here** |" in page
 
 
 def test_no_verdict_falls_before_all_pairs_are_there(tmp_path):
