@@ -59,7 +59,7 @@ def test_better_is_said_only_of_intervals_without_zero(shift, verdict):
         (-0.1, "confirmed", False),  # better by more than the margin
         (0.1, "not confirmed", False),
         (0.021, "not decidable here", False),
-        # Half an interval of 90 % is .0061 wide here, of 50 % .0025, of 95 % .0075.
+        # Half an interval of 90 % is .0061 wide here, of 50 % .0023, of 95 % .0075.
         (0.0155, "not decidable here", False),
         (0.0132, "confirmed", True),
     ],
