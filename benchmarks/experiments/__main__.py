@@ -61,13 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     missing = count_missing(experiment, results)
     if missing and parsed.again is None:
         try:
-            results = run_experiment(experiment, workers=workers)
+            run_experiment(experiment, workers=workers)
         finally:
             write_report(experiment, Results(results.path), RESULTS)
             PAGE.write_text(make_page(EXPERIMENTS.values()))
         return 0
     if experiment.kind == "timing":
-        print(f"{experiment.name}: all is recorded; times are not repeated to the digit")
+        print(f"{experiment.name}: times are not repeated to the digit")
         return 0
     return repeat_row(experiment, results, parsed.again)
 
@@ -102,11 +102,15 @@ def repeat_row(experiment: Experiment, results: Results, row: str | None) -> int
       int, 1 if printed digits differ though the kind of CPU is the same.
     """
     row = row or experiment.headline or next(iter(experiment.settings))
-    runs = list_runs(experiment, results)
-    (run,) = [r for r in runs if r.key["row"] == row and r.key["seed"] == experiment.seeds[0]]
-    if run.key not in results:
+    # Without its tuning nobody knows how a row trains.
+    tuned = all(run.key in results for run in list_candidates(experiment))
+    wanted = {"row": row, "seed": experiment.seeds[0]}
+    runs = list_runs(experiment, results) if tuned else []
+    runs = [run for run in runs if wanted.items() <= run.key.items() and run.key in results]
+    if not runs:
         print(f"{experiment.name}: {row!r} is not recorded yet")
         return 1
+    (run,) = runs
     with tempfile.TemporaryDirectory() as folder:
         again = train_again(experiment, dataclasses.replace(run, workdir=Path(folder) / "run"))
     text, equal = compare_runs(experiment, results[run.key], again)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.experiments import __main__ as command
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.catalogue import EXPERIMENTS
 
@@ -11,6 +12,14 @@ def test_without_a_name_all_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
     assert all("runs, " in line and "missing" in line for line in lines)
+
+
+def test_a_row_without_a_record_is_not_compared(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    # The first is tuned, the second is not.
+    for name, row in (("hidden_permutation", "SAT, 0.1"), ("spion_small", "dense")):
+        assert main([name, f"--again={row}"]) == 1
+        assert capsys.readouterr().out == f"{name}: {row!r} is not recorded yet\n"
 
 
 @pytest.mark.parametrize(
