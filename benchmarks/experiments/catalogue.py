@@ -1,6 +1,7 @@
 """All experiments, by name."""
 
 from benchmarks.experiments import (
+    attention_images,
     attention_listops,
     copying,
     fst_small,
@@ -14,11 +15,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         copying.HIDDEN_PERMUTATION,
         copying.FIXED_LAG,
+        attention_images.ATTENTION_IMAGES,
         attention_listops.LISTOPS,
         attention_listops.LISTOPS_TIMING,
         spion_small.SPION_SMALL,
         spion_small.SPION_SMALL_TIMING,
         fst_small.FST_SMALL,
+        fst_small.FST_IMAGES,
         mst_small.MST_SMALL,
         mst_small.MST_SMALL_PATTERNS,
         mst_small.MST_SMALL_TIMING,

@@ -4,9 +4,9 @@ import pathlib
 from collections.abc import Iterable
 
 from benchmarks.environment import ROOT
-from benchmarks.experiments.plan import Experiment
+from benchmarks.experiments.plan import Comparison, Experiment
 from benchmarks.experiments.running import group_by_row
-from benchmarks.experiments.tables import judge
+from benchmarks.experiments.tables import Groups, judge
 from benchmarks.harness import RESULTS
 from benchmarks.records import Results
 
@@ -39,31 +39,34 @@ def make_page(experiments: Iterable[Experiment], results_dir: pathlib.Path = RES
     Returns:
       str, Markdown; a claim that has no two pairs yet says so.
     """
-    sections: dict[str, list[str]] = {}
+    sections: dict[str, dict[str, list[str]]] = {}
     for experiment in experiments:
-        groups = None
-        for comparison in experiment.comparisons:
-            if not comparison.claim:
-                continue
-            if groups is None:
-                results = Results(results_dir / f"{experiment.name}.json")
-                groups = group_by_row(experiment, results)
-            judgement = judge(experiment, comparison, groups)
-            rows = f"{comparison.row} – {comparison.against}, {comparison.metric}"
-            link = f"[{experiment.name}](../benchmarks/results/{experiment.name}.md)"
-            if judgement is None:
-                cells = [f"{rows}: not measured yet; {experiment.name}", "**not decidable here**"]
-            else:
-                measured = (
-                    f"{rows}: {judgement.difference}, better in {judgement.better_in}; {link}"
-                )
-                cells = [measured, f"**{judgement.verdict}**: {judgement.sentence}"]
-            claim = comparison.claim
-            sections.setdefault(comparison.method, []).append(
-                "| " + " | ".join([claim, *cells]) + " |"
-            )
+        claims = [comparison for comparison in experiment.comparisons if comparison.claim]
+        if not claims:
+            continue
+        groups = group_by_row(experiment, Results(results_dir / f"{experiment.name}.json"))
+        for comparison in claims:
+            lines = sections.setdefault(comparison.method, {}).setdefault(comparison.claim, [])
+            line = _describe(experiment, comparison, groups)
+            # Where nothing is measured, one line stands for all rivals.
+            if line not in lines:
+                lines.append(line)
     parts = [_INTRODUCTION]
-    for method, lines in sections.items():
-        head = "| the paper says | measured here | what may be said |\n| --- | --- | --- |\n"
-        parts.append(f"## {method}\n\n{head}" + "\n".join(lines) + "\n")
+    for method, claims in sections.items():
+        table = "| the paper says | measured here | what may be said |\n| --- | --- | --- |\n"
+        for claim, lines in claims.items():
+            for index, line in enumerate(lines):
+                table += f"| {'' if index else claim} | {line} |\n"
+        parts.append(f"## {method}\n\n{table}")
     return "\n".join(parts)
+
+
+def _describe(experiment: Experiment, comparison: Comparison, groups: Groups) -> str:
+    """Return what was measured and what may be said, two cells of a line."""
+    judgement = judge(experiment, comparison, groups)
+    if judgement is None:
+        return f"not measured yet: {experiment.name} | **not decidable here**"
+    rows = f"{comparison.row} – {comparison.against}, {comparison.metric}"
+    link = f"[{experiment.name}](../benchmarks/results/{experiment.name}.md)"
+    measured = f"{rows}: {judgement.difference}, better in {judgement.better_in}; {link}"
+    return f"{measured} | **{judgement.verdict}**: {judgement.sentence}"

@@ -64,6 +64,7 @@ _OURS = (
     "spion_small",
     "sat_quickstart",
     "fst_small",
+    "fashion_mnist",
     "mst_small",
 )
 _OPTIONS = {setting for settings in _RELEASED.values() for setting in settings} - {

@@ -58,7 +58,17 @@ def test_a_claim_is_judged_by_its_interval(tmp_path):
 
 def test_a_claim_without_pairs_is_not_judged(tmp_path):
     page = record(tmp_path, {"dense": 2.0, "sparse": 1.0}, seeds=1)
-    assert "| sparse – dense, loss: not measured yet; study | **not decidable here** |" in page
+    assert "| sparse is better | not measured yet: study | **not decidable here** |" in page
+
+
+def test_a_claim_stands_once_above_all_its_rivals(tmp_path):
+    first = STUDY.comparisons[0]
+    again = dataclasses.replace(first, margin=0.01)
+    study = dataclasses.replace(STUDY, comparisons=[first, again])
+    record(tmp_path, {"dense": 2.0, "sparse": 1.9})
+    page = make_page([study], tmp_path)
+    assert page.count("sparse is better") == 1 and page.count("\n|  | sparse – dense") == 1
+    assert make_page([study], tmp_path / "empty").count("not measured yet") == 1
 
 
 def test_no_verdict_falls_before_all_pairs_are_there(tmp_path):
