@@ -21,6 +21,9 @@ def get_config(task: str = "attention") -> ConfigDict:
 
     Args:
       task: one of `TASKS`.
+
+    Raises:
+      ValueError: if it is another.
     """
     if task not in TASKS:
         raise ValueError(f"fashion_mnist.py:{task}: expected one of {', '.join(TASKS)}")
