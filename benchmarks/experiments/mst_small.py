@@ -79,7 +79,7 @@ _METHODS = {
     "SET": use_recipe(_CONFIG, "set", sparsity=0.88),
     "static": use_recipe(_CONFIG, "static_weights", sparsity=0.88),
     "gradual magnitude": use_recipe(
-        _CONFIG, "magnitude", sparsity=0.9, start_fraction=0.01, end_fraction=0.3
+        _CONFIG, "magnitude", sparsity=0.93, start_fraction=0.01, end_fraction=0.2
     ),
 }
 _RATES = (1e-3, 1.5e-3, 3e-3)

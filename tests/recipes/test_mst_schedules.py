@@ -66,7 +66,15 @@ def test_mst_costs_a_quarter_of_dense_training_of_gpt2_small(stairs, low, high):
     [
         (lambda: mst_schedules(1000, warmup=0.5, restoration=0.5), "warmup=0.5, restoration=0.5"),
         (lambda: mst_schedules(1000, warmup=0.0), "warmup=0.0"),
-        (lambda: mst_schedules(1000, update_interval_fraction=0.5), "start_step=870, end_step=500"),
+        (
+            lambda: mst_schedules(1000, update_interval_fraction=0.5),
+            "restoration=0.13 must reach an update .* got 130 steps .* every 500 steps",
+        ),
+        # The last update is the first step of the restoration.
+        (
+            lambda: mst_schedules(1000, restoration=0.02, update_interval_fraction=0.02),
+            "restoration=0.02 must reach an update .* got 20 steps .* every 20 steps",
+        ),
         (
             lambda: mst_schedules(2),
             "leave an ultra-sparse phase in 2 steps, got 1 step of warm-up and 2 of",

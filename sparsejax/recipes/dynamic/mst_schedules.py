@@ -87,6 +87,12 @@ def mst_schedules(
             "restoration"
         )
     updates = make_updates(update_interval_fraction, num_steps)
+    if updates.last_step <= restore_step:
+        raise ValueError(
+            f"restoration={restoration} must reach an update after its first step, got "
+            f"{num_steps - restore_step} steps of restoration with an update every "
+            f"{updates.interval} steps (update_interval_fraction={update_interval_fraction})"
+        )
     warmup_ramp = Ramp(
         start_step=0,
         end_step=full_step,
