@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.experiments import pattern_pictures
 from benchmarks.experiments.attention_patterns import (
     measure_kept,
     name_row,
@@ -13,6 +14,7 @@ from benchmarks.experiments.attention_patterns import (
     unpack_kept,
 )
 from benchmarks.experiments.copying import measure_blocks
+from benchmarks.experiments.pattern_pictures import draw_kept, plot_accuracy
 from sparsejax.data.copying import draw_permutation
 
 
@@ -72,3 +74,22 @@ def test_rows_are_split_as_they_are_named():
     for pattern in ("dense", "SPION-C, heads", "SAT"):
         assert split_row(name_row(pattern, 0.15)) == (pattern, 0.15)
     assert split_row("SAT, own switch") is None
+
+
+def test_a_picture_has_a_panel_for_each_layer_of_each_pattern(finish, tmp_path, monkeypatch):
+    kept = measure_kept(finish(np.eye(4, dtype=bool)[None, None].repeat(2, 0)))["kept"]
+    record = {"values": {"summary": {"kept": kept, "validation_accuracy": 0.5}}}
+    figures = []
+    make = pattern_pictures.Figure
+    monkeypatch.setattr(
+        pattern_pictures, "Figure", lambda **options: figures.append(make(**options)) or figures[-1]
+    )
+    groups = {name_row(name, 0.15): [record] * 2 for name in ("SPION-C", "SAT")}
+    draw_kept(groups | {"dense": [record]}, tmp_path / "kept.png", needed=[(1, 1), (2, 3)])
+    titles = [axes.get_title() for axes in figures[0].axes if axes.images]
+    assert titles == [
+        f"{name}, layer {layer}\n1 of 2 needed" for name in ("SPION-C", "SAT") for layer in (0, 1)
+    ]
+    plot_accuracy(groups | {name_row("SAT", 0.3): [record]}, tmp_path / "plot.png", chance=0.1)
+    labels = figures[1].axes[0].get_legend_handles_labels()[1]
+    assert sorted(labels) == ["SAT", "SPION-C", "chance"]
