@@ -33,8 +33,13 @@ def test_example_runs(example):
 
 def test_readme_names_files_and_targets_that_exist():
     root = pathlib.Path(__file__).parents[1]
-    for path in re.findall(r"\]\((docs/[^)]+)\)", _README):
-        assert (root / path).is_file(), path
+    for link in re.findall(r"\]\((docs/[^)]+)\)", _README):
+        path, _, heading = link.partition("#")
+        assert (root / path).is_file(), link
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", (root / path).read_text(), re.M)
+            slugs = [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings]
+            assert heading in slugs, link
     targets = set(re.findall(r"^([a-z-]+)(?: [a-z-]+)*:", (root / "Makefile").read_text(), re.M))
     for target in re.findall(r"make ([a-z-]+)", _README):
         assert target in targets or f" {target}:" in (root / "Makefile").read_text(), target

@@ -200,6 +200,8 @@ def _say_better(comparison: Comparison, gain: Gain) -> tuple[Verdict, str]:
         return verdict, rows.format(words[0])
     if verdict == "not confirmed":
         return verdict, rows.format(words[1])
+    if _round(abs(gain.mean)) == _round(gain.half_width()) == _round(0):
+        return verdict, "equal in the digits shown"
     return verdict, f"cannot be told apart; {_say_pairs(count_pairs(gain))} so large a difference"
 
 

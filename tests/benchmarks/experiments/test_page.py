@@ -28,13 +28,13 @@ STUDY = Experiment(
 )
 
 
-def record(folder, losses, seeds=3):
-    """Record runs with a loss for each row, which seeds shift alike."""
+def record(folder, losses, seeds=3, shift=0.001):
+    """Record runs with a loss for each row, which seeds shift alike but for one of the dense."""
     results = Results(folder / "study.json")
     for run in list_runs(STUDY, results):
         seed = run.key["seed"]
         if seed < seeds:
-            loss = losses[run.key["row"]] + seed + 0.001 * (seed == 1) * (run.key["row"] == "dense")
+            loss = losses[run.key["row"]] + seed + shift * (seed == 1) * (run.key["row"] == "dense")
             results.record(run.key, {"summary": {"validation_loss": loss}}, {})
     return make_page([STUDY], folder)
 
@@ -54,6 +54,12 @@ def test_a_claim_is_judged_by_its_interval(tmp_path):
     page = record(tmp_path, {"dense": 2.0, "sparse": 2.0})
     assert "**not decidable here**: cannot be told apart; " in page
     assert "pairs would tell so large a difference" in page
+
+
+def test_rows_that_are_equal_are_said_to_be(tmp_path):
+    page = record(tmp_path, {"dense": 2.0, "sparse": 2.0 + 1e-9}, shift=1e-9)
+    assert "loss: +0.0000 ± 0.0000, better in 0 of 3" in page
+    assert "**not decidable here**: equal in the digits shown" in page
 
 
 def test_a_claim_without_pairs_is_not_judged(tmp_path):
