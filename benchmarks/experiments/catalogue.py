@@ -1,7 +1,7 @@
 """All experiments, by name."""
 
 from benchmarks.experiments import (
-    attention_images,
+    attention_data,
     attention_listops,
     copying,
     fst_small,
@@ -15,10 +15,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         copying.HIDDEN_PERMUTATION,
         copying.FIXED_LAG,
-        attention_images.ATTENTION_IMAGES,
-        attention_listops.LISTOPS,
+        attention_data.ATTENTION_IMAGES,
+        attention_data.ATTENTION_TEXT,
         attention_listops.LISTOPS_TIMING,
-        spion_small.SPION_SMALL,
         spion_small.SPION_SMALL_TIMING,
         fst_small.FST_SMALL,
         fst_small.FST_IMAGES,

@@ -17,7 +17,7 @@ def test_without_a_name_all_are_listed(capsys):
 def test_a_row_without_a_record_is_not_compared(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     # The first is tuned, the second is not.
-    for name, row in (("hidden_permutation", "SAT, 0.1"), ("spion_small", "dense")):
+    for name, row in (("hidden_permutation", "SAT, 0.1"), ("mst_small_patterns", "dense")):
         assert main([name, f"--again={row}"]) == 1
         assert capsys.readouterr().out == f"{name}: {row!r} is not recorded yet\n"
 
