@@ -233,7 +233,8 @@ def _make_caption(experiment: Experiment, results: Results, groups: Groups) -> s
     dates: dict[str, set[str]] = {}
     for record in records:
         environment = record["environment"]
-        machine = f"{environment['device']}, jax {environment['jax']}"
+        device = environment["device"].replace(", 1 cores", ", 1 core")
+        machine = f"{device}, jax {environment['jax']}"
         dates.setdefault(machine, set()).add(environment["date"][:10])
     machines = [
         f"{machine}, {min(days)}" + (f" to {max(days)}" if len(days) > 1 else "")
