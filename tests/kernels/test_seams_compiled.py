@@ -36,6 +36,7 @@ FUNCTIONS = {
     "block_sparse_attention/mosaic_sm90/program.py launch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/walk.py make_walk": _ATTENTION,
     "block_sparse_matmul/mosaic_sm90/kernel.py fence_products": _BLOCKS,
+    "hopper/launch.py launch_kernel": (*_ATTENTION, *_MAP, *_BLOCKS, *_PRODUCT),
     "nm_matmul/mosaic_sm90/products.py run": _LAYER,
     "nm_matmul/mosaic_sm90/kernel.py multiply_sparse": _PRODUCT,
     "nm_matmul/mosaic_sm90/pack.py pack_weight": _LAYER,
