@@ -40,8 +40,8 @@ class Ring(NamedTuple):
       smem: name -> reference [slots, ...].
       full: barriers, [slots]: the tiles are there.
       free: barriers, [slots]: the tiles have been used.
-      stages: int, slots that are filled one after the other. There are more where several rings
-        lie side by side.
+      stages: int, slots of this ring; there are more where several lie side by side.
+      base: int or int32, the first slot of this ring.
       is_staggered: bool, each program begins with a slot of its own, not with the first.
     """
 
@@ -49,7 +49,16 @@ class Ring(NamedTuple):
     full: Any
     free: Any
     stages: int
+    base: Any = 0
     is_staggered: bool = False
+
+    def beside(self, number: Any) -> "Ring":
+        """Return one of several rings that lie side by side, of which this is the first.
+
+        Args:
+          number: int or int32, which.
+        """
+        return self._replace(base=number * self.stages)
 
     def find_slot(self, step: Any) -> Any:
         """Find the slot of a step.
@@ -62,7 +71,7 @@ class Ring(NamedTuple):
         """
         if self.is_staggered:
             step = lax.axis_index("program") + step
-        return lax.rem(step, jnp.int32(self.stages))
+        return self.base + lax.rem(step, jnp.int32(self.stages))
 
     def next_slot(self, slot: Any) -> Any:
         """Find the slot of the step after that of a slot.
@@ -74,7 +83,7 @@ class Ring(NamedTuple):
           int32.
         """
         # Not a remainder, which costs registers.
-        return jnp.where(slot == self.stages - 1, 0, slot + 1)
+        return jnp.where(slot == self.base + self.stages - 1, self.base, slot + 1)
 
     def previous_slot(self, slot: Any) -> Any:
         """Find the slot of the step before that of a slot.
@@ -85,7 +94,7 @@ class Ring(NamedTuple):
         Returns:
           int32.
         """
-        return jnp.where(slot == 0, self.stages - 1, slot - 1)
+        return jnp.where(slot == self.base, self.base + self.stages - 1, slot - 1)
 
     def wait(self, slot: Any) -> dict[str, Any]:
         """Wait until a slot is full.

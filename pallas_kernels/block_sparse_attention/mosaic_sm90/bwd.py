@@ -28,8 +28,6 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
-    BY_COLUMN,
-    BY_ROW,
     LOG2_E,
     load_vector,
     make_mask,
@@ -39,13 +37,14 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     zeros,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
-    ROWS,
     Problem,
     Walk,
     locate,
     make_walk,
     walk_list,
 )
+from pallas_kernels.hopper.budget import ROWS
+from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW
 
 
 class Operands(NamedTuple):
@@ -132,15 +131,15 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
     walk = make_query_walk(problem)
     logit_scale = problem.scale * LOG2_E
 
-    def compute(share, groups, lists, dq_gmem):
-        keys, values = groups
+    def compute(share, rings, lists, dq_gmem):
+        keys, values = rings
         q_smem, d_out_smem = share.smem["q"], share.smem["d_out"]
         lse, delta, query_segments = (
             load_vector(share.smem, name, BY_ROW) for name in ("lse", "delta", "segments")
         )
 
         def step(index, dq, *, masked):
-            slot = share.find_slot(index)
+            slot = keys.find_slot(index)
             if masked:
                 _, key_start, bits = locate(problem, walk, lists, share.item, index)
             tile, v_smem = keys.wait(slot), values.wait(slot)["v"]
@@ -209,13 +208,13 @@ def attention_backward_keys(
     # Beside a loop with a mask, ptxas finds no room for both products at the widest head.
     overlaps = problem.head_dim < 128 or not problem.causal
 
-    def compute(share, groups, lists, dk_gmem, dv_gmem):
-        queries, outs = groups
+    def compute(share, rings, lists, dk_gmem, dv_gmem):
+        queries, outs = rings
         k_smem, v_smem, staging = share.smem["k"], share.smem["v"], share.smem.get("staging")
 
         def step(index, state, *, masked):
             dk, dv = state
-            slot = share.find_slot(index)
+            slot = queries.find_slot(index)
             if masked:
                 _, query_start, bits = locate(problem, walk, lists, share.item, index)
             tile = queries.wait(slot) | outs.wait(slot)
@@ -286,7 +285,7 @@ def attention_backward_keys(
         problem=problem,
         walk=walk,
         resident=("k", "v", "kv_mask", "segments"),
-        streamed=(("q", "lse", "segments"), ("d_out", "delta")),
+        streamed=(("lse", "q", "segments"), ("d_out", "delta")),
         out_type=[out_type] * 2,
         name="block_sparse_attention_backward_keys",
     )

@@ -14,8 +14,6 @@ from jax import lax
 from pallas_kernels.block_sparse_attention.mosaic_sm90.program import launch, write
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
-    BY_COLUMN,
-    BY_ROW,
     LOG2_E,
     load_vector,
     make_mask,
@@ -24,14 +22,14 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     zeros,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
-    NUM_COMPUTE,
-    ROWS,
     Problem,
     Walk,
     locate,
     make_walk,
     walk_list,
 )
+from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
+from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW
 
 # A finite start keeps a row that never sees a key clear of inf - inf.
 _LOWEST = -1e30
@@ -81,14 +79,14 @@ def attention_forward(
     walk = make_forward_walk(problem)
     head_scale = problem.scale * LOG2_E
 
-    def compute(share, groups, lists, out_gmem, lse_gmem):
-        keys, values = groups
+    def compute(share, rings, lists, out_gmem, lse_gmem):
+        keys, values = rings
         q_smem, staging = share.smem["q"], share.smem.get("staging")
         query_segments = load_vector(share.smem, "segments", BY_ROW)
 
         def step(index, state, *, masked):
             top, total, acc, kept = state
-            slot = share.find_slot(index)
+            slot = keys.find_slot(index)
             if masked:
                 _, key_start, bits = locate(problem, walk, lists, share.item, index)
             tile = keys.wait(slot)
