@@ -30,6 +30,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     count_programs,
     find_item,
     locate,
+    walk_list,
 )
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
 from pallas_kernels.hopper.launch import launch_kernel
@@ -41,17 +42,47 @@ class Share(NamedTuple):
     """What one computing warpgroup works on.
 
     Attributes:
+      lists: TileLists of references to global memory.
       item: Item, the list it walks.
       start: int32, position of its first row.
       smem: name -> reference [64, ...]: what is resident, loaded, and scratch memory.
+      rings: a Ring for each group of streamed arrays, in the order in which a step uses them.
       find_again: function () -> (Item, int32), `item` and `start` read once more: whoever needs
         them after the last step alone need not hold them in registers until then.
     """
 
+    problem: Problem
+    walk: Walk
+    lists: TileLists
     item: Item
     start: Any
     smem: dict[str, Any]
+    rings: Sequence[Ring]
     find_again: Callable[[], tuple[Item, Any]]
+
+    def locate(self, step: Any) -> tuple[Any, Any]:
+        """Find the streamed tile of one step.
+
+        Args:
+          step: int32.
+
+        Returns:
+          tuple of int32, the first position of the tile, and the kept bits of its block.
+        """
+        _, start, bits = locate(self.problem, self.walk, self.lists, self.item, step)
+        return start, bits
+
+    def walk_list(self, step: Callable[..., Any], state: Any) -> Any:
+        """Take all steps of the list, see `walk.walk_list`.
+
+        Args:
+          step: function (int32, state, masked=bool) -> state.
+          state: what the steps carry.
+
+        Returns:
+          state after the last step.
+        """
+        return walk_list(self.problem, self.walk, self.item, step, state)
 
 
 def select(array: Any, item: Item, head: Any, start: Any, size: int) -> Any:
@@ -192,8 +223,8 @@ def launch(
     """Run a kernel: fill the rings, and let two warpgroups of each program compute.
 
     Args:
-      compute: function (Share, Rings, TileLists of references, *outputs), run by each computing
-        warpgroup; outputs are references to global memory.
+      compute: function (Share, *outputs), run by each computing warpgroup; outputs are references
+        to global memory.
       operands: name -> array, None where there is none.
       lists: TileLists to walk.
       resident: names of operands that stay in shared memory.
@@ -218,9 +249,8 @@ def launch(
             copy_tiles(problem, walk, lists, items, gmem, rings)
 
         def compute_share(warpgroup):
-            number = warpgroup if walk.rings == NUM_COMPUTE else 0
-            share = _take_share(problem, walk, lists, gmem, resident, scratch, warpgroup)
-            compute(share, [ring.beside(number) for ring in rings], lists, *outputs)
+            share = _take_share(problem, walk, lists, gmem, resident, scratch, rings, warpgroup)
+            compute(share, *outputs)
 
         return copy, compute_share
 
@@ -271,13 +301,15 @@ def _take_share(
     gmem: Mapping[str, Any],
     resident: Sequence[str],
     scratch: _Scratch,
+    rings: Sequence[Ring],
     warpgroup: Any,
 ) -> Share:
     """Find what a computing warpgroup works on, and load what stays of it."""
     has_ring = walk.rings == NUM_COMPUTE
+    number = warpgroup if has_ring else 0
 
     def find():
-        item = find_item(problem, walk, lists, warpgroup if has_ring else 0)
+        item = find_item(problem, walk, lists, number)
         return item, item.block * walk.block + (0 if has_ring else warpgroup * ROWS)
 
     item, start = find()
@@ -288,4 +320,5 @@ def _take_share(
         tile = select(gmem[key], item, head, start, ROWS)
         plgpu.copy_gmem_to_smem(tile, smem[key], ready)
     plgpu.barrier_wait(ready)
-    return Share(item, start, smem, find)
+    own = [ring.beside(number) for ring in rings]
+    return Share(problem, walk, lists, item, start, smem, own, find)
