@@ -125,13 +125,14 @@ def multiply_sparse(
 
 def _describe_scratch(cut: Cut) -> _Scratch:
     problem, tiles = cut.problem, cut.tiles
-    dtype, stages, contraction = jnp.dtype(problem.dtype), tiles.stages, tiles.contraction
-    dense_shape = (tiles.columns, contraction)[:: 1 if problem.dense_is_transposed else -1]
+    dtype, stages = jnp.dtype(problem.dtype), tiles.stages
+    columns, contraction = tiles.columns, tiles.contraction
+    dense = (columns, contraction) if problem.dense_is_transposed else (contraction, columns)
     words = (tiles.rows // TILE, contraction // TILE, 2 * TILE)
     smem = {
         "values": matrix_smem((stages, tiles.rows, contraction // 2), dtype),
         "metadata": plgpu.SMEM((stages, *words), jnp.uint32),
-        "dense": matrix_smem((stages, *dense_shape), dtype),
+        "dense": matrix_smem((stages, *dense), dtype),
     }
     bias = bias_full = None
     if problem.has_bias:
@@ -170,16 +171,14 @@ def _copy_step(program: _Program, place: Place, step: Any, used: Any) -> Any:
     at = pl.ds(pl.multiple_of(step * half, half), half)
     words_at = pl.ds(step * words, words)
     for part in range(cut.num_chunks):
-        rows = pl.ds(part * cut.chunk, cut.chunk)
-        blocks = pl.ds(part * (cut.chunk // TILE), cut.chunk // TILE)
+        in_slot = pl.ds(part * cut.chunk, cut.chunk)
+        blocks_in_slot = pl.ds(part * (cut.chunk // TILE), cut.chunk // TILE)
         block, inner = divmod(part * cut.chunk, NUM_COMPUTE * TILE)
         start = place.row + block * cut.stride + inner
         start = pl.multiple_of(jnp.minimum(start, cut.problem.rows - cut.chunk), TILE)
-        ring.copy(sparse.values.at[pl.ds(start, cut.chunk), at], "values", slot, rows)
-        start = lax.div(start, TILE)
-        ring.copy(
-            sparse.metadata.at[pl.ds(start, cut.chunk // TILE), words_at], "metadata", slot, blocks
-        )
+        ring.copy(sparse.values.at[pl.ds(start, cut.chunk), at], "values", slot, in_slot)
+        blocks = pl.ds(lax.div(start, TILE), cut.chunk // TILE)
+        ring.copy(sparse.metadata.at[blocks, words_at], "metadata", slot, blocks_in_slot)
     across = pl.ds(pl.multiple_of(place.column, columns), columns)
     along = pl.ds(pl.multiple_of(step * contraction, contraction), contraction)
     index = (across, along) if cut.problem.dense_is_transposed else (along, across)
