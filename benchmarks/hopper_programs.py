@@ -26,7 +26,8 @@ from pallas_kernels import (
     pack_nm,
     products_in_flight,
 )
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.packing import TILE, Compressed
 
 NUM_PROCESSORS = aot.H200.cores

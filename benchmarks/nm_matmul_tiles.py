@@ -26,8 +26,10 @@ from benchmarks.nm_matmul_report import HOPPER
 from benchmarks.records import Column, Results
 from benchmarks.targets import Record
 from pallas_kernels.dispatch import count_processors
-from pallas_kernels.nm_matmul.mosaic_sm90 import kernel
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Tiles, count_shared_bytes
+from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
+from pallas_kernels.nm_matmul.mosaic_sm90 import cut
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Tiles, count_shared_bytes
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 
 _MAX_STAGES = 6
@@ -62,13 +64,13 @@ class Product:
         key = dataclasses.asdict(self)
         return {name: value for name, value in key.items() if value is not None}
 
-    def as_kernel_problem(self) -> kernel.Problem:
+    def as_kernel_problem(self) -> cut.Problem:
         """Return the product as the kernel takes it.
 
         Returns:
-          Problem of `mosaic_sm90.kernel`.
+          Problem of `mosaic_sm90.cut`.
         """
-        return kernel.Problem(
+        return cut.Problem(
             **dataclasses.asdict(self),
             # What the backward pass needs is written with the result, as in training.
             keeps_inputs=self.activation is not None,
@@ -130,7 +132,7 @@ def list_candidates(product: Product) -> list[Tiles]:
             if count_shared_bytes(
                 problem, tiles := Tiles(blocks, width, contraction, stages, group)
             )
-            <= kernel.SHARED_MEMORY_BYTES
+            <= SHARED_MEMORY_BYTES
         ]
         candidates += fitting[-1:]
     return candidates
@@ -163,7 +165,7 @@ def make_function(product: Product, tiles: Tiles, *, num_programs: int) -> Any:
 
     def multiply(s: Inputs):
         options = {"num_programs": num_programs}
-        return kernel.multiply_sparse(s.packed.along_k, s.d_out, None, problem, tiles, **options)
+        return multiply_sparse(s.packed.along_k, s.d_out, None, problem, tiles, **options)
 
     return multiply
 

@@ -1,14 +1,15 @@
 """The mean softmax map on Hopper tensor cores.
 
 A program owns a tile of the result, [128 queries, 128 keys], and keeps its sum in registers while
-it goes through all examples and heads: two warpgroups compute, 64 queries each, and a third copies
-the queries, keys and lse of the next heads to shared memory ahead of them. Nothing of a single
-head's map is written.
+it goes through all examples and heads. Who computes and who copies is told in
+`pallas_kernels.hopper`: the two that compute take 64 queries each, and a step copies the queries,
+keys and lse of one head. Nothing of a single head's map is written.
 
 Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,22 +19,18 @@ from jax import lax
 
 from pallas_kernels.attention_map.call import MapArrays, MapFacts
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
-    COMPUTE_REGISTERS,
-    COPY_REGISTERS,
-)
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
-    BY_COLUMN,
-    BY_ROW,
-    LAYOUT,
     LOG2_E,
-    matrix_smem,
+    load_vector,
     multiply,
     zeros,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import NUM_COMPUTE, ROWS
 from pallas_kernels.dispatch import check_hopper
-from pallas_kernels.mosaic_call import call_mosaic
+from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
+from pallas_kernels.hopper.launch import launch_kernel
+from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW, LAYOUT
+from pallas_kernels.hopper.ring import Ring, describe_ring
+from pallas_kernels.hopper.shared_memory import matrix_smem
 
 HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS
@@ -98,107 +95,131 @@ def run(arrays: MapArrays, facts: MapFacts) -> jax.Array:
         )
     # A row that sees nothing has no probabilities: exp(s - inf) = 0.
     lse2_BNT = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf).swapaxes(1, 2)
-    copied = {"q": q_BTNH, "k": k_BSKH, "lse": lse2_BNT}
-    if kv_mask_BS is not None:
-        copied["kv_mask"] = kv_mask_BS.astype(jnp.int32)
-    return _launch(copied, causal=facts.causal)
+    present_BS = None if kv_mask_BS is None else kv_mask_BS.astype(jnp.int32)
+    return _launch(_Operands(q_BTNH, k_BSKH, lse2_BNT, present_BS), causal=facts.causal)
 
 
-def _launch(arrays: dict[str, jax.Array], *, causal: bool) -> jax.Array:
-    B, T, N, H = arrays["q"].shape
-    S, K = arrays["k"].shape[1:3]
-    dtype = arrays["q"].dtype
+class _Operands(NamedTuple):
+    """What the kernel reads: arrays, and in it references to global memory.
+
+    Attributes:
+      q: bf16 or f16[B, T, N, H].
+      k: [B, S, K, H].
+      lse: f32[B, N, T], log-sum-exp in base 2, +inf for rows that see nothing.
+      kv_mask: int32[B, S] or None, 0 removes a key.
+    """
+
+    q: Any
+    k: Any
+    lse: Any
+    kv_mask: Any
+
+
+class _Program(NamedTuple):
+    """What the warpgroups of a program share: a tile of the result.
+
+    Attributes:
+      operands: _Operands in global memory.
+      out: reference to the result in global memory.
+      query: int32, first query of the tile.
+      key: int32, first key of the tile.
+      num_steps: int32, examples and heads to add up; 0 above the diagonal.
+    """
+
+    operands: _Operands
+    out: Any
+    ring: Ring
+    causal: bool
+    query: Any
+    key: Any
+    num_steps: Any
+
+
+def _launch(operands: _Operands, *, causal: bool) -> jax.Array:
+    B, T, N, H = operands.q.shape
+    S = operands.k.shape[1]
     grid = T // TILE, S // TILE
-    scale = H**-0.5 * LOG2_E
     stages = 1 if H > 128 else _MOST_STAGES
-    shapes = {
-        "q": matrix_smem((stages, TILE, H), dtype),
-        "k": matrix_smem((stages, TILE, H), dtype),
-        "lse": plgpu.SMEM((stages, TILE), jnp.float32),
-        "kv_mask": plgpu.SMEM((stages, TILE), jnp.int32),
-    }
-    rings = [shapes[name] for name in arrays]
-    full = plgpu.Barrier(num_arrivals=len(arrays), num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=NUM_COMPUTE, num_barriers=stages)
 
-    def kernel(*refs):
-        gmem = dict(zip(arrays, refs, strict=False))
-        out_gmem = refs[len(arrays)]
-        smem = dict(zip(arrays, refs[len(arrays) + 1 :], strict=False))
-        full, free = refs[-2:]
-        tile = plgpu.planar_snake(lax.axis_index("tile"), grid, 0, _GROUP)
+    def make_program(operands, out, ring):
+        tile = plgpu.planar_snake(lax.axis_index("program"), grid, 0, _GROUP)
         query, key = (pl.multiple_of(x * TILE, TILE) for x in tile)
         # A tile above the diagonal is zeros.
         num_steps = jnp.where(query >= key, B * N, 0) if causal else jnp.int32(B * N)
-        warpgroup = lax.axis_index("warpgroup")
+        ring = Ring(*ring, stages=stages)
+        program = _Program(operands, out, ring, causal, query, key, num_steps)
+        return lambda: _copy(program), lambda warpgroup: _compute(program, warpgroup)
 
-        def copy_step(step, _):
-            slot = lax.rem(step, jnp.int32(stages))
-
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
-
-            example, head = lax.div(step, jnp.int32(N)), lax.rem(step, jnp.int32(N))
-            queries, keys = pl.ds(query, TILE), pl.ds(key, TILE)
-            places = {
-                "q": (example, queries, head),
-                "k": (example, keys, lax.div(head, jnp.int32(N // K))),
-                "lse": (example, head, queries),
-                "kv_mask": (example, keys),
-            }
-            for name, ref in gmem.items():
-                plgpu.copy_gmem_to_smem(ref.at[places[name]], smem[name].at[slot], full.at[slot])
-
-        @pl.when(warpgroup == NUM_COMPUTE)
-        def _copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-            lax.fori_loop(0, num_steps, copy_step, None)
-
-            def drain(step, _):
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
-
-            # So that no barrier is left with an arrival nobody waited for.
-            lax.fori_loop(jnp.maximum(num_steps - stages, 0), num_steps, drain, None)
-
-        def add_step(step, acc, *, rows):
-            slot = lax.rem(step, jnp.int32(stages))
-            plgpu.barrier_wait(full.at[slot])
-            s = multiply(smem["q"].at[slot, rows], smem["k"].at[slot].transpose((1, 0)))
-            lse = plgpu.load(smem["lse"].at[slot, rows], layout=BY_ROW)
-            present = None
-            if "kv_mask" in smem:
-                present = plgpu.load(smem["kv_mask"].at[slot], layout=BY_COLUMN)
-            plgpu.barrier_arrive(free.at[slot])
-            p = jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
-            if present is not None:
-                p = jnp.where(lax.broadcast_in_dim(present, s.shape, [1]) != 0, p, 0.0)
-            return acc + p
-
-        @pl.when(warpgroup < NUM_COMPUTE)
-        def _compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            first = pl.multiple_of(warpgroup * ROWS, ROWS)
-            add = functools.partial(add_step, rows=pl.ds(first, ROWS))
-            acc = lax.fori_loop(0, num_steps, add, zeros((ROWS, TILE)))
-            if causal:
-                # Once for all heads: what stands above the diagonal, infinity too, is dropped.
-                q_at, k_at = (
-                    plgpu.broadcasted_iota(jnp.int32, acc.shape, axis, layout=LAYOUT) + start
-                    for axis, start in ((0, query + first), (1, key))
-                )
-                acc = jnp.where(q_at >= k_at, acc, 0.0)
-            out_gmem[pl.ds(query + first, ROWS), pl.ds(key, TILE)] = acc * (1 / (B * N))
-
-    kernel.__name__ = "mean_attention_map"
-    return call_mosaic(
-        kernel,
-        *arrays.values(),
+    return launch_kernel(
+        make_program,
+        operands,
         out_type=jax.ShapeDtypeStruct((T, S), jnp.float32),
-        scratch_types=[*rings, full, free],
-        grid=(grid[0] * grid[1],),
-        grid_names=("tile",),
-        num_threads=NUM_COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch=_describe_ring(operands, stages),
+        num_programs=grid[0] * grid[1],
+        name="mean_attention_map",
+        approx_math=True,
     )
+
+
+def _describe_ring(operands: _Operands, stages: int) -> Any:
+    dtype, H = operands.q.dtype, operands.q.shape[-1]
+    smem = {
+        "q": matrix_smem((stages, TILE, H), dtype),
+        "k": matrix_smem((stages, TILE, H), dtype),
+        "lse": plgpu.SMEM((stages, TILE), jnp.float32),
+    }
+    if operands.kv_mask is not None:
+        smem["kv_mask"] = plgpu.SMEM((stages, TILE), jnp.int32)
+    return describe_ring(smem, copies=len(smem), readers=NUM_COMPUTE)
+
+
+def _copy(program: _Program) -> None:
+    """Copy the queries, keys and lse of all examples and heads."""
+    operands, ring = program.operands, program.ring
+    N, K = operands.q.shape[2], operands.k.shape[2]
+    queries, keys = pl.ds(program.query, TILE), pl.ds(program.key, TILE)
+
+    def copy_step(step, _):
+        slot = ring.claim(step)
+        example, head = lax.div(step, jnp.int32(N)), lax.rem(step, jnp.int32(N))
+        kv_head = lax.div(head, jnp.int32(N // K))
+        ring.copy(operands.q.at[example, queries, head], "q", slot)
+        ring.copy(operands.k.at[example, keys, kv_head], "k", slot)
+        ring.copy(operands.lse.at[example, head, queries], "lse", slot)
+        if operands.kv_mask is not None:
+            ring.copy(operands.kv_mask.at[example, keys], "kv_mask", slot)
+
+    lax.fori_loop(0, program.num_steps, copy_step, None)
+    ring.drain(program.num_steps)
+
+
+def _compute(program: _Program, warpgroup: Any) -> None:
+    """Add up a warpgroup's queries over all examples and heads, and write their mean."""
+    B, _, N, H = program.operands.q.shape
+    first = pl.multiple_of(warpgroup * ROWS, ROWS)
+    add = functools.partial(
+        _add_step, ring=program.ring, rows=pl.ds(first, ROWS), scale=H**-0.5 * LOG2_E
+    )
+    acc = lax.fori_loop(0, program.num_steps, add, zeros((ROWS, TILE)))
+    if program.causal:
+        # Once for all heads: what stands above the diagonal, infinity too, is dropped.
+        q_at, k_at = (
+            plgpu.broadcasted_iota(jnp.int32, acc.shape, axis, layout=LAYOUT) + start
+            for axis, start in ((0, program.query + first), (1, program.key))
+        )
+        acc = jnp.where(q_at >= k_at, acc, 0.0)
+    program.out[pl.ds(program.query + first, ROWS), pl.ds(program.key, TILE)] = acc * (1 / (B * N))
+
+
+def _add_step(step: Any, acc: jax.Array, *, ring: Ring, rows: Any, scale: float) -> jax.Array:
+    """Add the probabilities of one head of an example, of some of the tile's queries."""
+    slot = ring.find_slot(step)
+    tile = ring.wait(slot)
+    s = multiply(tile["q"].at[rows], tile["k"].transpose((1, 0)))
+    lse = plgpu.load(tile["lse"].at[rows], layout=BY_ROW)
+    present = load_vector(tile, "kv_mask", BY_COLUMN)
+    ring.give_back(slot)
+    p = jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
+    if present is not None:
+        p = jnp.where(lax.broadcast_in_dim(present, s.shape, [1]) != 0, p, 0.0)
+    return acc + p

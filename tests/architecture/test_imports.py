@@ -1,11 +1,11 @@
 """Who may import whom. The arrows keep kernels free of models, and masks free of modules."""
 
-import ast
 import subprocess
 import sys
 
 import pytest
 
+from tests.architecture.module_imports import find_imports, find_needs
 from tests.architecture.project_files import ROOT, list_modules
 
 # What training a run, and tools beside it, are made of.
@@ -34,7 +34,12 @@ RUN = (
 
 # What each part of the project may import of the project. A part may always import itself.
 ARROWS = {
-    "pallas_kernels": ("pallas_kernels.transposable_mask",),
+    "pallas_kernels": (
+        "pallas_kernels.hopper",
+        "pallas_kernels.meshes",
+        "pallas_kernels.mosaic_call",
+        "pallas_kernels.transposable_mask",
+    ),
     "pallas_kernels.aot": (
         "pallas_kernels.kernel_dumps",
         "pallas_kernels.kernel_report",
@@ -43,6 +48,10 @@ ARROWS = {
     "pallas_kernels.kernel_dumps": ("pallas_kernels.kernel_report",),
     "pallas_kernels.kernel_report": (),
     "pallas_kernels.triton_programs": (),
+    # What kernels for Hopper have in common knows none of the ops.
+    "pallas_kernels.hopper": ("pallas_kernels.mosaic_call",),
+    "pallas_kernels.mosaic_call": ("pallas_kernels.meshes",),
+    "pallas_kernels.meshes": (),
     # The search for transposable masks is one of the masks, and has kernels: of all ops, masks may
     # import this one.
     "pallas_kernels.transposable_mask": ("pallas_kernels",),
@@ -276,26 +285,6 @@ STEP_MODULES = ("sparsejax.training.state", "sparsejax.training.step", "sparseja
 STEP_NEEDS = {"jax", "jaxlib", "flax", "optax", "numpy"}
 
 
-def list_names(node):
-    """Return the dotted names that one statement imports, with the names taken from modules."""
-    if isinstance(node, ast.Import):
-        return {alias.name for alias in node.names}
-    if isinstance(node, ast.ImportFrom):
-        base = "." * node.level + (node.module or "")
-        return {f"{base}.{alias.name}" for alias in node.names}
-    return set()
-
-
-def find_imports(source):
-    """Return the dotted names a module imports anywhere."""
-    return set().union(*map(list_names, ast.walk(ast.parse(source))))
-
-
-def find_first_imports(source):
-    """Return the dotted names that are imported when the module is."""
-    return set().union(*map(list_names, ast.parse(source).body))
-
-
 def is_within(name, parent):
     return name == parent or name.startswith(parent + ".")
 
@@ -319,25 +308,6 @@ def find_violations(module, source):
             if not any(is_within(module, home) for home in homes):
                 violations.append(f"{module} imports {name}: its place is {homes or 'nowhere'}")
     return violations
-
-
-def find_needs(module, sources):
-    """Return the outside packages that importing a module of `sources` brings in."""
-    needs, seen, open_modules = set(), set(), [module]
-    while open_modules:
-        current = open_modules.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        # Importing a.b.c runs a and a.b first.
-        open_modules += [parent for parent in [current.rpartition(".")[0]] if parent in sources]
-        for name in find_first_imports(sources[current]):
-            candidates = [name, name.rpartition(".")[0]]
-            inner = [candidate for candidate in candidates if candidate in sources][:1]
-            open_modules += inner
-            if not inner and name.split(".")[0] not in sys.stdlib_module_names:
-                needs.add(name.split(".")[0])
-    return needs
 
 
 def read_sources():
@@ -365,6 +335,8 @@ def test_importing_the_kernels_does_not_import_triton():
     "module, source",
     [
         ("pallas_kernels.op", "import triton"),
+        ("pallas_kernels.hopper.ring", "from pallas_kernels.nm_matmul import packing"),
+        ("pallas_kernels.hopper.launch", "from pallas_kernels import dispatch"),
         ("pallas_kernels.op", "from sparsejax import types"),
         ("pallas_kernels.op", "def f():\n    import flax"),
         ("sparsejax.masks.weights.decay", "import optax"),

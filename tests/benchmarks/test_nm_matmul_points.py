@@ -38,7 +38,8 @@ from benchmarks.nm_matmul_tiles import (
 )
 from benchmarks.nm_matmul_torch import CUSPARSELT
 from pallas_kernels import aot, check_nm_mask, unpack_nm
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import SHARED_MEMORY_BYTES, count_shared_bytes
+from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import count_shared_bytes
 from pallas_kernels.nm_matmul.triton import tiles as triton_tiles
 
 QUICK = {"repeats": 3, "sample_seconds": 0.0}

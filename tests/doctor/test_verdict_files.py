@@ -3,11 +3,14 @@
 import concurrent.futures
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
-from pallas_kernels import source_hash
+from pallas_kernels import hopper, source_hash
+from pallas_kernels.backends import find_backend
 from pallas_kernels.machine import Gpu, find_gpu
+from pallas_kernels.tables import TABLES
 from pallas_kernels.verdict_files import (
     cache_folder,
     file_name,
@@ -166,3 +169,15 @@ def test_a_hash_is_of_code_and_of_what_it_imports(tmp_path, monkeypatch, old, ne
 
     before = hash_files(lambda text: text)
     assert (hash_files(lambda text: text.replace(old, new)) != before) == differs
+
+
+@pytest.mark.parametrize(
+    "op", ["block_sparse_attention", "block_sparse_matmul", "mean_attention_map", "nm_matmul"]
+)
+@pytest.mark.parametrize("module", ["budget", "launch", "layouts", "ring", "shared_memory"])
+def test_the_hash_of_a_hopper_kernel_is_of_what_it_shares(op, module, monkeypatch):
+    run = find_backend(op, TABLES[op], "mosaic_sm90").run
+    changed, dump = pathlib.Path(hopper.__file__).with_name(f"{module}.py"), source_hash._dump
+    before = source_hash.hash_source(run)
+    monkeypatch.setattr(source_hash, "_dump", lambda path: dump(path) + "x" * (path == changed))
+    assert changed.exists() and source_hash._hash_closure.__wrapped__(run.__module__) != before

@@ -24,8 +24,8 @@ from jax._src.pallas.mosaic_gpu.interpret import (
     shared_memory,
 )
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90.program import Group
 from pallas_kernels.dispatch import check_hopper
+from pallas_kernels.hopper.ring import Ring
 from tests.kernels import sparse_products
 from tests.kernels.asynchronous import take_time
 
@@ -139,12 +139,12 @@ def miss_barrier(monkeypatch, number):
 
 def give_back_early(patch):
     """Give tiles of attention back as soon as they have arrived, before they are multiplied."""
-    give_back, wait = Group.give_back, Group.wait
+    give_back, wait = Ring.give_back, Ring.wait
 
-    def give_back_and_use(group, slot):
-        tiles = wait(group, slot)
-        give_back(group, slot)
+    def give_back_and_use(ring, slot):
+        tiles = wait(ring, slot)
+        give_back(ring, slot)
         return tiles
 
-    patch.setattr(Group, "wait", give_back_and_use)
-    patch.setattr(Group, "give_back", lambda *_: None)
+    patch.setattr(Ring, "wait", give_back_and_use)
+    patch.setattr(Ring, "give_back", lambda *_: None)

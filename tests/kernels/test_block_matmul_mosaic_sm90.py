@@ -9,17 +9,14 @@ import pytest
 
 from pallas_kernels import block_sparse_matmul
 from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import (
-    SHARED_MEMORY_BYTES,
-    Lists,
-    count_stages,
-    multiply_lists,
-)
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import multiply_lists
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import Lists, count_stages
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import (
     make_gradient_plan,
     make_row_plan,
 )
 from pallas_kernels.doctor.oracles import error, make_normal
+from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
     call_block_matmul,

@@ -21,7 +21,8 @@ from pallas_kernels import aot
 from pallas_kernels.doctor.oracles import error
 from pallas_kernels.nm_matmul.mosaic_sm90 import kernel as kernel_module
 from pallas_kernels.nm_matmul.mosaic_sm90 import wgmma_sp
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.packing import Compressed
 from tests.kernels import asynchronous
 from tests.kernels.contract import Case, call_implementation

@@ -9,7 +9,8 @@ import pytest
 from pallas_kernels import aot, nm_matmul, pack_nm
 from pallas_kernels.machine_code import parse
 from pallas_kernels.nm_matmul.activations import activation_gradient
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
 from pallas_kernels.products_in_flight import find_loops

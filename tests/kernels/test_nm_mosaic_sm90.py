@@ -15,15 +15,11 @@ import pytest
 
 from pallas_kernels import nm_matmul, pack_nm
 from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal
+from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
 from pallas_kernels.nm_matmul.activations import apply_activation
 from pallas_kernels.nm_matmul.mosaic_sm90 import tile_config
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import (
-    SHARED_MEMORY_BYTES,
-    Problem,
-    Tiles,
-    count_shared_bytes,
-    multiply_sparse,
-)
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles, count_shared_bytes
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
 from tests.kernels.interpreter import hopper, miss_barrier

@@ -13,7 +13,8 @@ import pytest
 
 from pallas_kernels import nm_matmul, pack_nm, prune_mvue
 from pallas_kernels.doctor.oracles import make_normal
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, Tiles, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_on_gpu, prune_on_gpu
 from pallas_kernels.nm_matmul.packing import compress
 from tests.kernels import float64, ptx_host

@@ -33,9 +33,11 @@ _BREAKS = ("test_ptx_nm_compiled.test_a_broken_program_is_noticed",)
 FUNCTIONS = {
     "attention_map/mosaic_sm90.py _launch": _MAP,
     "block_sparse_attention/mosaic_sm90/attention.py make_problem": _ATTENTION,
+    "block_sparse_attention/mosaic_sm90/program.py _describe_scratch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/program.py launch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/walk.py make_walk": _ATTENTION,
     "block_sparse_matmul/mosaic_sm90/kernel.py fence_products": _BLOCKS,
+    "hopper/launch.py launch_kernel": (*_ATTENTION, *_MAP, *_BLOCKS, *_PRODUCT),
     "nm_matmul/mosaic_sm90/products.py run": _LAYER,
     "nm_matmul/mosaic_sm90/kernel.py multiply_sparse": _PRODUCT,
     "nm_matmul/mosaic_sm90/pack.py pack_weight": _LAYER,

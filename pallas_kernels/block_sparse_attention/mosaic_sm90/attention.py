@@ -1,7 +1,7 @@
 """Block-sparse attention on Hopper GPUs: Pallas kernels, forward and backward.
 
 What the kernels do not do raises NotImplementedError with the reason; `None` as implementation
-then takes another. See `program` for how the kernels work.
+then takes another. `pallas_kernels.hopper` and `program` tell how the kernels work.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """

@@ -8,28 +8,26 @@ With p = exp(s - lse), dp = dO V^T and ds = p (dp - delta), delta = rowsum(dO * 
 
 Logits are computed again from the saved log-sum-exp. Key heads that serve several query heads sum
 over them in f32 registers; or over a part of them, where there are too few key heads to fill the
-device, and the parts, in f32, are added in a fixed order. See `program` for who does
-what.
+device, and the parts, in f32, are added in a fixed order. See `program` for what lies where.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
+    Share,
     launch,
     write,
     write_parts,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
-    BY_COLUMN,
-    BY_ROW,
     LOG2_E,
     load_vector,
     make_mask,
@@ -38,14 +36,9 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     multiply_both,
     zeros,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
-    ROWS,
-    Problem,
-    Walk,
-    locate,
-    make_walk,
-    walk_list,
-)
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem, Walk, make_walk
+from pallas_kernels.hopper.budget import ROWS
+from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW
 
 
 class Operands(NamedTuple):
@@ -129,68 +122,85 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
     Returns:
       dq, shaped and typed like q.
     """
-    walk = make_query_walk(problem)
-    logit_scale = problem.scale * LOG2_E
-
-    def compute(share, groups, lists, dq_gmem):
-        keys, values = groups
-        q_smem, d_out_smem = share.smem["q"], share.smem["d_out"]
-        lse, delta, query_segments = (
-            load_vector(share.smem, name, BY_ROW) for name in ("lse", "delta", "segments")
-        )
-
-        def step(index, dq, *, masked):
-            slot = share.find_slot(index)
-            if masked:
-                _, key_start, bits = locate(problem, walk, lists, share.item, index)
-            tile, v_smem = keys.wait(slot), values.wait(slot)["v"]
-            k_smem = tile["k"]
-
-            def probabilities(s):
-                p = jnp.exp2(s * logit_scale - lax.broadcast_in_dim(lse, s.shape, [0]))
-                if not masked:
-                    return p
-                _, attended = make_mask(
-                    problem,
-                    s.shape,
-                    query_axis=0,
-                    query_start=share.start,
-                    key_start=key_start,
-                    bits=bits,
-                    kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
-                    query_segments=query_segments,
-                    key_segments=load_vector(tile, "segments", BY_COLUMN),
-                )
-                return jnp.where(attended, p, 0.0)
-
-            p, dp = multiply_both(
-                (q_smem, k_smem.transpose((1, 0))),
-                (d_out_smem, v_smem.transpose((1, 0))),
-                probabilities,
-            )
-            values.give_back(slot)
-            ds = p * (dp - lax.broadcast_in_dim(delta, p.shape, [0]))
-            products = [(dq, ds.astype(k_smem.dtype), k_smem)]
-            (dq,) = multiply_add(products, share.smem.get("staging"))
-            keys.give_back(slot)
-            return dq
-
-        dq = walk_list(problem, walk, share.item, step, zeros((ROWS, problem.head_dim)))
-        # The queries are not read again: their gradient takes their place.
-        write(share, [(dq * problem.scale, q_smem, dq_gmem)])
-
     (dq,) = launch(
-        compute,
+        _compute_dq,
         operands._asdict(),
         lists,
         problem=problem,
-        walk=walk,
+        walk=make_query_walk(problem),
         resident=("q", "d_out", "lse", "delta", "segments"),
         streamed=(("k", "kv_mask", "segments"), ("v",)),
         out_type=[jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)],
         name="block_sparse_attention_backward_queries",
     )
     return dq
+
+
+class _Rows(NamedTuple):
+    """Vectors of 64 queries.
+
+    Attributes:
+      lse: f32[64].
+      delta: f32[64].
+      segments: int32[64] or None.
+    """
+
+    lse: Any
+    delta: Any
+    segments: Any
+
+
+def _compute_dq(share: Share, dq_gmem: Any) -> None:
+    """Sum dQ of a warpgroup's queries over the keys on their list."""
+    rows = _Rows(*(load_vector(share.smem, name, BY_ROW) for name in ("lse", "delta", "segments")))
+    step = functools.partial(_add_to_dq, share, rows)
+    dq = share.walk_list(step, zeros((ROWS, share.problem.head_dim)))
+    # The queries are not read again: their gradient takes their place.
+    write(share, [(dq * share.problem.scale, share.smem["q"], dq_gmem)])
+
+
+def _add_to_dq(share: Share, rows: _Rows, index: Any, dq: jax.Array, *, masked: bool) -> jax.Array:
+    """Add what the keys of one tile contribute to dQ."""
+    keys, values = share.rings
+    slot = keys.find_slot(index)
+    key_start, bits = share.locate(index) if masked else (None, None)
+    tile, v_smem = keys.wait(slot), values.wait(slot)["v"]
+    k_smem = tile["k"]
+
+    def probabilities(s):
+        p = _exponentials(share, s, rows.lse, axis=0)
+        if not masked:
+            return p
+        _, attended = make_mask(
+            share.problem,
+            s.shape,
+            query_axis=0,
+            query_start=share.start,
+            key_start=key_start,
+            bits=bits,
+            kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
+            query_segments=rows.segments,
+            key_segments=load_vector(tile, "segments", BY_COLUMN),
+        )
+        return jnp.where(attended, p, 0.0)
+
+    p, dp = multiply_both(
+        (share.smem["q"], k_smem.transpose((1, 0))),
+        (share.smem["d_out"], v_smem.transpose((1, 0))),
+        probabilities,
+    )
+    values.give_back(slot)
+    ds = p * (dp - lax.broadcast_in_dim(rows.delta, p.shape, [0]))
+    products = [(dq, ds.astype(k_smem.dtype), k_smem)]
+    (dq,) = multiply_add(products, share.smem.get("staging"))
+    keys.give_back(slot)
+    return dq
+
+
+def _exponentials(share: Share, s: jax.Array, lse: jax.Array, *, axis: int) -> jax.Array:
+    """Return exp(s - lse); queries lie on an axis of the tile."""
+    scale = share.problem.scale * LOG2_E
+    return jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [axis]))
 
 
 def attention_backward_keys(
@@ -205,88 +215,19 @@ def attention_backward_keys(
     Returns:
       tuple of dk and dv, shaped and typed like k and v.
     """
-    logit_scale = problem.scale * LOG2_E
-    # Beside a loop with a mask, ptxas finds no room for both products at the widest head.
-    overlaps = problem.head_dim < 128 or not problem.causal
-
-    def compute(share, groups, lists, dk_gmem, dv_gmem):
-        queries, outs = groups
-        k_smem, v_smem, staging = share.smem["k"], share.smem["v"], share.smem.get("staging")
-
-        def step(index, state, *, masked):
-            dk, dv = state
-            slot = share.find_slot(index)
-            if masked:
-                _, query_start, bits = locate(problem, walk, lists, share.item, index)
-            tile = queries.wait(slot) | outs.wait(slot)
-            q_smem, d_out_smem = tile["q"], tile["d_out"]
-            # Everything lies keys by queries: rows are those of dK and dV.
-            logits = (k_smem, q_smem.transpose((1, 0)))
-            d_probabilities = (v_smem, d_out_smem.transpose((1, 0)))
-
-            def probabilities(s):
-                lse = load_vector(tile, "lse", BY_COLUMN)
-                p = jnp.exp2(s * logit_scale - lax.broadcast_in_dim(lse, s.shape, [1]))
-                if not masked:
-                    return p
-                # Vectors are loaded for each tile: registers are what this kernel is short of.
-                _, attended = make_mask(
-                    problem,
-                    s.shape,
-                    query_axis=1,
-                    query_start=query_start,
-                    key_start=share.start,
-                    bits=bits,
-                    kv_mask=load_vector(share.smem, "kv_mask", BY_ROW),
-                    query_segments=load_vector(tile, "segments", BY_COLUMN),
-                    key_segments=load_vector(share.smem, "segments", BY_ROW),
-                )
-                return jnp.where(attended, p, 0.0)
-
-            def d_logits(p, dp):
-                delta = load_vector(tile, "delta", BY_COLUMN)
-                return (p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))).astype(q_smem.dtype)
-
-            if masked or not overlaps:
-                # One product after the other: a mask needs the registers of the second.
-                p = probabilities(multiply(*logits))
-                (dv,) = multiply_add([(dv, p.astype(d_out_smem.dtype), d_out_smem)], staging)
-                ds = d_logits(p, multiply(*d_probabilities))
-                (dk,) = multiply_add([(dk, ds, q_smem)], staging)
-            else:
-                p, dp = multiply_both(logits, d_probabilities, probabilities)
-                dv, dk = multiply_add(
-                    [
-                        (dv, p.astype(d_out_smem.dtype), d_out_smem),
-                        (dk, d_logits(p, dp), q_smem),
-                    ],
-                    staging,
-                )
-            outs.give_back(slot)
-            queries.give_back(slot)
-            return dk, dv
-
-        state = zeros((ROWS, problem.head_dim)), zeros((ROWS, problem.head_dim))
-        dk, dv = walk_list(problem, walk, share.item, step, state)
-        if walk.parts > 1:
-            write_parts(share, [(dk, dk_gmem), (dv, dv_gmem)])
-        else:
-            # Keys and values are not read again: their gradients take their place.
-            write(share, [(dk * problem.scale, k_smem, dk_gmem), (dv, v_smem, dv_gmem)])
-
     out_type = jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype)
     if walk.parts > 1:
         # The parts of a head lie side by side, so that a program needs to know but one number more.
         shape = (problem.batch, problem.num_keys, walk.heads, problem.head_dim)
         out_type = jax.ShapeDtypeStruct(shape, jnp.float32)
     dk, dv = launch(
-        compute,
+        _compute_dk_dv,
         operands._asdict(),
         lists,
         problem=problem,
         walk=walk,
         resident=("k", "v", "kv_mask", "segments"),
-        streamed=(("q", "lse", "segments"), ("d_out", "delta")),
+        streamed=(("lse", "q", "segments"), ("d_out", "delta")),
         out_type=[out_type] * 2,
         name="block_sparse_attention_backward_keys",
     )
@@ -294,6 +235,83 @@ def attention_backward_keys(
         dk, dv = (_add_parts(x, walk.parts) for x in (dk, dv))
         dk, dv = ((dk * problem.scale).astype(operands.k.dtype), dv.astype(operands.v.dtype))
     return dk, dv
+
+
+def _compute_dk_dv(share: Share, dk_gmem: Any, dv_gmem: Any) -> None:
+    """Sum dK and dV of a warpgroup's keys over the queries on their list."""
+    shape = (ROWS, share.problem.head_dim)
+    dk, dv = share.walk_list(functools.partial(_add_to_dk_dv, share), (zeros(shape), zeros(shape)))
+    if share.walk.parts > 1:
+        write_parts(share, [(dk, dk_gmem), (dv, dv_gmem)])
+    else:
+        # Keys and values are not read again: their gradients take their place.
+        dk *= share.problem.scale
+        write(share, [(dk, share.smem["k"], dk_gmem), (dv, share.smem["v"], dv_gmem)])
+
+
+def _add_to_dk_dv(
+    share: Share, index: Any, state: tuple[jax.Array, jax.Array], *, masked: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Add what the queries of one tile contribute to dK and dV."""
+    dk, dv = state
+    queries, outs = share.rings
+    staging = share.smem.get("staging")
+    slot = queries.find_slot(index)
+    located = share.locate(index) if masked else None
+    tile = queries.wait(slot) | outs.wait(slot)
+    q_smem, d_out_smem = tile["q"], tile["d_out"]
+    # Everything lies keys by queries: rows are those of dK and dV.
+    logits = (share.smem["k"], q_smem.transpose((1, 0)))
+    d_probabilities = (share.smem["v"], d_out_smem.transpose((1, 0)))
+    probabilities = functools.partial(_probabilities_by_key, share, tile, located)
+
+    def d_logits(p, dp):
+        delta = load_vector(tile, "delta", BY_COLUMN)
+        return (p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))).astype(q_smem.dtype)
+
+    # Beside a loop with a mask, ptxas finds no room for both products at the widest head.
+    overlaps = share.problem.head_dim < 128 or not share.problem.causal
+    if masked or not overlaps:
+        # One product after the other: a mask needs the registers of the second.
+        p = probabilities(multiply(*logits))
+        (dv,) = multiply_add([(dv, p.astype(d_out_smem.dtype), d_out_smem)], staging)
+        ds = d_logits(p, multiply(*d_probabilities))
+        (dk,) = multiply_add([(dk, ds, q_smem)], staging)
+    else:
+        p, dp = multiply_both(logits, d_probabilities, probabilities)
+        dv, dk = multiply_add(
+            [
+                (dv, p.astype(d_out_smem.dtype), d_out_smem),
+                (dk, d_logits(p, dp), q_smem),
+            ],
+            staging,
+        )
+    outs.give_back(slot)
+    queries.give_back(slot)
+    return dk, dv
+
+
+def _probabilities_by_key(
+    share: Share, tile: dict[str, Any], located: tuple[Any, Any] | None, s: jax.Array
+) -> jax.Array:
+    """Return the probabilities of a tile of logits, keys by queries, masked if it is located."""
+    p = _exponentials(share, s, load_vector(tile, "lse", BY_COLUMN), axis=1)
+    if located is None:
+        return p
+    query_start, bits = located
+    # Vectors are loaded for each tile: registers are what this kernel is short of.
+    _, attended = make_mask(
+        share.problem,
+        s.shape,
+        query_axis=1,
+        query_start=query_start,
+        key_start=share.start,
+        bits=bits,
+        kv_mask=load_vector(share.smem, "kv_mask", BY_ROW),
+        query_segments=load_vector(tile, "segments", BY_COLUMN),
+        key_segments=load_vector(share.smem, "segments", BY_ROW),
+    )
+    return jnp.where(attended, p, 0.0)
 
 
 def _add_parts(x, parts):

@@ -1,8 +1,7 @@
-"""A program of the Hopper attention kernels: who copies, who computes, and what lies where.
+"""A program of the Hopper attention kernels: whose lists it walks, and what lies where.
 
-Every program has three warpgroups: two that compute, and one that copies tiles from global to
-shared memory ahead of them. What stays (64 rows for each computing warpgroup) is called resident,
-what is copied tile by tile is called streamed.
+Two warpgroups compute and one copies, as told in `pallas_kernels.hopper`. What stays (64 rows for
+each computing warpgroup) is called resident, what is copied tile by tile is called streamed.
 
 *Rings.* A list belongs to one block of the resident side. Where that block has 128 rows, the two
 computing warpgroups take 64 each and share one ring of streamed tiles. Where it has 64 rows, each
@@ -14,7 +13,7 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,89 +23,66 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
-from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import matrix_smem
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
-    NUM_COMPUTE,
-    ROWS,
     Item,
     Problem,
     Walk,
     count_programs,
     find_item,
     locate,
+    walk_list,
 )
-from pallas_kernels.mosaic_call import call_mosaic
-
-# Registers per thread, of 65536 for 384 threads: a copying thread needs few.
-COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
-
-
-class Group(NamedTuple):
-    """Streamed arrays that are copied, waited for and given back together.
-
-    Attributes:
-      gmem: name -> reference to the array in global memory.
-      smem: name -> reference [slots, tile, ...].
-      full: barriers, [slots]: the tile is there.
-      free: barriers, [slots]: the tile has been used.
-    """
-
-    gmem: dict[str, Any]
-    smem: dict[str, Any]
-    full: Any
-    free: Any
-
-    def wait(self, slot: Any) -> dict[str, Any]:
-        """Wait until a slot is full.
-
-        Args:
-          slot: int32, which.
-
-        Returns:
-          name -> reference [tile, ...].
-        """
-        plgpu.barrier_wait(self.full.at[slot])
-        return {name: ref.at[slot] for name, ref in self.smem.items()}
-
-    def give_back(self, slot: Any) -> None:
-        """Let a slot be filled again.
-
-        Args:
-          slot: int32, which.
-        """
-        plgpu.barrier_arrive(self.free.at[slot])
+from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
+from pallas_kernels.hopper.launch import launch_kernel
+from pallas_kernels.hopper.ring import Ring, describe_ring
+from pallas_kernels.hopper.shared_memory import matrix_smem
 
 
 class Share(NamedTuple):
     """What one computing warpgroup works on.
 
     Attributes:
+      lists: TileLists of references to global memory.
       item: Item, the list it walks.
       start: int32, position of its first row.
       smem: name -> reference [64, ...]: what is resident, loaded, and scratch memory.
-      first_slot: int32, where its ring begins.
-      stages: int, slots of its ring.
+      rings: a Ring for each group of streamed arrays, in the order in which a step uses them.
       find_again: function () -> (Item, int32), `item` and `start` read once more: whoever needs
         them after the last step alone need not hold them in registers until then.
     """
 
+    problem: Problem
+    walk: Walk
+    lists: TileLists
     item: Item
     start: Any
     smem: dict[str, Any]
-    first_slot: Any
-    stages: int
+    rings: Sequence[Ring]
     find_again: Callable[[], tuple[Item, Any]]
 
-    def find_slot(self, step: Any) -> Any:
-        """Find the slot that the tile of a step is copied to.
+    def locate(self, step: Any) -> tuple[Any, Any]:
+        """Find the streamed tile of one step.
 
         Args:
           step: int32.
 
         Returns:
-          int32.
+          tuple of int32, the first position of the tile, and the kept bits of its block.
         """
-        return self.first_slot + lax.rem(step, jnp.int32(self.stages))
+        _, start, bits = locate(self.problem, self.walk, self.lists, self.item, step)
+        return start, bits
+
+    def walk_list(self, step: Callable[..., Any], state: Any) -> Any:
+        """Take all steps of the list, see `walk.walk_list`.
+
+        Args:
+          step: function (int32, state, masked=bool) -> state.
+          state: what the steps carry.
+
+        Returns:
+          state after the last step.
+        """
+        return walk_list(self.problem, self.walk, self.item, step, state)
 
 
 def select(array: Any, item: Item, head: Any, start: Any, size: int) -> Any:
@@ -171,14 +147,16 @@ def copy_tiles(
     walk: Walk,
     lists: TileLists,
     items: Sequence[Item],
-    groups: Sequence[Group],
+    gmem: Mapping[str, Any],
+    rings: Sequence[Ring],
 ) -> None:
     """Copy all tiles of a program's items into their rings, as fast as they are used.
 
     Args:
       lists: TileLists of references to global memory.
-      items: one Item for each ring.
-      groups: Groups in the order in which a step uses them.
+      items: one Item for each of the rings that lie side by side.
+      gmem: name -> reference to global memory, of all that the rings hold.
+      rings: the first Ring for each group of arrays, in the order in which a step uses them.
     """
 
     def find_tile(item, step):
@@ -188,28 +166,21 @@ def copy_tiles(
     num_steps = [item.count * walk.steps_per_entry for item in items]
 
     def copy_step(step, upcoming):
-        slot = lax.rem(step, jnp.int32(walk.stages))
         following = []
-        for ring, (item, steps, (head, start)) in enumerate(
+        for number, (item, steps, (head, start)) in enumerate(
             zip(items, num_steps, upcoming, strict=True)
         ):
-            place = ring * walk.stages + slot
+            own = [ring.beside(number) for ring in rings]
+            slot = own[0].find_slot(step)
             # The tile of `stages` steps ago; after the last step, so that no barrier is left.
-            used = (step >= walk.stages) & (step < steps + walk.stages)
-            for group in groups:
-
-                @pl.when(used)
-                def _(group=group, place=place):
-                    plgpu.barrier_wait(group.free.at[place])
+            was_filled = (step >= walk.stages) & (step < steps + walk.stages)
+            for ring in own:
+                ring.wait_until_free(slot, was_filled=was_filled)
 
                 @pl.when(step < steps)
-                def _(group=group, place=place, item=item, head=head, start=start):
-                    for name, gmem in group.gmem.items():
-                        plgpu.copy_gmem_to_smem(
-                            select(gmem, item, head, start, walk.tile),
-                            group.smem[name].at[place],
-                            group.full.at[place],
-                        )
+                def _(ring=ring, slot=slot, item=item, head=head, start=start):
+                    for name in ring.smem:
+                        ring.copy(select(gmem[name], item, head, start, walk.tile), name, slot)
 
             # Read now what the next step needs: global memory is slow to answer.
             following.append(find_tile(item, jnp.minimum(step + 1, jnp.maximum(steps - 1, 0))))
@@ -218,6 +189,22 @@ def copy_tiles(
     longest = functools.reduce(jnp.maximum, num_steps)
     first = tuple(find_tile(item, jnp.int32(0)) for item in items)
     lax.fori_loop(0, longest + walk.stages, copy_step, first)
+
+
+class _Scratch(NamedTuple):
+    """Shared memory: scratch types, and in the kernel references.
+
+    Attributes:
+      resident: name -> [2, 64, ...], what stays of each computing warpgroup.
+      own: name -> [2, ...], other memory of each computing warpgroup.
+      resident_full: barriers, [2]: what stays is there.
+      rings: see `describe_ring`; one for each group of streamed arrays.
+    """
+
+    resident: dict[str, Any]
+    own: dict[str, Any]
+    resident_full: Any
+    rings: list[Any]
 
 
 def launch(
@@ -236,12 +223,12 @@ def launch(
     """Run a kernel: fill the rings, and let two warpgroups of each program compute.
 
     Args:
-      compute: function (Share, Groups, TileLists of references, *outputs), run by each computing
-        warpgroup; outputs are references to global memory.
+      compute: function (Share, *outputs), run by each computing warpgroup; outputs are references
+        to global memory.
       operands: name -> array, None where there is none.
       lists: TileLists to walk.
       resident: names of operands that stay in shared memory.
-      streamed: names of operands, by Group, in the order in which a step uses them.
+      streamed: names of operands, by Ring, in the order in which a step uses them.
       out_type: what the kernel returns.
       scratch: name -> scratch type [2, ...], other shared memory of the computing warpgroups.
       name: str, of the kernel.
@@ -252,8 +239,40 @@ def launch(
     operands = {key: array for key, array in operands.items() if array is not None}
     resident = [key for key in resident if key in operands]
     streamed = [[key for key in keys if key in operands] for keys in streamed]
-    staging = matrix_smem((NUM_COMPUTE, ROWS, walk.tile), problem.dtype)
 
+    def make_program(inputs, outputs, scratch):
+        gmem, lists = inputs
+        rings = [Ring(*ring, stages=walk.stages) for ring in scratch.rings]
+
+        def copy():
+            items = [find_item(problem, walk, lists, number) for number in range(walk.rings)]
+            copy_tiles(problem, walk, lists, items, gmem, rings)
+
+        def compute_share(warpgroup):
+            share = _take_share(problem, walk, lists, gmem, resident, scratch, rings, warpgroup)
+            compute(share, *outputs)
+
+        return copy, compute_share
+
+    return launch_kernel(
+        make_program,
+        (operands, lists),
+        out_type=list(out_type),
+        scratch=_describe_scratch(problem, walk, operands, resident, streamed, scratch or {}),
+        num_programs=count_programs(problem, walk),
+        name=name,
+        approx_math=True,
+    )
+
+
+def _describe_scratch(
+    problem: Problem,
+    walk: Walk,
+    operands: Mapping[str, Any],
+    resident: Sequence[str],
+    streamed: Sequence[Sequence[str]],
+    own: Mapping[str, Any],
+) -> _Scratch:
     def tile_smem(keys, *shape):
         return {
             key: matrix_smem((*shape, problem.head_dim), operands[key].dtype)
@@ -262,71 +281,44 @@ def launch(
             for key in keys
         }
 
-    def ring_smem(keys):
-        return (
-            tile_smem(keys, walk.slots, walk.tile),
-            plgpu.Barrier(num_arrivals=len(keys), num_barriers=walk.slots),
-            plgpu.Barrier(num_arrivals=NUM_COMPUTE // walk.rings, num_barriers=walk.slots),
-        )
-
-    scratch_types, scratch_tree = jax.tree.flatten(
-        (
-            tile_smem(resident, NUM_COMPUTE, ROWS),
-            (scratch or {}) | ({} if problem.in_registers else {"staging": staging}),
-            plgpu.Barrier(num_arrivals=len(resident), num_barriers=NUM_COMPUTE),
-            [ring_smem(keys) for keys in streamed],
-        )
+    staging = matrix_smem((NUM_COMPUTE, ROWS, walk.tile), problem.dtype)
+    readers = NUM_COMPUTE // walk.rings
+    return _Scratch(
+        resident=tile_smem(resident, NUM_COMPUTE, ROWS),
+        own={**own} if problem.in_registers else {**own, "staging": staging},
+        resident_full=plgpu.Barrier(num_arrivals=len(resident), num_barriers=NUM_COMPUTE),
+        rings=[
+            describe_ring(tile_smem(keys, walk.slots, walk.tile), copies=len(keys), readers=readers)
+            for keys in streamed
+        ],
     )
-    inputs, input_tree = jax.tree.flatten((operands, lists))
 
-    def kernel(*refs):
-        ends = len(inputs), len(inputs) + len(out_type)
-        gmem, lists = jax.tree.unflatten(input_tree, refs[: ends[0]])
-        outputs = refs[ends[0] : ends[1]]
-        resident_smem, scratch_smem, resident_full, rings = jax.tree.unflatten(
-            scratch_tree, refs[ends[1] :]
-        )
-        groups = [
-            Group({key: gmem[key] for key in smem}, smem, full, free) for smem, full, free in rings
-        ]
-        warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == NUM_COMPUTE)
-        def _copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-            items = [find_item(problem, walk, lists, ring) for ring in range(walk.rings)]
-            copy_tiles(problem, walk, lists, items, groups)
+def _take_share(
+    problem: Problem,
+    walk: Walk,
+    lists: TileLists,
+    gmem: Mapping[str, Any],
+    resident: Sequence[str],
+    scratch: _Scratch,
+    rings: Sequence[Ring],
+    warpgroup: Any,
+) -> Share:
+    """Find what a computing warpgroup works on, and load what stays of it."""
+    has_ring = walk.rings == NUM_COMPUTE
+    number = warpgroup if has_ring else 0
 
-        @pl.when(warpgroup < NUM_COMPUTE)
-        def _compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            has_ring = walk.rings == NUM_COMPUTE
-            ring = warpgroup if has_ring else 0
+    def find():
+        item = find_item(problem, walk, lists, number)
+        return item, item.block * walk.block + (0 if has_ring else warpgroup * ROWS)
 
-            def find():
-                item = find_item(problem, walk, lists, ring)
-                return item, item.block * walk.block + (0 if has_ring else warpgroup * ROWS)
-
-            item, start = find()
-            smem = {key: ref.at[warpgroup] for key, ref in (resident_smem | scratch_smem).items()}
-            ready = resident_full.at[warpgroup]
-            head = item.head if walk.parts == 1 else lax.div(item.head, jnp.int32(walk.parts))
-            for key in resident:
-                tile = select(gmem[key], item, head, start, ROWS)
-                plgpu.copy_gmem_to_smem(tile, smem[key], ready)
-            plgpu.barrier_wait(ready)
-            share = Share(item, start, smem, ring * walk.stages, walk.stages, find)
-            compute(share, groups, lists, *outputs)
-
-    kernel.__name__ = name
-    return call_mosaic(
-        kernel,
-        *inputs,
-        out_type=list(out_type),
-        scratch_types=scratch_types,
-        grid=(count_programs(problem, walk),),
-        grid_names=("program",),
-        num_threads=NUM_COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    item, start = find()
+    smem = {key: ref.at[warpgroup] for key, ref in (scratch.resident | scratch.own).items()}
+    ready = scratch.resident_full.at[warpgroup]
+    head = item.head if walk.parts == 1 else lax.div(item.head, jnp.int32(walk.parts))
+    for key in resident:
+        tile = select(gmem[key], item, head, start, ROWS)
+        plgpu.copy_gmem_to_smem(tile, smem[key], ready)
+    plgpu.barrier_wait(ready)
+    own = [ring.beside(number) for ring in rings]
+    return Share(problem, walk, lists, item, start, smem, own, find)

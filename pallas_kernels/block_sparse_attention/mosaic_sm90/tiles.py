@@ -15,12 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem
+from pallas_kernels.hopper.layouts import LAYOUT
 
 LOG2_E = math.log2(math.e)
 """Softmax is computed in base 2: 2^(x log2 e) = e^x."""
-
-LAYOUT = plgpu.Layout.WGMMA
-BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
 
 
 def make_mask(
@@ -182,21 +180,3 @@ def multiply_add(
         plgpu.commit_smem()
         results.append(acc + multiply(staging_smem, rhs_smem))
     return tuple(results)
-
-
-def matrix_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Describe shared memory for matrices that tensor cores read.
-
-    Args:
-      shape: [..., rows, columns].
-      dtype: of two bytes.
-
-    Returns:
-      scratch type of `plgpu.kernel`.
-    """
-    swizzle = min(128, 2 * shape[-1])
-    # Type checkers take both classes for abstract.
-    tiling: Any = plgpu.TilingTransform
-    swizzling: Any = plgpu.SwizzleTransform
-    transforms = (tiling((8, swizzle // 2)), swizzling(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -24,14 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import BITS, Grain, TileLists
+from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS, SHARED_MEMORY_BYTES, SPARE_BYTES
 
-ROWS = 64
-"""Rows of one computing warpgroup: what one tensor-core instruction of Hopper covers."""
-
-NUM_COMPUTE = 2
-SHARED_MEMORY_BYTES = 232_448
-# Barriers, and what Mosaic itself reserves.
-_SPARE_BYTES = 4096
 _MAX_STAGES = 4
 
 
@@ -200,7 +194,7 @@ def make_walk(
     rings = NUM_COMPUTE if block == ROWS else 1
     for tile in (128, 64):
         staging_bytes = 0 if problem.in_registers else 2 * tile
-        free = SHARED_MEMORY_BYTES - _SPARE_BYTES
+        free = SHARED_MEMORY_BYTES - SPARE_BYTES
         free -= NUM_COMPUTE * ROWS * (resident_bytes + staging_bytes)
         stages = min(free // (rings * tile * streamed_bytes), _MAX_STAGES)
         if tile <= min(max_tile, streamed_block) and stages >= 2:

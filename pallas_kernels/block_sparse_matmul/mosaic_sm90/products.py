@@ -16,16 +16,11 @@ from jax import lax
 
 from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import (
-    NUM_COMPUTE,
-    TILE,
-    Lists,
-    Plan,
-    Tile,
-    multiply_lists,
-)
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import multiply_lists
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import TILE, Lists, Plan, Tile
 from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
 from pallas_kernels.dispatch import check_hopper, count_processors
+from pallas_kernels.hopper.budget import NUM_COMPUTE
 from pallas_kernels.padding import pad_rows
 
 BLOCKS = (64, 128)

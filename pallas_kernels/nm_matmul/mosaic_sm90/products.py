@@ -10,7 +10,8 @@ import jax
 from pallas_kernels.dispatch import check_hopper, count_processors, is_interpreted
 from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import Problem, multiply_sparse
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem
+from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.pack import pack_weight, prune_on_gpu
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed

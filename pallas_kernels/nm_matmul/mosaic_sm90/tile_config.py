@@ -3,13 +3,8 @@
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
 
-from pallas_kernels.nm_matmul.mosaic_sm90.kernel import (
-    NUM_COMPUTE,
-    SHARED_MEMORY_BYTES,
-    Problem,
-    Tiles,
-    count_shared_bytes,
-)
+from pallas_kernels.hopper.budget import NUM_COMPUTE, SHARED_MEMORY_BYTES
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles, count_shared_bytes
 from pallas_kernels.nm_matmul.packing import TILE
 
 TUNED: dict[tuple[int, int, int, bool], Tiles] = {}

@@ -1,0 +1,95 @@
+"""How a kernel with two computing warpgroups and a copying one is run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
+
+from pallas_kernels.hopper.budget import COMPUTE_REGISTERS, COPY_REGISTERS, NUM_COMPUTE
+from pallas_kernels.mosaic_call import call_mosaic
+
+
+def launch_kernel(
+    make_program: Callable[..., tuple[Callable[[], None], Callable[[Any], None]]],
+    inputs: Any,
+    *,
+    out_type: Any,
+    scratch: Any,
+    num_programs: int,
+    name: str,
+    approx_math: bool = False,
+) -> Any:
+    """Run a kernel whose programs have two computing warpgroups and a copying one.
+
+    Args:
+      make_program: function of the references to inputs, outputs and scratch memory, each shaped
+        like the pytree that is given here. It returns what the copying warpgroup runs, a function
+        without arguments, and what each computing one runs, a function of its number.
+      inputs: pytree of arrays.
+      out_type: pytree of `jax.ShapeDtypeStruct`.
+      scratch: pytree of scratch types of `plgpu.kernel`.
+      num_programs: int, size of the grid.
+      name: str, of the kernel.
+      approx_math: bool, exponentials and divisions are those of the hardware.
+
+    Returns:
+      pytree of arrays as `out_type` says.
+    """
+    inputs, input_tree = jax.tree.flatten(inputs)
+    outs, out_tree = jax.tree.flatten(out_type)
+    scratch, scratch_tree = jax.tree.flatten(scratch)
+
+    def kernel(*refs):
+        ends = len(inputs), len(inputs) + len(outs)
+        copy, compute = make_program(
+            jax.tree.unflatten(input_tree, refs[: ends[0]]),
+            jax.tree.unflatten(out_tree, refs[ends[0] : ends[1]]),
+            jax.tree.unflatten(scratch_tree, refs[ends[1] :]),
+        )
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == NUM_COMPUTE)
+        def _copy():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            copy()
+
+        @pl.when(warpgroup < NUM_COMPUTE)
+        def _compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            compute(warpgroup)
+
+    kernel.__name__ = name
+    results = call_mosaic(
+        kernel,
+        *inputs,
+        out_type=outs,
+        scratch_types=scratch,
+        grid=(num_programs,),
+        grid_names=("program",),
+        num_threads=NUM_COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+    )
+    return jax.tree.unflatten(out_tree, results)
+
+
+def for_each_tile(
+    body: Callable[[Any, Any], Any], state: Any, *, num_tiles: int, num_programs: int
+) -> Any:
+    """Run a body on the tiles of this program: every `num_programs`-th.
+
+    Args:
+      body: function (int32, state) -> state, of the number of a tile.
+      state: what the first tile gets.
+      num_tiles: int, of all programs.
+      num_programs: int, at most as many of them have tiles.
+
+    Returns:
+      state after the last tile.
+    """
+    program = lax.axis_index("program")
+    count = lax.div(num_tiles - program + num_programs - 1, num_programs)
+    return lax.fori_loop(0, count, lambda i, state: body(program + i * num_programs, state), state)
