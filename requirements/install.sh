@@ -40,7 +40,10 @@ if [ "$1" = cuda ] && gpu=$(requirements/find-gpu.sh); then
 else
   echo "Installing $lock"
 fi
-{ uv=$(find_uv) && "$uv" pip install --python "$python" "${options[@]}"; } || {
+# uv leaves it to Python to compile what is imported first. Where Python may not write, every process
+# would compile anew.
+compile=${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}
+{ uv=$(find_uv) && "$uv" pip install --python "$python" $compile "${options[@]}"; } || {
   echo "uv could not do it, trying pip"
   "$python" -m pip install --disable-pip-version-check "${options[@]}"
 }
