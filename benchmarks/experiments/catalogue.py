@@ -15,6 +15,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         copying.HIDDEN_PERMUTATION,
         copying.FIXED_LAG,
+        copying.ASSOCIATIVE_RECALL,
         attention_data.ATTENTION_IMAGES,
         attention_data.ATTENTION_TEXT,
         attention_listops.LISTOPS_TIMING,

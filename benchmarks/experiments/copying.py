@@ -9,7 +9,9 @@ permutation that all sequences share and no pattern knows: eight blocks of 256, 
 that all patterns keep, are enough for an accuracy of 1; who sees no needed block guesses one of 16
 symbols. Seed s trains with permutation s mod 3. "fixed_lag" copies without permutation, along one
 diagonal. In "associative_recall" each sequence has a permutation of its own, told by the first
-symbol of each block, so that no fixed pattern can do with few blocks.
+symbol of each block, so that no fixed pattern can do with few blocks; it takes two layers. There is
+nothing to compare until dense attention learns it: its rows are dense ones, of four pairs of symbols
+and three rates.
 """
 
 import pathlib
@@ -24,6 +26,7 @@ from benchmarks.experiments.attention_patterns import (
     unpack_kept,
 )
 from benchmarks.experiments.pattern_pictures import draw_kept, plot_accuracy
+from benchmarks.experiments.plan import Experiment, change, use_recipe
 from sparsejax.data.copying import draw_permutation
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.5)
@@ -92,4 +95,29 @@ FIXED_LAG = make_experiment(
     changes=_SHORT,
     columns=_COLUMNS,
     measure=measure_blocks,
+)
+ASSOCIATIVE_RECALL = Experiment(
+    name="associative_recall",
+    kind="quality",
+    settings={
+        f"dense, {rate:g}": change(
+            use_recipe("configs/copying.py:associative_recall", "dense"),
+            num_steps=4000,
+            eval_every_steps=250,
+            log_every_steps=500,
+            checkpoint__every_steps=4000,
+            data__sequence_length=16,
+            data__copy_block=2,
+            model__num_layers=2,
+            model__model_dim=64,
+            model__mlp_dim=128,
+            model__positions="rotary",
+            model__block_size=1,
+            optimizer__schedule="wsd",
+            optimizer__learning_rate=rate,
+        )
+        for rate in (5e-4, 1e-3, 2e-3)
+    },
+    seeds=(0, 1, 2, 3),
+    columns={"accuracy": "validation_accuracy", "validation loss": "validation_loss"},
 )
