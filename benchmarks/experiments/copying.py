@@ -10,8 +10,8 @@ that all patterns keep, are enough for an accuracy of 1; who sees no needed bloc
 symbols. Seed s trains with permutation s mod 3. "fixed_lag" copies without permutation, along one
 diagonal. In "associative_recall" each sequence has a permutation of its own, told by the first
 symbol of each block, so that no fixed pattern can do with few blocks; it takes two layers. There is
-nothing to compare until dense attention learns it: its rows are dense ones, of four pairs of symbols
-and three rates.
+nothing to compare until dense attention learns it: its rows are dense ones, of four pairs of
+symbols and three rates.
 """
 
 import pathlib
