@@ -171,6 +171,8 @@ def test_settings_train_with_their_best_candidate_of_other_seeds(run, calls):
     # A row that would be chosen otherwise is not taken for the one that was.
     (first, *_) = list_runs(TUNED, results)
     assert first.key["overrides"] == '{"offset": 0.25}'
+    curves = {record["key"]["kind"]: record["values"]["curves"] for record in results.records}
+    assert curves["tuning"] == {} and curves["quality"]["validation_loss"]
 
 
 def test_nothing_is_reported_before_the_tuning_is_complete(run, tmp_path):
