@@ -10,16 +10,13 @@ Nobody knows which blocks these tasks need, unlike those of `copying.py`.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from benchmarks.experiments.attention_patterns import make_experiment
 from benchmarks.experiments.pattern_pictures import draw_kept
+from benchmarks.experiments.tables import Groups
 
 
-def _report_images(
-    groups: Mapping[str, Sequence[Mapping[str, Any]]], results_dir: pathlib.Path
-) -> str:
+def _report_images(groups: Groups, results_dir: pathlib.Path) -> str:
     draw_kept(groups, results_dir / "attention_images_patterns.png")
     return ""
 

@@ -15,7 +15,6 @@ symbols and three rates.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from benchmarks.experiments.attention_patterns import (
 )
 from benchmarks.experiments.pattern_pictures import draw_kept, plot_accuracy
 from benchmarks.experiments.plan import Experiment, change, use_recipe
+from benchmarks.experiments.tables import Groups
 from sparsejax.data.copying import draw_permutation
 
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.5)
@@ -61,7 +61,7 @@ def measure_blocks(workdir: pathlib.Path) -> dict[str, Any]:
     return {"needed_kept": float(needed.mean()), **values}
 
 
-def _report(groups: Mapping[str, Sequence[Mapping[str, Any]]], results_dir: pathlib.Path) -> str:
+def _report(groups: Groups, results_dir: pathlib.Path) -> str:
     plot_accuracy(groups, results_dir / "hidden_permutation_accuracy.png", chance=1 / 16)
     half = 8
     source_I = draw_permutation(half, _set_permutation(0)["data.copy_permutation"])

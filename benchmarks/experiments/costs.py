@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-type Groups = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Records by row."""
+from benchmarks.experiments.tables import Groups
 
 
 class Costs(NamedTuple):

@@ -64,7 +64,9 @@ def _make_rows(config: str, half_width: int) -> dict[str, Setting]:
     }
 
 
-def _make_experiment(name: str, config: str, *, half_width: int, seeds: Sequence[int]):
+def _make_experiment(
+    name: str, config: str, *, half_width: int, seeds: Sequence[int]
+) -> Experiment:
     rows = _make_rows(config, half_width)
     return Experiment(
         name=name,

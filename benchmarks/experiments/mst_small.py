@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import pathlib
 
-from benchmarks.experiments.costs import Groups, plot_costs, sum_costs
+from benchmarks.experiments.costs import plot_costs, sum_costs
 from benchmarks.experiments.plan import (
     Comparison,
     Experiment,
@@ -35,6 +35,7 @@ from benchmarks.experiments.plan import (
     use_recipe,
 )
 from benchmarks.experiments.running import group_by_row
+from benchmarks.experiments.tables import Groups
 from benchmarks.records import Results
 
 _CONFIG = "configs/mst_small.py"

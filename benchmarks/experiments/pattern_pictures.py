@@ -2,8 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -11,10 +10,8 @@ from matplotlib.patches import Rectangle
 
 from benchmarks.experiments.attention_patterns import MIDDLE, name_row, split_row, unpack_kept
 from benchmarks.experiments.paired import describe_mean
+from benchmarks.experiments.tables import Groups
 from sparsejax.report.plots.style import BLUE, GREEN, ORANGE
-
-type Groups = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Records by row."""
 
 
 def plot_accuracy(groups: Groups, path: pathlib.Path, *, chance: float) -> None:
