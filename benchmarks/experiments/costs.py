@@ -1,5 +1,6 @@
 """What the runs of an experiment have spent when they are validated, in FLOPs and in time."""
 
+import json
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,30 @@ class Costs(NamedTuple):
     seconds: list[float] | None
 
 
+def measure_flops(workdir: pathlib.Path) -> dict[str, list[list[float]]]:
+    """Add up what a run has computed whenever it is validated.
+
+    Args:
+      workdir: folder of a finished run.
+
+    Returns:
+      dict of "spent_flops", pairs of a step and the FLOPs of all steps up to it.
+    """
+    total, spent = 0.0, []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["kind"] == "train":
+            total += row["step_flops"]
+        elif row["kind"] == "validation":
+            spent.append([row["step"], total])
+    return {"spent_flops": spent}
+
+
 def sum_costs(methods: Groups, timing: Groups) -> dict[str, Costs]:
     """Add up what every setting spends.
 
     Args:
-      methods: runs with the curves "validation_loss" and "step_flops".
+      methods: runs with the curve "validation_loss" and what `measure_flops` returns.
       timing: timed runs of some of the settings. Each step takes the median over these runs of its
         phase's steps.
 
@@ -37,17 +57,14 @@ def sum_costs(methods: Groups, timing: Groups) -> dict[str, Costs]:
     for row, records in methods.items():
         runs = [record["values"] for record in records]
         losses = [dict(map(tuple, run["curves"]["validation_loss"])) for run in runs]
-        flops = dict(map(tuple, runs[0]["curves"]["step_flops"]))
+        flops = dict(map(tuple, runs[0]["summary"]["spent_flops"]))
         seconds = None
         if row in timing:
             timed = [record["values"]["summary"] for record in timing[row]]
-            seconds = _time_steps(runs[0]["summary"], timed)
-        spent = [
-            [sum(x for step, x in each.items() if step <= end) for end in losses[0]]
-            for each in (flops, seconds or {})
-        ]
+            steps = _time_steps(runs[0]["summary"], timed)
+            seconds = [sum(x for step, x in steps.items() if step <= end) for end in losses[0]]
         loss = [statistics.fmean(run[step] for run in losses) for step in losses[0]]
-        costs[row] = Costs(loss, spent[0], spent[1] if seconds else None)
+        costs[row] = Costs(loss, [flops[step] for step in losses[0]], seconds)
     return costs
 
 

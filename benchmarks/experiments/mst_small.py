@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import pathlib
 
-from benchmarks.experiments.costs import plot_costs, sum_costs
+from benchmarks.experiments.costs import measure_flops, plot_costs, sum_costs
 from benchmarks.experiments.plan import (
     Comparison,
     Experiment,
@@ -131,7 +131,7 @@ MST_SMALL = Experiment(
     settings={row: dataclasses.replace(setting, tuned=row) for row, setting in _METHODS.items()},
     seeds=tuple(range(8)),
     columns=_COLUMNS,
-    curves={"validation loss": "validation_loss", "FLOPs of a step": "step_flops"},
+    measure=measure_flops,
     tuning=Tuning(settings=_METHODS, candidates=_CANDIDATES, seeds=(100,)),
     comparisons=[
         _compare("MST, as released", "dense", margin=0.01, claim=_KEEPS),

@@ -1,9 +1,21 @@
 """What a run of the MST experiment had spent when it was validated."""
 
+import json
+
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.costs import plot_costs, sum_costs
+from benchmarks.experiments.costs import measure_flops, plot_costs, sum_costs
+
+
+def test_flops_add_up_to_each_validation(tmp_path):
+    rows = [{"kind": "phase", "step": 0, "step_flops": 10.0}]
+    rows += [{"kind": "train", "step": s, "step_flops": f} for s, f in ((1, 10.0), (2, 4.0))]
+    rows += [{"kind": "validation", "step": 2, "validation_loss": 5.0}]
+    rows += [{"kind": "train", "step": 3, "step_flops": 1.0}]
+    rows += [{"kind": "validation", "step": 3, "validation_loss": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert measure_flops(tmp_path) == {"spent_flops": [[2, 14.0], [3, 15.0]]}
 
 
 def _record(summary, curves=None):
@@ -11,15 +23,13 @@ def _record(summary, curves=None):
 
 
 def test_costs_add_up_the_steps_of_each_phase(tmp_path, monkeypatch):
-    summary = {"num_steps": 4, "warm-up_first_step": 0, "restoration_first_step": 3}
-    curves = {
-        "validation_loss": [[2, 5.0], [4, 3.0]],
-        "step_flops": [[1, 10.0], [2, 10.0], [3, 4.0], [4, 4.0]],
-    }
-    other = curves | {"validation_loss": [[2, 6.0], [4, 2.0]]}
+    spent = {"num_steps": 4, "spent_flops": [[2, 20.0], [4, 28.0]]}
+    summary = spent | {"warm-up_first_step": 0, "restoration_first_step": 3}
+    curves = {"validation_loss": [[2, 5.0], [4, 3.0]]}
+    other = {"validation_loss": [[2, 6.0], [4, 2.0]]}
     methods = {
         "MST": [_record(summary, curves), _record(summary, other)],
-        "SET": [_record({"num_steps": 4, "sparse_first_step": 0}, curves)],
+        "SET": [_record(spent | {"sparse_first_step": 0}, curves)],
     }
     timing = {
         "MST": [
