@@ -262,7 +262,8 @@ def _find_written(path: Sequence[Instruction]) -> Iterator[str]:
             yield from (f"R{number}" for number in find_written(x))
         shared = re.fullmatch(r"UR(\d+)", x.operands[0]) if x.operands else None
         if shared and not x.base.startswith("UTMA"):
-            yield from (f"UR{int(shared[1]) + i}" for i in range(2))
+            is_wide = not {"64", "WIDE"}.isdisjoint(x.opcode.split("."))
+            yield from (f"UR{int(shared[1]) + i}" for i in range(1 + is_wide))
 
 
 def _describe(x: Instruction, control: Control, exchanges: _Exchanges, place: int) -> Issue:

@@ -3,9 +3,9 @@
 The four quarters of a processor run in step, each with one warp of every computing warpgroup. Warps
 issue in order. An instruction goes when the stall of the one before is over, its scoreboards are
 clear, its unit is free and, if it waits for products or for the other warpgroup, these are done. A
-quarter issues one instruction a clock, to the warp that can go first, on a tie to the one that
-issued last ("greedy", arXiv:2503.20481). Products run one after the other, in the order in which
-they are issued. Tiles are always there in time: what copies take is for others to count.
+quarter issues one instruction a clock, for the warp that can go first, on a tie for the one that
+has waited longest. Products run one after the other, in the order in which they are issued. Tiles
+are always there in time: what copies take is for others to count.
 """
 
 import collections
@@ -43,6 +43,7 @@ class _Warp:
 
     def __init__(self) -> None:
         self.position = 0
+        self.issued_at = -1.0
         self.ready = 0.0
         self.scoreboards: dict[int, float] = collections.defaultdict(float)
         self.groups: list[float] = []
@@ -60,7 +61,6 @@ class _Quarter:
         self.units: dict[str, float] = collections.defaultdict(float)
         self.products_end = 0.0
         self.now = 0.0
-        self.last = self.warps[0]
         meetings = [x for x in turn if x.meets]
         self.warps[-1].ready = lag
         self.has_order = warpgroups == 2 and bool(meetings)
@@ -76,11 +76,11 @@ class _Quarter:
           ValueError: if no warp can go on.
         """
         times = {warp: max(self._find_time(warp), self.now) for warp in self.warps}
-        warp = min(times, key=lambda warp: (times[warp], warp is not self.last))
+        warp = min(times, key=lambda warp: (times[warp], warp.issued_at))
         if times[warp] == math.inf:
             raise ValueError("the warpgroups wait for each other")
         self._issue(warp, times[warp])
-        self.now, self.last = times[warp] + 1, warp
+        self.now = times[warp] + 1
 
     def _find_time(self, warp: _Warp) -> float:
         x = self.turn[warp.position]
@@ -99,10 +99,13 @@ class _Quarter:
         needed = 1 if begins else warp.meetings + 1 if x.meets else 0
         if not needed:
             return 0.0
+        if x.arrives and not begins and len(warp.arrivals) == warp.meetings:
+            warp.arrivals.append(warp.ready)
         return other.arrivals[needed - 1] + LATENCY if needed <= len(other.arrivals) else math.inf
 
     def _issue(self, warp: _Warp, at: float) -> None:
         x = self.turn[warp.position]
+        warp.issued_at = at
         warp.ready = at + max(1, x.control.stall)
         if x.unit:
             self.units[x.unit] = at + x.unit_clocks
@@ -118,7 +121,7 @@ class _Quarter:
             self.products_end = max(self.products_end, at) + clocks
         if x.commits:
             warp.groups.append(self.products_end)
-        if x.arrives:
+        if x.arrives and not x.meets:
             warp.arrivals.append(at)
         warp.meetings += x.meets
         warp.position += 1
