@@ -15,8 +15,9 @@ that copies read from the second-level cache may take longer; the cache has a cl
 Tiles are dealt to the processors in rounds. A program begins with reads of global memory that wait
 for one another, and ends when its last tile is stored; one that stays does so once.
 
-The rule is one for all kernels, and nothing is fitted. Constants are of an H100 SXM; an H200 has
-the same processors, clock and power limit. Unless another source is named, they are measurements of
+The rule is one for all kernels. It was chosen with the anchors of `benchmarks.cycle_cases` in view;
+no constant was fitted to them. Constants are of an H100 SXM; an H200 has the same processors, clock
+and power limit. Unless another source is named, they are measurements of
 https://github.com/Johnsonms/NVIDIA-Hopper-Benchmark, reproduction/H100-dapperdingo.
 """
 
@@ -110,7 +111,7 @@ class Prediction(NamedTuple):
       turns: float, of a program.
       l2_share: float, of the rate of the second-level cache, while turns go on.
       seconds: float, of the kernel.
-      flops_per_second: float.
+      flops_per_second: float, of all operations that it executes.
     """
 
     clocks: Mapping[str, float]
