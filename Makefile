@@ -13,7 +13,7 @@ FAST := not slow and not gpu and not ci
 ROOM_PATHS := $(if $(ROOM),$(wildcard tests/$(ROOM) sparsejax/$(ROOM) $(if $(filter kernels,$(ROOM)),pallas_kernels)))
 export PYTHON VENV
 
-.PHONY: help train test test-ci test-all test-newest bench experiments plan compiled-report doctor gpu gpu-sweep gpu-export lint lock clean
+.PHONY: help train test test-ci test-all test-newest bench peers experiments plan compiled-report doctor gpu gpu-sweep gpu-export lint lock clean
 
 # The lock that runs use: CUDA's where it is installed or a GPU is found, or LOCK=train. nvidia-smi
 # can take seconds: only recipes look, so that other targets do not, and only once.
@@ -28,6 +28,7 @@ help:
 	@echo "make test-ci    the slower tests that each push runs after them"
 	@echo "make test-all   every test on its full grid, and again with the newest JAX allowed"
 	@echo "make lint       ruff and pyright              make bench      the ops' benchmarks and their tables"
+	@echo "make peers      PyTorch in an environment of its own, and attention beside it"
 	@echo "make experiments NAME=hidden_permutation   train what an experiment lacks, or a recorded row again: ROW='SAT, 0.15';"
 	@echo "                without NAME, list them"
 	@echo "make gpu        contracts and headline benchmarks on a GPU"
@@ -70,6 +71,13 @@ bench: $(VENV)/train.stamp
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.nm_matmul
 	$(PY) -m benchmarks.block_sparse_matmul
+
+# In an environment of its own, for PyTorch is large.
+peers: $(VENV)/peers.stamp
+	$(VENV)/peers/bin/python -m benchmarks.attention --headline --force
+
+$(VENV)/peers.stamp: requirements/train.txt
+	requirements/install-peers.sh
 
 # Runs of quality have a core each: WORKERS at a time.
 experiments:

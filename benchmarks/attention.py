@@ -97,9 +97,19 @@ def make_case(problem: Problem) -> Case:
         return make_gpu_case(problem, compute_capability=jax.devices()[0].compute_capability)
     peers = {"hand-written": attention_by_hand, "jax.nn": jax_attention}
     case = _make_common(problem, {name: _timed(f, problem) for name, f in peers.items()}, "cpu")
-    mask = problem.make_mask()
-    # Called with the mask, the op makes the schedule as part of what is timed.
-    return case._replace(args=(*_make_inputs(problem, 1)[0], mask, mask))
+    mask, inputs = problem.make_mask(), _make_inputs(problem, 1)
+    foreign, missing = make_torch_calls(problem, inputs, mask)
+    return case._replace(
+        # Called with the mask, the op makes the schedule as part of what is timed.
+        args=(*inputs[0], mask, mask),
+        references={SDPA: _reference(problem, "cpu", without_mask=True)},
+        foreign=foreign,
+        flops={
+            **dict.fromkeys((*case.functions, FLEX), problem.flops()),
+            SDPA: _without_mask(problem).flops(),
+        },
+        absent={**case.absent, **missing},
+    )
 
 
 def make_gpu_case(problem: Problem, *, compute_capability: str) -> Case:

@@ -236,10 +236,19 @@ def headline_problems(platform: str) -> list[Problem]:
     if platform != "cpu":
         return _gpu_headline()
     training = Problem(length=2048, batch=4, head_dim=32, causal=True, density=0.25)
+    by_density = [
+        Problem(length=4096, pattern=pattern, density=density, backward=backward)
+        for pattern, density in (
+            ("random", 0.11),
+            ("full", 1.0),
+            ("random", 0.05),
+            ("random", 0.2),
+            ("random", 0.4),
+        )
+        for backward in (True, False)
+    ]
     return [
-        Problem(length=4096),
-        Problem(length=4096, pattern="full", density=1.0),
-        Problem(length=4096, backward=False),
+        *by_density,
         Problem(length=4096, pattern="longformer"),
         training,
         dataclasses.replace(training, pattern="full", density=1.0),
@@ -272,4 +281,4 @@ def sweep_problems(platform: str) -> list[Problem]:
         for backward in (False, True)
         for pattern in ("sliding_window", "sink")
     ]
-    return [*headline_problems(platform), *sweep, *long_lists]
+    return list(dict.fromkeys([*headline_problems(platform), *sweep, *long_lists]))

@@ -66,10 +66,15 @@ def _speedup(record):
     seconds = {
         name: value["median_seconds"]
         for name, value in record["values"].items()
-        if "median_seconds" in value and name not in (HOPPER, TRITON)
+        if "median_seconds" in value and name not in (HOPPER, TRITON, FLEX)
     }
     own = seconds.pop("xla")
     return f"{min(seconds.values()) / own:.1f}x" if seconds else None
+
+
+def _share_of_sdpa(record):
+    rates = [record["values"].get(n, {}).get("tflops_per_second") for n in ("xla", SDPA)]
+    return None if None in rates else rates[0] / rates[1]
 
 
 def _setting(name):
@@ -99,8 +104,9 @@ COLUMNS = (
         _percent(lambda r: r["values"][HOPPER]["tflops_per_second"] / PEAK_TFLOPS),
         optional=True,
     ),
-    Column("xla against fastest", _speedup),
+    Column("xla against fastest dense", _speedup),
     Column("xla TFLOP/s", _tflops("xla", 3)),
+    Column("of SDPA's rate", _percent(_share_of_sdpa), optional=True),
     Column("xla MB", _megabytes("xla")),
     Column("jax.nn MB", _megabytes("jax.nn")),
 )

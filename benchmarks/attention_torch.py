@@ -5,6 +5,7 @@ like cuDNN, knows none and computes every visible logit.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,8 +76,12 @@ def make_torch_calls(
         )
     except ImportError as error:
         return {}, dict.fromkeys((FLEX, SDPA), f"PyTorch is not installed: {error}")
-    if not torch.cuda.is_available():
+    platform = next(iter(ring[0][0].devices())).platform
+    if platform != "cpu" and not torch.cuda.is_available():
         return {}, dict.fromkeys((FLEX, SDPA), "PyTorch sees no GPU")
+    if platform == "cpu":
+        # By itself it may leave threads of a core unused, which XLA does not.
+        torch.set_num_threads(os.cpu_count() or 1)
 
     # Compiled functions of earlier points count against a limit beyond which nothing is compiled.
     torch.compiler.reset()
@@ -87,7 +92,8 @@ def make_torch_calls(
     blocks = (
         np.ones((1, 1, *(problem.length // problem.block,) * 2), bool) if mask is None else mask
     )
-    block_mask = _make_block_mask(torch, flex, np.asarray(blocks), problem)
+    device = tensors[0][0].device
+    block_mask = _make_block_mask(torch, flex, np.asarray(blocks), problem, device)
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     options = _choose_tiles(problem.block)
 
@@ -100,7 +106,7 @@ def make_torch_calls(
     def to_foreign(attend):
         return ForeignCall(
             call=_timed(torch, attend, tensors, backward=problem.backward),
-            wait=lambda result: torch.cuda.synchronize(),
+            wait=lambda result: None if platform == "cpu" else torch.cuda.synchronize(),
             to_numpy=_to_numpy,
         )
 
@@ -112,9 +118,11 @@ def _as_tensor(torch: Any, array: jax.Array) -> Any:
     return torch.from_dlpack(jax.block_until_ready(array)).transpose(1, 2).contiguous()
 
 
-def _make_block_mask(torch: Any, flex: Any, blocks: np.ndarray, problem: Problem) -> Any:
+def _make_block_mask(
+    torch: Any, flex: Any, blocks: np.ndarray, problem: Problem, device: Any
+) -> Any:
     lists = {
-        name: torch.from_numpy(listed.copy()).to("cuda")
+        name: torch.from_numpy(listed.copy()).to(device)
         for name, listed in list_flex_blocks(blocks, causal=problem.causal).items()
         # PyTorch derives the lists by key block from those by query block.
         if "kv_" in name

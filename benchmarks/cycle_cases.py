@@ -338,8 +338,6 @@ def _block_product() -> Case:
         copied_bytes=2 * (rows + columns) * kept,
         stored_bytes=2 * rows * columns,
         memory_bytes=2 * (2 * tokens * size + density * size**2),
-        # Which block of the result a list is for, and its length.
-        tile_reads=2,
     )
     return Case(
         f"block-sparse product, {density:.0%} of blocks of {block}",

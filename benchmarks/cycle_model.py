@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from benchmarks.loop_turns import MainLoop, Turn
-from benchmarks.turn_timing import L2_LATENCY, SHARED_BYTES_PER_CLOCK, time_product, time_turn
+from benchmarks.turn_timing import SHARED_BYTES_PER_CLOCK, time_product, time_turn
 from pallas_kernels.aot import GpuTarget
 
 EXPONENTIAL_CLOCKS = 8
@@ -62,8 +62,6 @@ class Plan(NamedTuple):
       memory_bytes: float, that the whole kernel must read from and write to device memory.
       start_reads: int, reads of global memory before the first product of a program, each waiting
         for the one before; the first streamed tile is the last of them.
-      tile_reads: int, reads of the second-level cache that a program which stays waits for before
-        every tile.
       warpgroups: int, that compute.
     """
 
@@ -73,7 +71,6 @@ class Plan(NamedTuple):
     stored_bytes: float
     memory_bytes: float
     start_reads: int = 1
-    tile_reads: int = 0
     warpgroups: int = 2
 
 
@@ -235,4 +232,4 @@ def _count_clocks_between(plan: Plan) -> float:
 
     A tile is written to shared memory and read from there; its copy to global memory goes on.
     """
-    return plan.stored_bytes * 2 / SHARED_BYTES_PER_CLOCK + plan.tile_reads * L2_LATENCY
+    return plan.stored_bytes * 2 / SHARED_BYTES_PER_CLOCK

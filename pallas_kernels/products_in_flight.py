@@ -37,6 +37,10 @@ class Loop(NamedTuple):
       products: int, tensor-core instructions of one turn.
       groups: int, groups that it commits.
       waits: tuple of int, for each wait, how many groups may stay in flight.
+      arrivals: tuple of int, for each arrival at a barrier in shared memory, how many groups may be
+        in flight.
+      exponentials: tuple of int, how many instructions compute them, and how many of these while a
+        group is in flight on every path.
       instructions: int, of one turn, loops inside it (of threads that wait) left out; all branches
         counted.
     """
@@ -44,6 +48,8 @@ class Loop(NamedTuple):
     products: int
     groups: int
     waits: tuple[int, ...]
+    arrivals: tuple[int, ...]
+    exponentials: tuple[int, int]
     instructions: int
 
 
@@ -72,18 +78,8 @@ def find_hazards(program: Program, *, in_flight_at_release: int = 0) -> list[str
       program while a product is in flight.
     """
     found: dict[str, None] = {}
-    start = _State(Group(), (), False)
-    seen = {(0, start)}
-    todo = [(0, start)]
-    while todo:
-        at, state = todo.pop()
-        instruction = program.code[at]
-        found |= dict.fromkeys(_check(instruction, state, in_flight_at_release))
-        state = _step(instruction, state)
-        for following in program.next[at]:
-            if (following, state) not in seen:
-                seen.add((following, state))
-                todo.append((following, state))
+    for at, state in _follow(program):
+        found |= dict.fromkeys(_check(program.code[at], state, in_flight_at_release))
     return list(found)
 
 
@@ -136,18 +132,47 @@ def find_loops(program: Program) -> list[Loop]:
       list of Loop, in order of addresses.
     """
     bodies = _natural_loops(program)
+    in_flight: dict[int, set[int]] = {}
+    for at, state in _follow(program):
+        in_flight.setdefault(at, set()).add(len(state.pending) + bool(state.open.sums))
     loops = []
     for head, body in sorted(bodies.items()):
         inner = [other for h, other in bodies.items() if h != head and other < body]
         if any(_multiplies(program, other) for other in inner):
             continue
-        own = [program.code[i] for i in sorted(body.difference(*inner))]
+        places = sorted(body.difference(*inner))
+        own = [program.code[i] for i in places]
         products = [x for x in own if x.base == "HGMMA"]
         if products:
             waits = tuple(n for x in own if (n := _wait(x)) is not None)
             groups = sum("gsb0" in x.operands for x in products)
-            loops.append(Loop(len(products), groups, waits, len(own)))
+            arrivals = tuple(max(in_flight[i]) for i in places if _arrives(program.code[i]))
+            beside = [min(in_flight[i]) > 0 for i in places if _is_exponential(program.code[i])]
+            exponentials = len(beside), sum(beside)
+            loops.append(Loop(len(products), groups, waits, arrivals, exponentials, len(own)))
     return loops
+
+
+def _follow(program: Program) -> Iterator[tuple[int, _State]]:
+    """Follow every path: each instruction with each state in which it is reached."""
+    todo: list[tuple[int, _State]] = [(0, _State(Group(), (), False))]
+    seen = set(todo)
+    while todo:
+        at, state = todo.pop()
+        yield at, state
+        state = _step(program.code[at], state)
+        for following in program.next[at]:
+            if (following, state) not in seen:
+                seen.add((following, state))
+                todo.append((following, state))
+
+
+def _arrives(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("SYNCS.ARRIVE")
+
+
+def _is_exponential(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("MUFU.EX2")
 
 
 def _product(instruction: Instruction) -> Group:
@@ -214,8 +239,7 @@ def _check(instruction: Instruction, state: _State, in_flight_at_release: int) -
         yield f"{instruction} writes a register that a product in flight reads"
     if any(group.sums & find_named(instruction) for group in running):
         yield f"{instruction} touches a sum in flight"
-    is_release = instruction.opcode.startswith("SYNCS.ARRIVE")
-    if is_release and len(state.pending) + bool(state.open.sums) > in_flight_at_release:
+    if _arrives(instruction) and len(state.pending) + bool(state.open.sums) > in_flight_at_release:
         yield (
             f"{instruction} arrives at a barrier with {len(state.pending)} groups in flight, "
             f"of which {in_flight_at_release} may read something else"

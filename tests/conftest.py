@@ -22,6 +22,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     _flags = ("--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 
+# XLA has a thread for each core, and an interpreted warpgroup that waits for another keeps one:
+# on two cores all would wait for a warpgroup that never starts.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+
 _user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "sparsejax" / "xla"))
 # The defaults keep only programs that took a second or more; a test suite is made of smaller ones.

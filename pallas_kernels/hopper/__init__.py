@@ -11,6 +11,9 @@ reader arrives at `free` when nothing reads the slot any more, and the copying w
 before it fills the slot again; the first time around there is nothing to wait for. A product is
 asynchronous and reads its slot until it has been waited for: only then may the slot be given back.
 
+*Turns.* Tensor cores are one and the two computing warpgroups share them. In turns, one starts its
+products while the other computes on registers (`turns`).
+
 *Drain.* A barrier must not be left with an arrival that nobody has waited for. After its last copy,
 the copying warpgroup waits until every slot that it filled is free.
 

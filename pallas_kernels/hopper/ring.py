@@ -106,6 +106,17 @@ class Ring(NamedTuple):
           name -> reference [...].
         """
         plgpu.barrier_wait(self.full.at[slot])
+        return self.look(slot)
+
+    def look(self, slot: Any) -> dict[str, Any]:
+        """Return a slot that has been waited for.
+
+        Args:
+          slot: int32, which.
+
+        Returns:
+          name -> reference [...].
+        """
         return {name: ref.at[slot] for name, ref in self.smem.items()}
 
     def give_back(self, slot: Any) -> None:
@@ -151,6 +162,34 @@ class Ring(NamedTuple):
           *place: indices of the slot, none where the tile fills it.
         """
         plgpu.copy_gmem_to_smem(tile, self.smem[name].at[(slot, *place)], self.full.at[slot])
+
+    def announce(self, step: Any, **numbers: Any) -> None:
+        """Hand over the numbers of a step, when its slot is free.
+
+        Args:
+          step: int32.
+          **numbers: name of the memory, [slots] -> int32.
+        """
+        slot = self.claim(step)
+        for name, number in numbers.items():
+            self.smem[name][slot] = number
+        plgpu.barrier_arrive(self.full.at[slot])
+
+    def hear(self, step: Any, *names: str) -> tuple[Any, ...]:
+        """Wait for the numbers that are announced for a step, and give its slot back.
+
+        Args:
+          step: int32.
+          *names: of the memory, [slots].
+
+        Returns:
+          tuple of int32.
+        """
+        slot = self.find_slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        numbers = tuple(self.smem[name][slot] for name in names)
+        self.give_back(slot)
+        return numbers
 
     def drain(self, steps: Any) -> None:
         """Wait until all slots are free, so that no arrival is left that nobody has waited for.

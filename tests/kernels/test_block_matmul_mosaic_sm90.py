@@ -138,17 +138,22 @@ def test_chosen_tiles_fit(blocks, num_rows):
 
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
-@pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
+@pytest.mark.parametrize(
+    "missing",
+    [0, 1, 4, 5],
+    ids=["announcement_overwritten", "slot_reused", "announcement_read", "tile_read"],
+)
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
-    # Awaited in the order: a slot that is filled again, all slots at the end, a tile to multiply.
+    # Awaited in the order: an announcement and a slot that are filled again, all of both at the
+    # end, an announcement, a tile to multiply.
     miss_barrier(monkeypatch, missing)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-        check_rows(128, (64, 64), np.ones((9, 1)), planned_for=9)
+        check_rows(128, (64, 64), np.ones((9, 4)), planned_for=9)
 
 
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
-@pytest.mark.parametrize("missing", [3, 4], ids=["sum_overwritten", "sum_read"])
+@pytest.mark.parametrize("missing", [6, 7], ids=["sum_overwritten", "sum_read"])
 def test_a_missing_barrier_between_warpgroups_is_noticed(missing, monkeypatch):
     miss_barrier(monkeypatch, missing)
     x, dy = make_normal(((128, 64), (128, 128)), "bfloat16")

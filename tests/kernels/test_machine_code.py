@@ -16,6 +16,7 @@ from pallas_kernels.products_in_flight import (
 _PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24"
 _SPARSE = "HGMMA.SP.64x64x32.F32.BF16 R24, gdesc[UR8], R24, R{}, 0x{}"
 _WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x{}"
+_ARRIVE = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4], RZ"
 
 
 def assemble(text):
@@ -149,8 +150,7 @@ def test_products_without_end():
 
 
 def test_a_slot_is_given_back_after_the_wait():
-    arrive = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4], RZ"
-    code = f"{_PRODUCT}, gsb0\n{_WAIT.format(1)}\n{arrive}\n{_WAIT.format(0)}\nEXIT"
+    code = f"{_PRODUCT}, gsb0\n{_WAIT.format(1)}\n{_ARRIVE}\n{_WAIT.format(0)}\nEXIT"
     assert "with 1 groups in flight, of which 0" in find(code)[0]
     assert not find(code, in_flight_at_release=1)
     assert not find(code.replace("0x1", "0x0"))
@@ -181,7 +181,26 @@ def test_loops_are_counted_without_those_that_wait():
         @P0 BRA `(.L_x_1)
         EXIT
     """
-    assert find_loops(assemble(code)) == [Loop(products=2, groups=1, waits=(0,), instructions=4)]
+    (loop,) = find_loops(assemble(code))
+    assert loop == Loop(
+        products=2, groups=1, waits=(0,), arrivals=(), exponentials=(0, 0), instructions=4
+    )
+
+
+def test_arrivals_and_exponentials_are_told_with_what_is_in_flight():
+    code = f"""
+        .L_x_1:
+        {_PRODUCT}, gsb0
+        MUFU.EX2 R80, R80
+        {_ARRIVE}
+        {_WAIT.format(0)}
+        {_ARRIVE}
+        MUFU.EX2 R80, R80
+        @P0 BRA `(.L_x_1)
+        EXIT
+    """
+    (loop,) = find_loops(assemble(code))
+    assert loop.arrivals == (1, 0) and loop.exponentials == (2, 1)
 
 
 def test_a_subroutine_belongs_to_each_call():

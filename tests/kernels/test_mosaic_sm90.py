@@ -117,10 +117,11 @@ def test_contract_rejects_broken_lists_and_scale(broken):
 
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
-@pytest.mark.parametrize("missing", [0, 4], ids=["slot_reused", "tile_read"])
+@pytest.mark.parametrize("missing", [0, 3, 6], ids=["slot_reused", "keys_read", "values_read"])
 def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
     # In a program with one ring, barriers are awaited in the order: two of the copying
-    # warpgroup for slots it uses again; queries, keys and values of a computing one.
+    # warpgroup for slots it uses again; of a computing one queries, the first keys, its turn and
+    # the next keys in the first step, and values in the others.
     miss_barrier(monkeypatch, missing)
     case = _change(block_q=128, num_queries=128, num_keys=640)
     q, k, v = case.inputs()

@@ -99,9 +99,27 @@ def _compile(setting, *, gradient=True):
 def _check(report, num_kernels):
     assert len(report.kernels) == num_kernels
     for kernel in report.kernels:
-        check_kernel(kernel)
+        is_forward = "backward" not in kernel.name
+        # Turns are handed over while products run: which arrivals may do so is checked below.
+        check_kernel(kernel, in_flight_at_release=2 if is_forward else 0)
+        if is_forward:
+            _check_forward_loops(kernel)
         assert "HGMMA" in kernel.sass and "wgmma.mma_async" in kernel.ptx, kernel
         assert "UTMALDG" in kernel.sass, f"{kernel} copies no tiles"
+
+
+def _check_forward_loops(kernel):
+    loops = find_loops(parse(kernel.sass))
+    steps = [loop for loop in loops if loop.groups == 2]
+    assert steps, f"{kernel} has no loop that multiplies twice"
+    for loop in steps:
+        # The turn is handed over, keys are given back, values are given back.
+        assert loop.arrivals == (2, 1, 0), (kernel, loop)
+        count, beside = loop.exponentials
+        assert count == beside > 0, f"{kernel} computes no exponentials beside products: {loop}"
+    others = {loop.arrivals for loop in loops if loop.groups != 2}
+    # The first step of a list, which may be no loop, and the values of its last.
+    assert others <= {(1, 0), (0,)}, (kernel, others)
 
 
 # The widest, the smallest, and one of everything; the rest is for `make test-all`.
@@ -150,25 +168,26 @@ def test_a_wide_head_compiles_forward():
 @pytest.mark.parametrize(
     ("head_dim", "products"),
     [
-        pytest.param(32, (6, 8, 12), marks=pytest.mark.slow),
-        pytest.param(64, (8, 12, 16), marks=pytest.mark.ci),
+        pytest.param(32, (12, 8, 12), marks=pytest.mark.slow),
+        pytest.param(64, (16, 12, 16), marks=pytest.mark.ci),
     ],
 )
 def test_tensor_cores_do_the_products_and_nothing_else(head_dim, products):
     report = _compile(Setting(head_dim=head_dim, blocks=(64, 64)))
     _check(report, 3)
-    # Products of a 64 x 64 tile, 16 positions of the contraction an instruction: Q K^T and P V;
-    # Q K^T, dO V^T and dS K; K Q^T, V dO^T, P^T dO and dS^T Q.
+    # Products of a 64 x 64 tile, 16 positions of the contraction an instruction: Q K^T and P V, and
+    # once more Q K^T of the first step and P V of the last; Q K^T, dO V^T and dS K; K Q^T, V dO^T,
+    # P^T dO and dS^T Q.
     count = {k.name.split("attention_")[1].rsplit("_", 1)[0]: k for k in report.kernels}
     instructions = {name: kernel.sass.count("HGMMA") for name, kernel in count.items()}
     names = ("forward", "backward_queries", "backward_keys")
     assert instructions == dict(zip(names, products, strict=True))
-    # A group for each product.
+    # A group for each product; of the forward kernel the loop of the last values, taken once, too.
     groups = {
         name: [loop.groups for loop in find_loops(parse(kernel.sass))]
         for name, kernel in count.items()
     }
-    assert groups == {"forward": [2], "backward_queries": [3], "backward_keys": [4]}
+    assert groups == {"forward": [2, 1], "backward_queries": [3], "backward_keys": [4]}
 
 
 @pytest.mark.ci

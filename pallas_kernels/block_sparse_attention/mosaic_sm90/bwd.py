@@ -154,6 +154,7 @@ def _compute_dq(share: Share, dq_gmem: Any) -> None:
     """Sum dQ of a warpgroup's queries over the keys on their list."""
     rows = _Rows(*(load_vector(share.smem, name, BY_ROW) for name in ("lse", "delta", "segments")))
     step = functools.partial(_add_to_dq, share, rows)
+    share.wait_ahead(0, *share.rings)
     dq = share.walk_list(step, zeros((ROWS, share.problem.head_dim)))
     # The queries are not read again: their gradient takes their place.
     write(share, [(dq * share.problem.scale, share.smem["q"], dq_gmem)])
@@ -164,16 +165,20 @@ def _add_to_dq(share: Share, rows: _Rows, index: Any, dq: jax.Array, *, masked: 
     keys, values = share.rings
     slot = keys.find_slot(index)
     key_start, bits = share.locate(index) if masked else (None, None)
-    tile, v_smem = keys.wait(slot), values.wait(slot)["v"]
+    tile, v_smem = keys.look(slot), values.look(slot)["v"]
     k_smem = tile["k"]
 
     def probabilities(s):
-        p = _exponentials(share, s, rows.lse, axis=0)
+        p = mask(_exponentials(share, s, rows.lse, axis=0))
+        share.wait_ahead(index + 1, keys, values)
+        return p
+
+    def mask(p):
         if not masked:
             return p
         _, attended = make_mask(
             share.problem,
-            s.shape,
+            p.shape,
             query_axis=0,
             query_start=share.start,
             key_start=key_start,
@@ -240,6 +245,7 @@ def attention_backward_keys(
 def _compute_dk_dv(share: Share, dk_gmem: Any, dv_gmem: Any) -> None:
     """Sum dK and dV of a warpgroup's keys over the queries on their list."""
     shape = (ROWS, share.problem.head_dim)
+    share.wait_ahead(0, *share.rings)
     dk, dv = share.walk_list(functools.partial(_add_to_dk_dv, share), (zeros(shape), zeros(shape)))
     if share.walk.parts > 1:
         write_parts(share, [(dk, dk_gmem), (dv, dv_gmem)])
@@ -258,19 +264,26 @@ def _add_to_dk_dv(
     staging = share.smem.get("staging")
     slot = queries.find_slot(index)
     located = share.locate(index) if masked else None
-    tile = queries.wait(slot) | outs.wait(slot)
+    tile = queries.look(slot) | outs.look(slot)
     q_smem, d_out_smem = tile["q"], tile["d_out"]
     # Everything lies keys by queries: rows are those of dK and dV.
     logits = (share.smem["k"], q_smem.transpose((1, 0)))
     d_probabilities = (share.smem["v"], d_out_smem.transpose((1, 0)))
-    probabilities = functools.partial(_probabilities_by_key, share, tile, located)
+
+    def probabilities(s):
+        p = _probabilities_by_key(share, tile, located, s)
+        share.wait_ahead(index + 1, queries, outs)
+        return p
 
     def d_logits(p, dp):
         delta = load_vector(tile, "delta", BY_COLUMN)
         return (p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))).astype(q_smem.dtype)
 
-    # Beside a loop with a mask, ptxas finds no room for both products at the widest head.
-    overlaps = share.problem.head_dim < 128 or not share.problem.causal
+    # At the widest head, ptxas finds no room for both products beside the numbers of two rings, or
+    # of grouped heads and a loop with a mask.
+    problem = share.problem
+    is_full = share.walk.rings > 1 or (problem.causal and problem.group > 1)
+    overlaps = problem.head_dim < 128 or not is_full
     if masked or not overlaps:
         # One product after the other: a mask needs the registers of the second.
         p = probabilities(multiply(*logits))

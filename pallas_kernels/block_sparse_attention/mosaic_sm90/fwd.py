@@ -22,11 +22,12 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     make_mask,
     multiply,
     multiply_add,
+    multiply_and_add,
     zeros,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem, Walk, make_walk
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
-from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW
+from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW, LAYOUT
 
 # A finite start keeps a row that never sees a key clear of inf - inf.
 _LOWEST = -1e30
@@ -98,35 +99,55 @@ def attention_forward(
     )
 
 
+class _Queries(NamedTuple):
+    """What stays of 64 queries.
+
+    Attributes:
+      q: [64, H], a reference, or in registers.
+      segments: int32[64] or None.
+    """
+
+    q: Any
+    segments: Any
+
+
 class _State(NamedTuple):
-    """The online softmax of 64 queries.
+    """The online softmax of 64 queries. Values are added a step later than probabilities.
 
     Attributes:
       top: f32[64], the greatest logit so far, in base 2.
       total: f32[64], sum of exponentials, relative to `top`.
-      acc: f32[64, H], sum of values, likewise.
       kept: f32[64], visible keys so far; only counted if `problem.zero_logits`.
+      p: bf16 or f16[64, tile], exponentials of the last tile.
+      acc: f32[64, H], sum of values, relative to `top`, without those of the last tile.
     """
 
     top: Any
     total: Any
-    acc: Any
     kept: Any
+    p: Any
+    acc: Any
 
 
 def _compute(share: Share, out_gmem: Any, lse_gmem: Any) -> None:
     """Attend from a warpgroup's queries to the keys on their list."""
-    query_segments = load_vector(share.smem, "segments", BY_ROW)
+    problem = share.problem
+    queries = _Queries(_load_queries(share), load_vector(share.smem, "segments", BY_ROW))
     state = _State(
         top=zeros((ROWS,), BY_ROW, _LOWEST),
         total=zeros((ROWS,), BY_ROW),
-        acc=zeros((ROWS, share.problem.head_dim)),
         kept=zeros((ROWS,), BY_ROW),
+        p=zeros((ROWS, share.walk.tile)).astype(problem.dtype),
+        acc=zeros((ROWS, problem.head_dim)),
     )
-    top, total, acc, kept = share.walk_list(
-        functools.partial(_attend_tile, share, query_segments), state
+    share.wait_ahead(0, share.rings[0])
+    top, total, kept, p, acc = share.walk_list(
+        functools.partial(_attend_tile, share, queries),
+        state,
+        first_step=functools.partial(_attend_first_tile, share, queries),
     )
-    if share.problem.zero_logits:
+    acc = _add_last_values(share, p, acc)
+    if problem.zero_logits:
         top, total, acc = _add_zero_logits(share, top, total, acc, kept)
     some = total > 0
     inverse = jnp.where(some, 1 / total, 0.0)
@@ -136,44 +157,129 @@ def _compute(share: Share, out_gmem: Any, lse_gmem: Any) -> None:
     write(share, [(out, share.smem["q"], out_gmem), (lse, share.smem["lse"], lse_gmem)])
 
 
-def _attend_tile(
-    share: Share, query_segments: jax.Array | None, index: Any, state: _State, *, masked: bool
+def _load_queries(share: Share) -> Any:
+    """Return the queries as products read them.
+
+    A product with 64 keys reads as much of its queries as of its keys. From shared memory that
+    takes as long as the product: there registers hold the queries. Wider tiles have none to spare.
+    """
+    q_smem, problem = share.smem["q"], share.problem
+    if problem.in_registers and share.walk.tile == ROWS and problem.head_dim <= 128:
+        return plgpu.load(q_smem, layout=LAYOUT)
+    return q_smem
+
+
+def _attend_first_tile(
+    share: Share, queries: _Queries, index: Any, state: _State, *, masked: bool
 ) -> _State:
-    """Attend to the keys of one tile."""
-    problem, (keys, values) = share.problem, share.rings
-    top, total, acc, kept = state
-    scale = problem.scale * LOG2_E
+    """Attend to the keys of the first tile; its values are still to be added."""
+    keys, _ = share.rings
     slot = keys.find_slot(index)
-    key_start, bits = share.locate(index) if masked else (None, None)
-    tile = keys.wait(slot)
-    s = multiply(share.smem["q"], tile["k"].transpose((1, 0)))
-    seen = None
-    if masked:
-        seen, attended = make_mask(
-            problem,
-            s.shape,
-            query_axis=0,
-            query_start=share.start,
-            key_start=key_start,
-            bits=bits,
-            kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
-            query_segments=query_segments,
-            key_segments=load_vector(tile, "segments", BY_COLUMN),
-        )
-        s = jnp.where(attended, s, -jnp.inf)
+    located = share.locate(index) if masked else None
+    tile = keys.look(slot)
+    share.turns.take(index)
+    s = multiply(queries.q, tile["k"].transpose((1, 0)), lambda: share.turns.hand_over(index))
+    s, seen = _mask_logits(share, queries, tile, located, s)
     keys.give_back(slot)
-    if problem.zero_logits:
+    state, _, p = _add_logits(share, state, s, seen)
+    share.wait_ahead(index + 1, keys)
+    return state._replace(p=p.astype(state.p.dtype))
+
+
+def _attend_tile(
+    share: Share, queries: _Queries, index: Any, state: _State, *, masked: bool
+) -> _State:
+    """Attend to the keys of one tile, and add the values of the tile before."""
+    keys, values = share.rings
+    slot, last_slot = keys.find_slot(index), values.find_slot(index - 1)
+    located = share.locate(index) if masked else None
+    tile, v_smem = keys.look(slot), values.wait(last_slot)["v"]
+    share.turns.take(index)
+
+    def use_logits(s):
+        s, seen = _mask_logits(share, queries, tile, located, s)
+        keys.give_back(slot)
+        results = _add_logits(share, state, s, seen)
+        share.wait_ahead(index + 1, keys)
+        return results
+
+    (new, shrink, p), acc = multiply_and_add(
+        (queries.q, tile["k"].transpose((1, 0))),
+        (state.acc, state.p, v_smem),
+        share.smem.get("staging"),
+        use_logits,
+        lambda: share.turns.hand_over(index),
+    )
+    values.give_back(last_slot)
+    # Only now the registers of the last probabilities are free for these.
+    acc, p = lax.optimization_barrier((acc, p))
+    acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
+    return new._replace(acc=acc, p=p.astype(state.p.dtype))
+
+
+def _add_last_values(share: Share, p: jax.Array, acc: jax.Array) -> jax.Array:
+    """Add the values of the last tile, if there is one."""
+    _, values = share.rings
+
+    def add(index, acc):
+        slot = values.find_slot(index)
+        v_smem = values.wait(slot)["v"]
+        (acc,) = multiply_add([(acc, p, v_smem)], share.smem.get("staging"))
+        values.give_back(slot)
+        return acc
+
+    steps = share.turns.steps
+    return lax.fori_loop(jnp.maximum(steps - 1, 0), steps, add, acc)
+
+
+def _mask_logits(
+    share: Share,
+    queries: _Queries,
+    tile: dict[str, Any],
+    located: tuple[Any, Any] | None,
+    s: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Mask a tile of logits if it is located.
+
+    Returns:
+      tuple of the logits, and which positions are kept and visible, None for all.
+    """
+    if located is None:
+        return s, None
+    key_start, bits = located
+    seen, attended = make_mask(
+        share.problem,
+        s.shape,
+        query_axis=0,
+        query_start=share.start,
+        key_start=key_start,
+        bits=bits,
+        kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
+        query_segments=queries.segments,
+        key_segments=load_vector(tile, "segments", BY_COLUMN),
+    )
+    return jnp.where(attended, s, -jnp.inf), seen
+
+
+def _add_logits(
+    share: Share, state: _State, s: jax.Array, seen: jax.Array | None
+) -> tuple[_State, jax.Array, jax.Array]:
+    """Take a tile of logits into the softmax.
+
+    Returns:
+      tuple of the state, `p` and `acc` as they were; f32[64], the factor that `acc` is to be
+      multiplied by; and f32[64, tile], the exponentials.
+    """
+    scale = share.problem.scale * LOG2_E
+    kept = state.kept
+    if share.problem.zero_logits:
         kept += share.walk.tile if seen is None else seen.astype(jnp.float32).sum(axis=1)
     # The maximum is taken before scaling: one multiply-add per logit is left.
-    new_top = jnp.maximum(top, s.max(axis=1) * scale)
-    shrink = jnp.exp2(top - new_top)
-    p = jnp.exp2(s * scale - lax.broadcast_in_dim(new_top, s.shape, [0]))
-    total = total * shrink + p.sum(axis=1)
-    acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-    v_smem = values.wait(slot)["v"]
-    (acc,) = multiply_add([(acc, p.astype(v_smem.dtype), v_smem)], share.smem.get("staging"))
-    values.give_back(slot)
-    return _State(new_top, total, acc, kept)
+    top = jnp.maximum(state.top, s.max(axis=1) * scale)
+    shrink = jnp.exp2(state.top - top)
+    p = jnp.exp2(s * scale - lax.broadcast_in_dim(top, s.shape, [0]))
+    total = state.total * shrink + p.sum(axis=1)
+    return state._replace(top=top, total=total, kept=kept), shrink, p
 
 
 def _add_zero_logits(

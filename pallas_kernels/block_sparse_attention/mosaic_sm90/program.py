@@ -36,6 +36,7 @@ from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
 from pallas_kernels.hopper.launch import launch_kernel
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
+from pallas_kernels.hopper.turns import Turns, describe_turns
 
 
 class Share(NamedTuple):
@@ -47,6 +48,7 @@ class Share(NamedTuple):
       start: int32, position of its first row.
       smem: name -> reference [64, ...]: what is resident, loaded, and scratch memory.
       rings: a Ring for each group of streamed arrays, in the order in which a step uses them.
+      turns: its turns on the tensor cores, one for each step.
       find_again: function () -> (Item, int32), `item` and `start` read once more: whoever needs
         them after the last step alone need not hold them in registers until then.
     """
@@ -58,6 +60,7 @@ class Share(NamedTuple):
     start: Any
     smem: dict[str, Any]
     rings: Sequence[Ring]
+    turns: Turns
     find_again: Callable[[], tuple[Item, Any]]
 
     def locate(self, step: Any) -> tuple[Any, Any]:
@@ -72,17 +75,36 @@ class Share(NamedTuple):
         _, start, bits = locate(self.problem, self.walk, self.lists, self.item, step)
         return start, bits
 
-    def walk_list(self, step: Callable[..., Any], state: Any) -> Any:
+    def wait_ahead(self, step: Any, *rings: Ring) -> None:
+        """Wait for the tiles of a step, if there is one, in the step before.
+
+        Products run meanwhile. A loop that waits also keeps ptxas from moving arithmetic behind the
+        wait for these products, where nothing would run beside it.
+
+        Args:
+          step: int32.
+          *rings: whose tiles.
+        """
+
+        @pl.when(step < self.turns.steps)
+        def _():
+            for ring in rings:
+                ring.wait(ring.find_slot(step))
+
+    def walk_list(
+        self, step: Callable[..., Any], state: Any, *, first_step: Callable[..., Any] | None = None
+    ) -> Any:
         """Take all steps of the list, see `walk.walk_list`.
 
         Args:
           step: function (int32, state, masked=bool) -> state.
           state: what the steps carry.
+          first_step: as `step`, takes its place in the first step of the list.
 
         Returns:
           state after the last step.
         """
-        return walk_list(self.problem, self.walk, self.item, step, state)
+        return walk_list(self.problem, self.walk, self.item, step, state, first_step=first_step)
 
 
 def select(array: Any, item: Item, head: Any, start: Any, size: int) -> Any:
@@ -104,7 +126,7 @@ def select(array: Any, item: Item, head: Any, start: Any, size: int) -> Any:
 
 
 def write(share: Share, outputs: Sequence[tuple[jax.Array, Any, Any]]) -> None:
-    """Write the results of a computing warpgroup to global memory, and wait for it.
+    """Write the results of a computing warpgroup to global memory, and wait until they are read.
 
     Args:
       outputs: for each, the array [64, ...], shared memory to put it in, and the reference to
@@ -121,7 +143,8 @@ def write(share: Share, outputs: Sequence[tuple[jax.Array, Any, Any]]) -> None:
                 smem, select(gmem, share.item, share.item.head, share.start, ROWS)
             )
 
-    plgpu.wait_smem_to_gmem(0)
+    # The program may end meanwhile: the writes themselves are waited for by whoever comes next.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def write_parts(share: Share, outputs: Sequence[tuple[jax.Array, Any]]) -> None:
@@ -199,12 +222,14 @@ class _Scratch(NamedTuple):
       own: name -> [2, ...], other memory of each computing warpgroup.
       resident_full: barriers, [2]: what stays is there.
       rings: see `describe_ring`; one for each group of streamed arrays.
+      turns: see `describe_turns`.
     """
 
     resident: dict[str, Any]
     own: dict[str, Any]
     resident_full: Any
     rings: list[Any]
+    turns: Any
 
 
 def launch(
@@ -291,6 +316,7 @@ def _describe_scratch(
             describe_ring(tile_smem(keys, walk.slots, walk.tile), copies=len(keys), readers=readers)
             for keys in streamed
         ],
+        turns=describe_turns(),
     )
 
 
@@ -321,4 +347,7 @@ def _take_share(
         plgpu.copy_gmem_to_smem(tile, smem[key], ready)
     plgpu.barrier_wait(ready)
     own = [ring.beside(number) for ring in rings]
-    return Share(problem, walk, lists, item, start, smem, own, find)
+    other = find_item(problem, walk, lists, 1 - number) if has_ring else item
+    steps, others = (each.count * walk.steps_per_entry for each in (item, other))
+    turns = Turns(scratch.turns, warpgroup, steps, others)
+    return Share(problem, walk, lists, item, start, smem, own, turns, find)

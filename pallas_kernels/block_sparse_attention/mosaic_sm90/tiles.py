@@ -106,23 +106,26 @@ def load_vector(smem: dict[str, Any], name: str, layout: Any) -> Any:
     return plgpu.load(smem[name], layout=layout) if name in smem else None
 
 
-def multiply(lhs_smem: Any, rhs_smem: Any) -> jax.Array:
-    """Multiply two matrices in shared memory on the tensor cores, and wait.
+def multiply(lhs: Any, rhs_smem: Any, hand_over: Callable[[], None] | None = None) -> jax.Array:
+    """Multiply two matrices on the tensor cores, and wait.
 
     Args:
-      lhs_smem: reference, [64, X].
+      lhs: [64, X], a reference to shared memory, or in registers.
       rhs_smem: reference, [X, Y].
+      hand_over: is called when the product is started.
 
     Returns:
       f32[64, Y].
     """
 
     def run(acc):
-        plgpu.wgmma(acc, lhs_smem, rhs_smem)
+        plgpu.wgmma(acc, lhs, rhs_smem)
+        if hand_over is not None:
+            hand_over()
         return acc[...]
 
     return pl.run_scoped(
-        run, plgpu.WGMMAAccumulatorRef((lhs_smem.shape[0], rhs_smem.shape[1]), jnp.float32)
+        run, plgpu.WGMMAAccumulatorRef((lhs.shape[0], rhs_smem.shape[1]), jnp.float32)
     )
 
 
@@ -150,6 +153,48 @@ def multiply_both(
         return used, other_acc[...]
 
     return pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes))
+
+
+def multiply_and_add(
+    product: tuple[Any, Any],
+    addition: tuple[jax.Array, jax.Array, Any],
+    staging_smem: Any,
+    use_product: Callable[[jax.Array], Any],
+    hand_over: Callable[[], None],
+) -> tuple[Any, jax.Array]:
+    """Multiply, then add another product, and use the first while the second is computed.
+
+    Args:
+      product: pair of a reference [64, X], or that in registers, and a reference [X, Y].
+      addition: an accumulator f32[64, Z], a left operand [64, W], and a reference [W, Z].
+      staging_smem: reference [64, W] to put the left operand in, or None to leave it in registers.
+      use_product: function of the first product.
+      hand_over: is called when both are started.
+
+    Returns:
+      tuple of what `use_product` returned, and the new accumulator, f32[64, Z].
+    """
+    acc, lhs, rhs_smem = addition
+    if staging_smem is not None:
+        staging_smem[...] = lhs
+        plgpu.commit_smem()
+
+    def run(product_ref, acc_ref):
+        plgpu.wgmma(product_ref, *product)
+        if staging_smem is None:
+            acc_ref[...] = acc
+            plgpu.wgmma(acc_ref, lhs, rhs_smem)
+        else:
+            plgpu.wgmma(acc_ref, staging_smem, rhs_smem)
+        hand_over()
+        used = use_product(plgpu.wgmma_accumulator_load(product_ref, wait_n=1))
+        return used, acc_ref[...]
+
+    shapes = (product[0].shape[0], product[1].shape[1]), acc.shape
+    used, added = pl.run_scoped(
+        run, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes)
+    )
+    return used, added if staging_smem is None else acc + added
 
 
 def multiply_add(

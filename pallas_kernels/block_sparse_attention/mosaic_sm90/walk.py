@@ -316,13 +316,20 @@ def locate(
 
 
 def walk_list(
-    problem: Problem, walk: Walk, item: Item, step: Callable[..., Any], state: Any
+    problem: Problem,
+    walk: Walk,
+    item: Item,
+    step: Callable[..., Any],
+    state: Any,
+    *,
+    first_step: Callable[..., Any] | None = None,
 ) -> Any:
     """Take all steps of a list, in one loop with a mask and one without, as far as needed.
 
     Args:
       step: function (int32, state, masked=bool) -> state.
       state: what the steps carry.
+      first_step: as `step`, takes its place in the first step of the list.
 
     Returns:
       state after the last step.
@@ -331,6 +338,11 @@ def walk_list(
     for begin, end, leading in ((0, first, True), (first, last, False)):
         # Lists of query blocks begin with tiles that need no mask, lists of key blocks end so.
         masked = leading != walk.over_queries
-        if (problem.all_masked or problem.causal) if masked else not problem.all_masked:
-            state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
+        if not ((problem.all_masked or problem.causal) if masked else not problem.all_masked):
+            continue
+        if first_step is not None:
+            take = functools.partial(first_step, masked=masked)
+            state = lax.fori_loop(begin, jnp.minimum(end, 1), take, state)
+            begin = jnp.maximum(begin, 1)
+        state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
     return state

@@ -3,6 +3,10 @@
 Programs are those of `pallas_kernels.hopper`, and stay. A step copies tiles of both operands; the
 computing warpgroups multiply one pair each. A list that is empty is a tile of zeros. What differs
 between the products stands in a `Plan`.
+
+*Announcements.* Which block of the result a list is for, and how long it is, stands in global
+memory, which is slow to answer. The copying warpgroup reads it a tile or two ahead and hands it
+over through a ring of its own, so that nobody waits for it between two tiles.
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +32,9 @@ from pallas_kernels.hopper.launch import for_each_tile, launch_kernel
 from pallas_kernels.hopper.layouts import BY_COLUMN, LAYOUT
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
+
+# Lists that are announced ahead.
+_ANNOUNCED = 2
 
 
 class _Operands(NamedTuple):
@@ -58,6 +65,7 @@ class _Scratch(NamedTuple):
 
     Attributes:
       ring: see `describe_ring`; tiles of both operands, [slots, parts, ...].
+      announced: the same; "owner" and "steps" of a list, int32[slots].
       staging: [2, ...], the result of each warpgroup.
       bias: [2, columns] or None.
       bias_full: barriers, [2], or None.
@@ -65,6 +73,7 @@ class _Scratch(NamedTuple):
     """
 
     ring: Any
+    announced: Any
     staging: Any
     bias: Any
     bias_full: Any
@@ -78,6 +87,8 @@ class _Program(NamedTuple):
       operands: _Operands in global memory.
       out: reference to the result in global memory.
       scratch: _Scratch.
+      ring: Ring of the operands.
+      announced: Ring of lists, one for each tile.
       num_programs: int, that share the tiles.
     """
 
@@ -86,6 +97,7 @@ class _Program(NamedTuple):
     out: Any
     scratch: _Scratch
     ring: Ring
+    announced: Ring
     num_programs: int
 
     @property
@@ -94,9 +106,6 @@ class _Program(NamedTuple):
 
     def locate(self, tile):
         return self.plan.locate(tile, self.operands.lists.owners.shape[0])
-
-    def count_steps(self, unit):
-        return self.operands.lists.counts[unit] * self.plan.steps_per_entry
 
 
 def multiply_lists(
@@ -126,7 +135,8 @@ def multiply_lists(
 
     def make_program(operands, out, scratch):
         ring = Ring(*scratch.ring, stages=stages)
-        program = _Program(plan, operands, out, scratch, ring, num_programs)
+        announced = Ring(*scratch.announced, stages=_ANNOUNCED)
+        program = _Program(plan, operands, out, scratch, ring, announced, num_programs)
         return lambda: _copy(program), lambda warpgroup: _compute(program, warpgroup)
 
     return launch_kernel(
@@ -153,6 +163,11 @@ def _describe_scratch(plan: Plan, stages: int, dtype: Any, *, has_bias: bool) ->
         other = _Exchange(matrix_smem(plan.shape, jnp.float32), *barriers)
     return _Scratch(
         ring=describe_ring(smem, copies=plan.lhs.parts + plan.rhs.parts, readers=NUM_COMPUTE),
+        announced=describe_ring(
+            {name: plgpu.SMEM((_ANNOUNCED,), jnp.int32) for name in ("owner", "steps")},
+            copies=1,
+            readers=NUM_COMPUTE,
+        ),
         staging=matrix_smem((NUM_COMPUTE, *plan.shape), dtype),
         bias=bias,
         bias_full=bias_full,
@@ -163,19 +178,27 @@ def _describe_scratch(plan: Plan, stages: int, dtype: Any, *, has_bias: bool) ->
 def _copy(program: _Program) -> None:
     """Copy the operands of all tiles of a program."""
 
-    def copy_tile(tile, used):
+    def copy_tile(tile, state):
+        number, used = state
         row_tile, unit = program.locate(tile)
         owner = program.operands.lists.owners[unit]
-        return lax.fori_loop(
+        steps = program.operands.lists.counts[unit] * program.plan.steps_per_entry
+        program.announced.announce(number, owner=owner, steps=steps)
+        used = lax.fori_loop(
             0,
-            program.count_steps(unit),
+            steps,
             lambda step, used: _copy_step(program, row_tile, unit, owner, step, used),
             used,
         )
+        return number + 1, used
 
-    used = for_each_tile(
-        copy_tile, jnp.int32(0), num_tiles=program.num_tiles, num_programs=program.num_programs
+    numbers, used = for_each_tile(
+        copy_tile,
+        (jnp.int32(0), jnp.int32(0)),
+        num_tiles=program.num_tiles,
+        num_programs=program.num_programs,
     )
+    program.announced.drain(numbers)
     program.ring.drain(used)
 
 
@@ -200,9 +223,10 @@ def _compute(program: _Program, warpgroup: Any) -> None:
     """Compute a warpgroup's part of all tiles of a program."""
     other = program.scratch.other
 
-    def compute_tile(tile, slot):
-        row_tile, unit = program.locate(tile)
-        owner, steps = program.operands.lists.owners[unit], program.count_steps(unit)
+    def compute_tile(tile, state):
+        number, slot = state
+        row_tile, _ = program.locate(tile)
+        owner, steps = program.announced.hear(number, "owner", "steps")
         _copy_bias(program, warpgroup, owner)
         total, slot = _sum_steps(program, warpgroup, steps, slot)
         total = _add_bias(program, warpgroup, total)
@@ -210,7 +234,7 @@ def _compute(program: _Program, warpgroup: Any) -> None:
             _write(program, warpgroup, total, row_tile, owner)
         else:
             _join_sums(program, warpgroup, total, row_tile, owner)
-        return slot
+        return number + 1, slot
 
     if other is not None:
 
@@ -219,7 +243,10 @@ def _compute(program: _Program, warpgroup: Any) -> None:
             plgpu.barrier_arrive(other.free)
 
     for_each_tile(
-        compute_tile, jnp.int32(0), num_tiles=program.num_tiles, num_programs=program.num_programs
+        compute_tile,
+        (jnp.int32(0), jnp.int32(0)),
+        num_tiles=program.num_tiles,
+        num_programs=program.num_programs,
     )
     plgpu.wait_smem_to_gmem(0)
     if other is not None:
