@@ -183,19 +183,22 @@ def evaluate_targets(records: Sequence[Record]) -> str:
     return evaluate(TARGETS, records)
 
 
-def collect_speedups(records: Sequence[Record], device: str) -> dict[str, dict[float, float]]:
+def collect_speedups(
+    records: Sequence[Record], device: str
+) -> tuple[str, dict[str, dict[float, float]]]:
     """Collect speed-ups over dense attention by density, from the largest comparable set.
 
     Points are comparable if they differ in density and nothing else; a point whose pattern is
-    "full" belongs to the random ones, as density 1. Dense is cuDNN where it was measured, else
-    `jax.nn`.
+    "full" belongs to the random ones, as density 1. Dense is the first of cuDNN, PyTorch's SDPA and
+    `jax.nn` that was measured at every density.
 
     Args:
       records: of all devices.
       device: str, the one to look at.
 
     Returns:
-      dict name -> density -> speed-up, ascending densities; empty if no set has three densities.
+      tuple of what dense is, and dict name -> density -> speed-up, ascending densities; empty if no
+      set has three densities.
     """
     sets: dict[tuple, dict[float, Record]] = {}
     for record in records:
@@ -210,16 +213,22 @@ def collect_speedups(records: Sequence[Record], device: str) -> dict[str, dict[f
         sets.setdefault(tuple(settings.items()), {})[density] = record
     largest = max(sets.values(), key=len, default={})
     if len(largest) < 3:
-        return {}
-    measured = [r["values"].get("cudnn", {}).get("median_seconds") for r in largest.values()]
+        return "", {}
+    dense = next(
+        (
+            name
+            for name in ("cudnn", SDPA)
+            if all("median_seconds" in r["values"].get(name, {}) for r in largest.values())
+        ),
+        "jax.nn",
+    )
     lines: dict[str, dict[float, float]] = {}
     for density, record in sorted(largest.items()):
-        dense = "jax.nn" if None in measured else "cudnn"
         for name in record["values"]:
             speedup = None if name == dense else times_faster(record, name, dense)
             if speedup is not None:
                 lines.setdefault(name, {})[density] = speedup
-    return lines
+    return dense, lines
 
 
 def plot_speedups(records: Sequence[Record], device: str, path: pathlib.Path) -> str:
@@ -233,7 +242,7 @@ def plot_speedups(records: Sequence[Record], device: str, path: pathlib.Path) ->
     Returns:
       str, what was written, or why nothing was.
     """
-    lines = collect_speedups(records, device)
+    dense, lines = collect_speedups(records, device)
     if not lines:
         return f"{path.name} not drawn: needs three densities measured on {device}"
     try:
@@ -243,8 +252,15 @@ def plot_speedups(records: Sequence[Record], device: str, path: pathlib.Path) ->
         return f"{path.name} not drawn: matplotlib is not installed"
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(
-        xlabel="density", ylabel="times faster than dense", xscale="log", yscale="log", title=device
+        xlabel="share of the blocks kept",
+        ylabel=f"times as fast as {dense}, which is dense",
+        xscale="log",
+        yscale="log",
+        title=device,
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     for name, speedups in lines.items():
         axes.plot(list(speedups), list(speedups.values()), marker="o", label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)

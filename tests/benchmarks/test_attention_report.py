@@ -11,7 +11,7 @@ from benchmarks.attention_report import (
     plot_speedups,
     share_of_cudnn,
 )
-from benchmarks.attention_torch import FLEX
+from benchmarks.attention_torch import FLEX, SDPA
 from benchmarks.records import make_table
 
 LARGE = {"length": 4096, "block": 128, "head_dim": 128, "dtype": "bfloat16"}
@@ -91,19 +91,27 @@ def test_targets_of_the_kernels_in_triton():
 def test_speedups_come_from_one_device_and_one_setting():
     records = make_densities()
     others = make_densities(device="NVIDIA H100") + make_densities(causal=True)[:2]
-    lines = collect_speedups(records + others, "NVIDIA H200")
+    dense, lines = collect_speedups(records + others, "NVIDIA H200")
+    assert dense == "cudnn"
     assert list(lines["mosaic_sm90"]) == [0.1, 0.6, 1.0]
     assert lines["mosaic_sm90"][0.1] == pytest.approx(5.0)
     assert lines[FLEX][1.0] == pytest.approx(0.25)
     assert "cudnn" not in lines
-    assert collect_speedups(records[:2], "NVIDIA H200") == {}
+    assert collect_speedups(records[:2], "NVIDIA H200") == ("", {})
 
 
-def test_without_cudnn_dense_is_that_of_jax():
-    records = [
-        make_record({"xla": d, "jax.nn": 1.0}, density=d, dtype="float32") for d in (0.1, 0.2, 0.5)
-    ]
-    assert collect_speedups(records, "NVIDIA H200") == {"xla": {0.1: 10.0, 0.2: 5.0, 0.5: 2.0}}
+@pytest.mark.parametrize("measured_at", [(), (0.1, 0.2), (0.1, 0.2, 0.5)])
+def test_without_cudnn_dense_is_that_of_pytorch_or_of_jax(measured_at):
+    records = []
+    for density in (0.1, 0.2, 0.5):
+        seconds = {"xla": density, "jax.nn": 1.0}
+        seconds |= {SDPA: 0.5} if density in measured_at else {}
+        records.append(make_record(seconds, density=density, dtype="float32"))
+    dense, lines = collect_speedups(records, "NVIDIA H200")
+    if len(measured_at) == 3:
+        assert dense == SDPA and lines["xla"] == {0.1: 5.0, 0.2: 2.5, 0.5: 1.0}
+    else:
+        assert dense == "jax.nn" and lines["xla"] == {0.1: 10.0, 0.2: 5.0, 0.5: 2.0}
 
 
 def test_the_plot_is_drawn_or_says_why_not(tmp_path, monkeypatch):

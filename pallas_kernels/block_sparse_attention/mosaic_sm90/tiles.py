@@ -190,7 +190,7 @@ def multiply_and_add(
         used = use_product(plgpu.wgmma_accumulator_load(product_ref, wait_n=1))
         return used, acc_ref[...]
 
-    shapes = (product[0].shape[0], product[1].shape[1]), acc.shape
+    shapes: Any = (product[0].shape[0], product[1].shape[1]), acc.shape
     used, added = pl.run_scoped(
         run, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes)
     )
