@@ -258,9 +258,11 @@ def plot_speedups(records: Sequence[Record], device: str, path: pathlib.Path) ->
         yscale="log",
         title=device,
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+    densities = sorted({density for speedups in lines.values() for density in speedups})
+    axes.set_xticks(densities, [f"{density:g}" for density in densities])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     for name, speedups in lines.items():
         axes.plot(list(speedups), list(speedups.values()), marker="o", label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
