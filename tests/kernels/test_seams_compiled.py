@@ -33,6 +33,7 @@ _BREAKS = ("test_ptx_nm_compiled.test_a_broken_program_is_noticed",)
 FUNCTIONS = {
     "attention_map/mosaic_sm90.py _launch": _MAP,
     "block_sparse_attention/mosaic_sm90/attention.py make_problem": _ATTENTION,
+    "block_sparse_attention/mosaic_sm90/fwd.py _load_queries": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/program.py _describe_scratch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/program.py launch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/walk.py make_walk": _ATTENTION,
@@ -67,7 +68,7 @@ CONSTRUCTS = {
     "metadata, operands and sums of products in flight": (
         *_PRODUCT, "test_ptx_machine.test_a_register_that_is_overwritten_in_flight", *_BREAKS),
     "left operand of a product in registers, not staged": _ATTENTION,
-    "two products started together (multiply_both)": _ATTENTION,
+    "two products started together (multiply_both, multiply_and_add)": _ATTENTION,
     "descriptors of copies, built by the host program": (*_PRODUCT, *_ATTENTION, *_MAP, *_BLOCKS),
     "slots and stages as many as a GPU gets": (*_ATTENTION, *_MAP, *_BLOCKS),
     "named barriers of warpgroups": (*_PACK, *_PRODUCT, *_ATTENTION),
