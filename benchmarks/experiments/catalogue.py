@@ -5,6 +5,7 @@ from benchmarks.experiments import (
     attention_listops,
     copying,
     fst_small,
+    mst_budgets,
     mst_small,
     spion_small,
 )
@@ -23,6 +24,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         fst_small.FST_SMALL,
         fst_small.FST_IMAGES,
         mst_small.MST_SMALL,
+        mst_budgets.MST_SMALL_BUDGETS,
+        mst_budgets.MST_SMALL_LONG,
         mst_small.MST_SMALL_PATTERNS,
         mst_small.MST_SMALL_TIMING,
     )

@@ -38,16 +38,16 @@ from benchmarks.experiments.running import group_by_row
 from benchmarks.experiments.tables import Groups
 from benchmarks.records import Results
 
-_CONFIG = "configs/mst_small.py"
+CONFIG = "configs/mst_small.py"
 _BLOCKS = "32x32"
 
 
 def _half(pattern: str) -> Setting:
-    return use_recipe(_CONFIG, "rigl", sparsity=0.5, sparse_weights=f".*/.*={pattern}")
+    return use_recipe(CONFIG, "rigl", sparsity=0.5, sparse_weights=f".*/.*={pattern}")
 
 
-_DENSE = use_recipe(_CONFIG, "dense")
-_COLUMNS = {
+_DENSE = use_recipe(CONFIG, "dense")
+COLUMNS = {
     "validation loss": "validation_loss",
     "accuracy": "validation_accuracy",
     "FLOPs": "training_flops",
@@ -63,9 +63,9 @@ _RELEASED = {
     "restore_attention": True,
     "rate_exponent": 0.0,
 }
-_mst = functools.partial(use_recipe, _CONFIG, "mst")
-_rigl = functools.partial(use_recipe, _CONFIG, "rigl", sparsity=0.88)
-_METHODS = {
+_mst = functools.partial(use_recipe, CONFIG, "mst")
+_rigl = functools.partial(use_recipe, CONFIG, "rigl", sparsity=0.88)
+METHODS = {
     "dense": _DENSE,
     "dense, narrow": change(_DENSE, model__model_dim=56, model__mlp_dim=224),
     "dense, short": shorten(_DENSE, 245),
@@ -77,10 +77,10 @@ _METHODS = {
     "MST, blocks": _mst(sparse_weights=f".*/.*={_BLOCKS}; embedding=unstructured"),
     "RigL": _rigl(),
     "RigL, mean moments": _rigl(moments="mean"),
-    "SET": use_recipe(_CONFIG, "set", sparsity=0.88),
-    "static": use_recipe(_CONFIG, "static_weights", sparsity=0.88),
+    "SET": use_recipe(CONFIG, "set", sparsity=0.88),
+    "static": use_recipe(CONFIG, "static_weights", sparsity=0.88),
     "gradual magnitude": use_recipe(
-        _CONFIG, "magnitude", sparsity=0.93, start_fraction=0.01, end_fraction=0.2
+        CONFIG, "magnitude", sparsity=0.93, start_fraction=0.01, end_fraction=0.2
     ),
 }
 _RATES = (1e-3, 1.5e-3, 3e-3)
@@ -98,7 +98,7 @@ _MOVED_RATES = {
 }
 _CANDIDATES = {
     row: tuple({"optimizer.learning_rate": rate} for rate in _MOVED_RATES.get(row, _RATES))
-    for row in _METHODS
+    for row in METHODS
 }
 # Phases long enough to be timed; how long they are does not change what a step of theirs takes.
 _TIMED = {
@@ -111,7 +111,7 @@ MST_SMALL_TIMING = Experiment(
     name="mst_small_timing",
     kind="timing",
     settings={
-        name: shorten(_METHODS[name], **_TIMED) for name in ("dense", "RigL", "MST", "MST, blocks")
+        name: shorten(METHODS[name], **_TIMED) for name in ("dense", "RigL", "MST", "MST, blocks")
     },
     seeds=(0, 1, 2),
     columns={
@@ -134,11 +134,11 @@ _RIVALS = "better than other sparse training at equal FLOPs"
 MST_SMALL = Experiment(
     name="mst_small",
     kind="quality",
-    settings={row: dataclasses.replace(setting, tuned=row) for row, setting in _METHODS.items()},
+    settings={row: dataclasses.replace(setting, tuned=row) for row, setting in METHODS.items()},
     seeds=tuple(range(8)),
-    columns=_COLUMNS,
+    columns=COLUMNS,
     measure=measure_flops,
-    tuning=Tuning(settings=_METHODS, candidates=_CANDIDATES, seeds=(100,)),
+    tuning=Tuning(settings=METHODS, candidates=_CANDIDATES, seeds=(100,)),
     comparisons=[
         _compare("MST, as released", "dense", margin=0.01, claim=_KEEPS),
         _compare("MST", "dense", margin=0.01, claim=f"{_KEEPS}; our options"),
@@ -172,5 +172,5 @@ MST_SMALL_PATTERNS = Experiment(
         }.items()
     },
     seeds=(0, 1, 2),
-    columns=_COLUMNS,
+    columns=COLUMNS,
 )

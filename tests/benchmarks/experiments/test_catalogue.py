@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.experiments.catalogue import EXPERIMENTS
+from benchmarks.experiments.mst_budgets import RATES
+from benchmarks.experiments.running import choose_candidates
+from benchmarks.harness import RESULTS
+from benchmarks.records import Results
 from sparsejax.config.parse import parse_config
 from sparsejax.config.schema import make_recipe, make_transformer_config
 from sparsejax.data import describe_data
@@ -45,3 +49,8 @@ def test_every_setting_builds_its_recipe(name, images):
     for setting in settings.values():
         for candidate in by_name.get(setting.tuned or "", [{}]):
             check_setting(setting.config, {**setting.overrides, **candidate}, images)
+
+
+def test_rates_that_are_not_searched_anew_are_those_that_were_found():
+    best = choose_candidates(EXPERIMENTS["mst_small"], Results(RESULTS / "mst_small.json"))
+    assert {row: best[row]["optimizer.learning_rate"] for row in RATES} == RATES
