@@ -258,7 +258,7 @@ class Machine:
                 if is_load:
                     one(index, words[at + i])
                 else:
-                    words[at + i] = one(index)
+                    _store(words, at + i, one(index))
 
         return step
 
@@ -360,3 +360,12 @@ def _merge(pool):
                 np.sort(np.concatenate([other.threads, group.threads])), group.pc
             )
             pool.append(places[group.pc])
+
+
+def _store(words, at, values):
+    """Store a value of each thread. Where all have one place, they may not disagree."""
+    if at.size == 1 and values.size > 1:
+        if (values != values.flat[0]).any():
+            raise PtxError("threads store different values in one place")
+        values = values.flat[0]
+    words[at] = values
