@@ -164,30 +164,14 @@ def _add_to_dq(share: Share, rows: _Rows, index: Any, dq: jax.Array, *, masked: 
     """Add what the keys of one tile contribute to dQ."""
     keys, values = share.rings
     slot = keys.find_slot(index)
-    key_start, bits = share.locate(index) if masked else (None, None)
+    located = share.locate(index) if masked else None
     tile, v_smem = keys.look(slot), values.look(slot)["v"]
     k_smem = tile["k"]
 
     def probabilities(s):
-        p = mask(_exponentials(share, s, rows.lse, axis=0))
+        p = _probabilities_by_query(share, rows, tile, located, s)
         share.wait_ahead(index + 1, keys, values)
         return p
-
-    def mask(p):
-        if not masked:
-            return p
-        _, attended = make_mask(
-            share.problem,
-            p.shape,
-            query_axis=0,
-            query_start=share.start,
-            key_start=key_start,
-            bits=bits,
-            kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
-            query_segments=rows.segments,
-            key_segments=load_vector(tile, "segments", BY_COLUMN),
-        )
-        return jnp.where(attended, p, 0.0)
 
     p, dp = multiply_both(
         (share.smem["q"], k_smem.transpose((1, 0))),
@@ -200,6 +184,32 @@ def _add_to_dq(share: Share, rows: _Rows, index: Any, dq: jax.Array, *, masked: 
     (dq,) = multiply_add(products, share.smem.get("staging"))
     keys.give_back(slot)
     return dq
+
+
+def _probabilities_by_query(
+    share: Share,
+    rows: _Rows,
+    tile: dict[str, Any],
+    located: tuple[Any, Any] | None,
+    s: jax.Array,
+) -> jax.Array:
+    """Return the probabilities of a tile of logits, queries by keys, masked if it is located."""
+    p = _exponentials(share, s, rows.lse, axis=0)
+    if located is None:
+        return p
+    key_start, bits = located
+    _, attended = make_mask(
+        share.problem,
+        s.shape,
+        query_axis=0,
+        query_start=share.start,
+        key_start=key_start,
+        bits=bits,
+        kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
+        query_segments=rows.segments,
+        key_segments=load_vector(tile, "segments", BY_COLUMN),
+    )
+    return jnp.where(attended, p, 0.0)
 
 
 def _exponentials(share: Share, s: jax.Array, lse: jax.Array, *, axis: int) -> jax.Array:
