@@ -221,7 +221,8 @@ def list_cases() -> Iterator[Case]:
     yield _attention_backward(128, 128)
     yield _attention_backward(64, 64)
     yield _mean_map()
-    yield _sparse_product()
+    yield _sparse_product(4096)
+    yield _sparse_product(8192)
     yield _block_product()
 
 
@@ -293,20 +294,24 @@ def _mean_map() -> Case:
     )
 
 
-def _sparse_product() -> Case:
-    size, processors = 4096, aot.H200.cores
+def _sparse_product(size: int) -> Case:
+    processors = aot.H200.cores
     tiles = default_config(size, size, size, "bfloat16", num_programs=processors)
+    # A multiple of the tile: of what is filled up, the rate would count zeros.
+    columns = -(-size // tiles.columns) * tiles.columns
     problem = Problem(
-        rows=size, contraction=size, columns=size, dtype="bfloat16", dense_is_transposed=True
+        rows=size, contraction=size, columns=columns, dtype="bfloat16", dense_is_transposed=True
     )
     num_tiles = Cut(problem, tiles).num_tiles
+    # Half of the values, and two bits of metadata for each that is left.
+    value_bytes, dense_bytes = tiles.rows * (1 + 1 / 8) * size, 2 * tiles.columns * size
     plan = Plan(
         tiles=num_tiles,
-        flops=2 * size**3 / num_tiles,
-        # Half of the values, two bits of metadata for each that is left, the dense operand.
-        copied_bytes=(tiles.rows * (1 + 1 / 8) + 2 * tiles.columns) * size,
+        flops=2 * tiles.rows * tiles.columns * size,
+        copied_bytes=value_bytes + dense_bytes,
         stored_bytes=2 * tiles.rows * tiles.columns,
         memory_bytes=(1 + 1 / 8 + 2 + 2) * size**2,
+        l2_bytes=value_bytes + dense_bytes / tiles.cluster,
     )
     values, metadata = (
         _struct(size, size // 2),
@@ -317,10 +322,10 @@ def _sparse_product() -> Case:
         multiply_sparse, problem=problem, tiles=tiles, num_programs=processors
     )
     return Case(
-        f"2:4 product, {size}^3",
-        f"tiles of {tiles.rows} x {tiles.columns}",
+        f"2:4 product, {size} x {size} x {columns}",
+        f"tiles of {tiles.rows} x {tiles.columns}, clusters of {tiles.cluster}",
         multiply,
-        (compressed, _struct(size, size), None),
+        (compressed, _struct(columns, size), None),
         [Kernel("product", "nm_matmul", plan)],
     )
 

@@ -63,6 +63,8 @@ class Plan(NamedTuple):
       start_reads: int, reads of global memory before the first product of a program, each waiting
         for the one before; the first streamed tile is the last of them.
       warpgroups: int, that compute.
+      l2_bytes: float, that are read from the second-level cache for a tile; None if all that are
+        copied are, and no other program of a cluster reads a part of them.
     """
 
     tiles: int
@@ -72,6 +74,7 @@ class Plan(NamedTuple):
     memory_bytes: float
     start_reads: int = 1
     warpgroups: int = 2
+    l2_bytes: float | None = None
 
 
 class Counts(NamedTuple):
@@ -151,7 +154,8 @@ def predict(loop: MainLoop, plan: Plan, gpu: GpuTarget) -> Prediction:
     longest, bound = max(clocks.values()), find_bound(clocks)
     clock_ghz = find_clock(longest, plan.warpgroups * _count_energy(counts))
     turn_seconds = longest / clock_ghz * 1e-9
-    l2_seconds = copied_bytes * gpu.cores / L2_BYTES_PER_SECOND
+    l2_bytes = copied_bytes if plan.l2_bytes is None else plan.l2_bytes / turns
+    l2_seconds = l2_bytes * gpu.cores / L2_BYTES_PER_SECOND
     if l2_seconds > turn_seconds:
         turn_seconds, bound = l2_seconds, "L2"
     rounds = math.ceil(plan.tiles / gpu.cores)

@@ -99,6 +99,8 @@ def list_programs() -> Iterator[Program]:
     yield _sparse_product(
         "2:4 product, bias, swiglu", Tiles(2, 128, 64, 4), activation="swiglu", has_bias=True
     )
+    yield _sparse_product("2:4 product, clusters", Tiles(1, 256, 64, 4, cluster=2))
+    yield _sparse_product("2:4 product, 256 x 192, clusters", Tiles(2, 192, 64, 4, cluster=2))
     yield _attention(64, 64, causal=True)
     yield _attention(128, 128, causal=False)
     matmul = functools.partial(block_sparse_matmul, **_HOPPER)

@@ -119,10 +119,11 @@ def list_candidates(product: Product) -> list[Tiles]:
         (256, 224, 192, 160, 128, 96, 64),
         (64, 128),
         (8, 4, 16),
+        (2, 1),
     )
-    for blocks, width, contraction, group in cuts:
+    for blocks, width, contraction, group, cluster in cuts:
         # Each computing thread holds blocks x width / 2 sums.
-        if not 128 <= blocks * width <= 256 or product.columns % width:
+        if not 128 <= blocks * width <= 384 or product.columns % width:
             continue
         if product.contraction % contraction or (group != 8 and blocks * width < 256):
             continue
@@ -130,7 +131,7 @@ def list_candidates(product: Product) -> list[Tiles]:
             tiles
             for stages in range(2, _MAX_STAGES + 1)
             if count_shared_bytes(
-                problem, tiles := Tiles(blocks, width, contraction, stages, group)
+                problem, tiles := Tiles(blocks, width, contraction, stages, cluster, group)
             )
             <= SHARED_MEMORY_BYTES
         ]

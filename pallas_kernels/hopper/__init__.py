@@ -17,6 +17,10 @@ products while the other computes on registers (`turns`).
 *Drain.* A barrier must not be left with an arrival that nobody has waited for. After its last copy,
 the copying warpgroup waits until every slot that it filled is free.
 
+*Clusters.* Programs of a cluster run side by side. What all of them read is copied once: each
+copies a part of it to all (multicast), so that the second-level cache is read once for all of them.
+A slot is free when nothing reads it in any of the programs, for each fills the slots of all.
+
 *Staying programs.* Some kernels start as many programs as the GPU has processors. Each takes tile
 after tile of the result, and the ring runs on while a tile is written (`launch.for_each_tile`).
 

@@ -11,6 +11,9 @@ from jax import lax
 from pallas_kernels.hopper.budget import COMPUTE_REGISTERS, COPY_REGISTERS, NUM_COMPUTE
 from pallas_kernels.mosaic_call import call_mosaic
 
+CLUSTER = "cluster"
+"""Name of the axis along which programs of a cluster lie."""
+
 
 def launch_kernel(
     make_program: Callable[..., tuple[Callable[[], None], Callable[[Any], None]]],
@@ -20,6 +23,7 @@ def launch_kernel(
     scratch: Any,
     num_programs: int,
     name: str,
+    cluster: int = 1,
     approx_math: bool = False,
 ) -> Any:
     """Run a kernel whose programs have two computing warpgroups and a copying one.
@@ -31,8 +35,9 @@ def launch_kernel(
       inputs: pytree of arrays.
       out_type: pytree of `jax.ShapeDtypeStruct`.
       scratch: pytree of scratch types of `plgpu.kernel`.
-      num_programs: int, size of the grid.
+      num_programs: int, size of the grid: programs, or clusters of them.
       name: str, of the kernel.
+      cluster: int, programs that start together and share what is copied; they lie along `CLUSTER`.
       approx_math: bool, exponentials and divisions are those of the hardware.
 
     Returns:
@@ -69,6 +74,7 @@ def launch_kernel(
         scratch_types=scratch,
         grid=(num_programs,),
         grid_names=("program",),
+        **_describe_cluster(cluster),
         num_threads=NUM_COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=approx_math),
@@ -76,16 +82,20 @@ def launch_kernel(
     return jax.tree.unflatten(out_tree, results)
 
 
+def _describe_cluster(size: int) -> dict[str, Any]:
+    return {"cluster": (size,), "cluster_names": (CLUSTER,)} if size > 1 else {}
+
+
 def for_each_tile(
     body: Callable[[Any, Any], Any], state: Any, *, num_tiles: int, num_programs: int
 ) -> Any:
-    """Run a body on the tiles of this program: every `num_programs`-th.
+    """Run a body on the tiles of this program, or of its cluster: every `num_programs`-th.
 
     Args:
       body: function (int32, state) -> state, of the number of a tile.
       state: what the first tile gets.
       num_tiles: int, of all programs.
-      num_programs: int, at most as many of them have tiles.
+      num_programs: int, at most as many programs or clusters have tiles.
 
     Returns:
       state after the last tile.

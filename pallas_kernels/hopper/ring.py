@@ -4,7 +4,7 @@ The protocol is told in `pallas_kernels.hopper`. Steps are counted over the whol
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -12,14 +12,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper.launch import CLUSTER
 
-def describe_ring(smem: Mapping[str, Any], *, copies: int, readers: int) -> tuple[Any, Any, Any]:
+
+def describe_ring(
+    smem: Mapping[str, Any], *, copies: int, readers: int, cluster: int = 1
+) -> tuple[Any, Any, Any]:
     """Describe the memory and the barriers of a ring.
 
     Args:
       smem: name -> scratch type [slots, ...], in the order in which they lie in memory.
       copies: int, that fill a slot.
-      readers: int, warpgroups that give a slot back.
+      readers: int, warpgroups of a program that give a slot back.
+      cluster: int, programs of a cluster; those of one share copies, see `Ring.shared`.
 
     Returns:
       tuple of scratch types, whose references are the first three of a `Ring`.
@@ -29,7 +34,16 @@ def describe_ring(smem: Mapping[str, Any], *, copies: int, readers: int) -> tupl
         # JAX would sort the names of a plain dict.
         collections.OrderedDict(smem),
         plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+        _describe_free(slots, readers, cluster),
+    )
+
+
+def _describe_free(slots: int, readers: int, cluster: int) -> Any:
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=readers, num_barriers=slots)
+    # A reader arrives in every program of the cluster, each of which fills the slots of all.
+    return plgpu.ClusterBarrier(
+        collective_axes=(CLUSTER,), num_arrivals=readers, num_barriers=slots
     )
 
 
@@ -42,7 +56,10 @@ class Ring(NamedTuple):
       free: barriers, [slots]: the tiles have been used.
       stages: int, slots of this ring; there are more where several lie side by side.
       base: int or int32, the first slot of this ring.
-      is_staggered: bool, each program begins with a slot of its own, not with the first.
+      is_staggered: bool, each program begins with a slot of its own, not with the first; those of
+        a cluster begin with the same.
+      shared: names of the memory that has the same in all programs of a cluster. Each of them
+        copies an equal part of a tile, to all: so they take the same steps in the same order.
     """
 
     smem: dict[str, Any]
@@ -51,6 +68,7 @@ class Ring(NamedTuple):
     stages: int
     base: Any = 0
     is_staggered: bool = False
+    shared: Sequence[str] = ()
 
     def beside(self, number: Any) -> "Ring":
         """Return one of several rings that lie side by side, of which this is the first.
@@ -161,7 +179,12 @@ class Ring(NamedTuple):
           slot: int32, which.
           *place: indices of the slot, none where the tile fills it.
         """
-        plgpu.copy_gmem_to_smem(tile, self.smem[name].at[(slot, *place)], self.full.at[slot])
+        plgpu.copy_gmem_to_smem(
+            tile,
+            self.smem[name].at[(slot, *place)],
+            self.full.at[slot],
+            collective_axes=CLUSTER if name in self.shared else None,
+        )
 
     def announce(self, step: Any, **numbers: Any) -> None:
         """Hand over the numbers of a step, when its slot is free.

@@ -1,7 +1,8 @@
 """Pallas GPU kernels on the CPU: interpreted, with races detected and asserted.
 
 Asynchronous products read their operands as late as their waits allow (`asynchronous`), and sparse
-ones are taught to JAX's interpreter (`sparse_products`).
+ones are taught to JAX's interpreter (`sparse_products`), as are copies that the programs of a
+cluster share (`multicast`).
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from pallas_kernels.dispatch import check_hopper
 from pallas_kernels.hopper.ring import Ring
 from tests.kernels import sparse_products
 from tests.kernels.asynchronous import take_time
+from tests.kernels.multicast import share_copies
 
 
 @contextlib.contextmanager
@@ -68,6 +70,7 @@ def hopper(copies="early", seed=0):
                 jaxpr_interpret.JaxprInterpreter, "_interpret_inline_mgpu_p", _interpret_inline
             ),
             take_time(copies, seed),
+            share_copies(),
         ):
             sparse_products.reset()
             _settle()

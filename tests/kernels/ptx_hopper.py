@@ -7,6 +7,7 @@ both ends does not depend on luck.
 """
 
 import dataclasses
+import functools
 import random
 import re
 
@@ -69,10 +70,19 @@ class Barrier:
 
 
 class HopperUnits:
-    """The asynchronous units of one block."""
+    """The asynchronous units of one block.
 
-    def __init__(self, machine, maps, *, reads="late", copies="late", seed=0):
-        self.machine, self.maps = machine, maps
+    Args:
+      machine: Machine.
+      maps: address -> TensorMap.
+      cluster: Cluster that the block joins.
+      reads: see `TensorCores`.
+      copies: when copies land, "early", "late" or "random".
+      seed: int, of what is random.
+    """
+
+    def __init__(self, machine, maps, cluster, *, reads="late", copies="late", seed=0):
+        self.machine, self.maps, self.cluster = machine, maps, cluster
         self.copies = copies
         self.tensor_cores = TensorCores(machine, reads)
         self.random = random.Random(seed)
@@ -81,10 +91,13 @@ class HopperUnits:
         self.loads = []
         # Of each thread: copies to global memory that are not committed, and groups of them.
         self.stores, self.store_groups = {}, {}
+        cluster.join(self)
 
     def decoders(self):
         """Return functions that decode an instruction or return None."""
-        return (self._sync, self._mbarrier, self._copy, *self.tensor_cores.decoders())
+        in_cluster = functools.partial(self.cluster.decode, self.machine)
+        own = self._sync, self._mbarrier, self._copy
+        return (in_cluster, *own, *self.tensor_cores.decoders())
 
     def advance(self):
         """Let one copy land, as no thread can go on; return whether there was one."""
@@ -194,6 +207,19 @@ class HopperUnits:
             target, barrier = read(operands[0]), read(operands[2])
             box = self._box(operands[1])
             return _one(lambda index: self._load(box(index), target(index), barrier(index)))
+        if re.fullmatch(
+            rf"\.tensor\.\dd\.shared::cluster\.global(\.tile)?{to_shared}\.multicast::cluster", rest
+        ):
+            target, barrier = read(operands[0]), read(operands[2])
+            box, mask = self._box(operands[1]), self.machine.reader(operands[3], "u2")
+
+            def load_in_each(index):
+                which = int(mask(index).flat[0])
+                for rank, units in enumerate(self.cluster.units):
+                    if which >> rank & 1:
+                        units._load(box(index), target(index), barrier(index))
+
+            return _one(load_in_each)
         if re.fullmatch(r"\.tensor\.\dd\.global\.shared::cta(\.tile)?\.bulk_group", rest):
             box, source = self._box(operands[0]), read(operands[1])
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from pallas_kernels import aot
 from tests.kernels import ptx_machine, ptx_program
+from tests.kernels.ptx_cluster import Cluster
 from tests.kernels.ptx_hopper import HopperUnits, TensorMap
 
 _ITEM_BYTES = {1: 1, 2: 2, 3: 4, 5: 2, 6: 4, 7: 2}
@@ -140,10 +141,16 @@ def run_kernel(ptx, host_log, operands, out_types, **options):
     for i, param in enumerate(params):
         if isinstance(param, dict):
             maps |= {ptx_machine.PARAM_BASE + 4096 * i + at: m for at, m in param.items()}
-    units = functools.partial(HopperUnits, maps=maps, **options)
-    for z, y, x in np.ndindex(grid[::-1]):
-        machine = ptx_machine.Machine(program, memory, params, (x, y, z), grid, units)
-        machine.run()
+    for z, y, x in np.ndindex(grid[2], grid[1], grid[0] // program.cluster):
+        units = functools.partial(HopperUnits, maps=maps, cluster=Cluster(), **options)
+        ptx_machine.run_together(
+            [
+                ptx_machine.Machine(
+                    program, memory, params, (program.cluster * x + rank, y, z), grid, units
+                )
+                for rank in range(program.cluster)
+            ]
+        )
     return [
         memory.read(address, t.shape, t.dtype)
         for address, t in zip(addresses[len(operands) :], out_types, strict=True)

@@ -22,7 +22,7 @@ WARP, WARPGROUP = 32, 128
 # A window's first kilobyte belongs to the system; kernels rely on the alignment that this gives.
 SHARED_BASE, SHARED_SIZE = 1024, 232_448
 GLOBAL_BASE, PARAM_BASE = 1 << 32, 1 << 48
-_SPECIAL = re.compile(r"%(tid|ctaid|ntid|nctaid)\.([xyz])")
+_SPECIAL = re.compile(r"%(tid|ctaid|ntid|nctaid|cluster_ctaid)\.([xyz])")
 
 
 class GlobalMemory:
@@ -122,6 +122,7 @@ class Machine:
             "ctaid": block,
             "ntid": (self.num_threads, 1, 1),
             "nctaid": grid,
+            "cluster_ctaid": (block[0] % program.cluster, 0, 0),
         }
         # Not a number in every format.
         self.shared = np.full(SHARED_BASE + shared_size, 0xFF, np.uint8)
@@ -264,19 +265,19 @@ class Machine:
 
     def run(self):
         """Run until every thread has returned."""
-        with np.errstate(all="ignore"):
-            while any(self.pools):
-                progress = [self._run_pool(pool) for pool in self._in_turn()]
-                if not any(progress) and not self.units.advance():
-                    raise PtxError("no thread can go on:\n" + "\n".join(self._who_waits()))
-        self.units.check_end()
+        run_together([self])
+
+    def go_on(self):
+        """Run until no thread can go on; return whether any did."""
+        return any([self._run_pool(pool) for pool in self._in_turn()])
 
     def _in_turn(self):
         if self.order == "random":
             return self.random.sample(self.pools, len(self.pools))
         return {"first": self.pools, "last": self.pools[::-1]}[self.order]
 
-    def _who_waits(self):
+    def list_waiting(self):
+        """Yield a line for threads that cannot go on."""
         for pool in self.pools:
             for group in pool:
                 text = self.program.instructions[group.pc].text
@@ -369,3 +370,19 @@ def _store(words, at, values):
             raise PtxError("threads store different values in one place")
         values = values.flat[0]
     words[at] = values
+
+
+def run_together(machines):
+    """Run blocks that wait for one another until every thread has returned.
+
+    Args:
+      machines: list of Machine.
+    """
+    with np.errstate(all="ignore"):
+        while any(any(machine.pools) for machine in machines):
+            progress = [machine.go_on() for machine in machines]
+            if not any(progress) and not any(machine.units.advance() for machine in machines):
+                waiting = [line for machine in machines for line in machine.list_waiting()]
+                raise PtxError("no thread can go on:\n" + "\n".join(waiting))
+    for machine in machines:
+        machine.units.check_end()

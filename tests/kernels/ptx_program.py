@@ -36,13 +36,19 @@ class Instruction:
 
 @dataclasses.dataclass
 class Program:
-    """A kernel taken apart; `labels` are indices of instructions."""
+    """A kernel taken apart.
+
+    Attributes:
+      labels: of each, the index of the instruction behind it.
+      cluster: int, blocks of a cluster.
+    """
 
     instructions: list[Instruction]
     labels: dict[str, int]
     register_types: dict[str, type]
     params: list[str]
     num_threads: int
+    cluster: int = 1
 
 
 def split_operands(text):
@@ -71,6 +77,8 @@ def parse(ptx):
     head, _, body = text.partition(".visible .entry")[2].partition("\n{")
     threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:,\s*1)*\s*(?:\.|$)", head)
     program = Program([], {}, {}, re.findall(r"(\w+_param_\d+)", head), int(threads[1]))
+    if cluster := re.search(r"\.reqnctapercluster (\d+), 1, 1\b", head):
+        program.cluster = int(cluster[1])
     scopes, pos, count = [{}], 0, 0
     token = re.compile(r"\s*(?:([{}])|([$\w]+):(?!:)|([^;]+);)")
     declared = re.compile(r"\.reg \.(\w+)\s+(.*)", re.DOTALL)

@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels import aot, nm_matmul, pack_nm
 from pallas_kernels.machine_code import parse
 from pallas_kernels.nm_matmul.activations import activation_gradient
+from pallas_kernels.nm_matmul.mosaic_sm90 import tile_config
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
@@ -116,11 +117,13 @@ def test_products_of_transformers(product):
 
 
 _TILES = [
-    Tiles(blocks, columns, contraction, stages)
+    Tiles(blocks, columns, contraction, stages, cluster)
     for blocks in (1, 2)
     for columns in (256, 224, 192, 160, 128, 96, 64, 32)
     for contraction, stages in ((64, 3), (128, 2))
-    if blocks * columns <= 256
+    for cluster in (1, 2)
+    if columns <= {1: 256, 2: 192}[blocks]
+    if (blocks, columns, cluster) not in tile_config._AVOIDED
 ]
 
 

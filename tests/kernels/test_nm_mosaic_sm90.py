@@ -9,16 +9,18 @@ import functools
 import itertools
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm
 from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal
+from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
 from pallas_kernels.nm_matmul.activations import apply_activation
 from pallas_kernels.nm_matmul.mosaic_sm90 import tile_config
-from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles, count_shared_bytes
+from pallas_kernels.nm_matmul.mosaic_sm90.cut import Cut, Problem, Tiles, count_shared_bytes
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
@@ -131,6 +133,16 @@ CUTS = {
         Tiles(2, 64, 64, 2),
     ),
     "swiglu": (_change(rows=256, activation="swiglu"), Tiles(2, 64, 64, 2)),
+    "cluster": (_change(rows=512, contraction=256), Tiles(1, 64, 64, 3, cluster=2)),
+    "cluster_past_the_end": (_change(rows=320, contraction=192), Tiles(1, 64, 64, 2, cluster=2)),
+    "cluster_contraction_outside": (
+        _change(rows=512, dense_is_transposed=False),
+        Tiles(2, 64, 64, 2, cluster=2),
+    ),
+    "cluster_gated_half_full": (
+        _change(rows=384, has_bias=True, activation="geglu", keeps_inputs=True),
+        Tiles(2, 64, 64, 2, cluster=2),
+    ),
 }
 
 
@@ -171,8 +183,9 @@ def test_any_number_of_programs(num_programs):
             Tiles(2, 64, 64, 4),
             marks=pytest.mark.slow,
         ),
+        (_change(contraction=64 * 5, rows=512), Tiles(1, 64, 64, 3, cluster=2)),
     ],
-    ids=["odd_steps", "wide_steps", "gated"],
+    ids=["odd_steps", "wide_steps", "gated", "cluster"],
 )
 def test_groups_in_flight_give_the_bits_of_a_kernel_that_waits_for_each(problem, tiles):
     # Masks that do not repeat along the contraction, and more steps than there are registers for
@@ -186,9 +199,10 @@ def test_groups_in_flight_give_the_bits_of_a_kernel_that_waits_for_each(problem,
 
 
 @pytest.mark.gpu
-def test_groups_in_flight_of_a_whole_device():
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_groups_in_flight_of_a_whole_device(cluster):
     # Every processor's queue of tensor-core instructions is full, tile after tile.
-    size, tiles = 4096, Tiles(1, 256, 64, 4)
+    size, tiles = 4096, Tiles(1, 256, 64, 4, cluster)
     problem = _change(rows=size, contraction=size, columns=size)
     operands = make_operands(problem)[2:]
     overlapping, waiting = (
@@ -270,6 +284,32 @@ def test_a_missing_barrier_is_noticed(missing, monkeypatch):
         check(_change(contraction=256), Tiles(1, 64, 64, 2), num_programs=1)
 
 
+def _free_where_it_was_read(slots, readers, cluster):
+    """Describe barriers at which only readers of the own program arrive."""
+    del cluster
+    return plgpu.Barrier(num_arrivals=readers, num_barriers=slots)
+
+
+@pytest.mark.ci
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a race may hang a GPU")
+def test_a_slot_that_is_free_in_one_program_of_a_cluster_is_not_free(monkeypatch):
+    monkeypatch.setattr(ring, "_describe_free", _free_where_it_was_read)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check(_change(rows=256, contraction=512), Tiles(1, 64, 64, 2, cluster=2))
+
+
+@pytest.mark.ci
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
+def test_programs_of_a_cluster_that_copy_different_tiles_are_noticed(monkeypatch):
+    def locate_by_rank(cut, tile, rank):
+        return locate(cut, (tile + rank) % cut.num_shared_tiles, rank)
+
+    locate = Cut.locate
+    monkeypatch.setattr(Cut, "locate", locate_by_rank)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        check(_change(rows=256), Tiles(1, 64, 64, 2, cluster=2))
+
+
 @pytest.mark.ci
 def test_contract_rejects_metadata_of_another_row(monkeypatch):
     case = _CASES["bf16"]
@@ -305,9 +345,10 @@ def test_chosen_tiles_fit(is_gated, pads_columns):
         assert count_shared_bytes(problem, tiles) <= SHARED_MEMORY_BYTES
         assert tiles.stages >= 3 and contraction % tiles.contraction == 0
         assert pads_columns or columns % tiles.columns == 0
-        assert tiles.columns % 32 == 0 and tiles.columns * tiles.blocks <= 256
+        assert tiles.columns % 32 == 0 and tiles.columns <= {1: 256, 2: 192}[tiles.blocks]
         assert tiles.blocks == 2 or not is_gated
         assert (tiles.blocks, tiles.columns) != (2, 64), "ptxas splits its groups"
+        assert (tiles.blocks, tiles.columns, tiles.cluster) != (2, 192, 1), "ptxas spills"
 
 
 def test_tiles_keep_processors_busy():

@@ -80,7 +80,7 @@ def check_product(product, tiles, *, num_programs=2, **options):
         np.testing.assert_allclose(actual, wanted, 1.1 * rounding, 0.2 * rounding)
 
 
-# Tiles are (blocks, columns, contraction, stages).
+# Tiles are (blocks, columns, contraction, stages, cluster).
 PRODUCTS = {
     "five steps": (dict(rows=256, contraction=320), (1, 32, 64, 3)),
     "many steps": (dict(rows=128, contraction=1536, columns=32), (1, 32, 64, 3)),
@@ -101,6 +101,11 @@ PRODUCTS = {
     "geglu of f16": (
         dict(rows=384, contraction=256, activation="geglu", dtype="float16"), (2, 32, 64, 3)),
     "one step": (dict(rows=128, contraction=64, columns=32), (1, 32, 64, 2)),
+    "cluster": (dict(rows=512, contraction=320, columns=64), (1, 64, 64, 2, 2)),
+    "cluster past the end, bias": (
+        dict(rows=320, contraction=320, columns=64, has_bias=True), (1, 32, 64, 3, 2)),
+    "cluster, contraction outside": (
+        dict(rows=256, contraction=320, dense_is_transposed=False), (1, 64, 64, 2, 2)),
 }  # fmt: skip
 
 
@@ -191,8 +196,34 @@ def _edit_ptx(monkeypatch, pattern, replacement):
     ids=["no wait", "no proxy fence", "not transposed", "one selector", "no slot is given back"],
 )
 def test_a_broken_program_is_noticed(monkeypatch, pattern, replacement):
+    _check_that_a_broken_program_fails(
+        monkeypatch,
+        pattern,
+        replacement,
+        dict(rows=128, contraction=1536, columns=32),
+        (1, 32, 64, 3),
+    )
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        (r"@\S+ mbarrier\.arrive\.shared::cluster\.b64 _, [^;]*;", ""),
+        (r"(mov\.b16\s+%rs\d+), 3;", r"\1, 1;"),
+        (r"(mapa\.shared::cluster\.u32 mapped_addr, \S+), [^;]*;", r"\1, 0;"),
+    ],
+    ids=["no slot is given back", "copied to one program", "given back to one program"],
+)
+def test_a_broken_cluster_is_noticed(monkeypatch, pattern, replacement):
+    _check_that_a_broken_program_fails(
+        monkeypatch, pattern, replacement, dict(rows=256, contraction=640), (1, 64, 64, 2, 2)
+    )
+
+
+def _check_that_a_broken_program_fails(monkeypatch, pattern, replacement, product, tiles):
     _edit_ptx(monkeypatch, pattern, replacement)
     with pytest.raises(
-        (AssertionError, jax.errors.JaxRuntimeError), match="[Mm]ismatch|no thread|on their"
+        (AssertionError, jax.errors.JaxRuntimeError), match="[Mm]ismatch|no thread|on their|arrival"
     ):
-        check_product(dict(rows=128, contraction=1536, columns=32), (1, 32, 64, 3))
+        check_product(product, tiles)

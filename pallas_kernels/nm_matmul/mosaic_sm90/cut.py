@@ -22,10 +22,13 @@ class Tiles:
 
     Attributes:
       blocks: int, 1 or 2, blocks of 64 rows that each computing warpgroup holds.
-      columns: int, columns of the dense operand in a tile: a multiple of 32, at most 256 / blocks.
+      columns: int, columns of the dense operand in a tile: a multiple of 32, at most 256, or 192
+        with two blocks.
       contraction: int, 64 or 128, how much of C a step takes.
       stages: int, steps that the ring holds.
-      group: int, tiles of P that are taken together before the next tile of R, for the cache.
+      cluster: int, programs that take tiles of R below one another, and share what they read of the
+        dense operand.
+      group: int, tiles of P that are taken together before the next tiles of R, for the cache.
       in_flight: int, 0 or 1, steps whose instructions may run on while the next is started. With 0
         every step waits for its own, which is expected to be slower and leaves least to go wrong.
 
@@ -37,6 +40,7 @@ class Tiles:
     columns: int
     contraction: int
     stages: int
+    cluster: int = 1
     group: int = 8
     in_flight: int = 1
 
@@ -128,15 +132,20 @@ class Cut:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tiles along R and along P."""
+        """Along R and along P, tiles that the programs of a cluster take together."""
         return (
-            pl.cdiv(self.problem.out_columns, self._rows_of_tile),
+            pl.cdiv(self.problem.out_columns, self.tiles.cluster * self._rows_of_tile),
             self.problem.columns // self.tiles.columns,
         )
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of the result."""
+        """Tiles of the result, those past its end included that fill up a cluster."""
+        return self.tiles.cluster * self.num_shared_tiles
+
+    @property
+    def num_shared_tiles(self) -> int:
+        """Tiles that the programs of a cluster take together."""
         rows, columns = self.grid
         return rows * columns
 
@@ -168,13 +177,15 @@ class Cut:
     def _rows_of_tile(self):
         return self.tiles.rows // 2 if self.problem.is_gated else self.tiles.rows
 
-    def locate(self, tile: Any) -> Place:
+    def locate(self, tile: Any, rank: Any) -> Place:
         """Find a tile.
 
         Args:
-          tile: int32, its number.
+          tile: int32, number of those that a cluster takes together.
+          rank: int32, of the program in its cluster.
         """
         row, column = plgpu.planar_snake(tile, self.grid, 1, self.tiles.group)
+        row = row * self.tiles.cluster + rank
         return Place(row * self._rows_of_tile, column * self.tiles.columns)
 
 

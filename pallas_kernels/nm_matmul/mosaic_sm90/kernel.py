@@ -14,7 +14,8 @@ Programs are those of `pallas_kernels.hopper`, and stay. The two computing warpg
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.budget import NUM_COMPUTE
-from pallas_kernels.hopper.launch import for_each_tile, launch_kernel
+from pallas_kernels.hopper.launch import CLUSTER, for_each_tile, launch_kernel
 from pallas_kernels.hopper.layouts import BY_ROW
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem, matrix_transforms
@@ -69,7 +70,7 @@ class _Program(NamedTuple):
       operands: _Operands in global memory.
       outs: references to the results in global memory.
       scratch: _Scratch.
-      num_programs: int, that share the tiles.
+      num_clusters: int, that share the tiles.
     """
 
     cut: Cut
@@ -77,7 +78,18 @@ class _Program(NamedTuple):
     outs: Sequence[Any]
     scratch: _Scratch
     ring: Ring
-    num_programs: int
+    num_clusters: int
+
+    def for_each_tile(self, body: Callable[[Place, Any], Any], state: Any) -> Any:
+        """Run a body on the tiles of this program."""
+        cut = self.cut
+        rank = lax.axis_index(CLUSTER) if cut.tiles.cluster > 1 else 0
+        return for_each_tile(
+            lambda tile, state: body(cut.locate(tile, rank), state),
+            state,
+            num_tiles=cut.num_shared_tiles,
+            num_programs=self.num_clusters,
+        )
 
 
 def multiply_sparse(
@@ -96,19 +108,21 @@ def multiply_sparse(
       dense: bf16 or f16[P, C] if `problem.dense_is_transposed`, else [C, P].
       bias: [R] or None.
       tiles: Tiles; `columns` divides P and `contraction` divides C.
-      num_programs: int, as many as the GPU has processors.
+      num_programs: int, as many as the GPU has processors; a multiple of `tiles.cluster`.
 
     Returns:
       list of the result, [P, R] or [P, R/2], and what the activation was applied to, [P, R], if
       `problem.keeps_inputs`.
     """
     cut = Cut(problem, tiles)
+    num_clusters = min(num_programs // tiles.cluster, cut.num_shared_tiles)
 
     def make_program(operands, outs, scratch):
         # With two slots and two steps a turn, a ring that began with its first slot would have
         # constants for addresses, which cost registers through the whole program.
-        ring = Ring(*scratch.ring, stages=tiles.stages, is_staggered=True)
-        program = _Program(cut, operands, outs, scratch, ring, num_programs)
+        shared = ["dense"] if tiles.cluster > 1 else []
+        ring = Ring(*scratch.ring, stages=tiles.stages, is_staggered=True, shared=shared)
+        program = _Program(cut, operands, outs, scratch, ring, num_clusters)
         return lambda: _copy(program), lambda warpgroup: _compute(program, warpgroup)
 
     widths = [problem.out_columns] + [problem.rows] * problem.keeps_inputs
@@ -117,8 +131,9 @@ def multiply_sparse(
         _Operands(sparse, dense, bias),
         out_type=[jax.ShapeDtypeStruct((problem.columns, n), problem.dtype) for n in widths],
         scratch=_describe_scratch(cut),
-        num_programs=min(num_programs, cut.num_tiles),
+        num_programs=num_clusters,
         name="nm_matmul",
+        cluster=tiles.cluster,
         approx_math=True,
     )
 
@@ -139,7 +154,9 @@ def _describe_scratch(cut: Cut) -> _Scratch:
         bias = plgpu.SMEM((NUM_COMPUTE, tiles.blocks, TILE), dtype)
         bias_full = plgpu.Barrier(num_arrivals=tiles.blocks, num_barriers=NUM_COMPUTE)
     return _Scratch(
-        ring=describe_ring(smem, copies=2 * cut.num_chunks + 1, readers=NUM_COMPUTE),
+        ring=describe_ring(
+            smem, copies=2 * cut.num_chunks + 1, readers=NUM_COMPUTE, cluster=tiles.cluster
+        ),
         staging=matrix_smem((NUM_COMPUTE, STORE_SLOTS, tiles.store_columns, TILE), dtype),
         bias=bias,
         bias_full=bias_full,
@@ -150,15 +167,12 @@ def _copy(program: _Program) -> None:
     """Copy the operands of all tiles of a program."""
     cut = program.cut
 
-    def copy_tile(tile, used):
-        place = cut.locate(tile)
+    def copy_tile(place, used):
         return lax.fori_loop(
             0, cut.num_steps, lambda step, used: _copy_step(program, place, step, used), used
         )
 
-    used = for_each_tile(
-        copy_tile, jnp.int32(0), num_tiles=cut.num_tiles, num_programs=program.num_programs
-    )
+    used = program.for_each_tile(copy_tile, jnp.int32(0))
     program.ring.drain(used)
 
 
@@ -191,8 +205,7 @@ def _compute(program: _Program, warpgroup: Any) -> None:
     cut = program.cut
     own = [block * NUM_COMPUTE + warpgroup for block in range(cut.tiles.blocks)]
 
-    def compute_tile(tile, slot):
-        place = cut.locate(tile)
+    def compute_tile(place, slot):
         starts = [
             pl.multiple_of(place.row + block * cut.stride + warpgroup * TILE, TILE)
             for block in range(cut.tiles.blocks)
@@ -203,8 +216,7 @@ def _compute(program: _Program, warpgroup: Any) -> None:
         _write_tile(program, warpgroup, place, starts, accs, biases)
         return slot
 
-    slot = program.ring.find_slot(jnp.int32(0))
-    for_each_tile(compute_tile, slot, num_tiles=cut.num_tiles, num_programs=program.num_programs)
+    program.for_each_tile(compute_tile, program.ring.find_slot(jnp.int32(0)))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -302,15 +314,17 @@ def _write_tile(
     # The last tile may still be on its way out of the staging memory.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     num_stores = 0
-    for first in range(0, cut.tiles.columns, store_columns):
-        # Part by part, so that few values besides the sums are live.
+    # Part by part, so that few values besides the sums are live; a gate with its value.
+    every = range(len(accs))
+    together = [every] if problem.is_gated else [[block] for block in every]
+    for first, blocks in itertools.product(range(0, cut.tiles.columns, store_columns), together):
         parts = [
-            _add_bias(acc[:, first : first + store_columns], bias)
-            for acc, bias in zip(accs, biases, strict=True)
+            _add_bias(accs[block][:, first : first + store_columns], biases[block])
+            for block in blocks
         ]
-        results = [(outs[0], x, b) for b, x in enumerate(_activate(parts, problem))]
+        results = [(outs[0], *x) for x in zip(_activate(parts, problem), blocks, strict=False)]
         if problem.keeps_inputs:
-            results += [(outs[1], x, b) for b, x in enumerate(parts)]
+            results += [(outs[1], *x) for x in zip(parts, blocks, strict=True)]
         for out_gmem, result, block in results:
             staging = program.scratch.staging.at[warpgroup, num_stores % STORE_SLOTS]
             plgpu.wait_smem_to_gmem(cut.most_stores, wait_read_only=True)

@@ -37,7 +37,7 @@ def check(facts: NMFacts) -> None:
 def tile(facts: NMFacts) -> str:
     """Say how the products of a call are cut: y, then dx and dw where they are sparse.
 
-    Example: "2x128x64 in 5 stages; 2x128x64 in 5 stages" of a transposable mask.
+    Example: "2x192x64 in 4 stages, clusters of 2; 1x256x64 in 4 stages" of a transposable mask.
     """
     cuts = [
         _choose_tiles(
@@ -48,7 +48,11 @@ def tile(facts: NMFacts) -> str:
         )
         for name, sizes in list_products(facts).items()
     ]
-    return "; ".join(f"{c.blocks}x{c.columns}x{c.contraction} in {c.stages} stages" for c in cuts)
+    return "; ".join(
+        f"{c.blocks}x{c.columns}x{c.contraction} in {c.stages} stages"
+        + (f", clusters of {c.cluster}" if c.cluster > 1 else "")
+        for c in cuts
+    )
 
 
 def run(arrays: NMArrays, facts: NMFacts) -> jax.Array:

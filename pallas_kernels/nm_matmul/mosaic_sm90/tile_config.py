@@ -3,6 +3,8 @@
 Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 """
 
+import dataclasses
+
 from pallas_kernels.hopper.budget import NUM_COMPUTE, SHARED_MEMORY_BYTES
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles, count_shared_bytes
 from pallas_kernels.nm_matmul.packing import TILE
@@ -12,11 +14,17 @@ TUNED: dict[tuple[int, int, int, bool], Tiles] = {}
 
 _CONTRACTION = 64
 _MAX_STAGES = 6
-# Of an H100 and an H200.
+# Of each processor of an H100 and an H200. Of the second-level cache, 30 to 35 are expected while
+# all processors read.
 _SHARED_BYTES_PER_CYCLE = 128
-# Blocks and columns of tiles whose groups of instructions ptxas 13.5 splits in two, with a wait
-# between them, to rename registers of the sums.
-_SPLIT_BY_PTXAS = (2, 64)
+_L2_BYTES_PER_CYCLE = 32
+# Sums of 64 rows by so many columns for each block, with those of two blocks in registers.
+_MOST_COLUMNS = {1: 256, 2: 192}
+# Columns that an operand is filled up to a multiple of.
+_PADDED_TO = (256, 192, 128, 64, 32)
+# Blocks, columns and cluster of tiles for which ptxas 13.5 splits groups of instructions in two,
+# with a wait between them, to rename registers of the sums; and of one for which it spills.
+_AVOIDED = {(2, 64, 1), (2, 64, 2), (2, 192, 1)}
 # Cycles to fill the ring and to write a tile; only their order of magnitude matters.
 _TILE_CYCLES = 3000
 
@@ -34,9 +42,11 @@ def default_config(
     """Choose the tiles of a product.
 
     Without a measurement, those with the least modelled time. A step of the contraction takes as
-    long as its tensor-core instructions or as its traffic of shared memory, whichever is longer,
-    and the tiles of the result are spread evenly over the processors. Shared memory is the tighter
-    of the two at twice the rate of dense instructions, so wide tiles win where there are enough.
+    long as its tensor-core instructions, as its traffic of shared memory or as what it reads of the
+    second-level cache, whichever is longest, and the tiles of the result are spread evenly over the
+    processors. Shared memory is the tightest at twice the rate of dense instructions, so wide tiles
+    win where there are enough. Two programs in a cluster read the dense operand once, so that the
+    cache keeps up.
 
     Args:
       rows: int, R, multiple of 64.
@@ -59,31 +69,26 @@ def default_config(
     if measured is not None:
         return measured
     candidates = [
-        (blocks, width)
+        Tiles(blocks, width, _CONTRACTION, _MAX_STAGES, cluster)
         for blocks in ((2,) if is_gated else (1, 2))
-        for width in range(256 // blocks, 0, -32)
-        if columns % width == 0 or (pads_columns and width in (256, 128, 64, 32))
-        if (blocks, width) != _SPLIT_BY_PTXAS
+        for width in range(_MOST_COLUMNS[blocks], 0, -32)
+        for cluster in (1, 2)
+        if columns % width == 0 or (pads_columns and width in _PADDED_TO)
+        if (blocks, width, cluster) not in _AVOIDED
+        # A second program of a cluster has rows of its own.
+        if cluster == 1 or (rows > NUM_COMPUTE * blocks * TILE and num_programs > 1)
     ]
     if not candidates:
         raise NotImplementedError(
             f"the Hopper kernel takes tiles of 32 columns and more, which do not divide {columns}"
         )
 
-    def count_cycles(candidate: tuple[int, int]) -> int:
-        blocks, width = candidate
-        tile_rows = NUM_COMPUTE * blocks * TILE
-        num_tiles = -(-rows // tile_rows) * -(-columns // width)
-        instructions = NUM_COMPUTE * blocks
-        # One instruction covers 32 columns of the sparse operand, 16 values of 64 rows, and reads
-        # 32 rows of the dense operand.
-        tensor = instructions * width // 2
-        dense_bytes, value_bytes = 64 * width, 32 * TILE
-        traffic = instructions * (dense_bytes + 2 * value_bytes) + dense_bytes
-        step = max(tensor, traffic // _SHARED_BYTES_PER_CYCLE)
-        return -(-num_tiles // num_programs) * (contraction // 32 * step + _TILE_CYCLES)
+    def count_cycles(tiles: Tiles) -> float:
+        clusters = -(-rows // (tiles.cluster * tiles.rows)) * -(-columns // tiles.columns)
+        rounds = -(-clusters // (num_programs // tiles.cluster))
+        return rounds * (contraction // 32 * _count_step(tiles) + _TILE_CYCLES)
 
-    blocks, width = min(candidates, key=count_cycles)
+    tiles = min(candidates, key=count_cycles)
     problem = Problem(
         rows=rows,
         contraction=contraction,
@@ -92,10 +97,23 @@ def default_config(
         dense_is_transposed=True,
         has_bias=True,
     )
-    stages = max(
-        stages
-        for stages in range(2, _MAX_STAGES + 1)
-        if count_shared_bytes(problem, Tiles(blocks, width, _CONTRACTION, stages))
-        <= SHARED_MEMORY_BYTES
+    return max(
+        (
+            fitting
+            for fitting in (dataclasses.replace(tiles, stages=n) for n in range(2, _MAX_STAGES + 1))
+            if count_shared_bytes(problem, fitting) <= SHARED_MEMORY_BYTES
+        ),
+        key=lambda fitting: fitting.stages,
     )
-    return Tiles(blocks, width, _CONTRACTION, stages)
+
+
+def _count_step(tiles: Tiles) -> float:
+    """Count the cycles of 32 columns of the sparse operand."""
+    instructions = NUM_COMPUTE * tiles.blocks
+    # One instruction covers 16 values of each of 64 rows, and reads 32 rows of the dense operand.
+    tensor = instructions * tiles.columns // 2
+    dense_bytes, value_bytes, word_bytes = 64 * tiles.columns, 32 * TILE, 4 * TILE
+    copied_bytes = instructions * (value_bytes + word_bytes) + dense_bytes
+    shared_bytes = copied_bytes + instructions * (value_bytes + word_bytes + dense_bytes)
+    l2_bytes = copied_bytes - dense_bytes + dense_bytes / tiles.cluster
+    return max(tensor, shared_bytes / _SHARED_BYTES_PER_CYCLE, l2_bytes / _L2_BYTES_PER_CYCLE)
