@@ -122,8 +122,9 @@ def list_candidates(product: Product) -> list[Tiles]:
         (2, 1),
     )
     for blocks, width, contraction, group, cluster in cuts:
-        # Each computing thread holds blocks x width / 2 sums.
-        if not 128 <= blocks * width <= 384 or product.columns % width:
+        # Each computing thread holds blocks x width / 2 sums, and an activation needs registers.
+        most = 384 if product.activation is None else 256
+        if not 128 <= blocks * width <= most or width > product.columns:
             continue
         if product.contraction % contraction or (group != 8 and blocks * width < 256):
             continue
@@ -198,8 +199,7 @@ def make_case(product: Product, *, num_programs: int) -> Case:
         product.columns,
         product.dtype,
         num_programs=num_programs,
-        is_gated=product.is_gated,
-        pads_columns=product.dense_is_transposed,
+        activation=product.activation,
     )
     problem = product.as_kernel_problem()
 

@@ -133,6 +133,15 @@ CUTS = {
         Tiles(2, 64, 64, 2),
     ),
     "swiglu": (_change(rows=256, activation="swiglu"), Tiles(2, 64, 64, 2)),
+    "columns_past_the_end": (_change(columns=168), Tiles(1, 128, 64, 2)),
+    "columns_past_the_end_contraction_outside": (
+        _change(columns=192, dense_is_transposed=False),
+        Tiles(1, 128, 64, 2),
+    ),
+    "cluster_columns_past_the_end": (
+        _change(rows=320, columns=200, has_bias=True),
+        Tiles(1, 128, 64, 2, cluster=2),
+    ),
     "cluster": (_change(rows=512, contraction=256), Tiles(1, 64, 64, 3, cluster=2)),
     "cluster_past_the_end": (_change(rows=320, contraction=192), Tiles(1, 64, 64, 2, cluster=2)),
     "cluster_contraction_outside": (
@@ -333,22 +342,21 @@ _SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("pads_columns", [False, True])
-def test_chosen_tiles_fit(is_gated, pads_columns):
+@pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
+def test_chosen_tiles_fit(activation):
     for rows, contraction, columns in _SHAPES:
         tiles = default_config(
-            rows, contraction, columns, "bfloat16", num_programs=132, is_gated=is_gated,
-            pads_columns=pads_columns,
-        )  # fmt: skip
+            rows, contraction, columns, "bfloat16", num_programs=132, activation=activation
+        )
         problem = _change(rows=rows, contraction=contraction, columns=columns, has_bias=True)
         assert count_shared_bytes(problem, tiles) <= SHARED_MEMORY_BYTES
         assert tiles.stages >= 3 and contraction % tiles.contraction == 0
-        assert pads_columns or columns % tiles.columns == 0
+        assert tiles.columns <= columns
         assert tiles.columns % 32 == 0 and tiles.columns <= {1: 256, 2: 192}[tiles.blocks]
-        assert tiles.blocks == 2 or not is_gated
+        assert activation is None or tiles.blocks * tiles.columns <= 256
+        assert tiles.blocks == 2 or activation != "swiglu"
         assert (tiles.blocks, tiles.columns) != (2, 64), "ptxas splits its groups"
-        assert (tiles.blocks, tiles.columns, tiles.cluster) != (2, 192, 1), "ptxas spills"
+        assert (tiles.blocks, tiles.columns, tiles.cluster) != (1, 192, 2), "ptxas spills"
 
 
 def test_tiles_keep_processors_busy():
@@ -362,11 +370,6 @@ def test_a_measured_choice_comes_first(monkeypatch):
     monkeypatch.setitem(tile_config.TUNED, (1024, 1024, 1024, False), measured)
     assert default_config(1024, 1024, 1024, "bfloat16", num_programs=132) == measured
     assert default_config(1024, 1024, 2048, "bfloat16", num_programs=132) != measured
-
-
-def test_no_tile_divides_the_columns():
-    with pytest.raises(NotImplementedError, match="32 columns and more, which do not divide 80"):
-        default_config(64, 64, 80, "bfloat16", num_programs=132, pads_columns=False)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ PRODUCTS = {
     "geglu of f16": (
         dict(rows=384, contraction=256, activation="geglu", dtype="float16"), (2, 32, 64, 3)),
     "one step": (dict(rows=128, contraction=64, columns=32), (1, 32, 64, 2)),
+    "columns past the end": (
+        dict(rows=128, contraction=192, columns=104), (1, 64, 64, 2)),
+    "columns past the end, contraction outside, cluster": (
+        dict(rows=256, contraction=192, columns=192, dense_is_transposed=False),
+        (1, 128, 64, 2, 2)),
     "cluster": (dict(rows=512, contraction=320, columns=64), (1, 64, 64, 2, 2)),
     "cluster past the end, bias": (
         dict(rows=320, contraction=320, columns=64, has_bias=True), (1, 32, 64, 3, 2)),

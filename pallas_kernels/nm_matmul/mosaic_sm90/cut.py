@@ -69,7 +69,8 @@ class Problem:
     Attributes:
       rows: int, R.
       contraction: int, C.
-      columns: int, P.
+      columns: int, P, at least those of a tile. Copies fill up what a last tile lacks with zeros,
+        and leave it out of the result.
       dtype: str, of operands and result.
       dense_is_transposed: bool, B is given as [P, C], not [C, P].
       has_bias: bool, a bias is added to each row of A, a column of the result.
@@ -135,7 +136,7 @@ class Cut:
         """Along R and along P, tiles that the programs of a cluster take together."""
         return (
             pl.cdiv(self.problem.out_columns, self.tiles.cluster * self._rows_of_tile),
-            self.problem.columns // self.tiles.columns,
+            pl.cdiv(self.problem.columns, self.tiles.columns),
         )
 
     @property

@@ -8,7 +8,6 @@ import functools
 import jax
 
 from pallas_kernels.dispatch import check_hopper, count_processors, is_interpreted
-from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.call import NMArrays, NMFacts
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
@@ -22,6 +21,8 @@ from pallas_kernels.nm_matmul.sparse_products import (
     multiply_packed,
 )
 from pallas_kernels.padding import pad_rows
+
+_COPIED_ROWS = 8
 
 
 def check(facts: NMFacts) -> None:
@@ -43,8 +44,7 @@ def tile(facts: NMFacts) -> str:
         _choose_tiles(
             *sizes,
             facts.dtype,
-            is_gated=name == "y" and facts.activation in GATED,
-            pads_columns=name != "dw",
+            activation=facts.activation if name == "y" else None,
         )
         for name, sizes in list_products(facts).items()
     ]
@@ -85,11 +85,11 @@ def _multiply(
         contraction,
         num_columns,
         dense.dtype.name,
-        is_gated=activation in GATED,
-        pads_columns=dense_is_transposed,
+        activation=activation,
     )
     if dense_is_transposed:
-        dense = pad_rows(dense, tiles.columns)
+        # Copies take eight rows at a time, and a whole tile.
+        dense = pad_rows(dense, tiles.columns if num_columns < tiles.columns else _COPIED_ROWS)
     problem = Problem(
         rows=rows,
         contraction=contraction,
@@ -104,13 +104,12 @@ def _multiply(
     return [result[:num_columns] for result in results]
 
 
-def _choose_tiles(rows, contraction, columns, dtype, *, is_gated=False, pads_columns=True):
+def _choose_tiles(rows, contraction, columns, dtype, *, activation=None):
     return default_config(
         rows,
         contraction,
         columns,
         dtype,
         num_programs=count_processors(),
-        is_gated=is_gated,
-        pads_columns=pads_columns,
+        activation=activation,
     )

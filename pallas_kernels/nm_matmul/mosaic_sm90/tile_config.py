@@ -6,6 +6,7 @@ Letters: R rows, C columns of the sparse operand, P columns of the dense one.
 import dataclasses
 
 from pallas_kernels.hopper.budget import NUM_COMPUTE, SHARED_MEMORY_BYTES
+from pallas_kernels.nm_matmul.activations import GATED
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Problem, Tiles, count_shared_bytes
 from pallas_kernels.nm_matmul.packing import TILE
 
@@ -18,13 +19,12 @@ _MAX_STAGES = 6
 # all processors read.
 _SHARED_BYTES_PER_CYCLE = 128
 _L2_BYTES_PER_CYCLE = 32
-# Sums of 64 rows by so many columns for each block, with those of two blocks in registers.
-_MOST_COLUMNS = {1: 256, 2: 192}
-# Columns that an operand is filled up to a multiple of.
-_PADDED_TO = (256, 192, 128, 64, 32)
+# What a warpgroup has registers for, in columns of all its blocks: an activation needs some.
+_MOST_COLUMNS, _MOST_ACTIVATED = 384, 256
+_LEAST_COLUMNS = 32
 # Blocks, columns and cluster of tiles for which ptxas 13.5 splits groups of instructions in two,
-# with a wait between them, to rename registers of the sums; and of one for which it spills.
-_AVOIDED = {(2, 64, 1), (2, 64, 2), (2, 192, 1)}
+# with a wait between them, to rename registers of the sums; and of those for which it spills.
+_AVOIDED = {(2, 64, 1), (2, 64, 2), (1, 192, 2)}
 # Cycles to fill the ring and to write a tile; only their order of magnitude matters.
 _TILE_CYCLES = 3000
 
@@ -36,8 +36,7 @@ def default_config(
     dtype: str,
     *,
     num_programs: int,
-    is_gated: bool = False,
-    pads_columns: bool = True,
+    activation: str | None = None,
 ) -> Tiles:
     """Choose the tiles of a product.
 
@@ -54,34 +53,28 @@ def default_config(
       columns: int, P.
       dtype: str, "bfloat16" or "float16"; both run at the same rate.
       num_programs: int, processors of the GPU.
-      is_gated: bool, half of the rows gate the other half.
-      pads_columns: bool, P may be filled up to a multiple of a tile; else tiles divide it.
-
-    Raises:
-      NotImplementedError: if no tile divides P.
+      activation: str or None, that the kernel applies; of a gated one, half of the rows are gates.
 
     Example:
       >>> tiles = default_config(4096, 4096, 4096, "bfloat16", num_programs=132)
       >>> tiles.rows, tiles.columns
       (128, 256)
     """
+    is_gated = activation in GATED
     measured = TUNED.get((rows, contraction, columns, is_gated))
     if measured is not None:
         return measured
+    most = _MOST_COLUMNS if activation is None else _MOST_ACTIVATED
     candidates = [
         Tiles(blocks, width, _CONTRACTION, _MAX_STAGES, cluster)
         for blocks in ((2,) if is_gated else (1, 2))
-        for width in range(_MOST_COLUMNS[blocks], 0, -32)
+        for width in range(min(most // blocks, 256), 0, -_LEAST_COLUMNS)
         for cluster in (1, 2)
-        if columns % width == 0 or (pads_columns and width in _PADDED_TO)
+        if width <= max(columns, _LEAST_COLUMNS)
         if (blocks, width, cluster) not in _AVOIDED
         # A second program of a cluster has rows of its own.
         if cluster == 1 or (rows > NUM_COMPUTE * blocks * TILE and num_programs > 1)
     ]
-    if not candidates:
-        raise NotImplementedError(
-            f"the Hopper kernel takes tiles of 32 columns and more, which do not divide {columns}"
-        )
 
     def count_cycles(tiles: Tiles) -> float:
         clusters = -(-rows // (tiles.cluster * tiles.rows)) * -(-columns // tiles.columns)
