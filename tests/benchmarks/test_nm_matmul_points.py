@@ -218,12 +218,13 @@ def test_a_pruned_gradient_may_differ_in_some_draws_but_not_in_all():
     assert error([{**ones, "dw_up": ones["dw_up"] * 1.11}], [ones]) > tolerance
 
 
-def test_candidate_tiles_fit_and_divide():
+def test_candidate_tiles_fit():
     for product in list_products():
         candidates = list_candidates(product)
         assert candidates and len(set(candidates)) == len(candidates)
         for tiles in candidates:
-            assert product.columns % tiles.columns == product.contraction % tiles.contraction == 0
+            assert tiles.columns <= product.columns
+            assert product.contraction % tiles.contraction == 0
             assert count_shared_bytes(product.as_kernel_problem(), tiles) <= SHARED_MEMORY_BYTES
             assert tiles.blocks == 2 or not product.is_gated
             assert read_tiles(name_tiles(tiles)) == tiles

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from tests.kernels import ptx_arithmetic, ptx_machine, ptx_program, ptx_tensor_cores
+from tests.kernels.ptx_cluster import Cluster
 from tests.kernels.ptx_hopper import HopperUnits
 
-_HOPPER = functools.partial(HopperUnits, maps={})
+
+def _make_units(machine, **options):
+    """Return the units of a block that is a cluster of its own."""
+    return HopperUnits(machine, {}, Cluster(), **options)
 
 
-def run(body, params=(), num_threads=32, *, units=_HOPPER, **options):
+def run(body, params=(), num_threads=32, *, units=_make_units, **options):
     """Run a kernel of some lines; return its machine and its memory."""
     memory = ptx_machine.GlobalMemory()
     addresses = [memory.add(x) for x in params]
@@ -169,7 +173,7 @@ def test_a_register_that_is_overwritten_in_flight(reads, expected):
         "st.shared.v2.b32 [%r9], {%r8, %r8}; bar.sync 0; fence.proxy.async.shared::cta;"
     )
     body = fill + _WGMMA.format("mov.b32 %r5, 0x40004000;")
-    machine, _ = run(body, num_threads=128, units=functools.partial(_HOPPER, reads=reads))
+    machine, _ = run(body, num_threads=128, units=functools.partial(_make_units, reads=reads))
     assert (machine.registers["%r1"].view(np.float32) == expected).all()
 
 
