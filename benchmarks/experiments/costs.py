@@ -69,24 +69,38 @@ def sum_costs(methods: Groups, timing: Groups) -> dict[str, Costs]:
 
 
 def plot_costs(costs: Mapping[str, Costs], path: pathlib.Path) -> None:
-    """Draw validation loss over FLOPs, and over time.
+    """Draw validation loss over FLOPs, and over time if a setting was timed.
 
     Args:
       costs: what `sum_costs` returned; a setting that was not timed is drawn over FLOPs only.
       path: PNG file to write.
     """
-    figure = Figure(figsize=(7, 8), layout="constrained")
-    by_flops, by_time = figure.subplots(2, 1, sharey=True)
-    for index, (row, spent) in enumerate(costs.items()):
-        style = {"marker": "o", "ms": 4, "color": f"C{index}", "label": row}
-        by_flops.plot(spent.flops, spent.loss, **style)
-        if spent.seconds is not None:
-            by_time.plot(spent.seconds, spent.loss, **style)
-    by_flops.set(xlabel="FLOPs", ylabel="validation loss")
-    by_time.set(xlabel="seconds in steps", ylabel="validation loss")
-    for panel in (by_flops, by_time):
+    spent: dict[str, dict[str, list[float]]] = {
+        "FLOPs": {row: cost.flops for row, cost in costs.items()},
+        "seconds in steps": {
+            row: cost.seconds for row, cost in costs.items() if cost.seconds is not None
+        },
+    }
+    spent = {label: rows for label, rows in spent.items() if rows}
+    figure = Figure(figsize=(8.5, 4.5 * len(spent)), layout="constrained")
+    panels = figure.subplots(len(spent), 1, sharey=True, squeeze=False)[:, 0]
+    for panel, (label, rows) in zip(panels, spent.items(), strict=True):
+        for index, (row, cost) in enumerate(costs.items()):
+            if row in rows:
+                # Ten colours, and dashes for the rows after those.
+                dashes = ("-", "--")[index // 10 % 2]
+                panel.plot(
+                    rows[row],
+                    cost.loss,
+                    dashes,
+                    marker="o",
+                    ms=4,
+                    color=f"C{index % 10}",
+                    label=row,
+                )
+        panel.set(xlabel=label, ylabel="validation loss")
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -172,23 +172,23 @@ def plot_curves(experiment: Experiment, groups: Groups, path: pathlib.Path) -> N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4 * len(experiment.curves)), layout="constrained")
+    figure = Figure(figsize=(8.5, 4 * len(experiment.curves)), layout="constrained")
     figure.suptitle(experiment.name)
     panels = figure.subplots(len(experiment.curves), 1, squeeze=False)[:, 0]
     for (title, metric), axes in zip(experiment.curves.items(), panels, strict=True):
         axes.set(xlabel="step", ylabel=title)
         for index, (row, records) in enumerate(groups.items()):
             # A row without the metric keeps its colour free, so that panels agree.
-            color = f"C{index}"
+            color, dashes = f"C{index % 10}", ("-", "--")[index // 10 % 2]
             curves = [dict(map(tuple, record["values"]["curves"][metric])) for record in records]
             steps = sorted(set.intersection(*map(set, curves)))
             if not steps:
                 continue
             values = [[curve[step] for curve in curves] for step in steps]
-            axes.plot(steps, [statistics.fmean(v) for v in values], color=color, label=row)
+            axes.plot(steps, [statistics.fmean(v) for v in values], dashes, color=color, label=row)
             lowest, highest = [min(v) for v in values], [max(v) for v in values]
             axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure).print_png(str(path))
 
 
