@@ -30,7 +30,7 @@ from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
 from pallas_kernels.nm_matmul.mosaic_sm90 import cut
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Tiles, count_shared_bytes
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
-from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
+from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import count_most_columns, default_config
 
 _MAX_STAGES = 6
 DEFAULT = "default"
@@ -122,8 +122,7 @@ def list_candidates(product: Product) -> list[Tiles]:
         (2, 1),
     )
     for blocks, width, contraction, group, cluster in cuts:
-        # Each computing thread holds blocks x width / 2 sums, and an activation needs registers.
-        most = 384 if product.activation is None else 256
+        most = count_most_columns(product.activation)
         if not 128 <= blocks * width <= most or width > product.columns:
             continue
         if product.contraction % contraction or (group != 8 and blocks * width < 256):

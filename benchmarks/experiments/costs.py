@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.tables import Groups
+from benchmarks.experiments.tables import Groups, choose_style
 
 
 class Costs(NamedTuple):
@@ -75,29 +75,16 @@ def plot_costs(costs: Mapping[str, Costs], path: pathlib.Path) -> None:
       costs: what `sum_costs` returned; a setting that was not timed is drawn over FLOPs only.
       path: PNG file to write.
     """
-    spent: dict[str, dict[str, list[float]]] = {
-        "FLOPs": {row: cost.flops for row, cost in costs.items()},
-        "seconds in steps": {
-            row: cost.seconds for row, cost in costs.items() if cost.seconds is not None
-        },
-    }
-    spent = {label: rows for label, rows in spent.items() if rows}
+    spent: dict[str, list[Any]] = {"FLOPs": [cost.flops for cost in costs.values()]}
+    if any(cost.seconds for cost in costs.values()):
+        spent["seconds in steps"] = [cost.seconds for cost in costs.values()]
     figure = Figure(figsize=(8.5, 4.5 * len(spent)), layout="constrained")
     panels = figure.subplots(len(spent), 1, sharey=True, squeeze=False)[:, 0]
     for panel, (label, rows) in zip(panels, spent.items(), strict=True):
         for index, (row, cost) in enumerate(costs.items()):
-            if row in rows:
-                # Ten colours, and dashes for the rows after those.
-                dashes = ("-", "--")[index // 10 % 2]
-                panel.plot(
-                    rows[row],
-                    cost.loss,
-                    dashes,
-                    marker="o",
-                    ms=4,
-                    color=f"C{index % 10}",
-                    label=row,
-                )
+            if rows[index] is not None:
+                style = choose_style(index)
+                panel.plot(rows[index], cost.loss, marker="o", ms=4, label=row, **style)
         panel.set(xlabel=label, ylabel="validation loss")
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)

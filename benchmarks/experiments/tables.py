@@ -159,6 +159,18 @@ def compare_runs(
     return "\n".join(lines), all_equal or devices[0] != devices[1]
 
 
+def choose_style(index: int) -> dict[str, str]:
+    """Choose how the line of a row is drawn.
+
+    Args:
+      index: int, of the row.
+
+    Returns:
+      dict, options of matplotlib: one of ten colours, dashed for the next ten rows.
+    """
+    return {"color": f"C{index % 10}", "linestyle": ("-", "--")[index // 10 % 2]}
+
+
 def plot_curves(experiment: Experiment, groups: Groups, path: pathlib.Path) -> None:
     """Draw curves over steps: mean over seeds, shaded from least to most.
 
@@ -179,15 +191,15 @@ def plot_curves(experiment: Experiment, groups: Groups, path: pathlib.Path) -> N
         axes.set(xlabel="step", ylabel=title)
         for index, (row, records) in enumerate(groups.items()):
             # A row without the metric keeps its colour free, so that panels agree.
-            color, dashes = f"C{index % 10}", ("-", "--")[index // 10 % 2]
+            style = choose_style(index)
             curves = [dict(map(tuple, record["values"]["curves"][metric])) for record in records]
             steps = sorted(set.intersection(*map(set, curves)))
             if not steps:
                 continue
             values = [[curve[step] for curve in curves] for step in steps]
-            axes.plot(steps, [statistics.fmean(v) for v in values], dashes, color=color, label=row)
+            axes.plot(steps, [statistics.fmean(v) for v in values], label=row, **style)
             lowest, highest = [min(v) for v in values], [max(v) for v in values]
-            axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(steps, lowest, highest, color=style["color"], alpha=0.2, linewidth=0)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -24,6 +24,10 @@ class _Landed:
 
     def __init__(self):
         self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self):
+        """Forget everything."""
         self._clocks = collections.defaultdict(list)
 
     def add(self, key, clock, parts):
@@ -43,7 +47,6 @@ class _Landed:
         """Raise if a part has landed without the others."""
         if self._clocks:
             raise AssertionError("programs of a cluster did not share the same copies")
-        self._clocks.clear()
 
 
 _landed = _Landed()
@@ -136,7 +139,7 @@ def _interpret_copy(interpreter, eqn, token, get_invals):
 @contextlib.contextmanager
 def share_copies():
     """Let programs of a cluster share copies."""
-    _landed.__init__()
+    _landed.reset()
     with mock.patch.object(
         jaxpr_interpret.JaxprInterpreter, "_interpret_copy_gmem_to_smem_p", _interpret_copy
     ):

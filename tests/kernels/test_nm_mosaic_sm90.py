@@ -365,6 +365,16 @@ def test_tiles_keep_processors_busy():
     assert 64 <= (1024 // tiles.rows) * (1024 // tiles.columns) <= 132
 
 
+@pytest.mark.parametrize("size", [4096, 8192])
+def test_large_products_share_what_they_read_of_the_dense_operand(size):
+    assert default_config(size, size, size, "bfloat16", num_programs=132).cluster == 2
+
+
+def test_a_single_tile_of_rows_or_a_single_program_is_no_cluster():
+    assert default_config(128, 4096, 4096, "bfloat16", num_programs=132).cluster == 1
+    assert default_config(4096, 4096, 4096, "bfloat16", num_programs=1).cluster == 1
+
+
 def test_a_measured_choice_comes_first(monkeypatch):
     measured = Tiles(2, 64, 64, 2)
     monkeypatch.setitem(tile_config.TUNED, (1024, 1024, 1024, False), measured)

@@ -23,6 +23,7 @@ from jax import lax
 from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
     Share,
     launch,
+    mask_by_query,
     write,
     write_parts,
 )
@@ -197,18 +198,7 @@ def _probabilities_by_query(
     p = _exponentials(share, s, rows.lse, axis=0)
     if located is None:
         return p
-    key_start, bits = located
-    _, attended = make_mask(
-        share.problem,
-        s.shape,
-        query_axis=0,
-        query_start=share.start,
-        key_start=key_start,
-        bits=bits,
-        kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
-        query_segments=rows.segments,
-        key_segments=load_vector(tile, "segments", BY_COLUMN),
-    )
+    _, attended = mask_by_query(share, s.shape, located, tile, rows.segments)
     return jnp.where(attended, p, 0.0)
 
 

@@ -14,12 +14,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90.program import Share, launch, write
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
+    Share,
+    launch,
+    mask_by_query,
+    write,
+)
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     LOG2_E,
     load_vector,
-    make_mask,
     multiply,
     multiply_add,
     multiply_and_add,
@@ -27,7 +31,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem, Walk, make_walk
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
-from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW, LAYOUT
+from pallas_kernels.hopper.layouts import BY_ROW, LAYOUT
 
 # A finite start keeps a row that never sees a key clear of inf - inf.
 _LOWEST = -1e30
@@ -246,18 +250,7 @@ def _mask_logits(
     """
     if located is None:
         return s, None
-    key_start, bits = located
-    seen, attended = make_mask(
-        share.problem,
-        s.shape,
-        query_axis=0,
-        query_start=share.start,
-        key_start=key_start,
-        bits=bits,
-        kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
-        query_segments=queries.segments,
-        key_segments=load_vector(tile, "segments", BY_COLUMN),
-    )
+    seen, attended = mask_by_query(share, s.shape, located, tile, queries.segments)
     return jnp.where(attended, s, -jnp.inf), seen
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import load_vector, make_mask
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     Item,
     Problem,
@@ -34,6 +35,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
 )
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
 from pallas_kernels.hopper.launch import launch_kernel
+from pallas_kernels.hopper.layouts import BY_COLUMN
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
 from pallas_kernels.hopper.turns import Turns, describe_turns
@@ -105,6 +107,39 @@ class Share(NamedTuple):
           state after the last step.
         """
         return walk_list(self.problem, self.walk, self.item, step, state, first_step=first_step)
+
+
+def mask_by_query(
+    share: Share,
+    shape: tuple[int, ...],
+    located: tuple[Any, Any],
+    tile: dict[str, Any],
+    segments: Any,
+) -> tuple[Any, Any]:
+    """Make the mask of a tile of resident queries by streamed keys, see `make_mask`.
+
+    Args:
+      shape: (queries, keys).
+      located: what `Share.locate` returned of the tile.
+      tile: name -> reference, what of the keys is streamed.
+      segments: int32[queries] or None.
+
+    Returns:
+      tuple of bool arrays of the shape, or None for all True: the positions that are kept and
+      visible, and those of them that `kv_mask` leaves.
+    """
+    key_start, bits = located
+    return make_mask(
+        share.problem,
+        shape,
+        query_axis=0,
+        query_start=share.start,
+        key_start=key_start,
+        bits=bits,
+        kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
+        query_segments=segments,
+        key_segments=load_vector(tile, "segments", BY_COLUMN),
+    )
 
 
 def select(array: Any, item: Item, head: Any, start: Any, size: int) -> Any:

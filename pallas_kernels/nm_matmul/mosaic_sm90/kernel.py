@@ -322,9 +322,10 @@ def _write_tile(
             _add_bias(accs[block][:, first : first + store_columns], biases[block])
             for block in blocks
         ]
-        results = [(outs[0], *x) for x in zip(_activate(parts, problem), blocks, strict=False)]
+        # Of a value and its gate one result is left, which goes where the value lies.
+        results = [(outs[0], x, b) for x, b in zip(_activate(parts, problem), blocks, strict=False)]
         if problem.keeps_inputs:
-            results += [(outs[1], *x) for x in zip(parts, blocks, strict=True)]
+            results += [(outs[1], x, b) for x, b in zip(parts, blocks, strict=True)]
         for out_gmem, result, block in results:
             staging = program.scratch.staging.at[warpgroup, num_stores % STORE_SLOTS]
             plgpu.wait_smem_to_gmem(cut.most_stores, wait_read_only=True)

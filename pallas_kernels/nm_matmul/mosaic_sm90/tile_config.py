@@ -19,11 +19,10 @@ _MAX_STAGES = 6
 # all processors read.
 _SHARED_BYTES_PER_CYCLE = 128
 _L2_BYTES_PER_CYCLE = 32
-# What a warpgroup has registers for, in columns of all its blocks: an activation needs some.
-_MOST_COLUMNS, _MOST_ACTIVATED = 384, 256
 _LEAST_COLUMNS = 32
-# Blocks, columns and cluster of tiles for which ptxas 13.5 splits groups of instructions in two,
-# with a wait between them, to rename registers of the sums; and of those for which it spills.
+# Blocks, columns and cluster of tiles that are not taken. Of the first two, ptxas 13.5 splits
+# groups of instructions, with a wait between the halves, to rename registers of the sums. With the
+# third it spills.
 _AVOIDED = {(2, 64, 1), (2, 64, 2), (1, 192, 2)}
 # Cycles to fill the ring and to write a tile; only their order of magnitude matters.
 _TILE_CYCLES = 3000
@@ -64,7 +63,7 @@ def default_config(
     measured = TUNED.get((rows, contraction, columns, is_gated))
     if measured is not None:
         return measured
-    most = _MOST_COLUMNS if activation is None else _MOST_ACTIVATED
+    most = count_most_columns(activation)
     candidates = [
         Tiles(blocks, width, _CONTRACTION, _MAX_STAGES, cluster)
         for blocks in ((2,) if is_gated else (1, 2))
@@ -90,14 +89,21 @@ def default_config(
         dense_is_transposed=True,
         has_bias=True,
     )
-    return max(
-        (
-            fitting
-            for fitting in (dataclasses.replace(tiles, stages=n) for n in range(2, _MAX_STAGES + 1))
-            if count_shared_bytes(problem, fitting) <= SHARED_MEMORY_BYTES
-        ),
-        key=lambda fitting: fitting.stages,
-    )
+    while count_shared_bytes(problem, tiles) > SHARED_MEMORY_BYTES:
+        tiles = dataclasses.replace(tiles, stages=tiles.stages - 1)
+    return tiles
+
+
+def count_most_columns(activation: str | None) -> int:
+    """Count the columns whose sums a warpgroup has registers for.
+
+    Args:
+      activation: str or None; an activation needs registers of its own.
+
+    Returns:
+      int, of all blocks of 64 rows together.
+    """
+    return 384 if activation is None else 256
 
 
 def _count_step(tiles: Tiles) -> float:

@@ -48,3 +48,7 @@ def test_costs_add_up_the_steps_of_each_phase(tmp_path, monkeypatch):
     assert [line.get_label() for line in by_flops.lines] == ["MST", "SET"]
     (line,) = by_time.lines
     assert line.get_xdata().tolist() == [2, 6] and line.get_ydata() == pytest.approx([5.5, 2.5])
+
+    plot_costs(sum_costs(methods, {}), tmp_path / "costs.png")
+    (by_flops,) = drawn[1].axes
+    assert len(by_flops.lines) == 2
