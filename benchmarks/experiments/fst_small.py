@@ -14,7 +14,7 @@ as released, and in another row FST's dense finish. Each row has a learning rate
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.experiments.plan import (
     Comparison,
@@ -25,7 +25,9 @@ from benchmarks.experiments.plan import (
     use_recipe,
 )
 
-_RATES = tuple({"optimizer.learning_rate": rate} for rate in (1.5e-3, 3e-3, 6e-3))
+_RATES = (1.5e-3, 3e-3, 6e-3)
+# Where the best rate was one at an edge, the next beyond takes the place of the one farthest away.
+_MOVED_RATES = {"dense": (1.5e-3, 3e-3, 7.5e-4)}
 _KEEPS = "the quality of dense training (here: within 1 % of its loss)"
 _compare = functools.partial(Comparison, metric="validation loss", better="less")
 _COMPARISONS = (
@@ -65,9 +67,18 @@ def _make_rows(config: str, half_width: int) -> dict[str, Setting]:
 
 
 def _make_experiment(
-    name: str, config: str, *, half_width: int, seeds: Sequence[int]
+    name: str,
+    config: str,
+    *,
+    half_width: int,
+    seeds: Sequence[int],
+    moved_rates: Mapping[str, Sequence[float]],
 ) -> Experiment:
     rows = _make_rows(config, half_width)
+    candidates = {
+        row: tuple({"optimizer.learning_rate": rate} for rate in moved_rates.get(row, _RATES))
+        for row in rows
+    }
     return Experiment(
         name=name,
         kind="quality",
@@ -75,13 +86,23 @@ def _make_experiment(
         seeds=tuple(seeds),
         columns={"validation loss": "validation_loss", "accuracy": "validation_accuracy"},
         curves={"validation loss": "validation_loss", "flip rate of masks": "flip_rate"},
-        tuning=Tuning(settings=rows, candidates=dict.fromkeys(rows, _RATES), seeds=(100,)),
+        tuning=Tuning(settings=rows, candidates=candidates, seeds=(100,)),
         comparisons=_COMPARISONS,
         headline="FST",
     )
 
 
-FST_SMALL = _make_experiment("fst_small", "configs/fst_small.py", half_width=256, seeds=range(10))
+FST_SMALL = _make_experiment(
+    "fst_small",
+    "configs/fst_small.py",
+    half_width=256,
+    seeds=range(10),
+    moved_rates=_MOVED_RATES,
+)
 FST_IMAGES = _make_experiment(
-    "fst_images", "configs/fashion_mnist.py:weights", half_width=128, seeds=range(8)
+    "fst_images",
+    "configs/fashion_mnist.py:weights",
+    half_width=128,
+    seeds=range(8),
+    moved_rates={},
 )

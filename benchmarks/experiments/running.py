@@ -27,7 +27,7 @@ from benchmarks.experiments.plan import Experiment, Overrides, Setting, Tuning
 from benchmarks.records import Results
 
 type Values = dict[str, Any]
-"""Of one run: "summary", "curves" and, of runs of quality, "seconds"."""
+"""Of one run: "summary", "curves" and, of runs of quality, "seconds" of processors."""
 
 # Of the machine's speed, which runs of quality do not know.
 _SPEEDS = ("_seconds", "_tokens_per_second", "_step_speedup")
@@ -261,30 +261,32 @@ def _train_and_collect(experiment: Experiment, run: Run, trainer: Sequence[str])
     if timing:
         _wait_until_idle(experiment.max_busy_cores)
     print(f"{experiment.name}: {run.key['row']}, seed {run.key['seed']}", flush=True)
-    begin = time.monotonic()
-    _train(run, trainer)
+    seconds = _train(run, trainer)
     values = _collect(experiment, run.workdir)
     if run.key["kind"] == "tuning":
         # A candidate is judged by its summary, and curves make files large.
         values["curves"] = {}
-    return values if timing else values | {"seconds": round(time.monotonic() - begin, 1)}
+    return values if timing else values | {"seconds": round(seconds, 1)}
 
 
-def _train(run: Run, trainer: Sequence[str]) -> None:
+def _train(run: Run, trainer: Sequence[str]) -> float:
+    """Train, or go on, and return the seconds that cores computed for it."""
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [*trainer, f"--config={run.setting.config}", f"--workdir={run.workdir}"]
     overrides = {**run.setting.overrides, "seed": run.key["seed"]}
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
     with open(run.workdir.with_name(f"{run.workdir.name}.log"), "a") as log:
-        finished = subprocess.run(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        # A pause of the run, or another process on its core, does not count.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     summary = run.workdir / "summary.json"
-    if finished.returncode or not summary.exists():
+    if process.returncode or not summary.exists():
         raise RuntimeError(
-            f"{' '.join(command)} ended with exit code {finished.returncode} and "
+            f"{' '.join(command)} ended with exit code {process.returncode} and "
             f"{'a' if summary.exists() else 'no'} summary; see {log.name}"
         )
+    return usage.ru_utime + usage.ru_stime
 
 
 def _collect(experiment: Experiment, workdir: pathlib.Path) -> Values:
