@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper.budget import COMPUTE_REGISTERS, COPY_REGISTERS, NUM_COMPUTE
@@ -89,7 +90,10 @@ def _describe_cluster(size: int) -> dict[str, Any]:
 def for_each_tile(
     body: Callable[[Any, Any], Any], state: Any, *, num_tiles: int, num_programs: int
 ) -> Any:
-    """Run a body on the tiles of this program, or of its cluster: every `num_programs`-th.
+    """Run a body on the tiles of this program, or of its cluster: one of every `num_programs`.
+
+    Every other time programs take them in the reverse order. Where the first tiles take longest,
+    whoever had the longest has the shortest next.
 
     Args:
       body: function (int32, state) -> state, of the number of a tile.
@@ -101,5 +105,14 @@ def for_each_tile(
       state after the last tile.
     """
     program = lax.axis_index("program")
-    count = lax.div(num_tiles - program + num_programs - 1, num_programs)
-    return lax.fori_loop(0, count, lambda i, state: body(program + i * num_programs, state), state)
+
+    def find_place(turn):
+        is_reversed = lax.rem(jnp.int32(turn), jnp.int32(2)) == 1
+        return jnp.where(is_reversed, num_programs - 1 - program, program)
+
+    def take(turn, state):
+        return body(turn * num_programs + find_place(turn), state)
+
+    whole, rest = divmod(num_tiles, num_programs)
+    count = whole + (find_place(whole) < rest).astype(jnp.int32)
+    return lax.fori_loop(0, count, take, state)

@@ -186,6 +186,29 @@ class Ring(NamedTuple):
             collective_axes=CLUSTER if name in self.shared else None,
         )
 
+    def put(self, slot: Any, **numbers: Any) -> None:
+        """Put numbers into a slot that is free; they count as one of the copies that fill it.
+
+        Args:
+          slot: int32, which.
+          **numbers: name of the memory, [slots] -> int32.
+        """
+        for name, number in numbers.items():
+            self.smem[name][slot] = number
+        plgpu.barrier_arrive(self.full.at[slot])
+
+    def read(self, slot: Any, name: str) -> Any:
+        """Read a number of a slot that has been waited for.
+
+        Args:
+          slot: int32, which.
+          name: of the memory, [slots].
+
+        Returns:
+          int32.
+        """
+        return self.smem[name][slot]
+
     def announce(self, step: Any, **numbers: Any) -> None:
         """Hand over the numbers of a step, when its slot is free.
 
@@ -193,10 +216,7 @@ class Ring(NamedTuple):
           step: int32.
           **numbers: name of the memory, [slots] -> int32.
         """
-        slot = self.claim(step)
-        for name, number in numbers.items():
-            self.smem[name][slot] = number
-        plgpu.barrier_arrive(self.full.at[slot])
+        self.put(self.claim(step), **numbers)
 
     def hear(self, step: Any, *names: str) -> tuple[Any, ...]:
         """Wait for the numbers that are announced for a step, and give its slot back.
@@ -210,7 +230,7 @@ class Ring(NamedTuple):
         """
         slot = self.find_slot(step)
         plgpu.barrier_wait(self.full.at[slot])
-        numbers = tuple(self.smem[name][slot] for name in names)
+        numbers = tuple(self.read(slot, name) for name in names)
         self.give_back(slot)
         return numbers
 

@@ -4,6 +4,7 @@ Left alone, both would start their products at the same time, and then both comp
 while the tensor cores idle. In turns, one multiplies while the other computes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -20,19 +21,29 @@ def describe_turns() -> Any:
 class Turns(NamedTuple):
     """The turns of one computing warpgroup: the first begins, and each step is a turn.
 
-    Where one has more steps than the other, it takes the last of them without waiting.
+    Each waits until the other has started its products, before the first step that the other has
+    started those of the last. Where one has more steps than the other, it takes the last of them
+    without waiting. After that the first begins again.
 
     Attributes:
-      barriers: [2], of each computing warpgroup: the other has started its products.
+      barriers: [2], of each computing warpgroup: the other has started its products. None if they
+        take no turns, and nobody waits.
       warpgroup: int32, whose turns these are.
-      steps: int32, that it takes.
-      others: int32, steps that the other takes.
+      common: int32, the step from which on this warpgroup, or the other one, has none; None if both
+        have equally many.
     """
 
     barriers: Any
     warpgroup: Any
-    steps: Any
-    others: Any
+    common: Any = None
+
+    def begin(self) -> None:
+        """Let the first begin. Both call this once, before all steps."""
+        self._arrive(0, self.warpgroup == 1)
+
+    def end(self) -> None:
+        """Take what is left of the turns. Both call this once, after all steps."""
+        self._wait(self.warpgroup == 0)
 
     def take(self, step: Any) -> None:
         """Wait until the products of a step may be started.
@@ -40,12 +51,7 @@ class Turns(NamedTuple):
         Args:
           step: int32.
         """
-        # The first of the two waits for what the other has started in the step before.
-        awaited = step - (1 - self.warpgroup)
-
-        @pl.when((awaited >= 0) & (awaited < self.others))
-        def _():
-            plgpu.barrier_wait(self.barriers.at[self.warpgroup])
+        self._wait(self._is_common(step))
 
     def hand_over(self, step: Any) -> None:
         """Let the other warpgroup start products: those of this step are started.
@@ -53,8 +59,22 @@ class Turns(NamedTuple):
         Args:
           step: int32.
         """
+        self._arrive(1 - self.warpgroup, self._is_common(step))
 
-        # No arrival is left that nobody waits for.
-        @pl.when(step + self.warpgroup < self.others)
-        def _():
-            plgpu.barrier_arrive(self.barriers.at[1 - self.warpgroup])
+    def _is_common(self, step: Any) -> Any:
+        return True if self.common is None else step < self.common
+
+    def _wait(self, condition: Any) -> None:
+        if self.barriers is not None:
+            _run_if(condition, lambda: plgpu.barrier_wait(self.barriers.at[self.warpgroup]))
+
+    def _arrive(self, warpgroup: Any, condition: Any) -> None:
+        if self.barriers is not None:
+            _run_if(condition, lambda: plgpu.barrier_arrive(self.barriers.at[warpgroup]))
+
+
+def _run_if(condition: Any, do: Callable[[], None]) -> None:
+    if condition is True:
+        do()
+    else:
+        pl.when(condition)(do)

@@ -175,7 +175,7 @@ def _attention_fwd(q, k, v, schedule, kv_mask, segment_ids, problem):
 def _attention_bwd(problem, residuals, cotangents):
     q, k, v, schedule, query_lists, kv_mask, segment_ids, out, lse_BNT = residuals
     d_out, d_lse = cotangents
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    minus_delta = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     # A row that counted nothing has no probabilities, exp(s - inf) = 0, and takes no gradient,
     # whatever came back along its lse of -inf.
     counted = lse_BNT > -jnp.inf
@@ -185,7 +185,7 @@ def _attention_bwd(problem, residuals, cotangents):
         v=v,
         d_out=d_out,
         lse=jnp.where(counted, lse_BNT * LOG2_E, jnp.inf),
-        delta=jnp.where(counted, delta.swapaxes(1, 2), 0.0),
+        minus_delta=jnp.where(counted, minus_delta.swapaxes(1, 2), 0.0),
         kv_mask=kv_mask,
         segments=segment_ids,
     )

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import launch
+from pallas_kernels.block_sparse_attention.mosaic_sm90.share import (
+    Place,
     Share,
-    launch,
     mask_by_query,
     write,
     write_parts,
@@ -51,7 +52,7 @@ class Operands(NamedTuple):
       v: [B, S, K, H].
       d_out: [B, T, N, H], cotangent of the output.
       lse: f32[B, N, T], log-sum-exp in base 2, +inf for rows that counted nothing.
-      delta: f32[B, N, T].
+      minus_delta: f32[B, N, T], -delta.
       kv_mask: int32[B, S] or None, 0 removes a key.
       segments: int32[B, T] or None.
     """
@@ -61,7 +62,7 @@ class Operands(NamedTuple):
     v: jax.Array
     d_out: jax.Array
     lse: jax.Array
-    delta: jax.Array
+    minus_delta: jax.Array
     kv_mask: jax.Array | None
     segments: jax.Array | None
 
@@ -129,7 +130,7 @@ def attention_backward_queries(operands: Operands, lists: TileLists, problem: Pr
         lists,
         problem=problem,
         walk=make_query_walk(problem),
-        resident=("q", "d_out", "lse", "delta", "segments"),
+        resident=("q", "d_out", "lse", "minus_delta", "segments"),
         streamed=(("k", "kv_mask", "segments"), ("v",)),
         out_type=[jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype)],
         name="block_sparse_attention_backward_queries",
@@ -142,20 +143,22 @@ class _Rows(NamedTuple):
 
     Attributes:
       lse: f32[64].
-      delta: f32[64].
+      minus_delta: f32[64].
       segments: int32[64] or None.
     """
 
     lse: Any
-    delta: Any
+    minus_delta: Any
     segments: Any
 
 
 def _compute_dq(share: Share, dq_gmem: Any) -> None:
     """Sum dQ of a warpgroup's queries over the keys on their list."""
-    rows = _Rows(*(load_vector(share.smem, name, BY_ROW) for name in ("lse", "delta", "segments")))
+    rows = _Rows(
+        *(load_vector(share.smem, name, BY_ROW) for name in ("lse", "minus_delta", "segments"))
+    )
     step = functools.partial(_add_to_dq, share, rows)
-    share.wait_ahead(0, *share.rings)
+    share.wait_ahead(share.first, *share.rings)
     dq = share.walk_list(step, zeros((ROWS, share.problem.head_dim)))
     # The queries are not read again: their gradient takes their place.
     write(share, [(dq * share.problem.scale, share.smem["q"], dq_gmem)])
@@ -165,23 +168,23 @@ def _add_to_dq(share: Share, rows: _Rows, index: Any, dq: jax.Array, *, masked: 
     """Add what the keys of one tile contribute to dQ."""
     keys, values = share.rings
     slot = keys.find_slot(index)
-    located = share.locate(index) if masked else None
+    place = share.locate(index) if masked else None
     tile, v_smem = keys.look(slot), values.look(slot)["v"]
     k_smem = tile["k"]
 
     def probabilities(s):
-        p = _probabilities_by_query(share, rows, tile, located, s)
+        p = _probabilities_by_query(share, rows, tile, place, s)
         share.wait_ahead(index + 1, keys, values)
         return p
 
     p, dp = multiply_both(
         (share.smem["q"], k_smem.transpose((1, 0))),
         (share.smem["d_out"], v_smem.transpose((1, 0))),
+        lax.broadcast_in_dim(rows.minus_delta, (ROWS, share.walk.tile), [0]),
         probabilities,
     )
     values.give_back(slot)
-    ds = p * (dp - lax.broadcast_in_dim(rows.delta, p.shape, [0]))
-    products = [(dq, ds.astype(k_smem.dtype), k_smem)]
+    products = [(dq, (p * dp).astype(k_smem.dtype), k_smem)]
     (dq,) = multiply_add(products, share.smem.get("staging"))
     keys.give_back(slot)
     return dq
@@ -191,14 +194,14 @@ def _probabilities_by_query(
     share: Share,
     rows: _Rows,
     tile: dict[str, Any],
-    located: tuple[Any, Any] | None,
+    place: Place | None,
     s: jax.Array,
 ) -> jax.Array:
-    """Return the probabilities of a tile of logits, queries by keys, masked if it is located."""
+    """Return the probabilities of a tile, queries by keys, masked if its place is given."""
     p = _exponentials(share, s, rows.lse, axis=0)
-    if located is None:
+    if place is None:
         return p
-    _, attended = mask_by_query(share, s.shape, located, tile, rows.segments)
+    _, attended = mask_by_query(share, s.shape, place, tile, rows.segments)
     return jnp.where(attended, p, 0.0)
 
 
@@ -232,7 +235,7 @@ def attention_backward_keys(
         problem=problem,
         walk=walk,
         resident=("k", "v", "kv_mask", "segments"),
-        streamed=(("lse", "q", "segments"), ("d_out", "delta")),
+        streamed=(("lse", "q", "segments"), ("d_out", "minus_delta")),
         out_type=[out_type] * 2,
         name="block_sparse_attention_backward_keys",
     )
@@ -245,7 +248,7 @@ def attention_backward_keys(
 def _compute_dk_dv(share: Share, dk_gmem: Any, dv_gmem: Any) -> None:
     """Sum dK and dV of a warpgroup's keys over the queries on their list."""
     shape = (ROWS, share.problem.head_dim)
-    share.wait_ahead(0, *share.rings)
+    share.wait_ahead(share.first, *share.rings)
     dk, dv = share.walk_list(functools.partial(_add_to_dk_dv, share), (zeros(shape), zeros(shape)))
     if share.walk.parts > 1:
         write_parts(share, [(dk, dk_gmem), (dv, dv_gmem)])
@@ -263,7 +266,7 @@ def _add_to_dk_dv(
     queries, outs = share.rings
     staging = share.smem.get("staging")
     slot = queries.find_slot(index)
-    located = share.locate(index) if masked else None
+    place = share.locate(index) if masked else None
     tile = queries.look(slot) | outs.look(slot)
     q_smem, d_out_smem = tile["q"], tile["d_out"]
     # Everything lies keys by queries: rows are those of dK and dV.
@@ -271,33 +274,25 @@ def _add_to_dk_dv(
     d_probabilities = (share.smem["v"], d_out_smem.transpose((1, 0)))
 
     def probabilities(s):
-        p = _probabilities_by_key(share, tile, located, s)
+        p = _probabilities_by_key(share, tile, place, s)
         share.wait_ahead(index + 1, queries, outs)
         return p
 
-    def d_logits(p, dp):
-        delta = load_vector(tile, "delta", BY_COLUMN)
-        return (p * (dp - lax.broadcast_in_dim(delta, p.shape, [1]))).astype(q_smem.dtype)
+    def minus_deltas():
+        vector = load_vector(tile, "minus_delta", BY_COLUMN)
+        return lax.broadcast_in_dim(vector, (ROWS, share.walk.tile), [1])
 
-    # At the widest head, ptxas finds no room for both products beside the numbers of two rings, or
-    # of grouped heads and a loop with a mask.
-    problem = share.problem
-    is_full = share.walk.rings > 1 or (problem.causal and problem.group > 1)
-    overlaps = problem.head_dim < 128 or not is_full
-    if masked or not overlaps:
+    if masked:
         # One product after the other: a mask needs the registers of the second.
         p = probabilities(multiply(*logits))
         (dv,) = multiply_add([(dv, p.astype(d_out_smem.dtype), d_out_smem)], staging)
-        ds = d_logits(p, multiply(*d_probabilities))
-        (dk,) = multiply_add([(dk, ds, q_smem)], staging)
+        ds = p * multiply(*d_probabilities, start=minus_deltas())
+        (dk,) = multiply_add([(dk, ds.astype(q_smem.dtype), q_smem)], staging)
     else:
-        p, dp = multiply_both(logits, d_probabilities, probabilities)
+        p, dp = multiply_both(logits, d_probabilities, minus_deltas(), probabilities)
+        products = [(dv, p, d_out_smem), (dk, p * dp, q_smem)]
         dv, dk = multiply_add(
-            [
-                (dv, p.astype(d_out_smem.dtype), d_out_smem),
-                (dk, d_logits(p, dp), q_smem),
-            ],
-            staging,
+            [(acc, lhs.astype(rhs.dtype), rhs) for acc, lhs, rhs in products], staging
         )
     outs.give_back(slot)
     queries.give_back(slot)
@@ -305,21 +300,20 @@ def _add_to_dk_dv(
 
 
 def _probabilities_by_key(
-    share: Share, tile: dict[str, Any], located: tuple[Any, Any] | None, s: jax.Array
+    share: Share, tile: dict[str, Any], place: Place | None, s: jax.Array
 ) -> jax.Array:
-    """Return the probabilities of a tile of logits, keys by queries, masked if it is located."""
+    """Return the probabilities of a tile, keys by queries, masked if its place is given."""
     p = _exponentials(share, s, load_vector(tile, "lse", BY_COLUMN), axis=1)
-    if located is None:
+    if place is None:
         return p
-    query_start, bits = located
     # Vectors are loaded for each tile: registers are what this kernel is short of.
     _, attended = make_mask(
         share.problem,
         s.shape,
         query_axis=1,
-        query_start=query_start,
-        key_start=share.start,
-        bits=bits,
+        query_start=place.tile_start,
+        key_start=place.rows_start,
+        bits=place.bits,
         kv_mask=load_vector(share.smem, "kv_mask", BY_ROW),
         query_segments=load_vector(tile, "segments", BY_COLUMN),
         key_segments=load_vector(share.smem, "segments", BY_ROW),

@@ -14,9 +14,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90.program import (
+from pallas_kernels.block_sparse_attention.mosaic_sm90.program import launch
+from pallas_kernels.block_sparse_attention.mosaic_sm90.share import (
+    Place,
     Share,
-    launch,
     mask_by_query,
     write,
 )
@@ -99,20 +100,9 @@ def attention_forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ],
+        in_turns=True,
         name="block_sparse_attention_forward",
     )
-
-
-class _Queries(NamedTuple):
-    """What stays of 64 queries.
-
-    Attributes:
-      q: [64, H], a reference, or in registers.
-      segments: int32[64] or None.
-    """
-
-    q: Any
-    segments: Any
 
 
 class _State(NamedTuple):
@@ -136,7 +126,7 @@ class _State(NamedTuple):
 def _compute(share: Share, out_gmem: Any, lse_gmem: Any) -> None:
     """Attend from a warpgroup's queries to the keys on their list."""
     problem = share.problem
-    queries = _Queries(_load_queries(share), load_vector(share.smem, "segments", BY_ROW))
+    queries = _load_queries(share)
     state = _State(
         top=zeros((ROWS,), BY_ROW, _LOWEST),
         total=zeros((ROWS,), BY_ROW),
@@ -144,7 +134,7 @@ def _compute(share: Share, out_gmem: Any, lse_gmem: Any) -> None:
         p=zeros((ROWS, share.walk.tile)).astype(problem.dtype),
         acc=zeros((ROWS, problem.head_dim)),
     )
-    share.wait_ahead(0, share.rings[0])
+    share.wait_ahead(share.first, share.rings[0])
     top, total, kept, p, acc = share.walk_list(
         functools.partial(_attend_tile, share, queries),
         state,
@@ -174,41 +164,40 @@ def _load_queries(share: Share) -> Any:
 
 
 def _attend_first_tile(
-    share: Share, queries: _Queries, index: Any, state: _State, *, masked: bool
+    share: Share, queries: Any, index: Any, state: _State, *, masked: bool
 ) -> _State:
     """Attend to the keys of the first tile; its values are still to be added."""
     keys, _ = share.rings
     slot = keys.find_slot(index)
-    located = share.locate(index) if masked else None
+    place = share.locate(index) if masked else None
     tile = keys.look(slot)
     share.turns.take(index)
-    s = multiply(queries.q, tile["k"].transpose((1, 0)), lambda: share.turns.hand_over(index))
-    s, seen = _mask_logits(share, queries, tile, located, s)
+    keys_smem = tile["k"].transpose((1, 0))
+    s = multiply(queries, keys_smem, hand_over=lambda: share.turns.hand_over(index))
+    s, seen = _mask_logits(share, tile, place, s)
     keys.give_back(slot)
     state, _, p = _add_logits(share, state, s, seen)
     share.wait_ahead(index + 1, keys)
     return state._replace(p=p.astype(state.p.dtype))
 
 
-def _attend_tile(
-    share: Share, queries: _Queries, index: Any, state: _State, *, masked: bool
-) -> _State:
+def _attend_tile(share: Share, queries: Any, index: Any, state: _State, *, masked: bool) -> _State:
     """Attend to the keys of one tile, and add the values of the tile before."""
     keys, values = share.rings
     slot, last_slot = keys.find_slot(index), values.find_slot(index - 1)
-    located = share.locate(index) if masked else None
+    place = share.locate(index) if masked else None
     tile, v_smem = keys.look(slot), values.wait(last_slot)["v"]
     share.turns.take(index)
 
     def use_logits(s):
-        s, seen = _mask_logits(share, queries, tile, located, s)
+        s, seen = _mask_logits(share, tile, place, s)
         keys.give_back(slot)
         results = _add_logits(share, state, s, seen)
         share.wait_ahead(index + 1, keys)
         return results
 
     (new, shrink, p), acc = multiply_and_add(
-        (queries.q, tile["k"].transpose((1, 0))),
+        (queries, tile["k"].transpose((1, 0))),
         (state.acc, state.p, v_smem),
         share.smem.get("staging"),
         use_logits,
@@ -232,25 +221,26 @@ def _add_last_values(share: Share, p: jax.Array, acc: jax.Array) -> jax.Array:
         values.give_back(slot)
         return acc
 
-    steps = share.turns.steps
-    return lax.fori_loop(jnp.maximum(steps - 1, 0), steps, add, acc)
+    first, end = share.find_steps()
+    return lax.fori_loop(jnp.maximum(end - 1, first), end, add, acc)
 
 
 def _mask_logits(
     share: Share,
-    queries: _Queries,
     tile: dict[str, Any],
-    located: tuple[Any, Any] | None,
+    place: Place | None,
     s: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Mask a tile of logits if it is located.
+    """Mask a tile of logits if its place is given.
 
     Returns:
       tuple of the logits, and which positions are kept and visible, None for all.
     """
-    if located is None:
+    if place is None:
         return s, None
-    seen, attended = mask_by_query(share, s.shape, located, tile, queries.segments)
+    # Loaded for each tile: a loop with a mask is short of registers.
+    segments = load_vector(share.smem, "segments", BY_ROW)
+    seen, attended = mask_by_query(share, s.shape, place, tile, segments)
     return jnp.where(attended, s, -jnp.inf), seen
 
 

@@ -1,13 +1,20 @@
 """A program of the Hopper attention kernels: whose lists it walks, and what lies where.
 
-Two warpgroups compute and one copies, as told in `pallas_kernels.hopper`. What stays (64 rows for
-each computing warpgroup) is called resident, what is copied tile by tile is called streamed.
+Two warpgroups compute and one copies, as told in `pallas_kernels.hopper`. What stays while a list
+is walked (64 rows for each computing warpgroup) is called resident, what is copied tile by tile is
+called streamed.
 
 *Rings.* A list belongs to one block of the resident side. Where that block has 128 rows, the two
 computing warpgroups take 64 each and share one ring of streamed tiles. Where it has 64 rows, each
 has a list and a ring of its own, so that one computes exponentials while the other keeps the tensor
 cores busy. The copying warpgroup fills both in turns, and waits for a free slot of the first before
 it turns to the second: the one that is ahead waits once it has used up its ring.
+
+*Rounds.* There are as many programs as the GPU has processors, and in each round a program takes
+one list, or two. The copying warpgroup finds them, announces them and goes on to the next: it reads
+what they are from global memory, which is slow to answer, and copies their tiles, while those of
+the last round are still computed and written. Where there is no room for the resident tiles of a
+second round, each program takes one.
 
 Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 """
@@ -22,249 +29,77 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_sparse_attention.mosaic_sm90.share import Share, select
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
-from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import load_vector, make_mask
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     Item,
     Problem,
     Walk,
-    count_programs,
+    count_rounds,
     find_item,
     locate,
-    walk_list,
 )
+from pallas_kernels.dispatch import count_processors
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
-from pallas_kernels.hopper.launch import launch_kernel
-from pallas_kernels.hopper.layouts import BY_COLUMN
+from pallas_kernels.hopper.launch import for_each_tile, launch_kernel
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
 from pallas_kernels.hopper.turns import Turns, describe_turns
 
-
-class Share(NamedTuple):
-    """What one computing warpgroup works on.
-
-    Attributes:
-      lists: TileLists of references to global memory.
-      item: Item, the list it walks.
-      start: int32, position of its first row.
-      smem: name -> reference [64, ...]: what is resident, loaded, and scratch memory.
-      rings: a Ring for each group of streamed arrays, in the order in which a step uses them.
-      turns: its turns on the tensor cores, one for each step.
-      find_again: function () -> (Item, int32), `item` and `start` read once more: whoever needs
-        them after the last step alone need not hold them in registers until then.
-    """
-
-    problem: Problem
-    walk: Walk
-    lists: TileLists
-    item: Item
-    start: Any
-    smem: dict[str, Any]
-    rings: Sequence[Ring]
-    turns: Turns
-    find_again: Callable[[], tuple[Item, Any]]
-
-    def locate(self, step: Any) -> tuple[Any, Any]:
-        """Find the streamed tile of one step.
-
-        Args:
-          step: int32.
-
-        Returns:
-          tuple of int32, the first position of the tile, and the kept bits of its block.
-        """
-        _, start, bits = locate(self.problem, self.walk, self.lists, self.item, step)
-        return start, bits
-
-    def wait_ahead(self, step: Any, *rings: Ring) -> None:
-        """Wait for the tiles of a step, if there is one, in the step before.
-
-        Products run meanwhile. A loop that waits also keeps ptxas from moving arithmetic behind the
-        wait for these products, where nothing would run beside it.
-
-        Args:
-          step: int32.
-          *rings: whose tiles.
-        """
-
-        @pl.when(step < self.turns.steps)
-        def _():
-            for ring in rings:
-                ring.wait(ring.find_slot(step))
-
-    def walk_list(
-        self, step: Callable[..., Any], state: Any, *, first_step: Callable[..., Any] | None = None
-    ) -> Any:
-        """Take all steps of the list, see `walk.walk_list`.
-
-        Args:
-          step: function (int32, state, masked=bool) -> state.
-          state: what the steps carry.
-          first_step: as `step`, takes its place in the first step of the list.
-
-        Returns:
-          state after the last step.
-        """
-        return walk_list(self.problem, self.walk, self.item, step, state, first_step=first_step)
-
-
-def mask_by_query(
-    share: Share,
-    shape: tuple[int, ...],
-    located: tuple[Any, Any],
-    tile: dict[str, Any],
-    segments: Any,
-) -> tuple[Any, Any]:
-    """Make the mask of a tile of resident queries by streamed keys, see `make_mask`.
-
-    Args:
-      shape: (queries, keys).
-      located: what `Share.locate` returned of the tile.
-      tile: name -> reference, what of the keys is streamed.
-      segments: int32[queries] or None.
-
-    Returns:
-      tuple of bool arrays of the shape, or None for all True: the positions that are kept and
-      visible, and those of them that `kv_mask` leaves.
-    """
-    key_start, bits = located
-    return make_mask(
-        share.problem,
-        shape,
-        query_axis=0,
-        query_start=share.start,
-        key_start=key_start,
-        bits=bits,
-        kv_mask=load_vector(tile, "kv_mask", BY_COLUMN),
-        query_segments=segments,
-        key_segments=load_vector(tile, "segments", BY_COLUMN),
-    )
-
-
-def select(array: Any, item: Item, head: Any, start: Any, size: int) -> Any:
-    """Select a tile in global memory.
-
-    Args:
-      array: reference [B, T, N, H], [B, N, T] or [B, T]; keys likewise.
-      item: Item that the tile is for.
-      head: int32, ignored where there are no heads.
-      start: int32, first position, a multiple of the size.
-      size: int, positions.
-
-    Returns:
-      reference [size, H] or [size].
-    """
-    positions = pl.ds(pl.multiple_of(start, size), size)
-    axes = {4: (positions, head), 3: (head, positions), 2: (positions,)}[len(array.shape)]
-    return array.at[item.batch, *axes]
-
-
-def write(share: Share, outputs: Sequence[tuple[jax.Array, Any, Any]]) -> None:
-    """Write the results of a computing warpgroup to global memory, and wait until they are read.
-
-    Args:
-      outputs: for each, the array [64, ...], shared memory to put it in, and the reference to
-        global memory.
-    """
-    for array, smem, _ in outputs:
-        smem[...] = array.astype(smem.dtype)
-    plgpu.commit_smem()
-
-    @pl.when(share.item.valid)
-    def _():
-        for _, smem, gmem in outputs:
-            plgpu.copy_smem_to_gmem(
-                smem, select(gmem, share.item, share.item.head, share.start, ROWS)
-            )
-
-    # The program may end meanwhile: the writes themselves are waited for by whoever comes next.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def write_parts(share: Share, outputs: Sequence[tuple[jax.Array, Any]]) -> None:
-    """Write the sums over a part of a group of query heads to global memory, in f32.
-
-    They go there from registers: a tile of f32 is twice as large as the tiles in shared memory that
-    `write` puts its results in. Four threads store 32 bytes of a row, a whole sector, at a time.
-
-    Args:
-      outputs: for each, the array f32[64, H], and the reference to global memory, f32[B, S, X, H]
-        with X = `walk.heads`.
-    """
-    item, start = share.find_again()
-
-    @pl.when(item.valid)
-    def _():
-        for array, gmem in outputs:
-            select(gmem, item, item.head, start, ROWS)[...] = array
-
-
-def copy_tiles(
-    problem: Problem,
-    walk: Walk,
-    lists: TileLists,
-    items: Sequence[Item],
-    gmem: Mapping[str, Any],
-    rings: Sequence[Ring],
-) -> None:
-    """Copy all tiles of a program's items into their rings, as fast as they are used.
-
-    Args:
-      lists: TileLists of references to global memory.
-      items: one Item for each of the rings that lie side by side.
-      gmem: name -> reference to global memory, of all that the rings hold.
-      rings: the first Ring for each group of arrays, in the order in which a step uses them.
-    """
-
-    def find_tile(item, step):
-        head, start, _ = locate(problem, walk, lists, item, step)
-        return head, start
-
-    num_steps = [item.count * walk.steps_per_entry for item in items]
-
-    def copy_step(step, upcoming):
-        following = []
-        for number, (item, steps, (head, start)) in enumerate(
-            zip(items, num_steps, upcoming, strict=True)
-        ):
-            own = [ring.beside(number) for ring in rings]
-            slot = own[0].find_slot(step)
-            # The tile of `stages` steps ago; after the last step, so that no barrier is left.
-            was_filled = (step >= walk.stages) & (step < steps + walk.stages)
-            for ring in own:
-                ring.wait_until_free(slot, was_filled=was_filled)
-
-                @pl.when(step < steps)
-                def _(ring=ring, slot=slot, item=item, head=head, start=start):
-                    for name in ring.smem:
-                        ring.copy(select(gmem[name], item, head, start, walk.tile), name, slot)
-
-            # Read now what the next step needs: global memory is slow to answer.
-            following.append(find_tile(item, jnp.minimum(step + 1, jnp.maximum(steps - 1, 0))))
-        return tuple(following)
-
-    longest = functools.reduce(jnp.maximum, num_steps)
-    first = tuple(find_tile(item, jnp.int32(0)) for item in items)
-    lax.fori_loop(0, longest + walk.stages, copy_step, first)
+# What the copying warpgroup tells a computing one of its list, besides its tiles.
+_NUMBERS = (*Item._fields, "common")
 
 
 class _Scratch(NamedTuple):
     """Shared memory: scratch types, and in the kernel references.
 
     Attributes:
-      resident: name -> [2, 64, ...], what stays of each computing warpgroup.
+      resident: see `describe_ring`; for each computing warpgroup, what stays while a list is
+        walked: tiles, [slots, 64, ...], and numbers, int32[slots].
       own: name -> [2, ...], other memory of each computing warpgroup.
-      resident_full: barriers, [2]: what stays is there.
       rings: see `describe_ring`; one for each group of streamed arrays.
-      turns: see `describe_turns`.
+      turns: see `describe_turns`; None if there are no turns.
     """
 
-    resident: dict[str, Any]
+    resident: Any
     own: dict[str, Any]
-    resident_full: Any
     rings: list[Any]
     turns: Any
+
+
+class _Program(NamedTuple):
+    """What the warpgroups of a program share.
+
+    Attributes:
+      lists: TileLists of references to global memory.
+      gmem: name -> reference to global memory.
+      own: name -> reference [2, ...], memory of each computing warpgroup.
+      resident: the first warpgroup's Ring of what stays while a list is walked.
+      rings: the first Ring for each group of streamed arrays, in the order in which a step uses
+        them.
+      turns: barriers of `Turns`, or None.
+      num_programs: int, that share the rounds.
+    """
+
+    problem: Problem
+    walk: Walk
+    lists: TileLists
+    gmem: dict[str, Any]
+    own: dict[str, Any]
+    resident: Ring
+    rings: Sequence[Ring]
+    turns: Any
+    num_programs: int
+
+    def for_each_round(self, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """Run a body on the rounds of this program."""
+        num_rounds = count_rounds(self.problem, self.walk)
+        return for_each_tile(body, state, num_tiles=num_rounds, num_programs=self.num_programs)
+
+    def find_start(self, item: Item, warpgroup: Any) -> Any:
+        """Find the position of a warpgroup's first row."""
+        start = item.block * self.walk.block
+        return start if self.walk.rings == NUM_COMPUTE else start + warpgroup * ROWS
 
 
 def launch(
@@ -278,19 +113,21 @@ def launch(
     streamed: Sequence[Sequence[str]],
     out_type: Sequence[jax.ShapeDtypeStruct],
     scratch: dict[str, Any] | None = None,
+    in_turns: bool = False,
     name: str,
 ) -> Any:
     """Run a kernel: fill the rings, and let two warpgroups of each program compute.
 
     Args:
-      compute: function (Share, *outputs), run by each computing warpgroup; outputs are references
-        to global memory.
+      compute: function (Share, *outputs), run by each computing warpgroup for each of its lists;
+        outputs are references to global memory.
       operands: name -> array, None where there is none.
       lists: TileLists to walk.
       resident: names of operands that stay in shared memory.
       streamed: names of operands, by Ring, in the order in which a step uses them.
       out_type: what the kernel returns.
       scratch: name -> scratch type [2, ...], other shared memory of the computing warpgroups.
+      in_turns: bool, each step is a turn of its warpgroup.
       name: str, of the kernel.
 
     Returns:
@@ -299,27 +136,36 @@ def launch(
     operands = {key: array for key, array in operands.items() if array is not None}
     resident = [key for key in resident if key in operands]
     streamed = [[key for key in keys if key in operands] for keys in streamed]
+    num_programs = count_rounds(problem, walk)
+    if walk.stays:
+        num_programs = min(num_programs, count_processors())
 
     def make_program(inputs, outputs, scratch):
         gmem, lists = inputs
-        rings = [Ring(*ring, stages=walk.stages) for ring in scratch.rings]
+        program = _Program(
+            problem,
+            walk,
+            lists,
+            gmem,
+            scratch.own,
+            resident=Ring(*scratch.resident, stages=walk.resident_stages),
+            rings=[Ring(*ring, stages=walk.stages) for ring in scratch.rings],
+            turns=scratch.turns,
+            num_programs=num_programs,
+        )
 
-        def copy():
-            items = [find_item(problem, walk, lists, number) for number in range(walk.rings)]
-            copy_tiles(problem, walk, lists, items, gmem, rings)
+        def compute_rounds(warpgroup):
+            _compute(program, warpgroup, lambda share: compute(share, *outputs))
 
-        def compute_share(warpgroup):
-            share = _take_share(problem, walk, lists, gmem, resident, scratch, rings, warpgroup)
-            compute(share, *outputs)
+        return lambda: _copy(program), compute_rounds
 
-        return copy, compute_share
-
+    kernel_scratch = _describe_scratch(problem, walk, operands, resident, streamed, scratch or {})
     return launch_kernel(
         make_program,
         (operands, lists),
         out_type=list(out_type),
-        scratch=_describe_scratch(problem, walk, operands, resident, streamed, scratch or {}),
-        num_programs=count_programs(problem, walk),
+        scratch=kernel_scratch._replace(turns=describe_turns() if in_turns else None),
+        num_programs=num_programs,
         name=name,
         approx_math=True,
     )
@@ -343,46 +189,140 @@ def _describe_scratch(
 
     staging = matrix_smem((NUM_COMPUTE, ROWS, walk.tile), problem.dtype)
     readers = NUM_COMPUTE // walk.rings
+    num_resident = NUM_COMPUTE * walk.resident_stages
     return _Scratch(
-        resident=tile_smem(resident, NUM_COMPUTE, ROWS),
+        resident=describe_ring(
+            tile_smem(resident, num_resident, ROWS)
+            | dict.fromkeys(_NUMBERS, plgpu.SMEM((num_resident,), jnp.int32)),
+            copies=len(resident) + 1,
+            readers=1,
+        ),
         own={**own} if problem.in_registers else {**own, "staging": staging},
-        resident_full=plgpu.Barrier(num_arrivals=len(resident), num_barriers=NUM_COMPUTE),
         rings=[
             describe_ring(tile_smem(keys, walk.slots, walk.tile), copies=len(keys), readers=readers)
             for keys in streamed
         ],
-        turns=describe_turns(),
+        turns=None,
     )
 
 
-def _take_share(
-    problem: Problem,
-    walk: Walk,
-    lists: TileLists,
-    gmem: Mapping[str, Any],
-    resident: Sequence[str],
-    scratch: _Scratch,
-    rings: Sequence[Ring],
-    warpgroup: Any,
-) -> Share:
-    """Find what a computing warpgroup works on, and load what stays of it."""
-    has_ring = walk.rings == NUM_COMPUTE
-    number = warpgroup if has_ring else 0
+def _copy(program: _Program) -> None:
+    """Find the lists of all rounds of a program, announce them, and copy their tiles."""
+    problem, walk = program.problem, program.walk
+
+    def copy_round(number, state):
+        count, used = state
+        items = [
+            find_item(problem, walk, program.lists, number * walk.rings + ring, first)
+            for ring, first in enumerate(used)
+        ]
+        for warpgroup in range(NUM_COMPUTE):
+            _copy_resident(program, items, warpgroup, count)
+        _copy_lists(program, items)
+        steps = (item.count * walk.steps_per_entry for item in items)
+        return count + 1, tuple(map(jnp.add, used, steps))
+
+    start = jnp.int32(0), (jnp.int32(0),) * walk.rings
+    count, used = program.for_each_round(copy_round, start)
+    for warpgroup in range(NUM_COMPUTE):
+        program.resident.beside(warpgroup).drain(count)
+    for number, steps in enumerate(used):
+        for ring in program.rings:
+            ring.beside(number).drain(steps)
+
+
+def _copy_resident(program: _Program, items: Sequence[Item], warpgroup: int, count: Any) -> None:
+    """Tell a warpgroup what its list is and copy what stays, after `count` rounds."""
+    ring, walk = program.resident.beside(warpgroup), program.walk
+    item = items[warpgroup % walk.rings]
+    slot = ring.claim(count)
+    common = functools.reduce(jnp.minimum, [each.count for each in items]) * walk.steps_per_entry
+    numbers = item._replace(valid=item.valid.astype(jnp.int32))._asdict()
+    ring.put(slot, common=item.first + common, **numbers)
+    start = program.find_start(item, warpgroup)
+    head = item.head if walk.parts == 1 else lax.div(item.head, jnp.int32(walk.parts))
+    for name in ring.smem:
+        if name not in _NUMBERS:
+            ring.copy(select(program.gmem[name], item, head, start, ROWS), name, slot)
+
+
+def _copy_lists(program: _Program, items: Sequence[Item]) -> None:
+    """Copy all tiles of the items of a round into their rings, as fast as they are used."""
+    walk = program.walk
+    num_steps = [item.count * walk.steps_per_entry for item in items]
+
+    def find_tile(item, step):
+        head, start, _ = locate(program.problem, walk, program.lists, item, step)
+        return head, start
+
+    def copy_step(step, upcoming):
+        following = []
+        for number, (item, steps, (head, start)) in enumerate(
+            zip(items, num_steps, upcoming, strict=True)
+        ):
+
+            @pl.when(step < steps)
+            def _(number=number, item=item, head=head, start=start):
+                for ring in program.rings:
+                    own = ring.beside(number)
+                    slot = own.claim(item.first + step)
+                    for name in own.smem:
+                        tile = select(program.gmem[name], item, head, start, walk.tile)
+                        own.copy(tile, name, slot)
+
+            # Read now what the next step needs: global memory is slow to answer.
+            following.append(find_tile(item, jnp.minimum(step + 1, jnp.maximum(steps - 1, 0))))
+        return tuple(following)
+
+    longest = functools.reduce(jnp.maximum, num_steps)
+    first = tuple(find_tile(item, jnp.int32(0)) for item in items)
+    lax.fori_loop(0, longest, copy_step, first)
+
+
+def _compute(program: _Program, warpgroup: Any, compute: Callable[[Share], None]) -> None:
+    """Compute a warpgroup's part of all rounds of a program."""
+    resident = program.resident.beside(warpgroup)
+
+    def give_back_last(count):
+        # Results are written from there.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        resident.give_back(resident.find_slot(count - 1))
+
+    def compute_round(_, count):
+        slot = resident.find_slot(count)
+        resident.wait(slot)
+        pl.when(count > 0)(lambda: give_back_last(count))
+        compute(_take_share(program, warpgroup, slot))
+        return count + 1
+
+    turns = Turns(program.turns, warpgroup)
+    turns.begin()
+    give_back_last(program.for_each_round(compute_round, jnp.int32(0)))
+    turns.end()
+
+
+def _take_share(program: _Program, warpgroup: Any, slot: Any) -> Share:
+    """Collect what a warpgroup works on in a round, from a slot of what stays."""
+    walk, resident = program.walk, program.resident.beside(warpgroup)
+    number = warpgroup if walk.rings == NUM_COMPUTE else 0
 
     def find():
-        item = find_item(problem, walk, lists, number)
-        return item, item.block * walk.block + (0 if has_ring else warpgroup * ROWS)
+        numbers = {name: resident.read(slot, name) for name in Item._fields}
+        item = Item(**numbers | {"valid": numbers["valid"] != 0})
+        return item, program.find_start(item, warpgroup)
 
-    item, start = find()
-    smem = {key: ref.at[warpgroup] for key, ref in (scratch.resident | scratch.own).items()}
-    ready = scratch.resident_full.at[warpgroup]
-    head = item.head if walk.parts == 1 else lax.div(item.head, jnp.int32(walk.parts))
-    for key in resident:
-        tile = select(gmem[key], item, head, start, ROWS)
-        plgpu.copy_gmem_to_smem(tile, smem[key], ready)
-    plgpu.barrier_wait(ready)
-    own = [ring.beside(number) for ring in rings]
-    other = find_item(problem, walk, lists, 1 - number) if has_ring else item
-    steps, others = (each.count * walk.steps_per_entry for each in (item, other))
-    turns = Turns(scratch.turns, warpgroup, steps, others)
-    return Share(problem, walk, lists, item, start, smem, own, turns, find)
+    item, _ = find()
+    # Lists of one ring are one list.
+    common = resident.read(slot, "common") if walk.rings == NUM_COMPUTE else None
+    own = {name: ref.at[warpgroup] for name, ref in program.own.items()}
+    return Share(
+        problem=program.problem,
+        walk=walk,
+        lists=program.lists,
+        find=find,
+        smem=resident.look(slot) | own,
+        rings=[ring.beside(number) for ring in program.rings],
+        turns=Turns(program.turns, warpgroup, common),
+        first=item.first,
+        end=item.first + item.count * walk.steps_per_entry,
+    )

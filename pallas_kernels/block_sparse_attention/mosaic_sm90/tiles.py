@@ -56,20 +56,27 @@ def make_mask(
     key_axis = 1 - query_axis
     conditions = []
     grain = problem.grain
-    if problem.causal or grain.rows * grain.columns > 1:
-        q_at, kv_at = (
-            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) + start
-            for axis, start in ((query_axis, query_start), (key_axis, key_start))
-        )
-        if problem.causal:
-            conditions.append(q_at >= kv_at)
-        if grain.rows * grain.columns > 1:
-            place = jnp.zeros_like(q_at)
-            if grain.rows > 1:
-                place += jnp.where((q_at & 32) != 0, 2, 0)
-            if grain.columns > 1:
-                place += jnp.where((kv_at & 32) != 0, 1, 0)
-            conditions.append(((bits >> place) & 1) != 0)
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) for axis in range(2)
+    )
+    if problem.causal:
+        # Bits 1 and 2 of a column are a thread's own, the others are constants: so a comparison
+        # takes one instruction. Behind the barrier it is made when it is needed, and not before
+        # the products, where its results would take registers.
+        own, constant = column & 6, column & ~6
+        ahead = lax.optimization_barrier(query_start - key_start)
+        if query_axis == 0:
+            conditions.append(row + ahead - own >= constant)
+        else:
+            conditions.append(constant >= row - ahead - own)
+    if grain.rows * grain.columns > 1:
+        query, key = (row, column) if query_axis == 0 else (column, row)
+        places = []
+        if grain.rows > 1:
+            places.append(jnp.where((query & 32) != 0, 2, 0))
+        if grain.columns > 1:
+            places.append(jnp.where((key & 32) != 0, 1, 0))
+        conditions.append((functools.reduce(jnp.right_shift, places, bits) & 1) != 0)
     if query_segments is not None:
         conditions.append(spread(query_segments, query_axis) == spread(key_segments, key_axis))
     seen = functools.reduce(jnp.logical_and, conditions) if conditions else None
@@ -106,12 +113,19 @@ def load_vector(smem: dict[str, Any], name: str, layout: Any) -> Any:
     return plgpu.load(smem[name], layout=layout) if name in smem else None
 
 
-def multiply(lhs: Any, rhs_smem: Any, hand_over: Callable[[], None] | None = None) -> jax.Array:
+def multiply(
+    lhs: Any,
+    rhs_smem: Any,
+    *,
+    start: jax.Array | None = None,
+    hand_over: Callable[[], None] | None = None,
+) -> jax.Array:
     """Multiply two matrices on the tensor cores, and wait.
 
     Args:
       lhs: [64, X], a reference to shared memory, or in registers.
       rhs_smem: reference, [X, Y].
+      start: f32[64, Y], what the product is added to; None for 0.
       hand_over: is called when the product is started.
 
     Returns:
@@ -119,6 +133,8 @@ def multiply(lhs: Any, rhs_smem: Any, hand_over: Callable[[], None] | None = Non
     """
 
     def run(acc):
+        if start is not None:
+            acc[...] = start
         plgpu.wgmma(acc, lhs, rhs_smem)
         if hand_over is not None:
             hand_over()
@@ -132,6 +148,7 @@ def multiply(lhs: Any, rhs_smem: Any, hand_over: Callable[[], None] | None = Non
 def multiply_both(
     first: tuple[Any, Any],
     second: tuple[Any, Any],
+    start: jax.Array,
     use_first: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Multiply two pairs of matrices, and use the first product while the second is computed.
@@ -139,14 +156,16 @@ def multiply_both(
     Args:
       first: pair of references, [64, X] and [X, Y].
       second: pair of references, [64, Z] and [Z, Y].
+      start: f32[64, Y], what the second product is added to.
       use_first: function of the first product.
 
     Returns:
-      tuple of what `use_first` returned, and the second product, f32[64, Y].
+      tuple of what `use_first` returned, and the second sum, f32[64, Y].
     """
     shapes = [(lhs.shape[0], rhs.shape[1]) for lhs, rhs in (first, second)]
 
     def run(acc, other_acc):
+        other_acc[...] = start
         plgpu.wgmma(acc, *first)
         plgpu.wgmma(other_acc, *second)
         used = use_first(plgpu.wgmma_accumulator_load(acc, wait_n=1))

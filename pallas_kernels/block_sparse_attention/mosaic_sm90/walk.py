@@ -4,9 +4,9 @@ A list belongs to one block of the side that stays in shared memory, the *reside
 for the output and dQ, keys for dK and dV. Its entries are blocks of the other side, which are
 *streamed* tile by tile. A step computes one tile.
 
-*Order.* Programs start in the order of `TileLists`: very long lists first, then one head after
-the other with long lists first. The hardware starts a program wherever one has ended, so uneven
-lists leave no processor idle, and a head's keys stay in the cache while it is worked on.
+*Order.* Lists are taken in the order of `TileLists`: very long ones first, then one head after the
+other with long lists first, so that a head's keys stay in the cache while it is worked on. A
+program that stays takes several, in rounds (`launch.for_each_tile`).
 
 *Parts.* Several query heads may read one key head. Where dK and dV would otherwise have too few
 work items for the device, the group is split in equal parts with an item each: see `choose_parts`.
@@ -16,6 +16,7 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,6 +97,8 @@ class Walk(NamedTuple):
       pieces: int, tiles of one list entry.
       repeats: int, how often a list is walked: once for each query head that reads it.
       stages: int, tiles of a ring.
+      resident_stages: int, lists whose resident tiles are in shared memory: those of the next one
+        are copied ahead if there are two.
     """
 
     over_queries: bool
@@ -109,6 +112,12 @@ class Walk(NamedTuple):
     pieces: int
     repeats: int
     stages: int
+    resident_stages: int
+
+    @property
+    def stays(self) -> bool:
+        """Whether a program goes on with the next lists after its first."""
+        return self.resident_stages > 1
 
     @property
     def rings(self) -> int:
@@ -192,10 +201,10 @@ def make_walk(
     mask_heads = 1 if problem.mask_heads == 1 else heads
     members = 1 if over_queries else problem.group // parts
     rings = NUM_COMPUTE if block == ROWS else 1
-    for tile in (128, 64):
+    for tile, resident_stages in itertools.product((128, 64), (2, 1)):
         staging_bytes = 0 if problem.in_registers else 2 * tile
         free = SHARED_MEMORY_BYTES - SPARE_BYTES
-        free -= NUM_COMPUTE * ROWS * (resident_bytes + staging_bytes)
+        free -= NUM_COMPUTE * ROWS * (resident_stages * resident_bytes + staging_bytes)
         stages = min(free // (rings * tile * streamed_bytes), _MAX_STAGES)
         if tile <= min(max_tile, streamed_block) and stages >= 2:
             return Walk(
@@ -210,6 +219,7 @@ def make_walk(
                 pieces=streamed_block // tile,
                 repeats=members if problem.mask_heads == 1 else 1,
                 stages=stages,
+                resident_stages=resident_stages,
             )
     raise NotImplementedError(
         f"at head dim {problem.head_dim}, two tiles of 64 positions for each of {rings} lists do "
@@ -228,6 +238,7 @@ class Item(NamedTuple):
       block: int32, resident block.
       count: int32, entries on the list; 0 if not valid.
       num_leading: int32, see `TileLists`.
+      first: int32, steps that its ring takes before those of the list, in earlier rounds.
     """
 
     valid: jax.Array
@@ -237,24 +248,25 @@ class Item(NamedTuple):
     block: jax.Array
     count: jax.Array
     num_leading: jax.Array
+    first: jax.Array
 
 
-def count_programs(problem: Problem, walk: Walk) -> int:
-    """Return the size of the grid: one program for each `walk.rings` items."""
+def count_rounds(problem: Problem, walk: Walk) -> int:
+    """Return how many rounds all programs take together. A round takes `walk.rings` items."""
     return -(-problem.batch * walk.heads * walk.num_blocks // walk.rings)
 
 
-def find_item(problem: Problem, walk: Walk, lists: TileLists, ring: Any) -> Item:
-    """Find the item of one ring of this program.
+def find_item(problem: Problem, walk: Walk, lists: TileLists, index: Any, first: Any) -> Item:
+    """Find an item.
 
     Args:
       lists: TileLists of references to global memory.
-      ring: int or int32, which ring.
+      index: int32, which, in the order in which they are taken.
+      first: int32, see `Item`.
     """
     num_units = problem.mask_batch * walk.mask_heads * walk.num_blocks
     head_copies = walk.heads // walk.mask_heads
     copies = problem.batch // problem.mask_batch * head_copies
-    index = lax.axis_index("program") * walk.rings + ring
     valid = index < num_units * copies
     index = jnp.where(valid, index, 0)
     num_long = lists.num_long[0]
@@ -274,6 +286,7 @@ def find_item(problem: Problem, walk: Walk, lists: TileLists, ring: Any) -> Item
         block=block,
         count=jnp.where(valid, lists.counts[unit], 0),
         num_leading=jnp.where(valid, lists.num_leading[unit], 0),
+        first=first,
     )
 
 
@@ -284,7 +297,7 @@ def locate(
 
     Args:
       lists: TileLists of references to global memory.
-      step: int32, of those that `walk_list` takes.
+      step: int32, of those of the item.
 
     Returns:
       tuple of int32, the streamed head, the first position of the tile, and the kept bits of its
@@ -318,7 +331,7 @@ def locate(
 def walk_list(
     problem: Problem,
     walk: Walk,
-    item: Item,
+    ends: tuple[Any, Any, Any],
     step: Callable[..., Any],
     state: Any,
     *,
@@ -327,6 +340,7 @@ def walk_list(
     """Take all steps of a list, in one loop with a mask and one without, as far as needed.
 
     Args:
+      ends: int32, the first step, that after the leading entries, and that after the last.
       step: function (int32, state, masked=bool) -> state.
       state: what the steps carry.
       first_step: as `step`, takes its place in the first step of the list.
@@ -334,15 +348,18 @@ def walk_list(
     Returns:
       state after the last step.
     """
-    first, last = (n * walk.steps_per_entry for n in (item.num_leading, item.count))
-    for begin, end, leading in ((0, first, True), (first, last, False)):
+    first, middle, last = ends
+    if not problem.all_masked and not problem.causal:
+        # All entries are of the kind that needs no mask.
+        middle = last if walk.over_queries else first
+    for begin, end, leading in ((first, middle, True), (middle, last, False)):
         # Lists of query blocks begin with tiles that need no mask, lists of key blocks end so.
         masked = leading != walk.over_queries
         if not ((problem.all_masked or problem.causal) if masked else not problem.all_masked):
             continue
         if first_step is not None:
             take = functools.partial(first_step, masked=masked)
-            state = lax.fori_loop(begin, jnp.minimum(end, 1), take, state)
-            begin = jnp.maximum(begin, 1)
+            state = lax.fori_loop(begin, jnp.minimum(end, first + 1), take, state)
+            begin = jnp.maximum(begin, first + 1)
         state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
     return state
