@@ -117,15 +117,21 @@ def test_contract_rejects_broken_lists_and_scale(broken):
 
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
-@pytest.mark.parametrize("missing", [0, 3, 6], ids=["slot_reused", "keys_read", "values_read"])
-def test_contract_rejects_a_missing_barrier(missing, monkeypatch):
-    # In a program with one ring, barriers are awaited in the order: two of the copying
-    # warpgroup for slots it uses again; of a computing one queries, the first keys, its turn and
-    # the next keys in the first step, and values in the others.
+@pytest.mark.parametrize(
+    ("missing", "rounds"),
+    [(0, 3), (2, 1), (9, 1), (12, 1)],
+    ids=["queries_overwritten", "keys_overwritten", "keys_read", "values_read"],
+)
+def test_contract_rejects_a_missing_barrier(missing, rounds, monkeypatch):
+    # In a program with one ring, barriers are awaited in the order: of the copying warpgroup, slots
+    # that it uses again, for queries of either warpgroup, keys and values, and the same at the end;
+    # of a computing one queries, the first keys, its turn and the next keys in the first step, and
+    # values in the others.
     miss_barrier(monkeypatch, missing)
-    case = _change(block_q=128, num_queries=128, num_keys=640)
+    # Two programs take as many rounds.
+    case = _change(block_q=128, num_queries=2 * 128 * rounds, num_keys=640)
     q, k, v = case.inputs()
-    mask = jnp.ones((1, 1, 1, 10), bool)
+    mask = jnp.ones((1, 1, 2 * rounds, 10), bool)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
         jax.block_until_ready(jax.jit(functools.partial(_attend, **case.options))(q, k, v, mask))
 

@@ -19,7 +19,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import (
     make_order,
     make_query_lists,
 )
-from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import count_programs, find_item
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import count_rounds, find_item
 
 
 @functools.partial(
@@ -115,13 +115,10 @@ def test_programs_find_every_list_once_and_start_with_the_long_ones(masks, block
     options = {"causal": False, "all_masked": False}
     lists = make_query_lists(make_block_schedule(jnp.asarray(mask)), problem.grain, **options)
 
-    def find(_):
-        items = [find_item(problem, walk, lists, ring) for ring in range(walk.rings)]
-        return jax.tree.map(lambda *x: jnp.stack(x), *items)
-
-    found = jax.vmap(find, axis_name="program")(jnp.arange(count_programs(problem, walk)))
-    found = jax.tree.map(lambda x: np.asarray(x).reshape(-1), found)
-    # 153 items: the last program of two lists has one.
+    indices = jnp.arange(count_rounds(problem, walk) * walk.rings)
+    found = jax.vmap(lambda index: find_item(problem, walk, lists, index, jnp.int32(0)))(indices)
+    found = jax.tree.map(np.asarray, found)
+    # 153 items: the last round of two lists has one.
     assert found.count[~found.valid].tolist() == [0] * (block_q == 64)
     places = (found.batch, found.head, found.block)
     items = list(zip(*(x[found.valid].tolist() for x in places), strict=True))

@@ -31,6 +31,7 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.share import (
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import (
     LOG2_E,
+    Start,
     load_vector,
     make_mask,
     multiply,
@@ -180,7 +181,7 @@ def _add_to_dq(share: Share, rows: _Rows, index: Any, dq: jax.Array, *, masked: 
     p, dp = multiply_both(
         (share.smem["q"], k_smem.transpose((1, 0))),
         (share.smem["d_out"], v_smem.transpose((1, 0))),
-        lax.broadcast_in_dim(rows.minus_delta, (ROWS, share.walk.tile), [0]),
+        _spread(share, rows.minus_delta, axis=0),
         probabilities,
     )
     values.give_back(slot)
@@ -209,6 +210,12 @@ def _exponentials(share: Share, s: jax.Array, lse: jax.Array, *, axis: int) -> j
     """Return exp(s - lse); queries lie on an axis of the tile."""
     scale = share.problem.scale * LOG2_E
     return jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [axis]))
+
+
+def _spread(share: Share, minus_delta: jax.Array, *, axis: int) -> Start:
+    """Spread -delta of queries, which lie on an axis of the tile, over a tile of logits."""
+    value = lax.broadcast_in_dim(minus_delta, (ROWS, share.walk.tile), [axis])
+    return Start(value, is_added_last=not share.problem.in_registers)
 
 
 def attention_backward_keys(
@@ -278,18 +285,17 @@ def _add_to_dk_dv(
         share.wait_ahead(index + 1, queries, outs)
         return p
 
-    def minus_deltas():
-        vector = load_vector(tile, "minus_delta", BY_COLUMN)
-        return lax.broadcast_in_dim(vector, (ROWS, share.walk.tile), [1])
+    def start():
+        return _spread(share, load_vector(tile, "minus_delta", BY_COLUMN), axis=1)
 
-    if masked:
+    if masked and share.problem.head_dim == 128:
         # One product after the other: a mask needs the registers of the second.
         p = probabilities(multiply(*logits))
         (dv,) = multiply_add([(dv, p.astype(d_out_smem.dtype), d_out_smem)], staging)
-        ds = p * multiply(*d_probabilities, start=minus_deltas())
+        ds = p * multiply(*d_probabilities, start=start())
         (dk,) = multiply_add([(dk, ds.astype(q_smem.dtype), q_smem)], staging)
     else:
-        p, dp = multiply_both(logits, d_probabilities, minus_deltas(), probabilities)
+        p, dp = multiply_both(logits, d_probabilities, start(), probabilities)
         products = [(dv, p, d_out_smem), (dk, p * dp, q_smem)]
         dv, dk = multiply_add(
             [(acc, lhs.astype(rhs.dtype), rhs) for acc, lhs, rhs in products], staging

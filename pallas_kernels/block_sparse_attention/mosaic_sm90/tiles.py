@@ -6,7 +6,7 @@ Letters: B T S N K H I J as everywhere (`sparsejax.types`).
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -113,11 +113,32 @@ def load_vector(smem: dict[str, Any], name: str, layout: Any) -> Any:
     return plgpu.load(smem[name], layout=layout) if name in smem else None
 
 
+class Start(NamedTuple):
+    """What a product is added to.
+
+    Attributes:
+      value: f32[64, Y].
+      is_added_last: bool, and not summed up from there, as the interpreter needs it.
+    """
+
+    value: jax.Array
+    is_added_last: bool
+
+    def put(self, acc: Any) -> None:
+        """Put the value into the accumulator of a product that is still to be started."""
+        if not self.is_added_last:
+            acc[...] = self.value
+
+    def add(self, product: jax.Array) -> jax.Array:
+        """Return the sum, of what the accumulator holds in the end."""
+        return product + self.value if self.is_added_last else product
+
+
 def multiply(
     lhs: Any,
     rhs_smem: Any,
     *,
-    start: jax.Array | None = None,
+    start: Start | None = None,
     hand_over: Callable[[], None] | None = None,
 ) -> jax.Array:
     """Multiply two matrices on the tensor cores, and wait.
@@ -125,7 +146,7 @@ def multiply(
     Args:
       lhs: [64, X], a reference to shared memory, or in registers.
       rhs_smem: reference, [X, Y].
-      start: f32[64, Y], what the product is added to; None for 0.
+      start: what the product is added to; None for 0.
       hand_over: is called when the product is started.
 
     Returns:
@@ -134,11 +155,11 @@ def multiply(
 
     def run(acc):
         if start is not None:
-            acc[...] = start
+            start.put(acc)
         plgpu.wgmma(acc, lhs, rhs_smem)
         if hand_over is not None:
             hand_over()
-        return acc[...]
+        return acc[...] if start is None else start.add(acc[...])
 
     return pl.run_scoped(
         run, plgpu.WGMMAAccumulatorRef((lhs.shape[0], rhs_smem.shape[1]), jnp.float32)
@@ -148,7 +169,7 @@ def multiply(
 def multiply_both(
     first: tuple[Any, Any],
     second: tuple[Any, Any],
-    start: jax.Array,
+    start: Start,
     use_first: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Multiply two pairs of matrices, and use the first product while the second is computed.
@@ -156,7 +177,7 @@ def multiply_both(
     Args:
       first: pair of references, [64, X] and [X, Y].
       second: pair of references, [64, Z] and [Z, Y].
-      start: f32[64, Y], what the second product is added to.
+      start: what the second product is added to.
       use_first: function of the first product.
 
     Returns:
@@ -165,11 +186,11 @@ def multiply_both(
     shapes = [(lhs.shape[0], rhs.shape[1]) for lhs, rhs in (first, second)]
 
     def run(acc, other_acc):
-        other_acc[...] = start
+        start.put(other_acc)
         plgpu.wgmma(acc, *first)
         plgpu.wgmma(other_acc, *second)
         used = use_first(plgpu.wgmma_accumulator_load(acc, wait_n=1))
-        return used, other_acc[...]
+        return used, start.add(other_acc[...])
 
     return pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes))
 
