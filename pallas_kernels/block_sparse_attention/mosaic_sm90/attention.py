@@ -33,7 +33,11 @@ from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import (
     make_query_lists,
 )
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import LOG2_E
-from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import Problem, choose_parts
+from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
+    Problem,
+    choose_parts,
+    count_copies,
+)
 from pallas_kernels.block_sparse_attention.softmax_rules import count_visible
 from pallas_kernels.dispatch import check_hopper, count_processors, is_interpreted
 
@@ -155,7 +159,11 @@ def _forward(q, k, v, schedule, kv_mask, segment_ids, problem):
         ).astype(jnp.float32)
         num_visible = jnp.broadcast_to(num_visible, (problem.batch, problem.num_queries))
     query_lists = make_query_lists(
-        schedule, problem.grain, causal=problem.causal, all_masked=problem.all_masked
+        schedule,
+        problem.grain,
+        causal=problem.causal,
+        all_masked=problem.all_masked,
+        copies=count_copies(problem, make_forward_walk(problem)),
     )
     out, lse_BNT = attention_forward(
         q, k, v, query_lists, kv_mask, segment_ids, num_visible, problem
@@ -197,6 +205,7 @@ def _attention_bwd(problem, residuals, cotangents):
         causal=problem.causal,
         all_masked=problem.all_masked,
         group=key_walk.members if problem.mask_heads > 1 else 1,
+        copies=count_copies(problem, key_walk),
     )
     dk, dv = attention_backward_keys(operands, key_lists, problem, key_walk)
     return dq, dk, dv, None, None, None

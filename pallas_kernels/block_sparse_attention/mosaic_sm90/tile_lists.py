@@ -1,4 +1,4 @@
-"""Block lists as the Hopper kernels read them: flat, with masked tiles apart, longest first.
+"""Block lists as the Hopper kernels read them: flat, with masked tiles apart, and in which order.
 
 A *tile block* is what one step of a list covers. It is a block of the pattern, or four blocks of
 32 by 32 positions (two, if one side is wider): tensor cores work on 64 rows at a time. Which of
@@ -36,15 +36,13 @@ class TileLists:
       num_leading: int32[U], how many stand before those of the other kind: the lists of query
         blocks begin with tiles that need no mask, those of key blocks with tiles that need one.
       entries: int32[U, P], see `BITS`.
-      order: int32[U], units in the order in which they are to be started.
-      num_long: int32[1], units at the head of `order` that are much longer than the mean.
+      order: int32[copies * U], in which order they are to be walked, see `make_order`.
     """
 
     counts: jax.Array
     num_leading: jax.Array
     entries: jax.Array
     order: jax.Array
-    num_long: jax.Array
 
 
 class Grain(NamedTuple):
@@ -82,7 +80,7 @@ def make_grain(block_q: int, block_kv: int) -> Grain:
 
 
 def make_query_lists(
-    schedule: BlockSchedule, grain: Grain, *, causal: bool, all_masked: bool
+    schedule: BlockSchedule, grain: Grain, *, causal: bool, all_masked: bool, copies: int = 1
 ) -> TileLists:
     """List the tile blocks of keys that each tile block of queries visits.
 
@@ -92,6 +90,8 @@ def make_query_lists(
       grain: Grain of the pattern.
       causal: bool, tiles that the diagonal crosses need a mask.
       all_masked: bool, every tile needs a mask.
+      copies: int, how often the lists of all masks are walked, each time for other heads or
+        examples.
 
     Returns:
       TileLists of U = M * I units, tiles without a mask first.
@@ -99,11 +99,17 @@ def make_query_lists(
     schedule, bits = _coarsen(schedule, grain)
     counts, indices = schedule.kv_counts, schedule.kv_indices
     clear = _count_listed(counts, indices, lambda i, j: _below_diagonal(i, j, grain))
-    return _pack(counts, indices, bits, _leading(counts, clear, causal, all_masked))
+    return _pack(counts, indices, bits, _leading(counts, clear, causal, all_masked), copies)
 
 
 def make_key_lists(
-    schedule: BlockSchedule, grain: Grain, *, causal: bool, all_masked: bool, group: int
+    schedule: BlockSchedule,
+    grain: Grain,
+    *,
+    causal: bool,
+    all_masked: bool,
+    group: int,
+    copies: int = 1,
 ) -> TileLists:
     """List the tile blocks of queries that visit each tile block of keys.
 
@@ -117,6 +123,7 @@ def make_key_lists(
       all_masked: bool, every tile needs a mask.
       group: int, if masks differ by head, the query heads of a key head or an equal part of them;
         else 1.
+      copies: int, as for `make_query_lists`.
 
     Returns:
       TileLists of U = M / group * J units, tiles with a mask first.
@@ -128,35 +135,28 @@ def make_key_lists(
     leading = _leading(counts, crossed, causal, all_masked, masked_first=True)
     if group > 1:
         counts, indices, bits, leading = _join_heads(counts, indices, bits, leading, group)
-    return _pack(counts, indices, bits, leading)
+    return _pack(counts, indices, bits, leading, copies)
 
 
-def make_order(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Order lists so that none is started late, and neighbours mostly stay together.
+def make_order(counts: jax.Array, copies: int) -> jax.Array:
+    """Order lists so that none is started late, and neighbours stay together where they can.
 
-    Lists fall into classes by the power of two of their length; longer classes come first, and
-    within a class the order stays, because neighbours share keys in the cache.
+    The longest come first. Of equal lists, those of one copy come before those of the next, each in
+    the order of its blocks: where all are equal, a head's keys stay in the cache while it is worked
+    on.
 
     Args:
       counts: int32[U], lengths.
+      copies: int, how often each list is walked.
 
     Returns:
-      tuple of int32[U], the order, and int32[1], how many at its head are in a class at least
-      two above that of the mean.
+      int32[copies * U], numbers `copy * U + unit`.
 
     Example:
-      >>> order, num_long = make_order(jnp.array([3, 1, 40, 2]))
-      >>> order.tolist(), num_long.tolist()
-      ([2, 0, 3, 1], [1])
+      >>> make_order(jnp.array([3, 1, 3]), 2).tolist()
+      [0, 2, 3, 5, 1, 4]
     """
-    classes = _size_class(counts)
-    mean = jnp.ceil(counts.mean(dtype=jnp.float32)).astype(jnp.int32)
-    num_long = (classes > _size_class(mean) + 1).sum(dtype=jnp.int32)
-    return jnp.argsort(-classes, stable=True).astype(jnp.int32), num_long[None]
-
-
-def _size_class(count):
-    return 32 - jax.lax.clz(jnp.asarray(count, jnp.int32))
+    return jnp.argsort(-jnp.tile(counts, copies), stable=True).astype(jnp.int32)
 
 
 def _coarsen(schedule, grain):
@@ -212,15 +212,13 @@ def _join_heads(counts, indices, bits, leading, group):
     return by_group(counts).sum(axis=-1), joined, bits, by_group(leading).sum(axis=-1)
 
 
-def _pack(counts, indices, bits, leading):
+def _pack(counts, indices, bits, leading, copies):
     entries = indices * BITS
     if bits is not None:
         entries += jnp.take_along_axis(bits, indices, axis=-1)
-    order, num_long = make_order(counts.reshape(-1))
     return TileLists(
         counts=counts.reshape(-1),
         num_leading=leading.reshape(-1),
         entries=entries.reshape(-1, entries.shape[-1]),
-        order=order,
-        num_long=num_long,
+        order=make_order(counts.reshape(-1), copies),
     )

@@ -4,9 +4,9 @@ A list belongs to one block of the side that stays in shared memory, the *reside
 for the output and dQ, keys for dK and dV. Its entries are blocks of the other side, which are
 *streamed* tile by tile. A step computes one tile.
 
-*Order.* Lists are taken in the order of `TileLists`: very long ones first, then one head after the
-other with long lists first, so that a head's keys stay in the cache while it is worked on. A
-program that stays takes several, in rounds (`launch.for_each_tile`).
+*Order.* Lists are taken in the order of `TileLists`: the longest first, and equal ones head by
+head. A program that stays takes several, in rounds that go back and forth (`launch.for_each_tile`):
+whoever has the longest of one round has the shortest of the next.
 
 *Parts.* Several query heads may read one key head. Where dK and dV would otherwise have too few
 work items for the device, the group is split in equal parts with an item each: see `choose_parts`.
@@ -251,6 +251,11 @@ class Item(NamedTuple):
     first: jax.Array
 
 
+def count_copies(problem: Problem, walk: Walk) -> int:
+    """Return how often the lists of all masks are walked, for all examples and heads together."""
+    return problem.batch // problem.mask_batch * (walk.heads // walk.mask_heads)
+
+
 def count_rounds(problem: Problem, walk: Walk) -> int:
     """Return how many rounds all programs take together. A round takes `walk.rings` items."""
     return -(-problem.batch * walk.heads * walk.num_blocks // walk.rings)
@@ -265,18 +270,10 @@ def find_item(problem: Problem, walk: Walk, lists: TileLists, index: Any, first:
       first: int32, see `Item`.
     """
     num_units = problem.mask_batch * walk.mask_heads * walk.num_blocks
+    valid = index < num_units * count_copies(problem, walk)
+    place = lists.order[jnp.where(valid, index, 0)]
+    copy, unit = lax.div(place, num_units), lax.rem(place, num_units)
     head_copies = walk.heads // walk.mask_heads
-    copies = problem.batch // problem.mask_batch * head_copies
-    valid = index < num_units * copies
-    index = jnp.where(valid, index, 0)
-    num_long = lists.num_long[0]
-    is_long = index < num_long * copies
-    # Copies are batch entries and heads that share their lists: one after the other.
-    span = jnp.where(is_long, num_long, num_units - num_long)
-    offset = jnp.where(is_long, 0, num_long)
-    index = index - offset * copies
-    copy = lax.div(index, span)
-    unit = lists.order[offset + lax.rem(index, span)]
     mask, block = lax.div(unit, walk.num_blocks), lax.rem(unit, walk.num_blocks)
     return Item(
         valid=valid,
