@@ -61,11 +61,11 @@ def test_nobody_waits_for_ever_and_no_arrival_is_missed(rounds, ahead, monkeypat
 
 
 def test_equal_lists_need_no_end_and_no_barriers_mean_no_turns(monkeypatch):
-    def list_events(warpgroup, *args):
+    def list_events(warpgroup, barriers):
         events = []
         monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: events.append(barrier))
         monkeypatch.setattr(plgpu, "barrier_arrive", lambda barrier: events.append(barrier))
-        turns = Turns(*args, warpgroup)
+        turns = Turns(barriers, warpgroup)
         turns.begin()
         turns.take(100)
         turns.hand_over(100)

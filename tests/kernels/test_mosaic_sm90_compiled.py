@@ -182,8 +182,8 @@ def test_tensor_cores_do_the_products_and_nothing_else(head_dim, products):
     instructions = {name: kernel.sass.count("HGMMA") for name, kernel in count.items()}
     names = ("forward", "backward_queries", "backward_keys")
     assert instructions == dict(zip(names, products, strict=True))
-    # A group for each product; of the forward kernel the first step and the values of the last, too,
-    # which are loops taken once.
+    # A group for each product; of the forward kernel also the first step and the values of the
+    # last, loops that are taken once.
     groups = {
         name: [loop.groups for loop in find_loops(parse(kernel.sass))]
         for name, kernel in count.items()
