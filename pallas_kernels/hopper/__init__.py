@@ -21,7 +21,7 @@ the copying warpgroup waits until every slot that it filled is free.
 copies a part of it to all (multicast), so that the second-level cache is read once for all of them.
 A slot is free when nothing reads it in any of the programs, for each fills the slots of all.
 
-*Staying programs.* Some kernels start as many programs as the GPU has processors. Each takes tile
+*Staying programs.* Most kernels start as many programs as the GPU has processors. Each takes tile
 after tile of the result, and the ring runs on while a tile is written (`launch.for_each_tile`).
 
 What a step reads and computes is the op's own: this package knows none of them.
