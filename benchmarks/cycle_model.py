@@ -112,6 +112,8 @@ class Prediction(NamedTuple):
       l2_share: float, of the rate of the second-level cache, while turns go on.
       seconds: float, of the kernel.
       flops_per_second: float, of all operations that it executes.
+      start_clocks: float, that reads of global memory take before the first product.
+      between_clocks: float, from the last product of a tile to the first of the next.
     """
 
     clocks: Mapping[str, float]
@@ -122,6 +124,8 @@ class Prediction(NamedTuple):
     l2_share: float
     seconds: float
     flops_per_second: float
+    start_clocks: float
+    between_clocks: float
 
 
 def count(turn: Turn) -> Counts:
@@ -176,6 +180,8 @@ def predict(loop: MainLoop, plan: Plan, gpu: GpuTarget) -> Prediction:
         l2_share=l2_seconds / turn_seconds,
         seconds=seconds,
         flops_per_second=plan.tiles * plan.flops / seconds,
+        start_clocks=start_clocks,
+        between_clocks=_count_clocks_between(plan),
     )
 
 

@@ -30,7 +30,8 @@ _HEAD = """**Predictions: nothing was run.** By a model of one turn of each kern
 Clocks are of a turn of all computing warpgroups of a program. The path is what a turn takes if
 tiles are always there in time; two numbers are the least and the most, by how warpgroups that
 nothing orders happen to begin. Where the path is longer than the busiest resource by more than a
-tenth, waits are the bound.
+tenth, waits are the bound. A tile takes so many turns. What it takes to start is paid for every
+tile, or once by programs that stay; what is between tiles, for every tile.
 
 """
 
@@ -50,6 +51,8 @@ def _describe(prediction: Prediction) -> dict[str, Any]:
         "bound": prediction.bound,
         "l2_share": round(prediction.l2_share, 3),
         "turns": round(prediction.turns, 2),
+        "start_clocks": round(prediction.start_clocks),
+        "between_clocks": round(prediction.between_clocks),
     }
 
 
@@ -110,6 +113,9 @@ TABLE = (
     Column("exponentials", _clocks("exponentials")),
     Column("issue", _clocks("issue")),
     Column("path", _path),
+    Column("turns", lambda r: f"{r['values']['prediction']['turns']:.3g}"),
+    Column("to start", lambda r: f"{r['values']['prediction']['start_clocks']}"),
+    Column("between tiles", lambda r: f"{r['values']['prediction']['between_clocks']}"),
     Column("of the L2 rate", lambda r: f"{r['values']['prediction']['l2_share']:.0%}"),
     Column("GHz", lambda r: f"{r['values']['prediction']['clock_ghz']:.2f}"),
     Column("bound", lambda r: r["values"]["prediction"]["bound"]),

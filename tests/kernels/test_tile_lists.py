@@ -113,8 +113,11 @@ def test_rounds_find_every_list_once_and_begin_with_the_longest(masks, block_q):
     lists = make_query_lists(make_block_schedule(jnp.asarray(mask)), problem.grain, **options)
 
     indices = jnp.arange(count_rounds(problem, walk) * walk.rings)
-    found = jax.vmap(lambda index: find_item(problem, walk, lists, index, jnp.int32(0)))(indices)
+    heads = lists.list_heads()
+    found, first = jax.vmap(lambda i: find_item(problem, walk, heads, i, jnp.int32(0)))(indices)
     found = jax.tree.map(np.asarray, found)
+    some = found.count > 0
+    np.testing.assert_array_equal(first[some], lists.entries[found.unit[some], 0])
     # 153 items: the last round of two lists has one.
     assert found.count[~found.valid].tolist() == [0] * (block_q == 64)
     places = (found.batch, found.head, found.block)

@@ -71,7 +71,8 @@ class _Program(NamedTuple):
     """What the warpgroups of a program share.
 
     Attributes:
-      lists: TileLists of references to global memory.
+      heads: reference to what `TileLists.list_heads` returned, in global memory.
+      entries: reference to those of `TileLists`.
       gmem: name -> reference to global memory.
       own: name -> reference [2, ...], memory of each computing warpgroup.
       resident: the first warpgroup's Ring of what stays while a list is walked.
@@ -83,7 +84,8 @@ class _Program(NamedTuple):
 
     problem: Problem
     walk: Walk
-    lists: TileLists
+    heads: Any
+    entries: Any
     gmem: dict[str, Any]
     own: dict[str, Any]
     resident: Ring
@@ -141,11 +143,12 @@ def launch(
         num_programs = min(num_programs, count_processors())
 
     def make_program(inputs, outputs, scratch):
-        gmem, lists = inputs
+        gmem, heads, entries = inputs
         program = _Program(
             problem,
             walk,
-            lists,
+            heads,
+            entries,
             gmem,
             scratch.own,
             resident=Ring(*scratch.resident, stages=walk.resident_stages),
@@ -162,7 +165,7 @@ def launch(
     kernel_scratch = _describe_scratch(problem, walk, operands, resident, streamed, scratch or {})
     return launch_kernel(
         make_program,
-        (operands, lists),
+        (operands, lists.list_heads(), lists.entries),
         out_type=list(out_type),
         scratch=kernel_scratch._replace(turns=describe_turns() if in_turns else None),
         num_programs=num_programs,
@@ -212,13 +215,14 @@ def _copy(program: _Program) -> None:
 
     def copy_round(number, state):
         count, used = state
-        items = [
-            find_item(problem, walk, program.lists, number * walk.rings + ring, first)
+        found = [
+            find_item(problem, walk, program.heads, number * walk.rings + ring, first)
             for ring, first in enumerate(used)
         ]
+        items = [item for item, _ in found]
         for warpgroup in range(NUM_COMPUTE):
             _copy_resident(program, items, warpgroup, count)
-        _copy_lists(program, items)
+        _copy_lists(program, found)
         steps = (item.count * walk.steps_per_entry for item in items)
         return count + 1, tuple(map(jnp.add, used, steps))
 
@@ -246,13 +250,20 @@ def _copy_resident(program: _Program, items: Sequence[Item], warpgroup: int, cou
             ring.copy(select(program.gmem[name], item, head, start, ROWS), name, slot)
 
 
-def _copy_lists(program: _Program, items: Sequence[Item]) -> None:
-    """Copy all tiles of the items of a round into their rings, as fast as they are used."""
+def _copy_lists(program: _Program, found: Sequence[tuple[Item, Any]]) -> None:
+    """Copy all tiles of the items of a round into their rings, as fast as they are used.
+
+    Args:
+      found: items, each with its first entry.
+    """
     walk = program.walk
+    items = [item for item, _ in found]
     num_steps = [item.count * walk.steps_per_entry for item in items]
 
-    def find_tile(item, step):
-        head, start, _ = locate(program.problem, walk, program.lists, item, step)
+    def find_tile(item, step, first_entry=None):
+        head, start, _ = locate(
+            program.problem, walk, program.entries, item, step, first_entry=first_entry
+        )
         return head, start
 
     def copy_step(step, upcoming):
@@ -275,7 +286,7 @@ def _copy_lists(program: _Program, items: Sequence[Item]) -> None:
         return tuple(following)
 
     longest = functools.reduce(jnp.maximum, num_steps)
-    first = tuple(find_tile(item, jnp.int32(0)) for item in items)
+    first = tuple(find_tile(item, jnp.int32(0), entry) for item, entry in found)
     lax.fori_loop(0, longest, copy_step, first)
 
 
@@ -318,7 +329,7 @@ def _take_share(program: _Program, warpgroup: Any, slot: Any) -> Share:
     return Share(
         problem=program.problem,
         walk=walk,
-        lists=program.lists,
+        entries=program.entries,
         find=find,
         smem=resident.look(slot) | own,
         rings=[ring.beside(number) for ring in program.rings],

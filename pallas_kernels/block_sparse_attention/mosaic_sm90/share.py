@@ -10,7 +10,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import TileLists
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import load_vector, make_mask
 from pallas_kernels.block_sparse_attention.mosaic_sm90.walk import (
     Item,
@@ -43,7 +42,7 @@ class Share(NamedTuple):
     """What one computing warpgroup works on: a list, and rows of the block that it belongs to.
 
     Attributes:
-      lists: TileLists of references to global memory.
+      entries: reference to those of `TileLists`, in global memory.
       find: function () -> (Item, int32), the list, and the position of the first row, read from
         shared memory: whoever needs them after the last step need not hold them in registers.
       smem: name -> reference [64, ...]: what is resident, loaded, and scratch memory.
@@ -55,7 +54,7 @@ class Share(NamedTuple):
 
     problem: Problem
     walk: Walk
-    lists: TileLists
+    entries: Any
     find: Callable[[], tuple[Item, Any]]
     smem: dict[str, Any]
     rings: Sequence[Ring]
@@ -76,7 +75,7 @@ class Share(NamedTuple):
         """
         item, rows_start = self.find()
         step = step - item.first
-        _, tile_start, bits = locate(self.problem, self.walk, self.lists, item, step)
+        _, tile_start, bits = locate(self.problem, self.walk, self.entries, item, step)
         return Place(rows_start, tile_start, bits)
 
     def wait_ahead(self, step: Any, *rings: Ring) -> None:

@@ -44,6 +44,17 @@ class TileLists:
     entries: jax.Array
     order: jax.Array
 
+    def list_heads(self) -> jax.Array:
+        """List what a program must know to begin with a list, so that one read finds it all.
+
+        Returns:
+          int32[copies * U, 4], in the order: the number of the list, its length, how many are
+          leading, and its first entry.
+        """
+        unit = self.order % self.counts.size
+        facts = self.order, self.counts[unit], self.num_leading[unit], self.entries[unit, 0]
+        return jnp.stack(facts, axis=-1)
+
 
 class Grain(NamedTuple):
     """How tile blocks lie in a pattern.

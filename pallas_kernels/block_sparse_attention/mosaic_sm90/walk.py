@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import BITS, Grain, TileLists
+from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import BITS, Grain
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS, SHARED_MEMORY_BYTES, SPARE_BYTES
 
 _MAX_STAGES = 4
@@ -261,40 +261,46 @@ def count_rounds(problem: Problem, walk: Walk) -> int:
     return -(-problem.batch * walk.heads * walk.num_blocks // walk.rings)
 
 
-def find_item(problem: Problem, walk: Walk, lists: TileLists, index: Any, first: Any) -> Item:
+def find_item(problem: Problem, walk: Walk, heads: Any, index: Any, first: Any) -> tuple[Item, Any]:
     """Find an item.
 
     Args:
-      lists: TileLists of references to global memory.
+      heads: reference to what `TileLists.list_heads` returned, in global memory.
       index: int32, which, in the order in which they are taken.
       first: int32, see `Item`.
+
+    Returns:
+      tuple of the item and int32, its first entry.
     """
     num_units = problem.mask_batch * walk.mask_heads * walk.num_blocks
     valid = index < num_units * count_copies(problem, walk)
-    place = lists.order[jnp.where(valid, index, 0)]
-    copy, unit = lax.div(place, num_units), lax.rem(place, num_units)
+    row = jnp.where(valid, index, 0)
+    number, count, num_leading, entry = (heads[row, column] for column in range(4))
+    copy, unit = lax.div(number, num_units), lax.rem(number, num_units)
     head_copies = walk.heads // walk.mask_heads
     mask, block = lax.div(unit, walk.num_blocks), lax.rem(unit, walk.num_blocks)
-    return Item(
+    item = Item(
         valid=valid,
         unit=unit,
         batch=lax.div(mask, walk.mask_heads) + lax.div(copy, head_copies),
         head=lax.rem(mask, walk.mask_heads) + lax.rem(copy, head_copies),
         block=block,
-        count=jnp.where(valid, lists.counts[unit], 0),
-        num_leading=jnp.where(valid, lists.num_leading[unit], 0),
+        count=jnp.where(valid, count, 0),
+        num_leading=jnp.where(valid, num_leading, 0),
         first=first,
     )
+    return item, entry
 
 
 def locate(
-    problem: Problem, walk: Walk, lists: TileLists, item: Item, step: Any
+    problem: Problem, walk: Walk, entries: Any, item: Item, step: Any, *, first_entry: Any = None
 ) -> tuple[Any, Any, Any]:
     """Find the tile of one step.
 
     Args:
-      lists: TileLists of references to global memory.
+      entries: reference to those of `TileLists`, in global memory.
       step: int32, of those of the item.
+      first_entry: int32 that is known of step 0; None if it is to be read.
 
     Returns:
       tuple of int32, the streamed head, the first position of the tile, and the kept bits of its
@@ -312,7 +318,7 @@ def locate(
         position = jnp.where(in_leading, position, position - leading)
         member = jnp.minimum(lax.div(position, span), walk.repeats - 1)
         position = offset + lax.rem(position, span)
-    entry = lists.entries[item.unit, position]
+    entry = entries[item.unit, position] if first_entry is None else first_entry
     index, bits = lax.div(entry, BITS), lax.rem(entry, BITS)
     if walk.over_queries:
         head = lax.div(item.head, problem.group)
