@@ -22,8 +22,8 @@ from benchmarks.records import Column, Results, make_table
 from pallas_kernels import aot
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tile_lists import make_order
 
-# Clocks: a turn of the tensor cores, three reads until the first tile is there, and a tile of results
-# that is written to shared memory and read from there.
+# Clocks: a turn of the tensor cores, three reads until the first tile is there, and a tile of
+# results that is written to shared memory and read from there.
 _TURN, _START, _BETWEEN = 2048, 3 * GLOBAL_LATENCY, 512
 _NUM_BLOCKS, _NUM_HEADS = 32, 64
 _HEAD = """**Simulated: nothing was run.** Time until the last of 132 processors is done, as a
