@@ -47,7 +47,11 @@ def list_patterns() -> Iterator[tuple[str, np.ndarray]]:
 
 
 def deal(num_lists: int, processors: int) -> np.ndarray:
-    """Return which processor takes each list, in rounds that go back and forth: int[num_lists]."""
+    """Deal lists to processors in rounds that go back and forth.
+
+    Returns:
+      int[num_lists], which processor takes each.
+    """
     rounds, places = np.divmod(np.arange(num_lists), processors)
     return np.where(rounds % 2, processors - 1 - places, places)
 

@@ -125,12 +125,23 @@ class Start(NamedTuple):
     is_added_last: bool
 
     def put(self, acc: Any) -> None:
-        """Put the value into the accumulator of a product that is still to be started."""
+        """Put the value where a product that is still to be started is summed up.
+
+        Args:
+          acc: reference to an accumulator.
+        """
         if not self.is_added_last:
             acc[...] = self.value
 
     def add(self, product: jax.Array) -> jax.Array:
-        """Return the sum, of what the accumulator holds in the end."""
+        """Add the value if it is not in the accumulator.
+
+        Args:
+          product: f32[64, Y], what the accumulator holds in the end.
+
+        Returns:
+          f32[64, Y], the sum.
+        """
         return product + self.value if self.is_added_last else product
 
 
