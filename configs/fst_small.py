@@ -4,7 +4,7 @@ Command:   python train.py --config=configs/fst_small.py --workdir=runs/fst_smal
 Hardware:  2 CPU cores, where sparse weights save no time: the products are dense ones of masked
            weights
 Source:    arXiv:2404.01847, scaled down; decay_rate is what --mode=find_decay chooses here (mu
-           0.81), and what is published for GPT-2 124M
+           0.75), and what is published for GPT-2 124M
 """
 
 from ml_collections import ConfigDict
