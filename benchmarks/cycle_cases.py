@@ -220,7 +220,8 @@ def list_cases() -> Iterator[Case]:
         yield _attention(head_dim, block)
     yield _attention_backward(128, 128)
     yield _attention_backward(64, 64)
-    yield _mean_map()
+    for head_dim in (64, 128, 256):
+        yield _mean_map(head_dim)
     yield _sparse_product(4096)
     yield _sparse_product(8192)
     yield _block_product()
@@ -274,8 +275,8 @@ def _plan_lists(block: int) -> dict[str, int]:
     return {"kept": 1024, "lists": _RESIDENT_ROWS // block, "start_reads": 5}
 
 
-def _mean_map() -> Case:
-    B, T, N, H = shape = 4, 2048, 8, 128
+def _mean_map(head_dim: int) -> Case:
+    B, T, N, H = shape = 4, 2048, 1024 // head_dim, head_dim
     tile = 128
     plan = Plan(
         tiles=(T // tile) ** 2,
@@ -286,7 +287,7 @@ def _mean_map() -> Case:
     )
     mean_map = functools.partial(mean_attention_map, **_HOPPER)
     return Case(
-        "mean map, H=128",
+        f"mean map, H={H}",
         "a step is a head",
         lambda q, k, lse: mean_map(q, k, lse=lse),
         (_struct(*shape), _struct(*shape), _struct(B, T, N, dtype="float32")),
