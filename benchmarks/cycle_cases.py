@@ -278,12 +278,14 @@ def _plan_lists(block: int) -> dict[str, int]:
 def _mean_map(head_dim: int) -> Case:
     B, T, N, H = shape = 4, 2048, 1024 // head_dim, head_dim
     tile = 128
+    query_bytes, key_bytes = (2 * tile * H + 4 * tile) * B * N, 2 * tile * H * B * N
     plan = Plan(
         tiles=(T // tile) ** 2,
         flops=2 * tile * tile * H * B * N,
-        copied_bytes=(2 * 2 * tile * H + 4 * tile) * B * N,
+        copied_bytes=query_bytes + key_bytes,
         stored_bytes=4 * tile * tile,
         memory_bytes=4 * B * T * N * H + 4 * T * T,
+        l2_bytes=query_bytes + key_bytes / 2,
     )
     mean_map = functools.partial(mean_attention_map, **_HOPPER)
     return Case(
