@@ -27,7 +27,6 @@ from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW, LAYOUT
 from pallas_kernels.hopper.products import fence_products
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
-from pallas_kernels.hopper.turns import Turns, describe_turns
 
 HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS
@@ -115,25 +114,12 @@ class _Operands(NamedTuple):
     kv_mask: Any
 
 
-class _Scratch(NamedTuple):
-    """Shared memory: scratch types, and in the kernel references.
-
-    Attributes:
-      ring: see `describe_ring`; queries, keys, lse and the key mask.
-      turns: see `describe_turns`.
-    """
-
-    ring: Any
-    turns: Any
-
-
 class _Program(NamedTuple):
     """What the warpgroups of a program share: a tile of the result.
 
     Attributes:
       operands: _Operands in global memory.
       out: reference to the result in global memory.
-      turns: barriers of `Turns`.
       parts: int, steps of a head.
       query: int32, first query of the tile.
       key: int32, first key of the tile.
@@ -144,7 +130,6 @@ class _Program(NamedTuple):
     operands: _Operands
     out: Any
     ring: Ring
-    turns: Any
     causal: bool
     parts: int
     query: Any
@@ -160,7 +145,7 @@ def _launch(operands: _Operands, *, causal: bool) -> jax.Array:
     grid = T // TILE // cluster, S // TILE
     shared = [name for name in ("k", "kv_mask") if cluster > 1]
 
-    def make_program(operands, out, scratch):
+    def make_program(operands, out, ring):
         row, column = plgpu.planar_snake(lax.axis_index("program"), grid, 0, _GROUP // cluster)
         rank = lax.axis_index(CLUSTER) if cluster > 1 else 0
         last_row = row * cluster + cluster - 1
@@ -168,17 +153,15 @@ def _launch(operands: _Operands, *, causal: bool) -> jax.Array:
         query, key = (pl.multiple_of(x * TILE, TILE) for x in tile)
         # A tile above the diagonal is zeros. It goes along with one that is not.
         num_heads = jnp.where(last_row >= column, B * N, 0) if causal else jnp.int32(B * N)
-        ring = Ring(*scratch.ring, stages=_STAGES, shared=shared)
-        program = _Program(
-            operands, out, ring, scratch.turns, causal, parts, query, key, num_heads
-        )
+        ring = Ring(*ring, stages=_STAGES, shared=shared)
+        program = _Program(operands, out, ring, causal, parts, query, key, num_heads)
         return lambda: _copy(program), lambda warpgroup: _compute(program, warpgroup)
 
     return launch_kernel(
         make_program,
         operands,
         out_type=jax.ShapeDtypeStruct((T, S), jnp.float32),
-        scratch=_Scratch(_describe_ring(operands, H // parts, cluster), describe_turns()),
+        scratch=_describe_ring(operands, H // parts, cluster),
         num_programs=grid[0] * grid[1],
         name="mean_attention_map",
         cluster=cluster,
@@ -227,14 +210,14 @@ def _compute(program: _Program, warpgroup: Any) -> None:
     """Add up a warpgroup's queries over all examples and heads, and write their mean."""
     B, _, N, H = program.operands.q.shape
     first = pl.multiple_of(warpgroup * ROWS, ROWS)
-    ring, turns = program.ring, Turns(program.turns, warpgroup)
+    ring = program.ring
     add = functools.partial(
-        _add_head, program=program, turns=turns, rows=pl.ds(first, ROWS), scale=H**-0.5 * LOG2_E
+        _add_head, program=program, rows=pl.ds(first, ROWS), scale=H**-0.5 * LOG2_E
     )
-    turns.begin()
-    state = zeros((ROWS, TILE)), ring.find_slot(jnp.int32(0))
-    acc, _ = lax.fori_loop(0, program.num_heads, add, state)
-    turns.end()
+    shape = ROWS, TILE
+    state = _State(zeros(shape), zeros(shape, value=-jnp.inf), ring.find_slot(jnp.int32(0)))
+    state = lax.fori_loop(0, program.num_heads, add, state)
+    acc = state.add_last()
     if program.causal:
         # Once for all heads: what stands above the diagonal, infinity too, is dropped.
         q_at, k_at = (
@@ -245,50 +228,52 @@ def _compute(program: _Program, warpgroup: Any) -> None:
     program.out[pl.ds(program.query + first, ROWS), pl.ds(program.key, TILE)] = acc * (1 / (B * N))
 
 
-def _add_head(
-    head: Any, state: Any, *, program: _Program, turns: Turns, rows: Any, scale: float
-) -> Any:
-    """Add the probabilities of one head of an example, of some of the tile's queries.
+class _State(NamedTuple):
+    """The sum of a warpgroup. Probabilities are added while the next head is multiplied.
 
-    Args:
-      state: the sum, f32[64, 128], and the slot of the head's first part.
-
-    Returns:
-      tuple of both, for the next head.
+    Attributes:
+      acc: f32[64, 128], probabilities so far, without those of the last head.
+      log_p: f32[64, 128], their logarithms in base 2; -inf before the first head.
+      slot: int32, of the next head's first part.
     """
-    ring, parts = program.ring, program.parts
-    acc, slot = state
-    slots = [slot]
-    for _ in range(1, parts):
+
+    acc: Any
+    log_p: Any
+    slot: Any
+
+    def add_last(self) -> jax.Array:
+        """Return the sum with the probabilities of the last head."""
+        return self.acc + jnp.exp2(self.log_p)
+
+
+def _add_head(_: Any, state: _State, *, program: _Program, rows: Any, scale: float) -> _State:
+    """Multiply queries and keys of one head, and add the probabilities of the head before."""
+    ring = program.ring
+    slots = [state.slot]
+    for _ in range(1, program.parts):
         slots.append(ring.next_slot(slots[-1]))
-
-    def begin(part):
-        tile = ring.wait(slots[part])
-        turns.take(head * parts + part)
-        return tile
-
-    tiles = [begin(0)]
+    first = ring.wait(state.slot)
 
     def multiply(s_ref):
-        for part in range(parts):
+        for part, slot in enumerate(slots):
+            tile = ring.wait(slot) if part > 0 else first
             if part > 0:
-                tiles.append(begin(part))
                 fence_products()
-            tile = tiles[part]
             plgpu.wgmma(s_ref, tile["q"].at[rows], tile["k"].transpose((1, 0)))
-            turns.hand_over(head * parts + part)
-            if part > 0:
-                plgpu.wgmma_wait(1)
-                ring.give_back(slots[part - 1])
-        # While products run.
-        lse = plgpu.load(tiles[-1]["lse"].at[rows], layout=BY_ROW)
-        present = load_vector(tiles[-1], "kv_mask", BY_COLUMN)
+        acc = state.add_last()
+        lse = plgpu.load(tile["lse"].at[rows], layout=BY_ROW)
+        present = load_vector(tile, "kv_mask", BY_COLUMN)
+        for part, slot in enumerate(slots[:-1]):
+            plgpu.wgmma_wait(len(slots) - 1 - part)
+            ring.give_back(slot)
         s = s_ref[...]
         ring.give_back(slots[-1])
-        return s, lse, present
+        return acc, s, lse, present
 
-    s, lse, present = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, TILE), jnp.float32))
-    p = jnp.exp2(s * scale - lax.broadcast_in_dim(lse, s.shape, [0]))
+    acc, s, lse, present = pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((ROWS, TILE), jnp.float32)
+    )
+    log_p = s * scale - lax.broadcast_in_dim(lse, s.shape, [0])
     if present is not None:
-        p = jnp.where(lax.broadcast_in_dim(present, s.shape, [1]) != 0, p, 0.0)
-    return acc + p, ring.next_slot(slots[-1])
+        log_p = jnp.where(lax.broadcast_in_dim(present, s.shape, [1]) != 0, log_p, -jnp.inf)
+    return _State(acc, log_p, ring.next_slot(slots[-1]))
