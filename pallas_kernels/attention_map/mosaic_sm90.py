@@ -136,6 +136,13 @@ class _Program(NamedTuple):
     key: Any
     num_heads: Any
 
+    def wait_ahead(self, head: Any, slot: Any) -> None:
+        """Wait for the first part of a head, if there is one, from its slot."""
+
+        @pl.when(head < self.num_heads)
+        def _():
+            self.ring.wait(slot)
+
 
 def _launch(operands: _Operands, *, causal: bool) -> jax.Array:
     B, T, N, H = operands.q.shape
@@ -216,6 +223,7 @@ def _compute(program: _Program, warpgroup: Any) -> None:
     )
     shape = ROWS, TILE
     state = _State(zeros(shape), zeros(shape, value=-jnp.inf), ring.find_slot(jnp.int32(0)))
+    program.wait_ahead(0, state.slot)
     state = lax.fori_loop(0, program.num_heads, add, state)
     acc = state.add_last()
     if program.causal:
@@ -246,20 +254,19 @@ class _State(NamedTuple):
         return self.acc + jnp.exp2(self.log_p)
 
 
-def _add_head(_: Any, state: _State, *, program: _Program, rows: Any, scale: float) -> _State:
+def _add_head(head: Any, state: _State, *, program: _Program, rows: Any, scale: float) -> _State:
     """Multiply queries and keys of one head, and add the probabilities of the head before."""
     ring = program.ring
     slots = [state.slot]
     for _ in range(1, program.parts):
         slots.append(ring.next_slot(slots[-1]))
-    first = ring.wait(state.slot)
-
     def multiply(s_ref):
         for part, slot in enumerate(slots):
-            tile = ring.wait(slot) if part > 0 else first
+            tile = ring.wait(slot) if part > 0 else ring.look(slot)
             if part > 0:
                 fence_products()
             plgpu.wgmma(s_ref, tile["q"].at[rows], tile["k"].transpose((1, 0)))
+        program.wait_ahead(head + 1, ring.next_slot(slots[-1]))
         acc = state.add_last()
         lse = plgpu.load(tile["lse"].at[rows], layout=BY_ROW)
         present = load_vector(tile, "kv_mask", BY_COLUMN)
