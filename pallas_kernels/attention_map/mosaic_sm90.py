@@ -3,7 +3,13 @@
 A program owns a tile of the result, [128 queries, 128 keys], and keeps its sum in registers while
 it goes through all examples and heads. Who computes and who copies is told in
 `pallas_kernels.hopper`: the two that compute take 64 queries each, and a step copies the queries,
-keys and lse of one head. Nothing of a single head's map is written.
+keys and lse of one head, or of 128 of its features. Nothing of a single head's map is written.
+
+*Overlap.* While a head is multiplied, each warpgroup takes the exponentials of the head before and
+adds them up. Their arguments wait in registers of their own, beside the sum and the product.
+
+*Clusters.* Two programs own tiles of queries below one another, and share the keys. Where the upper
+tile lies above the diagonal and the lower one does not, both take all steps.
 
 Letters: B T S N K H as everywhere (`sparsejax.types`).
 """
@@ -30,10 +36,10 @@ from pallas_kernels.hopper.shared_memory import matrix_smem
 
 HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS
-# Features of a step: queries and keys take 64 KB, and three steps are in flight.
+# Features that a step copies at most: queries and keys take 64 KB, and three steps are in flight.
 _MOST_FEATURES = 128
 _STAGES = 3
-# Programs that own tiles of queries below one another, and share the keys.
+# Programs of a cluster.
 _CLUSTER = 2
 # Tiles of queries that are taken together before the next tile of keys, for the cache.
 _GROUP = 8
@@ -123,8 +129,8 @@ class _Program(NamedTuple):
       parts: int, steps of a head.
       query: int32, first query of the tile.
       key: int32, first key of the tile.
-      num_heads: int32, of all examples together, to add up; 0 above the diagonal, if no tile of the
-        cluster has anything below it.
+      num_heads: int32, of all examples, to add up; 0 if all tiles of the cluster are above the
+        diagonal.
     """
 
     operands: _Operands
@@ -137,7 +143,7 @@ class _Program(NamedTuple):
     num_heads: Any
 
     def wait_ahead(self, head: Any, slot: Any) -> None:
-        """Wait for the first part of a head, if there is one, from its slot."""
+        """Wait for the first part of a head, if there is such a head, in its slot."""
 
         @pl.when(head < self.num_heads)
         def _():
@@ -150,7 +156,7 @@ def _launch(operands: _Operands, *, causal: bool) -> jax.Array:
     parts = pl.cdiv(H, _MOST_FEATURES)
     cluster = _CLUSTER if T // TILE % _CLUSTER == 0 else 1
     grid = T // TILE // cluster, S // TILE
-    shared = [name for name in ("k", "kv_mask") if cluster > 1]
+    shared = ("k", "kv_mask") if cluster > 1 else ()
 
     def make_program(operands, out, ring):
         row, column = plgpu.planar_snake(lax.axis_index("program"), grid, 0, _GROUP // cluster)
@@ -158,7 +164,7 @@ def _launch(operands: _Operands, *, causal: bool) -> jax.Array:
         last_row = row * cluster + cluster - 1
         tile = row * cluster + rank, column
         query, key = (pl.multiple_of(x * TILE, TILE) for x in tile)
-        # A tile above the diagonal is zeros. It goes along with one that is not.
+        # A tile above the diagonal is zeros, but must go along with one that is not.
         num_heads = jnp.where(last_row >= column, B * N, 0) if causal else jnp.int32(B * N)
         ring = Ring(*ring, stages=_STAGES, shared=shared)
         program = _Program(operands, out, ring, causal, parts, query, key, num_heads)
@@ -217,13 +223,13 @@ def _compute(program: _Program, warpgroup: Any) -> None:
     """Add up a warpgroup's queries over all examples and heads, and write their mean."""
     B, _, N, H = program.operands.q.shape
     first = pl.multiple_of(warpgroup * ROWS, ROWS)
-    ring = program.ring
     add = functools.partial(
         _add_head, program=program, rows=pl.ds(first, ROWS), scale=H**-0.5 * LOG2_E
     )
     shape = ROWS, TILE
-    state = _State(zeros(shape), zeros(shape, value=-jnp.inf), ring.find_slot(jnp.int32(0)))
-    program.wait_ahead(0, state.slot)
+    slot = program.ring.find_slot(jnp.int32(0))
+    state = _State(zeros(shape), zeros(shape, value=-jnp.inf), slot)
+    program.wait_ahead(0, slot)
     state = lax.fori_loop(0, program.num_heads, add, state)
     acc = state.add_last()
     if program.causal:
@@ -255,24 +261,31 @@ class _State(NamedTuple):
 
 
 def _add_head(head: Any, state: _State, *, program: _Program, rows: Any, scale: float) -> _State:
-    """Multiply queries and keys of one head, and add the probabilities of the head before."""
+    """Multiply queries and keys of a head, of whose parts the first has been waited for.
+
+    Meanwhile the probabilities of the head before are added.
+    """
     ring = program.ring
     slots = [state.slot]
     for _ in range(1, program.parts):
         slots.append(ring.next_slot(slots[-1]))
+    next_slot = ring.next_slot(slots[-1])
+
     def multiply(s_ref):
-        for part, slot in enumerate(slots):
-            tile = ring.wait(slot) if part > 0 else ring.look(slot)
-            if part > 0:
-                fence_products()
+        tile = ring.look(slots[0])
+        plgpu.wgmma(s_ref, tile["q"].at[rows], tile["k"].transpose((1, 0)))
+        for slot in slots[1:]:
+            tile = ring.wait(slot)
+            fence_products()
             plgpu.wgmma(s_ref, tile["q"].at[rows], tile["k"].transpose((1, 0)))
-        program.wait_ahead(head + 1, ring.next_slot(slots[-1]))
         acc = state.add_last()
         lse = plgpu.load(tile["lse"].at[rows], layout=BY_ROW)
         present = load_vector(tile, "kv_mask", BY_COLUMN)
-        for part, slot in enumerate(slots[:-1]):
-            plgpu.wgmma_wait(len(slots) - 1 - part)
+        for number, slot in enumerate(slots[:-1]):
+            plgpu.wgmma_wait(len(slots) - 1 - number)
             ring.give_back(slot)
+        # Products still run.
+        program.wait_ahead(head + 1, next_slot)
         s = s_ref[...]
         ring.give_back(slots[-1])
         return acc, s, lse, present
@@ -283,4 +296,4 @@ def _add_head(head: Any, state: _State, *, program: _Program, rows: Any, scale: 
     log_p = s * scale - lax.broadcast_in_dim(lse, s.shape, [0])
     if present is not None:
         log_p = jnp.where(lax.broadcast_in_dim(present, s.shape, [1]) != 0, log_p, -jnp.inf)
-    return _State(acc, log_p, ring.next_slot(slots[-1]))
+    return _State(acc, log_p, next_slot)
