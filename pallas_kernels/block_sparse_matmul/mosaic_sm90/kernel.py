@@ -16,6 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import (
     TILE,
@@ -25,10 +26,10 @@ from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import (
     Tile,
     count_stages,
 )
+from pallas_kernels.dispatch import is_interpreted
 from pallas_kernels.hopper.budget import NUM_COMPUTE
 from pallas_kernels.hopper.launch import for_each_tile, launch_kernel
 from pallas_kernels.hopper.layouts import BY_COLUMN, LAYOUT
-from pallas_kernels.hopper.products import fence_products
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
 
@@ -295,6 +296,23 @@ def _sum_steps(
 def _select_part(smem: Any, tile: Tile, warpgroup: Any) -> Any:
     part = smem.at[warpgroup if tile.parts > 1 else 0]
     return part.transpose((1, 0)) if tile.is_transposed else part
+
+
+def fence_products() -> None:
+    """Let tensor-core products see registers that were written so far.
+
+    Pallas does so when an accumulator is made and not in every step of a loop; ptxas would add it.
+    """
+    if is_interpreted():
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        nvvm.wgmma_fence_aligned()
+
+    # Type checkers take the decorated function for one that still wants the launch context.
+    run: Any = fence
+    run()
 
 
 def _copy_bias(program: _Program, warpgroup: Any, owner: Any) -> None:
