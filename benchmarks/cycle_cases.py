@@ -220,7 +220,8 @@ def list_cases() -> Iterator[Case]:
         yield _attention(head_dim, block)
     yield _attention_backward(128, 128)
     yield _attention_backward(64, 64)
-    yield _mean_map()
+    for head_dim in (64, 128, 256):
+        yield _mean_map(head_dim)
     yield _sparse_product(4096)
     yield _sparse_product(8192)
     yield _block_product()
@@ -274,20 +275,24 @@ def _plan_lists(block: int) -> dict[str, int]:
     return {"kept": 1024, "lists": _RESIDENT_ROWS // block, "start_reads": 2}
 
 
-def _mean_map() -> Case:
-    B, T, N, H = shape = 4, 2048, 8, 128
+def _mean_map(head_dim: int) -> Case:
+    B, T, N, H = shape = 4, 2048, 1024 // head_dim, head_dim
     tile = 128
+    is_whole = head_dim <= 128
+    query_bytes = (2 * tile * H + 4 * tile * (1 if is_whole else 2)) * B * N
+    key_bytes = 2 * tile * H * B * N
     plan = Plan(
         tiles=(T // tile) ** 2,
         flops=2 * tile * tile * H * B * N,
-        copied_bytes=(2 * 2 * tile * H + 4 * tile) * B * N,
+        copied_bytes=query_bytes + key_bytes,
         stored_bytes=4 * tile * tile,
         memory_bytes=4 * B * T * N * H + 4 * T * T,
+        l2_bytes=query_bytes + key_bytes / 2,
     )
     mean_map = functools.partial(mean_attention_map, **_HOPPER)
     return Case(
-        "mean map, H=128",
-        "a step is a head",
+        f"mean map, H={H}",
+        f"a step is {'a' if is_whole else 'half a'} head, clusters of 2",
         lambda q, k, lse: mean_map(q, k, lse=lse),
         (_struct(*shape), _struct(*shape), _struct(B, T, N, dtype="float32")),
         [Kernel("map", "mean_attention_map", plan)],

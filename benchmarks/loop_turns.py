@@ -34,6 +34,8 @@ _UNITS = {
     **dict.fromkeys(("LDS", "LDSM", "SHFL", "STS", "STSM"), ("lsu", 4)),
 }
 _GLOBAL_READS = ("LD", "LDG")
+# Of one register to another, also as the sum of a product that is zero.
+_MOVES = ("MOV", "IMAD.MOV.U32", "IMAD.U32")
 
 
 class Control(NamedTuple):
@@ -232,12 +234,12 @@ def _find_exchanges(path: Sequence[Instruction]) -> _Exchanges:
     written = set(_find_written(path))
     arrivals, meetings = (
         {
-            i: x.operands[-2]
+            i: address
             for i, x in enumerate(path)
             if x.opcode.startswith(f"SYNCS.{kind}")
-            and not written & set(_ANY_REGISTER.findall(x.operands[-2]))
+            and not written & set(_ANY_REGISTER.findall(address := _find_address(path, i)))
         }
-        for kind in ("ARRIVE", "PHASECHK")
+        for kind in ("ARRIVE", "PHASECHK.TRANS64.TRYWAIT")
     )
     if not arrivals or not meetings:
         arrivals = meetings = {}
@@ -253,6 +255,18 @@ def _find_exchanges(path: Sequence[Instruction]) -> _Exchanges:
         meetings.keys() | synchronized,
         is_mutual,
     )
+
+
+def _find_address(path: Sequence[Instruction], place: int) -> str:
+    """Return the address of a barrier; for a register that it was moved to, where it came from."""
+    address = path[place].operands[-2]
+    name = re.match(r"\[(R\d+)\b", address)
+    writers = [x for x in path[:place] if name and x.operands and x.operands[0] == name[1]]
+    if name and writers and writers[-1].opcode in _MOVES:
+        sources = [x for x in writers[-1].operands[1:] if x != "RZ"]
+        if len(sources) == 1:
+            return address.replace(name[1], sources[0], 1)
+    return address
 
 
 def _find_written(path: Sequence[Instruction]) -> Iterator[str]:

@@ -266,6 +266,34 @@ def test_barriers_of_a_ring_are_no_order():
     assert not any(x.meets for x in read_main_loop(moved).turn[2:])
 
 
+@pytest.mark.parametrize(
+    ("move", "is_order"),
+    [
+        ("MOV R2, UR9", True),
+        ("IMAD.U32 R2, RZ, RZ, UR9", True),
+        ("IMAD.U32 R2, R9, R9, UR9", False),
+        ("MOV R2, UR8", False),
+    ],
+)
+def test_a_barrier_is_known_where_its_address_was_moved(move, is_order):
+    meeting = "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR9], R1 ;"
+    moved = _SASS.replace(
+        f"-:-:1:Y:02        /*0070*/  {meeting}",
+        f"-:-:-:Y:02         /*0064*/  {move} ;\n"
+        f"-:-:1:Y:02        /*0070*/  {meeting.replace('UR9', 'R2+URZ')}",
+    )
+    assert moved != _SASS
+    assert any(x.meets for x in read_main_loop(moved).turn) == is_order
+
+
+def test_a_barrier_that_is_looked_at_again_is_met_once():
+    again = "-:-:-:Y:02        /*0072*/  SYNCS.PHASECHK.TRANS64 P1, [UR9], R1 ;"
+    wait = "0x16:-:-:Y:02     /*0080*/"
+    repeated = _SASS.replace(wait, f"{again}\n{wait}")
+    assert repeated != _SASS
+    assert sum(x.meets for x in read_main_loop(repeated).turn) == 1
+
+
 def test_sparse_products_are_read():
     sass = _SASS.replace(
         "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4].tnspB, R24",

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.hopper import ring
 from tests.kernels.contract import has_select
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.kernels.map_contract import BROKEN, Case, check, make_map
@@ -22,8 +24,17 @@ CASES = {
     "grouped_causal_key_mask": Case(heads=(4, 2), head_dim=32, causal=True, has_kv_mask=True),
     "causal_key_mask": Case(batch=2, lengths=(256, 256), causal=True, has_kv_mask=True),
     "more_keys_than_queries_wide_head": Case(lengths=(128, 256), causal=True, head_dim=128),
-    # One head in flight: the slot is used again at once.
+    # A head takes two of three slots: they are used again in another order.
     "widest_head": Case(heads=(2, 1), head_dim=256, has_kv_mask=True),
+    "widest_head_cluster": Case(heads=(3, 1), lengths=(256, 128), head_dim=256),
+    # Two programs share keys and their mask. The first tile of the second pair is above the
+    # diagonal, and goes along.
+    "cluster_key_mask": Case(
+        heads=(4, 2), lengths=(256, 256), head_dim=32, causal=True, has_kv_mask=True
+    ),
+    # Tiles of queries are odd, and no program has a second one.
+    "three_tiles_of_queries": Case(lengths=(384, 128), head_dim=32),
+    "one_head": Case(lengths=(256, 128), head_dim=32),
     # What lies above the diagonal is exp of hundreds before it is dropped.
     "loud_causal": Case(causal=True, loudness=100.0),
     "own_lse": Case(batch=2, heads=(2, 1), causal=True, has_kv_mask=True, own_lse=True),
@@ -37,7 +48,7 @@ _mean_map = make_map("mosaic_sm90")
     "case",
     tier(
         CASES,
-        fast=["grouped_causal_key_mask"],
+        fast=["grouped_causal_key_mask", "cluster_key_mask"],
         slow=["causal_key_mask", "rectangle_of_tiles"],
     ),
 )
@@ -66,9 +77,11 @@ def test_a_broken_mean_is_noticed(broken):
 
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a missing barrier may hang a GPU")
-@pytest.mark.parametrize("missing", [0, 2], ids=["slot_reused", "tile_read"])
+@pytest.mark.parametrize(
+    "missing", [0, 2, 3], ids=["slot_reused", "first_tile_read", "next_tile_read"]
+)
 def test_a_missing_barrier_is_noticed(missing, monkeypatch):
-    # Barriers are awaited in the order: two of the copying warpgroup, one of a computing one.
+    # Barriers are awaited in the order: two of the copying warpgroup, two of a computing one.
     miss_barrier(monkeypatch, missing)
     q, k, lse = Case(batch=3, heads=(2, 2), head_dim=32).inputs()
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
@@ -76,8 +89,32 @@ def test_a_missing_barrier_is_noticed(missing, monkeypatch):
 
 
 @pytest.mark.ci
-def test_a_repeated_call_agrees_to_the_bit_and_lse_of_minus_infinity_adds_nothing():
-    q, k, lse = Case(heads=(4, 2), head_dim=32).inputs()
+@pytest.mark.parametrize("copies", ["late", "random"])
+@pytest.mark.parametrize("name", ["cluster_key_mask", "widest_head_cluster"])
+def test_the_mean_map_whenever_copies_land(name, copies):
+    with hopper(copies, seed=1):
+        check(CASES[name], _mean_map)
+
+
+def _free_where_it_was_read(slots, readers, cluster):
+    """Describe barriers at which only readers of the own program arrive."""
+    del cluster
+    return plgpu.Barrier(num_arrivals=readers, num_barriers=slots)
+
+
+@pytest.mark.ci
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a race may hang a GPU")
+def test_a_slot_that_is_free_in_one_program_of_a_cluster_is_not_free(monkeypatch):
+    monkeypatch.setattr(ring, "_describe_free", _free_where_it_was_read)
+    q, k, lse = Case(batch=3, heads=(2, 2), lengths=(256, 128), head_dim=32).inputs()
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
+        jax.block_until_ready(jax.jit(_mean_map)(q, k, lse=lse))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("num_queries", [128, 256])
+def test_a_repeated_call_agrees_to_the_bit_and_lse_of_minus_infinity_adds_nothing(num_queries):
+    q, k, lse = Case(heads=(4, 2), lengths=(num_queries, 128), head_dim=32).inputs()
     nothing = lse.at[:, 5].set(-jnp.inf)
     run = jax.jit(_mean_map)
     with hopper():

@@ -15,7 +15,7 @@ from sparsejax.models import AttentionOptions, BlockSparseAttention, SparsityMas
 from sparsejax.patterns import BlockPattern
 from tests.kernels.contract import Case, call_implementation, compile_case
 from tests.kernels.interpreter import hopper
-from tests.kernels.machine_checks import check_kernel
+from tests.kernels.machine_checks import check_attention
 from tests.kernels.oracles import softmax_maps
 from tests.small_models import make_config
 
@@ -111,7 +111,7 @@ def test_a_training_step_that_probes_runs_the_kernel_and_holds_no_maps_of_heads(
     assert ["mean_attention_map" in k.name for k in report.kernels].count(True) == 1
     assert ["attention_forward" in k.name for k in report.kernels].count(True) == 1 + sparse
     for kernel in report.kernels:
-        check_kernel(kernel)
+        check_attention(kernel)
     # The dense attention of a recipe's first phase, whatever is named, holds maps of its own.
     if sparse:
         assert report.temp_bytes < 4 * B * N * T * T / 4
