@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.gpu import attention_mgpu, hopper_matmul_mgpu
 from benchmarks.cycle_model import Plan, count
 from benchmarks.loop_turns import MainLoop, read_main_loop
 from pallas_kernels import aot, block_sparse_attention, block_sparse_matmul, mean_attention_map
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import make_row_plan
+from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Cut, Problem
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
@@ -223,7 +223,12 @@ def list_cases() -> Iterator[Case]:
     yield _mean_map()
     yield _sparse_product(4096)
     yield _sparse_product(8192)
-    yield _block_product()
+    yield _block_product("forward", density=0.1)
+    yield _block_product("forward", density=0.1, block=64)
+    yield _block_product("transposed", density=0.1)
+    for block in (128, 64):
+        yield _block_product("gradient", density=0.1, block=block)
+        yield _block_product("gradient", density=1, block=block)
 
 
 def _attention(head_dim: int, block: int) -> Case:
@@ -330,26 +335,39 @@ def _sparse_product(size: int) -> Case:
     )
 
 
-def _block_product() -> Case:
-    tokens, size, block, density = 8192, 4096, 128, 0.1
-    row_plan = make_row_plan(
-        tokens, (size, size), (size // block,) * 2, transposed=False, num_programs=aot.H200.cores
-    )
-    rows, columns = 2 * row_plan.shape[0], row_plan.shape[1]
-    kept = density * size
+def _block_product(product: str, *, density: float, block: int = 128) -> Case:
+    """Plan "forward", "transposed" or "gradient" of a layer with as many inputs as outputs."""
+    tokens, size = 8192, 4096
+    grid, processors = (size // block,) * 2, aot.H200.cores
+    label = {"forward": "product", "transposed": "dx", "gradient": "dw"}[product]
+    x, w, mask = _struct(tokens, size), _struct(size, size), _struct(*grid, dtype="bool")
+    if product == "gradient":
+        rows = columns = block
+        tiles, contraction = round(density * grid[0] * grid[1]), tokens
+        function, args = products.multiply_gradient, (x, x, mask)
+    else:
+        row_plan = products.make_row_plan(
+            tokens, w.shape, grid, transposed=product == "transposed", num_programs=processors
+        )
+        rows, columns = 2 * row_plan.shape[0], row_plan.shape[1]
+        tiles, contraction = tokens * size // (rows * columns), density * size
+        function: Any = products.multiply_transposed
+        args = (x, w, mask)
+        if product == "forward":
+            function = functools.partial(block_sparse_matmul, **_HOPPER)
     plan = Plan(
-        tiles=tokens * size // (rows * columns),
-        flops=2 * rows * columns * kept,
-        copied_bytes=2 * (rows + columns) * kept,
+        tiles=tiles,
+        flops=2 * rows * columns * contraction,
+        copied_bytes=2 * (rows + columns) * contraction,
         stored_bytes=2 * rows * columns,
         memory_bytes=2 * (2 * tokens * size + density * size**2),
     )
     return Case(
-        f"block-sparse product, {density:.0%} of blocks of {block}",
+        f"block-sparse {label}, {density:.0%} of blocks of {block}",
         f"tiles of {rows} x {columns}",
-        functools.partial(block_sparse_matmul, **_HOPPER),
-        (_struct(tokens, size), _struct(size, size), _struct(*(size // block,) * 2, dtype="bool")),
-        [Kernel("forward", "block_sparse_matmul_forward", plan)],
+        function,
+        args,
+        [Kernel(product, f"block_sparse_matmul_{product}", plan)],
     )
 
 
