@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu, hopper_matmul_mgpu
 
 from benchmarks.cycle_model import Plan, count
@@ -35,6 +37,8 @@ from pallas_kernels.nm_matmul.packing import TILE, Compressed
 _HOPPER: Any = {"implementation": "mosaic_sm90"}
 # Rows of queries, or of keys, that a program of an attention kernel keeps.
 _RESIDENT_ROWS = 128
+# Tokens, and features in and out, of layers with block-sparse weights.
+_LAYER = 8192, 4096
 
 
 class Kernel(NamedTuple):
@@ -43,11 +47,13 @@ class Kernel(NamedTuple):
     Attributes:
       prefix: str, of its name in the program. Of several with one prefix, those come first that do
         less in a turn.
+      loop: int, which of its loops that multiply, those with most products first.
     """
 
     label: str
     prefix: str
     plan: Plan
+    loop: int = 0
 
 
 class Case(NamedTuple):
@@ -223,12 +229,12 @@ def list_cases() -> Iterator[Case]:
     yield _mean_map()
     yield _sparse_product(4096)
     yield _sparse_product(8192)
-    yield _block_product("forward", density=0.1)
-    yield _block_product("forward", density=0.1, block=64)
-    yield _block_product("transposed", density=0.1)
     for block in (128, 64):
-        yield _block_product("gradient", density=0.1, block=block)
-        yield _block_product("gradient", density=1, block=block)
+        yield _block_product(density=0.1, block=block)
+    yield _block_product(density=0.1, transposed=True)
+    for block in (128, 64):
+        yield _block_gradient(density=0.1, block=block)
+        yield _block_gradient(density=1, block=block)
 
 
 def _attention(head_dim: int, block: int) -> Case:
@@ -335,39 +341,57 @@ def _sparse_product(size: int) -> Case:
     )
 
 
-def _block_product(product: str, *, density: float, block: int = 128) -> Case:
-    """Plan "forward", "transposed" or "gradient" of a layer with as many inputs as outputs."""
-    tokens, size = 8192, 4096
-    grid, processors = (size // block,) * 2, aot.H200.cores
-    label = {"forward": "product", "transposed": "dx", "gradient": "dw"}[product]
-    x, w, mask = _struct(tokens, size), _struct(size, size), _struct(*grid, dtype="bool")
-    if product == "gradient":
-        rows = columns = block
-        tiles, contraction = round(density * grid[0] * grid[1]), tokens
-        function, args = products.multiply_gradient, (x, x, mask)
-    else:
-        row_plan = products.make_row_plan(
-            tokens, w.shape, grid, transposed=product == "transposed", num_programs=processors
-        )
-        rows, columns = 2 * row_plan.shape[0], row_plan.shape[1]
-        tiles, contraction = tokens * size // (rows * columns), density * size
-        function: Any = products.multiply_transposed
-        args = (x, w, mask)
-        if product == "forward":
-            function = functools.partial(block_sparse_matmul, **_HOPPER)
+def _block_product(*, density: float, block: int = 128, transposed: bool = False) -> Case:
+    """Plan y, or dx, of a layer with as many inputs as outputs."""
+    tokens, size = _LAYER
+    grid = (size // block,) * 2
+    row_plan = products.make_row_plan(
+        tokens, (size, size), grid, transposed=transposed, num_programs=aot.H200.cores
+    )
+    rows, columns, cluster = 2 * row_plan.shape[0], row_plan.shape[1], row_plan.cluster
+    kept = density * size
     plan = Plan(
-        tiles=tiles,
-        flops=2 * rows * columns * contraction,
-        copied_bytes=2 * (rows + columns) * contraction,
+        tiles=tokens * size // (rows * columns),
+        flops=2 * rows * columns * kept,
+        copied_bytes=2 * (rows + columns) * kept,
         stored_bytes=2 * rows * columns,
         memory_bytes=2 * (2 * tokens * size + density * size**2),
+        l2_bytes=2 * (rows + columns / cluster) * kept,
+    )
+    matmul: Any = functools.partial(block_sparse_matmul, **_HOPPER)
+    return Case(
+        f"block-sparse {'dx' if transposed else 'product'}, {density:.0%} of blocks of {block}",
+        f"tiles of {rows} x {columns}, clusters of {cluster}",
+        products.multiply_transposed if transposed else matmul,
+        (_struct(tokens, size), _struct(size, size), _struct(*grid, dtype="bool")),
+        [Kernel(row_plan.name, f"block_sparse_matmul_{row_plan.name}", plan)],
+    )
+
+
+def _block_gradient(*, density: float, block: int) -> Case:
+    """Plan dw of a layer with as many inputs as outputs."""
+    tokens, size = _LAYER
+    grid = (size // block,) * 2
+    mask = np.random.default_rng(0).permuted(np.arange(grid[0] * grid[1])).reshape(grid)
+    mask = mask < round(density * mask.size)
+    lists = products.pair_blocks(jnp.asarray(mask), tokens, num_programs=aot.H200.cores)
+    assert lists.others is not None
+    tiles, is_paired = int((lists.counts > 0).sum()), bool((lists.others >= 0).any())
+    # Where some tiles have two blocks and some have one, the mean.
+    columns = block * mask.sum() / tiles
+    plan = Plan(
+        tiles=tiles,
+        flops=2 * block * columns * tokens,
+        copied_bytes=2 * (block + columns) * tokens,
+        stored_bytes=2 * block * columns,
+        memory_bytes=2 * (2 * tokens * size + size**2),
     )
     return Case(
-        f"block-sparse {label}, {density:.0%} of blocks of {block}",
-        f"tiles of {rows} x {columns}",
-        function,
-        args,
-        [Kernel(product, f"block_sparse_matmul_{product}", plan)],
+        f"block-sparse dw, {density:.0%} of blocks of {block}",
+        "tiles of two blocks" if is_paired else "tiles of one block",
+        products.multiply_gradient,
+        (_struct(tokens, size), _struct(tokens, size), _struct(*grid, dtype="bool")),
+        [Kernel("gradient", "block_sparse_matmul_gradient", plan, loop=0 if is_paired else 1)],
     )
 
 
@@ -375,10 +399,10 @@ def read_loops(case: Case, target: aot.GpuTarget) -> list[MainLoop]:
     """Compile a case for a GPU and read the main loop of each of its kernels."""
     report = aot.compile_for(case.function, *case.args, mesh=aot.make_gpu_mesh(target))
     waiting = {
-        prefix: sorted(
-            (read_main_loop(x.sass) for x in report.kernels if x.name.startswith(prefix)),
+        (prefix, loop): sorted(
+            (read_main_loop(x.sass, loop) for x in report.kernels if x.name.startswith(prefix)),
             key=lambda loop: count(loop.turn).flops,
         )
-        for prefix in {kernel.prefix for kernel in case.kernels}
+        for prefix, loop in {(kernel.prefix, kernel.loop) for kernel in case.kernels}
     }
-    return [waiting[kernel.prefix].pop(0) for kernel in case.kernels]
+    return [waiting[kernel.prefix, kernel.loop].pop(0) for kernel in case.kernels]
