@@ -18,7 +18,13 @@ from pallas_kernels.block_lists import list_kept
 from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import multiply_lists
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import TILE, Lists, Plan, Tile
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import (
+    TILE,
+    Lists,
+    Plan,
+    Tile,
+    count_stages,
+)
 from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
 from pallas_kernels.dispatch import check_hopper, count_processors
 from pallas_kernels.hopper.budget import NUM_COMPUTE
@@ -27,6 +33,8 @@ from pallas_kernels.padding import pad_rows
 BLOCKS = (64, 128)
 # Row tiles of x that are taken together: they stay in the cache while all columns read them.
 _GROUP = 8
+# Steps that the ring of a tile with two blocks must hold.
+_LEAST_STAGES = 3
 
 
 def check(facts: BlockFacts) -> None:
@@ -221,7 +229,7 @@ def make_row_plan(
 def make_gradient_plan(shape: tuple[int, ...], grid: tuple[int, ...]) -> Plan:
     """Plan dw = x^T dy. The warpgroups share rows of a block, or its tokens where it has 64 rows.
 
-    A tile may have two blocks of a row, if there are two.
+    A tile may have two blocks of a row, where there are two and shared memory holds them.
 
     Args:
       shape: (K, N).
@@ -249,7 +257,7 @@ def make_gradient_plan(shape: tuple[int, ...], grid: tuple[int, ...]) -> Plan:
     def find_rhs(row_tile, owner, entry, piece, part):
         return find_tokens(entry, part), find_block(owner)[1]
 
-    return Plan(
+    plan = Plan(
         name="gradient",
         lhs=Tile((TILE, TILE), NUM_COMPUTE, is_transposed=True, find=find_lhs),
         rhs=Tile((TILE, columns), NUM_COMPUTE if is_split else 1, False, find=find_rhs),
@@ -258,6 +266,7 @@ def make_gradient_plan(shape: tuple[int, ...], grid: tuple[int, ...]) -> Plan:
         find=find_out,
         blocks=min(grid[1], 2),
     )
+    return plan if count_stages(plan) >= _LEAST_STAGES else plan._replace(blocks=1)
 
 
 def _multiply_rows(lhs, w_KN, lists, bias, grid, *, transposed):
