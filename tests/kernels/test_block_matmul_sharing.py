@@ -82,129 +82,6 @@ def check_gradient(blocks, times):
     return dw
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("blocks", tier({x: x for x in ((64, 64), (128, 64), (128, 128))},
-                                        fast=[(64, 64)], slow=[(128, 128)]))  # fmt: skip
-def test_two_blocks_have_the_bits_of_one_and_one(blocks, monkeypatch):
-    together = check_gradient(blocks, TIMES["early"])
-    assert (together == check_gradient(blocks, TIMES["late"])).all()
-    monkeypatch.setattr(products, "count_processors", lambda: 64)
-    assert (together == check_gradient(blocks, TIMES["early"])).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("blocks", _BLOCKS.values(), ids=_BLOCKS)
-@pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
-def test_two_blocks_whenever_copies_land(blocks, times):
-    check_gradient(blocks, times)
-
-
-def _second_block_of_the_first(lists):
-    return lists._replace(others=jnp.where(lists.others >= 0, lists.owners + 1, -1))
-
-
-def _second_block_is_forgotten(lists):
-    return lists._replace(others=jnp.full_like(lists.others, -1))
-
-
-def _pruned_blocks_are_forgotten(lists):
-    return lists._replace(owners=jnp.where(lists.counts > 0, lists.owners, -1))
-
-
-@pytest.mark.ci
-@needs_interpreter
-@pytest.mark.parametrize(
-    "change",
-    [_second_block_of_the_first, _second_block_is_forgotten, _pruned_blocks_are_forgotten],
-)
-def test_broken_lists_are_noticed(change, monkeypatch):
-    monkeypatch.setattr(
-        products, "pair_blocks", lambda *args, **options: change(pair_blocks(*args, **options))
-    )
-    with pytest.raises(AssertionError):
-        check_gradient((64, 64), TIMES["early"])
-
-
-def check_cluster(blocks, mask, *, num_rows, times, transposed=False, num_programs=2):
-    """Multiply by clusters of two, with a bias; return the result and the plan."""
-    mask = np.asarray(mask, bool)
-    shape = tuple(count * side for count, side in zip(mask.shape, blocks, strict=True))
-    inner, columns = shape[::-1] if transposed else shape
-    lhs, w, bias = make_normal(((num_rows, inner), shape, (columns,)), "bfloat16")
-    plan = make_row_plan(
-        num_rows, shape, mask.shape, transposed=transposed, num_programs=num_programs
-    )
-    assert plan.cluster == 2
-    rows = mask if transposed else mask.T
-    lists = products._start_longest_first(
-        jnp.asarray(rows.sum(1)), jnp.asarray(np.argsort(~rows, axis=1, kind="stable"), jnp.int32)
-    )
-    with hopper(*times):
-        got = jax.jit(
-            lambda *args: multiply_lists(
-                *args, (num_rows, columns), plan, num_programs=num_programs
-            )
-        )(lhs, w, lists, bias)
-        jax.block_until_ready(got)
-    kept = np.where(np.kron(mask, np.ones(blocks)), np.asarray(w, np.float32), 0)
-    exact = np.asarray(lhs, np.float32) @ (kept.T if transposed else kept)
-    exact += np.asarray(bias, np.float32)
-    assert error(got, exact) <= 2.0**-8 * np.abs(exact).max()
-    return got, plan
-
-
-# Lists of four, two, one and no blocks.
-_UNEVEN = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
-
-
-@pytest.mark.parametrize("transposed", tier({"y": False, "dx": True}, fast=["y"], slow=["dx"]))
-@pytest.mark.parametrize("times", tier(TIMES, fast=["random"], slow=["early", "late"]))
-def test_clusters(transposed, times):
-    got, _ = check_cluster((64, 64), _UNEVEN, num_rows=256, times=times, transposed=transposed)
-    again, _ = check_cluster((64, 64), _UNEVEN, num_rows=256, times=times, transposed=transposed)
-    assert (got == again).all()
-
-
-@pytest.mark.ci
-def test_clusters_of_tall_tiles_and_groups_of_them(monkeypatch):
-    monkeypatch.setattr(products, "_GROUP", 4)
-    check = functools.partial(check_cluster, (64, 64), [[1, 0], [1, 1]], times=TIMES["late"])
-    # Six row tiles of 256, four and two of them together; two clusters.
-    _, plan = check(num_rows=1536, num_programs=4)
-    assert plan.shape == (128, 64) and plan.num_row_tiles == 6 and plan.group == 4
-
-
-def test_where_there_are_clusters():
-    def count(num_rows, num_programs):
-        plan = make_row_plan(
-            num_rows, (512, 512), (8, 8), transposed=False, num_programs=num_programs
-        )
-        return plan.cluster
-
-    assert count(128, 132) == 1 and count(256, 132) == 2 and count(257, 132) == 1
-    assert count(256, 131) == 1
-
-
-@pytest.mark.ci
-@needs_interpreter
-def test_a_cluster_without_ranks_is_noticed(monkeypatch):
-    locate = Plan.locate
-    monkeypatch.setattr(
-        Plan, "locate", lambda plan, tile, lists, rank: locate(plan, tile, lists, 0)
-    )
-    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-        check_cluster((64, 64), _UNEVEN, num_rows=256, times=TIMES["early"])
-
-
-@pytest.mark.ci
-@needs_interpreter
-def test_a_slot_that_another_program_still_reads_is_noticed(monkeypatch):
-    # The second wait in the program is for a slot that both programs have given back.
-    miss_barrier(monkeypatch, 1)
-    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-        check_cluster((64, 64), np.ones((9, 4)), num_rows=256, times=TIMES["early"])
-
-
 @pytest.mark.parametrize("blocks", tier(_BLOCKS, fast=["64x64"], slow=["128x128"]))
 def test_two_blocks_have_the_bits_of_one_and_one(blocks, monkeypatch):
     together = check_gradient(blocks, TIMES["early"])
@@ -246,7 +123,7 @@ def test_broken_lists_are_noticed(change, monkeypatch):
         check_gradient((64, 64), TIMES["early"])
 
 
-def check_cluster(blocks, mask, *, num_rows, times, transposed=False, num_programs=2):
+def check_cluster(blocks, mask, *, num_rows, times, transposed=False, num_programs=6):
     """Multiply by clusters of two, with a bias; return the result and the plan."""
     mask = np.asarray(mask, bool)
     shape = tuple(count * side for count, side in zip(mask.shape, blocks, strict=True))
