@@ -17,15 +17,15 @@ Letters: B T N H as everywhere (`sparsejax.types`).
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu, hopper_matmul_mgpu
 
-from benchmarks.cycle_model import Plan, count
+from benchmarks.cycle_model import Case, Kernel, Plan, count
 from benchmarks.loop_turns import MainLoop, read_main_loop
 from pallas_kernels import aot, block_sparse_attention, block_sparse_matmul, mean_attention_map
 from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
@@ -39,41 +39,6 @@ _HOPPER: Any = {"implementation": "mosaic_sm90"}
 _RESIDENT_ROWS = 128
 # Tokens, and features in and out, of layers with block-sparse weights.
 _LAYER = 8192, 4096
-
-
-class Kernel(NamedTuple):
-    """A kernel of a case.
-
-    Attributes:
-      prefix: str, of its name in the program. Of several with one prefix, those come first that do
-        less in a turn.
-      loop: int, which of its loops that multiply, those with most products first.
-    """
-
-    label: str
-    prefix: str
-    plan: Plan
-    loop: int = 0
-
-
-class Case(NamedTuple):
-    """A program to compile, and the kernels of it that are looked at.
-
-    Attributes:
-      structure: str, in a few words.
-      function: of `args`.
-      args: pytrees of `jax.ShapeDtypeStruct`.
-      published_tflops: float, rate of all kernels together, if there is one.
-      published_flops: float, operations that it is made of, if not those of the plans.
-    """
-
-    name: str
-    structure: str
-    function: Callable[..., Any]
-    args: tuple
-    kernels: Sequence[Kernel]
-    published_tflops: float | None = None
-    published_flops: float | None = None
 
 
 def _struct(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:

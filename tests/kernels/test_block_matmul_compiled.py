@@ -50,8 +50,11 @@ def _check(kernel):
 _WAITS = ["0x1", "0x0"], ["0x2", "0x0", "0x0", "0x1", "0x0"]
 
 
-def _check_products(report, blocks, dtype, rows):
-    """Check the three kernels; `rows` are those of a warpgroup in y and dx."""
+def _check_products(report, blocks, dtype, rows, *, is_shared=True):
+    """Check the three kernels; `rows` are those of a warpgroup in y and dx.
+
+    Where `is_shared`, programs of a cluster share the weight.
+    """
     kernels = {kernel.name.split("_")[-2]: kernel for kernel in report.kernels}
     assert sorted(kernels) == ["forward", "gradient", "transposed"] and len(report.kernels) == 3
     for name, columns, height in (
@@ -61,8 +64,9 @@ def _check_products(report, blocks, dtype, rows):
     ):
         kernel = kernels[name]
         _check(kernel)
-        # A step takes 64 positions of the contraction, 16 an instruction. The gradient has a loop of
-        # two blocks, where shared memory holds them, and one of one.
+        assert ("MULTICAST" in kernel.sass) == (is_shared and name != "gradient"), name
+        # A step takes 64 positions of the contraction, 16 an instruction. The gradient has a loop
+        # of two blocks, where shared memory holds them, and one of one.
         has_pairs = name == "gradient" and blocks != (64, 128)
         suffix = ".BF16" if dtype == "bfloat16" else ""
         found = collections.Counter(re.findall(r"\bHGMMA\S*", kernel.sass))
@@ -98,7 +102,8 @@ _SETTINGS = list(itertools.product(((64, 64), (64, 128), (128, 64), (128, 128)),
 def test_every_block(blocks, tokens, dtype):
     rows = 64 if tokens == 384 else 128
     report = _compile(tokens, (2048, 1024), blocks, dtype)
-    _check_products(report, blocks, dtype, (rows, rows))
+    # Of 384 tokens, three row tiles of 128.
+    _check_products(report, blocks, dtype, (rows, rows), is_shared=tokens != 384)
 
 
 @pytest.mark.slow

@@ -50,18 +50,20 @@ def test_every_block_stands_on_one_list(name, num_programs):
 
 
 def test_blocks_are_paired_where_that_is_faster():
-    pairs = functools.partial(pair_blocks, jnp.ones((4, 4), bool), 1)
-    # Sixteen blocks: on 16 processors one round, on 8 two or one longer one, on 6 three or two.
-    counts = {n: int((pairs(num_programs=n).others >= 0).sum()) for n in (16, 8, 6, 2)}
-    assert counts == {16: 0, 8: 8, 6: 0, 2: 8}
+    def count_pairs(num_programs):
+        lists = pair_blocks(jnp.ones((4, 4), bool), 1, num_programs=num_programs)
+        return int((np.asarray(lists.others) >= 0).sum())
+
+    # Sixteen blocks: a round of one, or of two, which is longer; two or one; three or two; many.
+    assert [count_pairs(n) for n in (16, 8, 6, 2)] == [0, 8, 0, 8]
 
 
 def multiply_gradient(blocks, mask, times, *, num_tokens=130):
-    """Return dw, and what it should be; the last column of blocks has NaN in dy."""
+    """Return dw, and what it should be; dy has NaN where it meets no kept block."""
     mask = np.asarray(mask, bool)
     K, N = (count * side for count, side in zip(mask.shape, blocks, strict=True))
     x, dy = make_normal(((num_tokens, K), (num_tokens, N)), "bfloat16")
-    dy = dy.at[:, N - blocks[1] :].set(jnp.nan)
+    dy = jnp.where(np.repeat(mask.any(0), blocks[1]), dy, jnp.nan)
     with hopper(*times):
         # A new function each time: what a compiled one has traced stays.
         dw = jax.jit(lambda *args: products.multiply_gradient(*args))(x, dy, jnp.asarray(mask))
@@ -75,8 +77,8 @@ def multiply_gradient(blocks, mask, times, *, num_tokens=130):
 _MASK = [[1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0]]
 
 
-def check_gradient(blocks, times):
-    dw, exact = multiply_gradient(blocks, _MASK, times)
+def check_gradient(blocks, times, mask=_MASK):
+    dw, exact = multiply_gradient(blocks, mask, times)
     assert error(dw, exact) <= 2.0**-8 * np.abs(exact).max()
     np.testing.assert_array_equal(np.asarray(dw, np.float32)[exact == 0], 0)
     return dw
@@ -95,6 +97,18 @@ def test_two_blocks_have_the_bits_of_one_and_one(blocks, monkeypatch):
 @pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
 def test_two_blocks_whenever_copies_land(blocks, times):
     check_gradient(blocks, times)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("blocks", "mask"), [((128, 64), [[1], [0]]), ((64, 128), [[1, 1, 1, 0]])], ids=str
+)
+def test_where_no_two_blocks_fit(blocks, mask):
+    # One column of blocks, or too much shared memory.
+    mask = np.asarray(mask, bool)
+    shape = tuple(count * side for count, side in zip(mask.shape, blocks, strict=True))
+    assert products.make_gradient_plan(shape, mask.shape).blocks == 1
+    check_gradient(blocks, TIMES["early"], mask)
 
 
 def _second_block_of_the_first(lists):
@@ -137,12 +151,14 @@ def check_cluster(blocks, mask, *, num_rows, times, transposed=False, num_progra
     lists = products._start_longest_first(
         jnp.asarray(rows.sum(1)), jnp.asarray(np.argsort(~rows, axis=1, kind="stable"), jnp.int32)
     )
+
+    @jax.jit
+    def multiply(lhs, w, lists, bias):
+        shape = (num_rows, columns)
+        return multiply_lists(lhs, w, lists, bias, shape, plan, num_programs=num_programs)
+
     with hopper(*times):
-        got = jax.jit(
-            lambda *args: multiply_lists(
-                *args, (num_rows, columns), plan, num_programs=num_programs
-            )
-        )(lhs, w, lists, bias)
+        got = multiply(lhs, w, lists, bias)
         jax.block_until_ready(got)
     kept = np.where(np.kron(mask, np.ones(blocks)), np.asarray(w, np.float32), 0)
     exact = np.asarray(lhs, np.float32) @ (kept.T if transposed else kept)
