@@ -140,7 +140,7 @@ def read_main_loop(sass: str, number: int = 0) -> MainLoop:
     program, controls = parse(sass), _read_controls(sass)
     loops = list(_find_loops(program))
     if len(loops) <= number:
-        raise ValueError(f"{len(loops) or 'no'} loop of the kernel multiplies, asked for {number}")
+        raise ValueError(f"{len(loops) or 'no'} loops of the kernel multiply, wanted {number + 1}")
     loops.sort(key=lambda loop: (-_count_products(loop[0]), len(loop[0])))
     path, is_repeated = loops[number]
     exchanges = _find_exchanges(path)

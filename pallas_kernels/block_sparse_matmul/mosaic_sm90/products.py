@@ -155,16 +155,16 @@ def pair_blocks(mask_IJ: jax.Array, num_steps: int, *, num_programs: int) -> Lis
     """
     counts_I, columns_IJ = list_kept(mask_IJ)
     blocks_IJ = jnp.arange(mask_IJ.shape[0])[:, None] * mask_IJ.shape[1] + columns_IJ
-    place_J, counts_I1 = jnp.arange(mask_IJ.shape[1]), counts_I[:, None]
+    place_1J, counts_I1 = jnp.arange(mask_IJ.shape[1])[None], counts_I[:, None]
     rounds_of_one, rounds_of_two = (
         -(-jnp.sum(tiles_I) // num_programs) for tiles_I in (counts_I, (counts_I + 1) // 2)
     )
     pays = 3 * rounds_of_two < 2 * rounds_of_one
-    is_first_IJ = pays & (place_J % 2 == 0) & (place_J + 1 < counts_I1)
-    is_second_IJ = pays & (place_J % 2 == 1) & (place_J < counts_I1)
+    is_first_IJ = pays & (place_1J % 2 == 0) & (place_1J + 1 < counts_I1)
+    is_second_IJ = pays & (place_1J % 2 == 1) & (place_1J < counts_I1)
     others_IJ = jnp.where(is_first_IJ, jnp.roll(blocks_IJ, -1, axis=1), -1)
     owners_IJ = jnp.where(is_second_IJ, -1, blocks_IJ)
-    steps_IJ = jnp.where((place_J < counts_I1) & ~is_second_IJ, num_steps, 0)
+    steps_IJ = jnp.where((place_1J < counts_I1) & ~is_second_IJ, num_steps, 0)
     order_U = jnp.argsort(-(steps_IJ * (1 + is_first_IJ)).ravel(), stable=True)
     owners_U, others_U, steps_U = (
         array_IJ.ravel()[order_U].astype(jnp.int32) for array_IJ in (owners_IJ, others_IJ, steps_IJ)

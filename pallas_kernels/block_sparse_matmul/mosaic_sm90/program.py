@@ -66,7 +66,7 @@ class Program(NamedTuple):
     Attributes:
       operands: Operands in global memory.
       out: reference to the result in global memory.
-      scratch: Scratch.
+      scratch: shared memory of the program.
       ring: Ring of the operands.
       announced: Ring of lists, one for each tile.
       num_clusters: int, programs or clusters of them, that share the tiles.
