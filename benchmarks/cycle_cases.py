@@ -17,16 +17,18 @@ Letters: B T N H as everywhere (`sparsejax.types`).
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu, hopper_matmul_mgpu
 
-from benchmarks.cycle_model import Plan, count
+from benchmarks.cycle_model import Case, Kernel, Plan, count
 from benchmarks.loop_turns import MainLoop, read_main_loop
 from pallas_kernels import aot, block_sparse_attention, block_sparse_matmul, mean_attention_map
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import make_row_plan
+from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
 from pallas_kernels.nm_matmul.mosaic_sm90.cut import Cut, Problem
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
@@ -35,39 +37,8 @@ from pallas_kernels.nm_matmul.packing import TILE, Compressed
 _HOPPER: Any = {"implementation": "mosaic_sm90"}
 # Rows of queries, or of keys, that a program of an attention kernel keeps.
 _RESIDENT_ROWS = 128
-
-
-class Kernel(NamedTuple):
-    """A kernel of a case.
-
-    Attributes:
-      prefix: str, of its name in the program. Of several with one prefix, those come first that do
-        less in a turn.
-    """
-
-    label: str
-    prefix: str
-    plan: Plan
-
-
-class Case(NamedTuple):
-    """A program to compile, and the kernels of it that are looked at.
-
-    Attributes:
-      structure: str, in a few words.
-      function: of `args`.
-      args: pytrees of `jax.ShapeDtypeStruct`.
-      published_tflops: float, rate of all kernels together, if there is one.
-      published_flops: float, operations that it is made of, if not those of the plans.
-    """
-
-    name: str
-    structure: str
-    function: Callable[..., Any]
-    args: tuple
-    kernels: Sequence[Kernel]
-    published_tflops: float | None = None
-    published_flops: float | None = None
+# Tokens, and features in and out, of layers with block-sparse weights.
+_LAYER = 8192, 4096
 
 
 def _struct(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -224,7 +195,12 @@ def list_cases() -> Iterator[Case]:
         yield _mean_map(head_dim)
     yield _sparse_product(4096)
     yield _sparse_product(8192)
-    yield _block_product()
+    for block in (128, 64):
+        yield _block_product(density=0.1, block=block)
+    yield _block_product(density=0.1, transposed=True)
+    for block in (128, 64):
+        yield _block_gradient(density=0.1, block=block)
+        yield _block_gradient(density=1, block=block)
 
 
 def _attention(head_dim: int, block: int) -> Case:
@@ -335,12 +311,14 @@ def _sparse_product(size: int) -> Case:
     )
 
 
-def _block_product() -> Case:
-    tokens, size, block, density = 8192, 4096, 128, 0.1
-    row_plan = make_row_plan(
-        tokens, (size, size), (size // block,) * 2, transposed=False, num_programs=aot.H200.cores
+def _block_product(*, density: float, block: int = 128, transposed: bool = False) -> Case:
+    """Plan y, or dx, of a layer with as many inputs as outputs."""
+    tokens, size = _LAYER
+    grid = (size // block,) * 2
+    row_plan = products.make_row_plan(
+        tokens, (size, size), grid, transposed=transposed, num_programs=aot.H200.cores
     )
-    rows, columns = 2 * row_plan.shape[0], row_plan.shape[1]
+    rows, columns, cluster = 2 * row_plan.shape[0], row_plan.shape[1], row_plan.cluster
     kept = density * size
     plan = Plan(
         tiles=tokens * size // (rows * columns),
@@ -348,13 +326,42 @@ def _block_product() -> Case:
         copied_bytes=2 * (rows + columns) * kept,
         stored_bytes=2 * rows * columns,
         memory_bytes=2 * (2 * tokens * size + density * size**2),
+        l2_bytes=2 * (rows + columns / cluster) * kept,
+    )
+    matmul: Any = functools.partial(block_sparse_matmul, **_HOPPER)
+    return Case(
+        f"block-sparse {'dx' if transposed else 'product'}, {density:.0%} of blocks of {block}",
+        f"tiles of {rows} x {columns}, clusters of {cluster}",
+        products.multiply_transposed if transposed else matmul,
+        (_struct(tokens, size), _struct(size, size), _struct(*grid, dtype="bool")),
+        [Kernel(row_plan.name, f"block_sparse_matmul_{row_plan.name}", plan)],
+    )
+
+
+def _block_gradient(*, density: float, block: int) -> Case:
+    """Plan dw of a layer with as many inputs as outputs."""
+    tokens, size = _LAYER
+    grid = (size // block,) * 2
+    mask = np.random.default_rng(0).permuted(np.arange(grid[0] * grid[1])).reshape(grid)
+    mask = mask < round(density * mask.size)
+    lists = products.pair_blocks(jnp.asarray(mask), tokens, num_programs=aot.H200.cores)
+    assert lists.others is not None
+    tiles, is_paired = int((lists.counts > 0).sum()), bool((lists.others >= 0).any())
+    # Where some tiles have two blocks and some have one, the mean.
+    columns = block * mask.sum() / tiles
+    plan = Plan(
+        tiles=tiles,
+        flops=2 * block * columns * tokens,
+        copied_bytes=2 * (block + columns) * tokens,
+        stored_bytes=2 * block * columns,
+        memory_bytes=2 * (2 * tokens * size + size**2),
     )
     return Case(
-        f"block-sparse product, {density:.0%} of blocks of {block}",
-        f"tiles of {rows} x {columns}",
-        functools.partial(block_sparse_matmul, **_HOPPER),
-        (_struct(tokens, size), _struct(size, size), _struct(*(size // block,) * 2, dtype="bool")),
-        [Kernel("forward", "block_sparse_matmul_forward", plan)],
+        f"block-sparse dw, {density:.0%} of blocks of {block}",
+        "tiles of two blocks" if is_paired else "tiles of one block",
+        products.multiply_gradient,
+        (_struct(tokens, size), _struct(tokens, size), _struct(*grid, dtype="bool")),
+        [Kernel("gradient", "block_sparse_matmul_gradient", plan, loop=0 if is_paired else 1)],
     )
 
 
@@ -362,10 +369,10 @@ def read_loops(case: Case, target: aot.GpuTarget) -> list[MainLoop]:
     """Compile a case for a GPU and read the main loop of each of its kernels."""
     report = aot.compile_for(case.function, *case.args, mesh=aot.make_gpu_mesh(target))
     waiting = {
-        prefix: sorted(
-            (read_main_loop(x.sass) for x in report.kernels if x.name.startswith(prefix)),
+        (prefix, loop): sorted(
+            (read_main_loop(x.sass, loop) for x in report.kernels if x.name.startswith(prefix)),
             key=lambda loop: count(loop.turn).flops,
         )
-        for prefix in {kernel.prefix for kernel in case.kernels}
+        for prefix, loop in {(kernel.prefix, kernel.loop) for kernel in case.kernels}
     }
-    return [waiting[kernel.prefix].pop(0) for kernel in case.kernels]
+    return [waiting[kernel.prefix, kernel.loop].pop(0) for kernel in case.kernels]

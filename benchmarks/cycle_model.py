@@ -22,8 +22,8 @@ https://github.com/Johnsonms/NVIDIA-Hopper-Benchmark, reproduction/H100-dapperdi
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks.loop_turns import MainLoop, Turn
 from benchmarks.turn_timing import SHARED_BYTES_PER_CLOCK, time_product, time_turn
@@ -75,6 +75,41 @@ class Plan(NamedTuple):
     start_reads: int = 1
     warpgroups: int = 2
     l2_bytes: float | None = None
+
+
+class Kernel(NamedTuple):
+    """A kernel of a case.
+
+    Attributes:
+      prefix: str, of its name in the program. Of several with one prefix, those come first that do
+        less in a turn.
+      loop: int, which of its loops that multiply, those with most products first.
+    """
+
+    label: str
+    prefix: str
+    plan: Plan
+    loop: int = 0
+
+
+class Case(NamedTuple):
+    """A program to compile, and the kernels of it that are looked at.
+
+    Attributes:
+      structure: str, in a few words.
+      function: of `args`.
+      args: pytrees of `jax.ShapeDtypeStruct`.
+      published_tflops: float, rate of all kernels together, if there is one.
+      published_flops: float, operations that it is made of, if not those of the plans.
+    """
+
+    name: str
+    structure: str
+    function: Callable[..., Any]
+    args: tuple
+    kernels: Sequence[Kernel]
+    published_tflops: float | None = None
+    published_flops: float | None = None
 
 
 class Counts(NamedTuple):

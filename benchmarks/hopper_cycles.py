@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.cycle_cases import Case, list_anchors, list_cases, read_loops
-from benchmarks.cycle_model import Prediction, count, predict
+from benchmarks.cycle_cases import list_anchors, list_cases, read_loops
+from benchmarks.cycle_model import Case, Prediction, count, predict
 from benchmarks.environment import describe_environment
 from benchmarks.harness import RESULTS
 from benchmarks.loop_turns import MainLoop

@@ -126,7 +126,7 @@ class MainLoop(NamedTuple):
     is_repeated: bool
 
 
-def read_main_loop(sass: str) -> MainLoop:
+def read_main_loop(sass: str, number: int = 0) -> MainLoop:
     """Read the main loop of a kernel: of innermost loops, that with most products.
 
     Of loops with equally many the shorter one is taken, which is the one without a mask. Branches
@@ -134,15 +134,17 @@ def read_main_loop(sass: str) -> MainLoop:
 
     Args:
       sass: str, of `pallas_kernels.aot.KernelReport`.
+      number: int, how many loops with more products are passed over.
 
     Raises:
-      ValueError: if no loop multiplies.
+      ValueError: if no loop multiplies, or too few do.
     """
     program, controls = parse(sass), _read_controls(sass)
     loops = list(_find_loops(program))
-    if not loops:
-        raise ValueError("no loop of the kernel multiplies")
-    path, is_repeated = max(loops, key=lambda loop: (_count_products(loop[0]), -len(loop[0])))
+    if len(loops) <= number:
+        raise ValueError(f"{len(loops) or 'no'} loops of the kernel multiply, wanted {number + 1}")
+    loops.sort(key=lambda loop: (-_count_products(loop[0]), len(loop[0])))
+    path, is_repeated = loops[number]
     exchanges = _find_exchanges(path)
     turn = tuple(_describe(x, controls[x.address], exchanges, i) for i, x in enumerate(path))
     return MainLoop(turn, is_repeated)

@@ -245,8 +245,21 @@ def test_a_loop_is_read_from_machine_code():
     bases = " ".join(x.base for x in loop.turn)
     assert bases == "SYNCS BRA HGMMA HGMMA SYNCS SYNCS WARPGROUP LDS UIADD3 BRA"
     assert not read_main_loop(_SASS.replace("@P2 BRA `(.L_x_0)", "NOP")).is_repeated
-    with pytest.raises(ValueError, match="no loop"):
+    with pytest.raises(ValueError, match="no loops"):
         read_main_loop(_SASS.replace("@P0 BRA `(.L_x_1)", "NOP").replace("@P2 BRA", "@P2 NOP"))
+
+
+def test_of_several_loops_those_with_most_products_come_first():
+    shorter = """
+.L_x_9:
+-:-:-:Y:12        /*0002*/  HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;
+-:-:-:Y:05        /*0004*/  @P0 BRA `(.L_x_9) ;
+"""
+    sass = shorter + _SASS
+    assert read_main_loop(sass).turn == read_main_loop(_SASS).turn
+    assert [x.base for x in read_main_loop(sass, 1).turn] == ["HGMMA", "BRA"]
+    with pytest.raises(ValueError, match="2 loops"):
+        read_main_loop(sass, 2)
 
 
 def test_instructions_are_read_with_their_control_codes():

@@ -39,14 +39,22 @@ def _compile(tokens, shape, blocks, dtype="bfloat16", *, has_bias=True):
 
 
 def _check(kernel):
-    check_kernel(kernel, in_flight_at_release=1)
+    # Those of the step that was started last, of which a tile with two blocks has two.
+    check_kernel(kernel, in_flight_at_release=2 if "gradient" in kernel.name else 1)
     assert "wgmma.mma_async" in kernel.ptx
     # Operands and results are copied by the hardware.
     assert "UTMALDG" in kernel.sass and "UTMASTG" in kernel.sass, kernel
 
 
-def _check_products(report, blocks, dtype, rows):
-    """Check the three kernels; `rows` are those of a warpgroup in y and dx."""
+# Of one loop, and of one for two blocks beside it.
+_WAITS = ["0x1", "0x0"], ["0x2", "0x0", "0x0", "0x1", "0x0"]
+
+
+def _check_products(report, blocks, dtype, rows, *, is_shared=True):
+    """Check the three kernels; `rows` are those of a warpgroup in y and dx.
+
+    Where `is_shared`, programs of a cluster share the weight.
+    """
     kernels = {kernel.name.split("_")[-2]: kernel for kernel in report.kernels}
     assert sorted(kernels) == ["forward", "gradient", "transposed"] and len(report.kernels) == 3
     for name, columns, height in (
@@ -56,13 +64,19 @@ def _check_products(report, blocks, dtype, rows):
     ):
         kernel = kernels[name]
         _check(kernel)
-        # A step takes 64 positions of the contraction, 16 an instruction.
+        assert ("MULTICAST" in kernel.sass) == (is_shared and name != "gradient"), name
+        # A step takes 64 positions of the contraction, 16 an instruction. The gradient has a loop
+        # of two blocks, where shared memory holds them, and one of one.
+        has_pairs = name == "gradient" and blocks != (64, 128)
         suffix = ".BF16" if dtype == "bfloat16" else ""
         found = collections.Counter(re.findall(r"\bHGMMA\S*", kernel.sass))
-        assert found == {f"HGMMA.64x{columns}x16.F32{suffix}": 4 * height // 64}, (name, found)
-        # One group of instructions stays in flight over a step; all are awaited after the last.
+        assert found == {
+            f"HGMMA.64x{columns}x16.F32{suffix}": (3 if has_pairs else 1) * 4 * height // 64
+        }, (name, found)
+        # A group of instructions for each block stays in flight over a step; all are awaited after
+        # the last.
         waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (\S+)", kernel.sass)
-        assert waits == ["0x1", "0x0"], (name, waits)
+        assert waits == _WAITS[has_pairs], (name, waits)
     assert report.temp_bytes < 1e5, "an operand is copied"
 
 
@@ -88,7 +102,8 @@ _SETTINGS = list(itertools.product(((64, 64), (64, 128), (128, 64), (128, 128)),
 def test_every_block(blocks, tokens, dtype):
     rows = 64 if tokens == 384 else 128
     report = _compile(tokens, (2048, 1024), blocks, dtype)
-    _check_products(report, blocks, dtype, (rows, rows))
+    # Of 384 tokens, three row tiles of 128.
+    _check_products(report, blocks, dtype, (rows, rows), is_shared=tokens != 384)
 
 
 @pytest.mark.slow

@@ -26,11 +26,14 @@ class Lists(NamedTuple):
       owners: int32[U], which block of the result a list is for.
       counts: int32[U], entries of each list.
       entries: int32[U, P], or None where the entry at a position is the position.
+      others: int32[U], a second block of the result that the list is for, -1 where there is none;
+        None where a tile has one block. With it an owner may be -1: of another list, `others`.
     """
 
     owners: jax.Array
     counts: jax.Array
     entries: jax.Array | None
+    others: jax.Array | None = None
 
 
 class Tile(NamedTuple):
@@ -64,8 +67,11 @@ class Plan(NamedTuple):
       shape: (rows, columns) of the result that a computing warpgroup sums.
       is_split: bool, both warpgroups sum the same tile, over different steps.
       find: function (row_tile, owner, part) -> Start of a warpgroup's tile of the result.
-      num_row_tiles: int, tiles that share a list.
-      group: int, of these, how many are taken before the next list, for the cache.
+      num_row_tiles: int, tiles that share a list, a multiple of `cluster`.
+      group: int, of these, how many are taken before the next list, for the cache; likewise.
+      blocks: int, 1 or 2, of the result that a tile may have. They share the left operand.
+      cluster: int, programs that take row tiles below one another, and share what they read of the
+        right operand.
     """
 
     name: str
@@ -77,21 +83,34 @@ class Plan(NamedTuple):
     steps_per_entry: int = 1
     num_row_tiles: int = 1
     group: int = 1
+    blocks: int = 1
+    cluster: int = 1
 
-    def locate(self, tile: Any, num_lists: int) -> tuple[Any, Any]:
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that a step copies, of two blocks where a tile may have them."""
+        return self.lhs.num_bytes + self.blocks * self.rhs.num_bytes
+
+    def count_shared_tiles(self, num_lists: int) -> int:
+        """Count the tiles that the programs of a cluster take together."""
+        return num_lists * self.num_row_tiles // self.cluster
+
+    def locate(self, tile: Any, num_lists: int, rank: Any) -> tuple[Any, Any]:
         """Find a tile: all lists, longest first, for one group of row tiles after the other.
 
         Args:
-          tile: int32, its number.
+          tile: int32, number of those that a cluster takes together.
+          rank: int32, of the program in its cluster.
 
         Returns:
           tuple of int32, row tile and list.
         """
-        in_group = self.group * num_lists
-        first = lax.div(tile, in_group) * self.group
-        size = jnp.minimum(self.num_row_tiles - first, self.group)
+        group = self.group // self.cluster
+        in_group = group * num_lists
+        first = lax.div(tile, in_group) * group
+        size = jnp.minimum(self.num_row_tiles // self.cluster - first, group)
         place = lax.rem(tile, in_group)
-        return first + lax.rem(place, size), lax.div(place, size)
+        return (first + lax.rem(place, size)) * self.cluster + rank, lax.div(place, size)
 
 
 def count_stages(plan: Plan) -> int:
@@ -105,4 +124,4 @@ def count_stages(plan: Plan) -> int:
     if plan.is_split:
         fixed += 4 * rows * columns
     free = SHARED_MEMORY_BYTES - SPARE_BYTES - fixed
-    return min(free // (plan.lhs.num_bytes + plan.rhs.num_bytes), _MAX_STAGES)
+    return min(free // plan.step_bytes, _MAX_STAGES)

@@ -14,10 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_lists import list_kept
 from pallas_kernels.block_sparse_attention.block_schedule import make_block_schedule
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import multiply_lists
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import TILE, Lists, Plan, Tile
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import (
+    TILE,
+    Lists,
+    Plan,
+    Tile,
+    count_stages,
+)
 from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
 from pallas_kernels.dispatch import check_hopper, count_processors
 from pallas_kernels.hopper.budget import NUM_COMPUTE
@@ -26,6 +33,8 @@ from pallas_kernels.padding import pad_rows
 BLOCKS = (64, 128)
 # Row tiles of x that are taken together: they stay in the cache while all columns read them.
 _GROUP = 8
+# Steps that the ring of a tile with two blocks must hold.
+_LEAST_STAGES = 3
 
 
 def check(facts: BlockFacts) -> None:
@@ -122,9 +131,45 @@ def multiply_gradient(x_MK: jax.Array, dy_MN: jax.Array, mask_IJ: jax.Array) -> 
     plan = make_gradient_plan(shape, mask_IJ.shape)
     tokens = TILE * (NUM_COMPUTE if plan.is_split else 1)
     x_MK, dy_MN = (pad_rows(array, tokens) for array in (x_MK, dy_MN))
-    counts = jnp.where(mask_IJ.ravel(), x_MK.shape[0] // tokens, 0)
-    lists = _start_longest_first(counts, None)
-    return multiply_lists(x_MK, dy_MN, lists, None, shape, plan, num_programs=count_processors())
+    num_steps, num_programs = x_MK.shape[0] // tokens, count_processors()
+    if plan.blocks == 1:
+        lists = _start_longest_first(jnp.where(mask_IJ.ravel(), num_steps, 0), None)
+    else:
+        lists = pair_blocks(mask_IJ, num_steps, num_programs=num_programs)
+    return multiply_lists(x_MK, dy_MN, lists, None, shape, plan, num_programs=num_programs)
+
+
+def pair_blocks(mask_IJ: jax.Array, num_steps: int, *, num_programs: int) -> Lists:
+    """List the blocks of the gradient, two kept ones of a row together where that is faster.
+
+    A tile of two takes about half as long again as one of one block, and half as many are needed,
+    so that it depends on the rounds in which processors take them.
+
+    Args:
+      mask_IJ: bool[I, J], True = kept.
+      num_steps: int, of a kept block.
+      num_programs: int, processors of the GPU.
+
+    Returns:
+      Lists, one for each block; its owner is -1 if the block is the second of another list.
+    """
+    counts_I, columns_IJ = list_kept(mask_IJ)
+    blocks_IJ = jnp.arange(mask_IJ.shape[0])[:, None] * mask_IJ.shape[1] + columns_IJ
+    place_1J, counts_I1 = jnp.arange(mask_IJ.shape[1])[None], counts_I[:, None]
+    rounds_of_one, rounds_of_two = (
+        -(-jnp.sum(tiles_I) // num_programs) for tiles_I in (counts_I, (counts_I + 1) // 2)
+    )
+    pays = 3 * rounds_of_two < 2 * rounds_of_one
+    is_first_IJ = pays & (place_1J % 2 == 0) & (place_1J + 1 < counts_I1)
+    is_second_IJ = pays & (place_1J % 2 == 1) & (place_1J < counts_I1)
+    others_IJ = jnp.where(is_first_IJ, jnp.roll(blocks_IJ, -1, axis=1), -1)
+    owners_IJ = jnp.where(is_second_IJ, -1, blocks_IJ)
+    steps_IJ = jnp.where((place_1J < counts_I1) & ~is_second_IJ, num_steps, 0)
+    order_U = jnp.argsort(-(steps_IJ * (1 + is_first_IJ)).ravel(), stable=True)
+    owners_U, others_U, steps_U = (
+        array_IJ.ravel()[order_U].astype(jnp.int32) for array_IJ in (owners_IJ, others_IJ, steps_IJ)
+    )
+    return Lists(owners_U, steps_U, None, others_U)
 
 
 def make_row_plan(
@@ -154,6 +199,7 @@ def make_row_plan(
     tall = 2 * TILE * NUM_COMPUTE
     rows = 2 * TILE if num_rows // tall * num_lists >= num_programs else TILE
     num_row_tiles = -(-num_rows // (NUM_COMPUTE * rows))
+    cluster = 2 if num_row_tiles % 2 == 0 == num_programs % 2 else 1
 
     def find_out(row_tile, owner, part):
         return (row_tile * NUM_COMPUTE + part) * rows, owner * columns
@@ -176,11 +222,14 @@ def make_row_plan(
         steps_per_entry=inner // TILE,
         num_row_tiles=num_row_tiles,
         group=min(_GROUP, num_row_tiles),
+        cluster=cluster,
     )
 
 
 def make_gradient_plan(shape: tuple[int, ...], grid: tuple[int, ...]) -> Plan:
     """Plan dw = x^T dy. The warpgroups share rows of a block, or its tokens where it has 64 rows.
+
+    A tile may have two blocks of a row, where there are two and shared memory holds them.
 
     Args:
       shape: (K, N).
@@ -208,14 +257,16 @@ def make_gradient_plan(shape: tuple[int, ...], grid: tuple[int, ...]) -> Plan:
     def find_rhs(row_tile, owner, entry, piece, part):
         return find_tokens(entry, part), find_block(owner)[1]
 
-    return Plan(
+    plan = Plan(
         name="gradient",
         lhs=Tile((TILE, TILE), NUM_COMPUTE, is_transposed=True, find=find_lhs),
         rhs=Tile((TILE, columns), NUM_COMPUTE if is_split else 1, False, find=find_rhs),
         shape=(TILE, columns),
         is_split=is_split,
         find=find_out,
+        blocks=min(grid[1], 2),
     )
+    return plan if count_stages(plan) >= _LEAST_STAGES else plan._replace(blocks=1)
 
 
 def _multiply_rows(lhs, w_KN, lists, bias, grid, *, transposed):
