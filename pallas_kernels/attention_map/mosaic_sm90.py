@@ -26,13 +26,13 @@ from jax import lax
 from pallas_kernels.attention_map.call import MapArrays, MapFacts
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention.mosaic_sm90.tiles import LOG2_E, load_vector, zeros
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import fence_products
 from pallas_kernels.dispatch import check_hopper
 from pallas_kernels.hopper.budget import NUM_COMPUTE, ROWS
 from pallas_kernels.hopper.launch import CLUSTER, launch_kernel
 from pallas_kernels.hopper.layouts import BY_COLUMN, BY_ROW, LAYOUT
 from pallas_kernels.hopper.ring import Ring, describe_ring
 from pallas_kernels.hopper.shared_memory import matrix_smem
+from pallas_kernels.mosaic_fences import fence_products
 
 HEAD_DIMS = (32, 64, 128, 256)
 TILE = NUM_COMPUTE * ROWS

@@ -232,7 +232,7 @@ HOMES = {
     "jax": ("pallas_kernels", "sparsejax", "benchmarks"),
     # Instructions that Pallas does not have are written with the compiler that JAX brings along.
     "jaxlib": (
-        "pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel",
+        "pallas_kernels.mosaic_fences",
         "pallas_kernels.nm_matmul.mosaic_sm90.wgmma_sp",
         "pallas_kernels.nm_matmul.mosaic_sm90.thread_words",
     ),

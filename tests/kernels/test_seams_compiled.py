@@ -37,7 +37,7 @@ FUNCTIONS = {
     "block_sparse_attention/mosaic_sm90/program.py _describe_scratch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/program.py launch": _ATTENTION,
     "block_sparse_attention/mosaic_sm90/walk.py make_walk": _ATTENTION,
-    "block_sparse_matmul/mosaic_sm90/kernel.py fence_products": (*_BLOCKS, *_MAP),
+    "mosaic_fences.py fence_products": (*_BLOCKS, *_MAP),
     "hopper/launch.py launch_kernel": (*_ATTENTION, *_MAP, *_BLOCKS, *_PRODUCT),
     "nm_matmul/mosaic_sm90/products.py run": _LAYER,
     "nm_matmul/mosaic_sm90/kernel.py multiply_sparse": _PRODUCT,

@@ -23,7 +23,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxlib.mlir.dialects import nvvm
 
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import (
     TILE,
@@ -39,10 +38,10 @@ from pallas_kernels.block_sparse_matmul.mosaic_sm90.program import (
     Program,
     describe_scratch,
 )
-from pallas_kernels.dispatch import is_interpreted
 from pallas_kernels.hopper.launch import launch_kernel
 from pallas_kernels.hopper.layouts import BY_COLUMN, LAYOUT
 from pallas_kernels.hopper.ring import Ring
+from pallas_kernels.mosaic_fences import fence_products
 
 
 def multiply_lists(
@@ -231,23 +230,6 @@ def _sum_steps(
 def _select_part(smem: Any, tile: Tile, warpgroup: Any, block: int = 0) -> Any:
     part = smem.at[block * tile.parts + (warpgroup if tile.parts > 1 else 0)]
     return part.transpose((1, 0)) if tile.is_transposed else part
-
-
-def fence_products() -> None:
-    """Let tensor-core products see registers that were written so far.
-
-    Pallas does so when an accumulator is made and not in every step of a loop; ptxas would add it.
-    """
-    if is_interpreted():
-        return
-
-    @plgpu.inline_mgpu()
-    def fence(_):
-        nvvm.wgmma_fence_aligned()
-
-    # Type checkers take the decorated function for one that still wants the launch context.
-    run: Any = fence
-    run()
 
 
 def _copy_bias(program: Program, warpgroup: Any, owner: Any) -> None:
