@@ -83,6 +83,7 @@ _REGISTER_FIRST = _names(
 _LINE = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?U?P[0-9T]+)?\s*([A-Z][\w.]*)\s*([^;\n]*)")
 _LABEL = re.compile(r"(\.L_x_\d+|\$[\w$]+):")
 _REGISTER = re.compile(r"(?<![A-Z])R(\d+)\b")
+_SHARED_MEMORY = ("LDS", "LDSM", "STS", "STSM")
 
 
 def parse(sass: str) -> Program:
@@ -189,5 +190,11 @@ def find_named(instruction: Instruction) -> set[int]:
     Returns:
       set of register numbers.
     """
-    named = {int(n) for text in instruction.operands for n in _REGISTER.findall(text)}
-    return {n + i for n in named for i in range(_width(instruction))}
+
+    def find(text):
+        # An address in shared memory is one register, however wide what stands there.
+        is_narrow = text.startswith("[") and instruction.base in _SHARED_MEMORY
+        width = 1 if is_narrow else _width(instruction)
+        return {int(n) + i for n in _REGISTER.findall(text) for i in range(width)}
+
+    return set().union(*map(find, instruction.operands))

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from pallas_kernels.machine_code import find_written, parse
+from pallas_kernels.machine_code import find_named, find_written, parse
 from pallas_kernels.products_in_flight import (
     Loop,
     count_groups,
@@ -236,6 +236,18 @@ def test_a_subroutine_belongs_to_each_call():
 )
 def test_registers_that_are_written(line, written):
     assert list(find_written(assemble(f"{line}\nEXIT").code[0])) == written
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("LDS.64 R88, [R23+UR10]", {23, 88, 89}),
+        ("STS.128 [R23], R4", {4, 5, 6, 7, 23}),
+        ("LDG.E.64 R4, desc[UR8][R2.64]", {2, 3, 4, 5}),
+    ],
+)
+def test_registers_that_are_named(line, named):
+    assert find_named(assemble(f"{line}\nEXIT").code[0]) == named
 
 
 @pytest.mark.parametrize("line", ["BRX R4 -0x10", "FROB R4, R5"])
