@@ -174,9 +174,9 @@ def _attend_first_tile(
     share.turns.take(index)
     keys_smem = tile["k"].transpose((1, 0))
     s = multiply(queries, keys_smem, hand_over=lambda: share.turns.hand_over(index))
-    s, seen = _mask_logits(share, tile, place, s)
+    s, num_seen = _mask_logits(share, tile, place, s)
     keys.give_back(slot)
-    state, _, p = _add_logits(share, state, s, seen)
+    state, _, p = _add_logits(share, state, s, num_seen)
     share.wait_ahead(index + 1, keys)
     return state._replace(p=p.astype(state.p.dtype))
 
@@ -190,9 +190,9 @@ def _attend_tile(share: Share, queries: Any, index: Any, state: _State, *, maske
     share.turns.take(index)
 
     def use_logits(s):
-        s, seen = _mask_logits(share, tile, place, s)
+        s, num_seen = _mask_logits(share, tile, place, s)
         keys.give_back(slot)
-        results = _add_logits(share, state, s, seen)
+        results = _add_logits(share, state, s, num_seen)
         share.wait_ahead(index + 1, keys)
         return results
 
@@ -230,24 +230,40 @@ def _mask_logits(
     tile: dict[str, Any],
     place: Place | None,
     s: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, Any]:
     """Mask a tile of logits if its place is given.
 
     Returns:
-      tuple of the logits, and which positions are kept and visible, None for all.
+      tuple of the logits, and how many keys are kept and visible: f32[64], an int where it is all,
+      None if it is not asked for.
     """
     if place is None:
-        return s, None
+        return s, share.walk.tile
     # Loaded for each tile: a loop with a mask is short of registers.
     segments = load_vector(share.smem, "segments", BY_ROW)
     seen, attended = mask_by_query(share, s.shape, place, tile, segments)
-    return jnp.where(attended, s, -jnp.inf), seen
+    return jnp.where(attended, s, -jnp.inf), _count_seen(share, place, seen)
+
+
+def _count_seen(share: Share, place: Place, seen: jax.Array | None) -> Any:
+    """Count the keys of a tile that are kept and visible, if zeros take the place of others."""
+    problem, tile = share.problem, share.walk.tile
+    if not problem.zero_logits:
+        return None
+    if seen is None:
+        return tile
+    if problem.has_segments or problem.grain.rows * problem.grain.columns > 1:
+        return seen.astype(jnp.float32).sum(axis=1)
+    # Where causality alone hides keys, no register need hold which.
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
+    visible = row + (place.rows_start - place.tile_start + 1)
+    return jnp.minimum(jnp.maximum(visible, 0), tile).astype(jnp.float32)
 
 
 def _add_logits(
-    share: Share, state: _State, s: jax.Array, seen: jax.Array | None
+    share: Share, state: _State, s: jax.Array, num_seen: Any
 ) -> tuple[_State, jax.Array, jax.Array]:
-    """Take a tile of logits into the softmax.
+    """Take a tile of logits into the softmax; `num_seen` is what `_mask_logits` returned.
 
     Returns:
       tuple of the state, `p` and `acc` as they were; f32[64], the factor that `acc` is to be
@@ -256,7 +272,7 @@ def _add_logits(
     scale = share.problem.scale * LOG2_E
     kept = state.kept
     if share.problem.zero_logits:
-        kept += share.walk.tile if seen is None else seen.astype(jnp.float32).sum(axis=1)
+        kept += num_seen
     # The maximum is taken before scaling: one multiply-add per logit is left.
     top = jnp.maximum(state.top, s.max(axis=1) * scale)
     shrink = jnp.exp2(state.top - top)
