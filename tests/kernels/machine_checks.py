@@ -36,9 +36,14 @@ def check_attention(kernel, **options):
     The forward kernel hands over its turn while both products of a step run, and the tests of its
     loops say which arrivals may do so.
     """
-    if "attention_forward" in kernel.name:
+    if is_attention_forward(kernel):
         options["in_flight_at_release"] = 2
     check_kernel(kernel, **options)
+
+
+def is_attention_forward(kernel):
+    """Whether a kernel is the forward one of attention; under `jax.vmap` JAX names it."""
+    return "attention_forward" in kernel.name or kernel.name.startswith("batched_body")
 
 
 def check_kernel(kernel, **options):

@@ -12,7 +12,7 @@ from pallas_kernels import aot, block_sparse_attention
 from pallas_kernels.block_sparse_attention.mosaic_sm90 import attention
 from pallas_kernels.machine_code import parse
 from pallas_kernels.products_in_flight import find_loops
-from tests.kernels.machine_checks import check_attention
+from tests.kernels.machine_checks import check_attention, is_attention_forward
 from tests.tiers import tier
 
 
@@ -100,7 +100,7 @@ def _check(report, num_kernels):
     assert len(report.kernels) == num_kernels
     for kernel in report.kernels:
         check_attention(kernel)
-        if "forward" in kernel.name:
+        if is_attention_forward(kernel):
             _check_forward_loops(kernel)
         assert "HGMMA" in kernel.sass and "wgmma.mma_async" in kernel.ptx, kernel
         assert "UTMALDG" in kernel.sass, f"{kernel} copies no tiles"
