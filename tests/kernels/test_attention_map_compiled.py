@@ -37,7 +37,8 @@ def _check_kernel(kernel, **options):
             {"head_dim": 64, "causal": True, "group": 4, "dtype": "float16"}, marks=pytest.mark.ci
         ),
         {"head_dim": 128, "causal": True, "kv_mask": True, "group": 2},
-        pytest.param({"head_dim": 256, "kv_mask": True}, marks=pytest.mark.slow),
+        # Of all, this one names most registers.
+        pytest.param({"head_dim": 256, "kv_mask": True}, marks=pytest.mark.ci),
     ],
     ids=str,
 )
