@@ -26,6 +26,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 )
 
 from pallas_kernels.dispatch import check_hopper
+from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.ring import Ring
 from tests.kernels import sparse_products
 from tests.kernels.asynchronous import take_time
@@ -138,6 +139,16 @@ def miss_barrier(monkeypatch, number):
             barrier_wait(barrier)
 
     monkeypatch.setattr(plgpu, "barrier_wait", wait_but_once)
+
+
+def free_in_own_program(monkeypatch):
+    """Let a slot be free when readers of its own program are done, not all of the cluster's."""
+
+    def describe(slots, readers, cluster):
+        del cluster
+        return plgpu.Barrier(num_arrivals=readers, num_barriers=slots)
+
+    monkeypatch.setattr(ring, "_describe_free", describe)
 
 
 def give_back_early(patch):

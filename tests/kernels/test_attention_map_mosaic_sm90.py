@@ -4,14 +4,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper import ring
 from tests.kernels.contract import has_select
-from tests.kernels.interpreter import hopper, miss_barrier
+from tests.kernels.interpreter import free_in_own_program, hopper, miss_barrier
 from tests.kernels.map_contract import BROKEN, Case, check, make_map
 from tests.tiers import tier
 
@@ -96,16 +94,10 @@ def test_the_mean_map_whenever_copies_land(name, copies):
         check(CASES[name], _mean_map)
 
 
-def _free_where_it_was_read(slots, readers, cluster):
-    """Describe barriers at which only readers of the own program arrive."""
-    del cluster
-    return plgpu.Barrier(num_arrivals=readers, num_barriers=slots)
-
-
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a race may hang a GPU")
 def test_a_slot_that_is_free_in_one_program_of_a_cluster_is_not_free(monkeypatch):
-    monkeypatch.setattr(ring, "_describe_free", _free_where_it_was_read)
+    free_in_own_program(monkeypatch)
     q, k, lse = Case(batch=3, heads=(2, 2), lengths=(256, 128), head_dim=32).inputs()
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)), hopper():
         jax.block_until_ready(jax.jit(_mean_map)(q, k, lse=lse))

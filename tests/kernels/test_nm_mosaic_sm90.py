@@ -9,14 +9,12 @@ import functools
 import itertools
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import nm_matmul, pack_nm
 from pallas_kernels.doctor.oracles import error, make_nm_masks, make_normal
-from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
 from pallas_kernels.nm_matmul.activations import apply_activation
 from pallas_kernels.nm_matmul.mosaic_sm90 import tile_config
@@ -24,7 +22,7 @@ from pallas_kernels.nm_matmul.mosaic_sm90.cut import Cut, Problem, Tiles, count_
 from pallas_kernels.nm_matmul.mosaic_sm90.kernel import multiply_sparse
 from pallas_kernels.nm_matmul.mosaic_sm90.tile_config import default_config
 from pallas_kernels.nm_matmul.packing import Compressed
-from tests.kernels.interpreter import hopper, miss_barrier
+from tests.kernels.interpreter import free_in_own_program, hopper, miss_barrier
 from tests.kernels.nm_contract import NM_KERNEL_CASES, check_nm_case, check_pruned_gradient
 from tests.tiers import tier
 
@@ -293,16 +291,10 @@ def test_a_missing_barrier_is_noticed(missing, monkeypatch):
         check(_change(contraction=256), Tiles(1, 64, 64, 2), num_programs=1)
 
 
-def _free_where_it_was_read(slots, readers, cluster):
-    """Describe barriers at which only readers of the own program arrive."""
-    del cluster
-    return plgpu.Barrier(num_arrivals=readers, num_barriers=slots)
-
-
 @pytest.mark.ci
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a race may hang a GPU")
 def test_a_slot_that_is_free_in_one_program_of_a_cluster_is_not_free(monkeypatch):
-    monkeypatch.setattr(ring, "_describe_free", _free_where_it_was_read)
+    free_in_own_program(monkeypatch)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
         check(_change(rows=256, contraction=512), Tiles(1, 64, 64, 2, cluster=2))
 

@@ -221,8 +221,7 @@ def _add_last_values(share: Share, p: jax.Array, acc: jax.Array) -> jax.Array:
         values.give_back(slot)
         return acc
 
-    first, end = share.find_steps()
-    return lax.fori_loop(jnp.maximum(end - 1, first), end, add, acc)
+    return lax.fori_loop(jnp.maximum(share.end - 1, share.first), share.end, add, acc)
 
 
 def _mask_logits(

@@ -62,11 +62,6 @@ class Share(NamedTuple):
     first: Any
     end: Any
 
-    def find_steps(self) -> tuple[Any, Any]:
-        """Read `first` and `end` again, so that no register holds them until then."""
-        item, _ = self.find()
-        return item.first, item.first + item.count * self.walk.steps_per_entry
-
     def locate(self, step: Any) -> Place:
         """Find where the streamed tile of one step lies, and this warpgroup's rows.
 
