@@ -9,19 +9,19 @@ import pytest
 
 from pallas_kernels import block_sparse_matmul
 from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import multiply_lists
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import Lists, count_stages
+from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import count_stages
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import (
     make_gradient_plan,
     make_row_plan,
 )
-from pallas_kernels.doctor.oracles import error, make_normal
+from pallas_kernels.doctor.oracles import make_normal
 from pallas_kernels.hopper.budget import SHARED_MEMORY_BYTES
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
     call_block_matmul,
     check_block_matmul,
 )
+from tests.kernels.block_rows import check_rows
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.tiers import tier
 
@@ -61,43 +61,10 @@ def test_contract_of_every_block(case):
         check_block_matmul(case, call_block_matmul("mosaic_sm90"))
 
 
-def multiply_by_plan(plan, lhs, rhs, lists, bias, shape, num_programs):
-    @jax.jit
-    def run(lhs, rhs, lists, bias):
-        return multiply_lists(lhs, rhs, lists, bias, shape, plan, num_programs=num_programs)
-
-    with hopper():
-        return run(lhs, rhs, lists, bias)
-
-
-def check_rows(num_rows, blocks, mask, *, transposed=False, planned_for=1, num_programs=1):
-    """Multiply through a plan, and compare with the product of the masked weight."""
-    mask = np.asarray(mask, bool)
-    shape = tuple(count * side for count, side in zip(mask.shape, blocks, strict=True))
-    inner, columns = shape[::-1] if transposed else shape
-    lhs, w, bias = make_normal(((num_rows, inner), shape, (columns,)), "bfloat16")
-    plan = make_row_plan(
-        num_rows, shape, mask.shape, transposed=transposed, num_programs=planned_for
-    )
-    rows = mask if transposed else mask.T
-    lists = Lists(
-        jnp.arange(len(rows), dtype=jnp.int32),
-        jnp.asarray(rows.sum(1), jnp.int32),
-        jnp.asarray(np.argsort(~rows, axis=1, kind="stable"), jnp.int32),
-    )
-    got = multiply_by_plan(plan, lhs, w, lists, bias, (num_rows, columns), num_programs)
-    kept = np.where(np.kron(mask, np.ones(blocks)), np.asarray(w, np.float32), 0)
-    expected = np.asarray(lhs, np.float32) @ (kept.T if transposed else kept)
-    expected += np.asarray(bias, np.float32)
-    # An f32 sum, rounded once.
-    assert error(got, expected) <= 2.0**-8 * np.abs(expected).max()
-    return plan
-
-
 @pytest.mark.ci
 def test_tall_tiles_and_groups_of_them(monkeypatch):
     monkeypatch.setattr(products, "_GROUP", 2)
-    plan = check_rows(768, (64, 64), [[1, 0], [1, 0]], num_programs=2)
+    _, plan = check_rows(768, (64, 64), [[1, 0], [1, 0]], num_programs=2)
     # Three row tiles of 256, two and one of them together.
     assert plan.shape == (128, 64) and plan.num_row_tiles == 3 and plan.group == 2
 
@@ -117,7 +84,7 @@ def test_any_number_of_programs(num_programs, transposed):
 @pytest.mark.slow
 def test_a_ring_is_used_again_and_again():
     mask = np.ones((9, 1))
-    plan = check_rows(128, (128, 64), mask, planned_for=9)
+    _, plan = check_rows(128, (128, 64), mask, planned_for=9)
     assert 9 * plan.steps_per_entry > 2 * count_stages(plan)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_sparse_matmul.mosaic_sm90 import products
-from pallas_kernels.block_sparse_matmul.mosaic_sm90.kernel import multiply_lists
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.plan import Plan
 from pallas_kernels.block_sparse_matmul.mosaic_sm90.products import make_row_plan, pair_blocks
 from pallas_kernels.doctor.oracles import error, make_masks, make_normal
+from tests.kernels.block_rows import check_rows
 from tests.kernels.interpreter import hopper, miss_barrier
 from tests.tiers import tier
 
@@ -138,33 +138,11 @@ def test_broken_lists_are_noticed(change, monkeypatch):
         check_gradient((64, 64), TIMES["early"])
 
 
-def check_cluster(blocks, mask, *, num_rows, times, transposed=False, num_programs=6):
+def check_cluster(blocks, mask, *, num_rows, num_programs=6, **options):
     """Multiply by clusters of two, with a bias; return the result and the plan."""
-    mask = np.asarray(mask, bool)
-    shape = tuple(count * side for count, side in zip(mask.shape, blocks, strict=True))
-    inner, columns = shape[::-1] if transposed else shape
-    lhs, w, bias = make_normal(((num_rows, inner), shape, (columns,)), "bfloat16")
-    plan = make_row_plan(
-        num_rows, shape, mask.shape, transposed=transposed, num_programs=num_programs
-    )
+    programs = {"planned_for": num_programs, "num_programs": num_programs}
+    got, plan = check_rows(num_rows, blocks, mask, **programs, **options)
     assert plan.cluster == 2
-    rows = mask if transposed else mask.T
-    lists = products._start_longest_first(
-        jnp.asarray(rows.sum(1)), jnp.asarray(np.argsort(~rows, axis=1, kind="stable"), jnp.int32)
-    )
-
-    @jax.jit
-    def multiply(lhs, w, lists, bias):
-        shape = (num_rows, columns)
-        return multiply_lists(lhs, w, lists, bias, shape, plan, num_programs=num_programs)
-
-    with hopper(*times):
-        got = multiply(lhs, w, lists, bias)
-        jax.block_until_ready(got)
-    kept = np.where(np.kron(mask, np.ones(blocks)), np.asarray(w, np.float32), 0)
-    exact = np.asarray(lhs, np.float32) @ (kept.T if transposed else kept)
-    exact += np.asarray(bias, np.float32)
-    assert error(got, exact) <= 2.0**-8 * np.abs(exact).max()
     return got, plan
 
 
