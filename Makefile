@@ -120,8 +120,9 @@ $(VENV)/dev.stamp $(VENV)/cuda.stamp: $(VENV)/%.stamp: requirements/%.txt
 COMPILE_LOCK := uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.12 pyproject.toml
 lock: $(VENV)/dev.stamp
 	$(COMPILE_LOCK) --extra data --extra pretrained -o requirements/train.txt
-	$(COMPILE_LOCK) --extra data --extra pretrained --extra dev -c requirements/train.txt -o requirements/dev.txt
-	$(COMPILE_LOCK) --extra data --extra pretrained --extra dev --extra cuda -c requirements/dev.txt -o requirements/cuda.txt
+	$(COMPILE_LOCK) --extra data --extra pretrained --extra docs -c requirements/train.txt -o requirements/docs.txt
+	$(COMPILE_LOCK) --extra data --extra pretrained --extra docs --extra dev -c requirements/docs.txt -o requirements/dev.txt
+	$(COMPILE_LOCK) --extra data --extra pretrained --extra docs --extra dev --extra cuda -c requirements/dev.txt -o requirements/cuda.txt
 	$(COMPILE_LOCK) --extra compile -c requirements/cuda.txt | grep -E '^(jax-cuda|nvidia-)' > requirements/compile.txt
 
 clean:

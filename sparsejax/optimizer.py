@@ -135,8 +135,8 @@ class Optimizer(NamedTuple):
     Attributes:
       clip: grads -> grads.
       init: params -> opt_state.
-      update: (grads, opt_state, params, *, b1) -> (updates, opt_state) for a learning rate of 1;
-        b1 is what `compute_b1` returns, by default `base_b1`.
+      update: `(grads, opt_state, params, *, b1)` -> (updates, opt_state) for a learning rate of
+        1; b1 is what `compute_b1` returns, by default `base_b1`.
       schedule: i32[] steps done -> f32[] learning rate.
       b1_schedule: i32[] steps done -> b1, a float where it stays the same, else f32[].
       base_learning_rate: float, the peak rate.

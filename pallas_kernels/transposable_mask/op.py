@@ -50,6 +50,7 @@ def transposable_mask(w: jax.Array, *, implementation: Implementation | None = N
 
     Example:
       Rows alone would keep the first two columns throughout.
+
       >>> w = jnp.array([[9.0, 8, 0, 1], [8, 9, 1, 0], [7, 6, 5, 4], [6, 7, 4, 5]])
       >>> transposable_mask(w).astype(int)
       Array([[1, 1, 0, 0],

@@ -17,8 +17,8 @@ def sat_pattern(w_pattern: jax.Array, *, density: float, causal: bool = False) -
     R = W W^T,  kept: the k = floor(density * visible) largest entries of R
 
     NB^2 blocks are visible, or the NB (NB + 1) / 2 on and below the diagonal if causal (ours). R is
-    positive semidefinite, |R_ij|^2 <= R_ii R_jj, so diagonal blocks tend to come first; but none is
-    forced, and a row of blocks may stay empty. R is symmetric, and so is the pattern, except for
+    positive semidefinite, `|R_ij|^2 <= R_ii R_jj`, so diagonal blocks tend to come first; but none
+    is forced, and a row of blocks may stay empty. R is symmetric, and so is the pattern, except for
     the last block where k splits a pair.
 
     Args:

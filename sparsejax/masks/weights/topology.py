@@ -59,7 +59,7 @@ def drop_and_grow(
       key: PRNG key of "random" and "mixed".
 
     Returns:
-      bool, shape of the mask, with |mask| - num_drop + num_grow entries kept.
+      bool, shape of the mask, with `|mask| - num_drop + num_grow` entries kept.
 
     Raises:
       ValueError: if the mask is not boolean, `weight` or `grad` is not floating or not shaped like

@@ -1,0 +1,90 @@
+"""How Sphinx builds the site: `make docs`.
+
+Its source folder is the repository, so that a link between files leads to the same place on the
+site as in the repository.
+"""
+
+import itertools
+import pathlib
+import re
+import sys
+import textwrap
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sparsejax.version import __version__  # noqa: E402
+
+project = "sparsejax"
+author = "The sparsejax authors"
+project_copyright = author
+version = release = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+root_doc = "docs/index"
+include_patterns = ["docs/**", "benchmarks/results/*.md", "*.md"]
+exclude_patterns = [".*", "build", "runs"]
+highlight_language = "none"
+
+# Anchors of headings as GitHub makes them.
+myst_heading_anchors = 4
+
+# A word in single backticks is code, and a link where it names something public.
+default_role = "py:obj"
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Numerics", "Derivatives"]
+
+html_theme = "furo"
+html_title = f"sparsejax {__version__}"
+html_copy_source = False
+html_show_sphinx = False
+# The start page stands in docs/: another, at the top, leads to it.
+html_extra_path = ["site_root"]
+
+
+def show_formulas(app, what, name, obj, options, lines):
+    """Show formulas and tables of a docstring as they stand.
+
+    They are the paragraphs before its sections that have an indented line or are no sentence.
+    """
+    head, *sections = re.split(r"^(?=[A-Z][a-z]+:$)", "\n".join(lines), maxsplit=1, flags=re.M)
+    summary, *paragraphs = re.split(r"\n\s*\n", head.rstrip())
+    shown = [summary]
+    for paragraph, following in itertools.pairwise([*paragraphs, ""]):
+        is_list = paragraph.startswith("- ")
+        is_sentence = paragraph[-1:] in (".", ":") or following.startswith(" ")
+        if not is_list and (re.search(r"^ ", paragraph, re.M) or not is_sentence):
+            paragraph = "::\n\n" + textwrap.indent(textwrap.dedent(paragraph), "  ")
+        shown.append(paragraph)
+    lines[:] = "\n\n".join([*shown, *sections]).split("\n")
+
+
+def leave_out_fields(app, what, name, obj, skip, options):
+    """Leave out the fields of a NamedTuple, which its docstring lists as attributes."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
+def give_title(app, docname, source):
+    """Give the pages of results, which are made without one, the title that links to them need."""
+    if not re.search(r"^# ", source[0], re.M):
+        source[0] = f"# `{docname.rpartition('/')[2]}`\n\n{source[0]}"
+
+
+def setup(app):
+    """Connect what Sphinx has no setting for; formulas before napoleon reads the sections."""
+    app.connect("autodoc-process-docstring", show_formulas, priority=400)
+    app.connect("autodoc-skip-member", leave_out_fields)
+    app.connect("source-read", give_title)
