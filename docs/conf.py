@@ -13,6 +13,9 @@ import textwrap
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from flax import nnx  # noqa: E402
+from sphinx.util import inspect  # noqa: E402
+
 from sparsejax.version import __version__  # noqa: E402
 
 project = "sparsejax"
@@ -30,6 +33,7 @@ root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/results/*.md", "*.md"]
 exclude_patterns = [".*", "build", "runs"]
 highlight_language = "none"
+smartquotes_action = "D"  # dashes: "xla" keeps its quotes
 
 # Anchors of headings as GitHub makes them.
 myst_heading_anchors = 4
@@ -53,6 +57,8 @@ html_copy_source = False
 html_show_sphinx = False
 # The start page stands in docs/: another, at the top, leads to it.
 html_extra_path = ["site_root"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 
 def show_formulas(app, what, name, obj, options, lines):
@@ -77,9 +83,17 @@ def leave_out_fields(app, what, name, obj, skip, options):
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
+def sign_module(app, what, name, obj, options, signature, returns):
+    """Give a Flax module the signature of its `__init__`; its metaclass takes anything."""
+    if what == "class" and isinstance(obj, type(nnx.Module)):
+        own = inspect.signature(obj.__init__, bound_method=True)
+        return inspect.stringify_signature(own, unqualified_typehints=True), returns
+    return None
+
+
 def give_title(app, docname, source):
     """Give the pages of results, which are made without one, the title that links to them need."""
-    if not re.search(r"^# ", source[0], re.M):
+    if docname.startswith("benchmarks/") and not source[0].startswith("# "):
         source[0] = f"# `{docname.rpartition('/')[2]}`\n\n{source[0]}"
 
 
@@ -87,4 +101,5 @@ def setup(app):
     """Connect what Sphinx has no setting for; formulas before napoleon reads the sections."""
     app.connect("autodoc-process-docstring", show_formulas, priority=400)
     app.connect("autodoc-skip-member", leave_out_fields)
+    app.connect("autodoc-process-signature", sign_module)
     app.connect("source-read", give_title)

@@ -27,7 +27,7 @@ _MOST_PIXELS_A_SIDE = 8192
 class DataConfig:
     """Name a data set and say how it is cut into batches.
 
-    A leading `~` in `data_dir` and in a path within `source` or `tokenizer` stands for the home
+    A leading ~ in `data_dir` and in a path within `source` or `tokenizer` stands for the home
     folder.
 
     Attributes:
@@ -229,12 +229,12 @@ class DataConfig:
 
     @property
     def rest(self) -> str:
-        """Return the part of `source` after the colon, `~` expanded; empty without one."""
+        """Return the part of `source` after the colon, ~ expanded; empty without one."""
         return os.path.expanduser(self.source.partition(":")[2])
 
     @property
     def data_path(self) -> Path:
-        """Return `data_dir` with `~` expanded."""
+        """Return `data_dir` with ~ expanded."""
         return Path(os.path.expanduser(self.data_dir))
 
 
