@@ -13,7 +13,7 @@ FAST := not slow and not gpu and not ci
 ROOM_PATHS := $(if $(ROOM),$(wildcard tests/$(ROOM) sparsejax/$(ROOM) $(if $(filter kernels,$(ROOM)),pallas_kernels)))
 export PYTHON VENV
 
-.PHONY: help train test test-ci test-all test-newest bench peers experiments plan compiled-report doctor gpu gpu-sweep gpu-export lint lock clean
+.PHONY: help train test test-ci test-all test-newest docs bench peers experiments plan compiled-report doctor gpu gpu-sweep gpu-export lint lock clean
 
 # The lock that runs use: CUDA's where it is installed or a GPU is found, or LOCK=train. nvidia-smi
 # can take seconds: only recipes look, so that other targets do not, and only once.
@@ -27,6 +27,7 @@ help:
 	@echo "make test       lint and the fast tests; ROOM=recipes runs those of tests/recipes alone"
 	@echo "make test-ci    the slower tests that each push runs after them"
 	@echo "make test-all   every test on its full grid, and again with the newest JAX allowed"
+	@echo "make docs       the documentation site, in build/docs"
 	@echo "make lint       ruff and pyright              make bench      the ops' benchmarks and their tables"
 	@echo "make peers      PyTorch in an environment of its own, and attention beside it"
 	@echo "make experiments NAME=hidden_permutation   train what an experiment lacks, or a recorded row again: ROW='SAT, 0.15';"
@@ -66,6 +67,11 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --pythonpath $(PY)
+
+# Pages change with files that Sphinx does not follow, such as a module's imports: -E reads all anew.
+docs: $(VENV)/docs.stamp
+	JAX_PLATFORMS=cpu $(PY) -m sphinx -q -E -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "build/docs/index.html"
 
 bench: $(VENV)/train.stamp
 	$(PY) -m benchmarks.attention
@@ -111,10 +117,10 @@ $(VENV)/train.stamp $(VENV)/compile.stamp: $(VENV)/%.stamp: requirements/%.txt
 	@requirements/install.sh $*
 	@touch $@
 
-# requirements/dev.txt contains train.txt, and cuda.txt both.
-$(VENV)/dev.stamp $(VENV)/cuda.stamp: $(VENV)/%.stamp: requirements/%.txt
+# Each lock contains those before it: train, docs, dev, cuda.
+$(VENV)/docs.stamp $(VENV)/dev.stamp $(VENV)/cuda.stamp: $(VENV)/%.stamp: requirements/%.txt
 	@requirements/install.sh $*
-	@touch $@ $(VENV)/train.stamp $(if $(filter cuda,$*),$(VENV)/dev.stamp)
+	@touch $@ $(VENV)/train.stamp $(if $(filter dev cuda,$*),$(VENV)/docs.stamp) $(if $(filter cuda,$*),$(VENV)/dev.stamp)
 
 # Without addresses: the lock serves whatever index pip is configured with.
 COMPILE_LOCK := uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.12 pyproject.toml

@@ -211,7 +211,7 @@ def compile_for(
 
     Args:
       function: what `jax.jit` takes; bind static arguments with `functools.partial`.
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`s. A leaf whose `NamedSharding` is on
+      *args: pytrees of arrays or of `jax.ShapeDtypeStruct`. A leaf whose `NamedSharding` is on
         `mesh` keeps it; every other leaf is replicated.
       mesh: from `make_gpu_mesh`; one H200 if None.
       **jit_options: of `jax.jit`, such as `donate_argnums`.

@@ -16,7 +16,7 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-print(*project["dependencies"], *extras["data"], *extras["pretrained"], *extras["dev"], sep="\n")
+print(*project["dependencies"], *extras["data"], *extras["pretrained"], *extras["docs"], *extras["dev"], sep="\n")
 PYTHON
 install --upgrade -r "$newest/requirements.txt"
 jaxlib=$("$newest/bin/python" -c 'import jaxlib; print(jaxlib.__version__)')

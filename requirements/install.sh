@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install a lock file (train, dev, compile or cuda) into $VENV (.venv), which is made if it is
+# Install a lock file (train, docs, dev, compile or cuda) into $VENV (.venv), which is made if it is
 # not there. uv does it in seconds where it can be had; pip does it otherwise.
 set -eu
 cd "$(dirname "$0")/.."

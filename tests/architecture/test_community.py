@@ -53,7 +53,7 @@ def test_workflow_runs_what_the_makefile_has_on_the_python_of_the_project():
     assert PROJECT["requires-python"] == f">={python['python-version']}"
     (cache,) = (step["with"] for step in job["steps"] if "/cache@" in step.get("uses", ""))
     (locks,) = re.findall(r"hashFiles\('(.+?)'\)", cache["key"])
-    assert {path.stem for path in ROOT.glob(locks)} == {"train", "dev", "cuda", "compile"}
+    assert {path.stem for path in ROOT.glob(locks)} == {"train", "docs", "dev", "cuda", "compile"}
     assert "secrets" not in (ROOT / WORKFLOW).read_text()
 
 

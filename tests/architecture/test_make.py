@@ -33,7 +33,7 @@ class Project:
         (folder / "requirements").mkdir()
         for path in ("Makefile", "requirements/find-gpu.sh"):
             shutil.copy(ROOT / path, folder / path)
-        for lock in ("train", "dev", "cuda", "compile"):
+        for lock in ("train", "docs", "dev", "cuda", "compile"):
             (folder / "requirements" / f"{lock}.txt").touch()
         for path, script in STUBS.items():
             self._write(path, script)
@@ -80,6 +80,15 @@ def test_without_a_gpu_jax_for_the_cpu_is_installed(nvidia_smi, tmp_path):
     assert list_installs(project.make("gpu")) == ["dev"]
     *_, run = project.make("gpu-export", "TARGET=a100")
     assert run == "python PYTHONPATH=.venv/compile -m benchmarks.exported_calls a100"
+
+
+def test_docs_need_no_tools_for_tests_and_nothing_beside_them(tmp_path):
+    project = Project(tmp_path, NO_GPU["none"])
+    first = project.make("docs")
+    assert list_installs(first) == ["docs"] and "sphinx" in first[-1]
+    assert list_installs(project.make("train")) == []
+    assert list_installs(project.make("lint")) == ["dev"]
+    assert list_installs(project.make("docs")) == []
 
 
 def test_the_plugin_of_plans_lies_in_one_place(tmp_path):

@@ -21,7 +21,7 @@ FOREIGN = re.compile(
         )
     )
 )
-TEXT = {".py", ".md", ".toml", ".txt", ".json", ".sh", ".cfg", ".yml", ".yaml", ".cff", ""}
+TEXT = {".py", ".md", ".rst", ".toml", ".txt", ".json", ".sh", ".cfg", ".yml", ".yaml", ".cff", ""}
 
 
 def limit_lines(path):
