@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flax import nnx  # noqa: E402
+from sphinx.domains.python import PyObject  # noqa: E402
 from sphinx.util import inspect  # noqa: E402
 
 from sparsejax.version import __version__  # noqa: E402
@@ -40,7 +41,8 @@ myst_heading_anchors = 4
 
 # A word in single backticks is code, and a link where it names something public.
 default_role = "py:obj"
-autodoc_default_options = {"members": True}
+autoclass_content = "both"
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -83,8 +85,20 @@ def leave_out_fields(app, what, name, obj, skip, options):
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
-def sign_module(app, what, name, obj, options, signature, returns):
-    """Give a Flax module the signature of its `__init__`; its metaclass takes anything."""
+def link_papers(app, what, name, obj, options, lines):
+    """Make links of the papers that a docstring names."""
+    for number, line in enumerate(lines):
+        line = re.sub(r"arXiv:(\d+\.\d+)", r"`\g<0> <https://arxiv.org/abs/\1>`__", line)
+        lines[number] = re.sub(r"doi:(10\.[\w./]+\w)", r"`\g<0> <https://doi.org/\1>`__", line)
+
+
+def sign_class(app, what, name, obj, options, signature, returns):
+    """Give a Flax module the signature of its `__init__`, and a protocol none.
+
+    Their metaclasses take anything.
+    """
+    if what == "class" and getattr(obj, "_is_protocol", False):
+        return "", returns
     if what == "class" and isinstance(obj, type(nnx.Module)):
         own = inspect.signature(obj.__init__, bound_method=True)
         return inspect.stringify_signature(own, unqualified_typehints=True), returns
@@ -99,7 +113,11 @@ def give_title(app, docname, source):
 
 def setup(app):
     """Connect what Sphinx has no setting for; formulas before napoleon reads the sections."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("autodoc-process-docstring", show_formulas, priority=400)
+    app.connect("autodoc-process-docstring", link_papers)
     app.connect("autodoc-skip-member", leave_out_fields)
-    app.connect("autodoc-process-signature", sign_module)
+    app.connect("autodoc-process-signature", sign_class)
     app.connect("source-read", give_title)

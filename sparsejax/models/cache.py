@@ -28,7 +28,8 @@ class LayerCache(NamedTuple):
     """Keys and values of one layer by position; anything where there is no token yet.
 
     Attributes:
-      k_BSKH, v_BSKH: float[B, S, K, H].
+      k_BSKH: float[B, S, K, H], keys.
+      v_BSKH: float[B, S, K, H], values.
       chosen: ChosenBlocks where blocks are chosen from the input, else None.
     """
 

@@ -19,7 +19,10 @@ class Rotary(NamedTuple):
     Attributes:
       wavelength: base of the wavelengths, positions per radian.
       scaling: "none", "linear" or "llama3", as of `TransformerOptions`.
-      factor, low_frequency_factor, high_frequency_factor, original_length: of the scaling.
+      factor: of the scaling, as of `TransformerOptions`.
+      low_frequency_factor: likewise.
+      high_frequency_factor: likewise.
+      original_length: likewise.
     """
 
     wavelength: float = 10_000.0

@@ -67,7 +67,8 @@ class Transformer(nnx.Module):
       decoder: Decoder of an encoder-decoder.
       head: nnx.Linear f32[D, V] of a language model whose head is not tied.
       head_transform: HeadTransform, if configured.
-      hidden, classifier: nnx.Linear of a classifier's head.
+      hidden: nnx.Linear of a classifier's head, the first of two.
+      classifier: nnx.Linear of a classifier's head, the second.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
