@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul.xla import products, serial
 from pallas_kernels.doctor.oracles import make_masks, make_normal
 from tests.kernels.block_matmul_contract import (
     BlockMatmulCase,
@@ -33,6 +34,25 @@ def test_contract(case, implementation):
         # make_masks wants three columns; a grid of one has two masks.
         case = _OneBlock(**{**case.__dict__})
     check_block_matmul(case, call_block_matmul(implementation))
+
+
+# What decides between the forms for a CPU: the density at which they break even, and how long a
+# list must be for a loop of its own.
+_CPU_FORMS = {"blocks": (2.0, 1000), "lists": (2.0, 0), "masked": (0.0, 0)}
+
+
+@pytest.mark.parametrize("form", tier(_CPU_FORMS, fast=["lists"]))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_for_a_cpu_keeps_the_contract(monkeypatch, dtype, form):
+    break_even, long_list = form
+    monkeypatch.setattr(products, "find_break_even", lambda _: break_even)
+    monkeypatch.setattr(serial, "_LONG_LIST", long_list)
+    # JAX keeps what it traced of the branches of a condition.
+    jax.clear_caches()
+    # Full lists of 9 and of 17 are taken 8 and 16 at a time, and 1 is left over.
+    case = BlockMatmulCase(grid=(9, 17), block=(8, 4), dtype=dtype)
+    check_block_matmul(case, call_block_matmul("xla"))
+    jax.clear_caches()
 
 
 class _OneBlock(BlockMatmulCase):
@@ -110,11 +130,31 @@ def test_layers_that_are_scanned_and_recomputed_keep_their_masks():
 
 
 def test_work_follows_the_mask():
-    # A trip count that is data: XLA counts the body of the loop once.
     x, w = jnp.ones((64, 128)), jnp.ones((128, 256))
     mask = jnp.ones((8, 16), bool)
-    compiled = jax.jit(block_sparse_matmul).lower(x, w, mask).compile()
-    assert compiled.cost_analysis()["flops"] < 2 * x.size * w.shape[1] / 16
+    # A trip count that is data: XLA counts the body of the loop once.
+    cost = jax.jit(serial.multiply).lower(x, w, mask, None).compile().cost_analysis()
+    assert cost["flops"] < 2 * x.size * w.shape[1] / 16
+
+
+@pytest.mark.parametrize("is_gradient", [False, True])
+def test_the_form_follows_the_density(is_gradient):
+    multiply = products.choose_by_mask(
+        lambda *_: jnp.array(False), lambda *_: jnp.array(True), is_gradient=is_gradient
+    )
+    left, right = jnp.ones((128, 128)), jnp.ones((128, 256))
+    # Blocks of 64 break even where 0.32 are kept: 2.56 of 8.
+    masks = jnp.arange(8).reshape(1, 2, 4) < jnp.array([2, 3, 8]).reshape(3, 1, 1)
+    assert [bool(multiply(left, right, mask)) for mask in masks] == [False, True, True]
+    # One form for all: their average decides, and is above that with the last mask alone.
+    batched = jax.jit(jax.vmap(multiply, in_axes=(None, None, 0), out_axes=None))
+    assert bool(batched(left, right, masks)) and not bool(batched(left, right, masks[:2]))
+
+
+def test_blocks_break_even_at_a_third_at_most():
+    sides = ((16, 16), (32, 32), (64, 64), (32, 128), (256, 256))
+    expected = (0.08, 0.16, 0.32, 0.32, 1 / 3)
+    assert [products.find_break_even(block) for block in sides] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
