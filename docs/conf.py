@@ -85,6 +85,12 @@ def leave_out_fields(app, what, name, obj, skip, options):
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
+def keep_colons(app, what, name, obj, options, lines):
+    """Hide the first line of what is returned from napoleon: before a colon it would see a type."""
+    text = re.sub(r"^(Returns|Yields):\n( +)", r"\g<0>\\\n\2", "\n".join(lines), flags=re.M)
+    lines[:] = text.split("\n")
+
+
 def link_papers(app, what, name, obj, options, lines):
     """Make links of the papers that a docstring names."""
     for number, line in enumerate(lines):
@@ -112,11 +118,12 @@ def give_title(app, docname, source):
 
 
 def setup(app):
-    """Connect what Sphinx has no setting for; formulas before napoleon reads the sections."""
+    """Connect what Sphinx has no setting for; a priority below 500 comes before napoleon."""
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
     app.connect("autodoc-process-docstring", show_formulas, priority=400)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
     app.connect("autodoc-process-docstring", link_papers)
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("autodoc-process-signature", sign_class)

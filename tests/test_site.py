@@ -123,5 +123,6 @@ def test_formulas_signatures_and_code_stand_as_they_are_written(reference):
     texts = {name: re.sub(r"<[^>]+>", "", text) for name, text in reference.items()}
     assert re.search(r"^kept\[i, j\] = \|i - j\| &lt; width$", texts["masks"], re.M)
     assert re.search(r"SparseLinear\(\s*in_features: int,\s*out_features", texts["models"])
+    assert re.search(r"Returns:\s+Mesh whose axes are Auto: XLA", texts["devices"])
     paragraphs = re.findall(r"<p>.*?</p>", "".join(reference.values()), re.S)
     assert [text for text in paragraphs if "`" in text] == []
