@@ -25,6 +25,7 @@ import jax.numpy as jnp
 # small products tells, with more of them the padding where lengths are uneven. The backward pass
 # of attention writes out one addition per list and block of a step, hence the bound on blocks.
 _LISTS_PER_TILE = 8
+_OWN_POSITIONS = 1024
 _POSITIONS_PER_STEP = 128
 _BLOCKS_PER_STEP = 4
 # Where the sorted lists are cut for a GPU, as shares of all. The longest stand in the smallest
@@ -149,7 +150,7 @@ def list_kept(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def make_tiles(
-    counts_U: jax.Array, visited_UP: jax.Array, *, block: int, parallel: bool
+    counts_U: jax.Array, visited_UP: jax.Array, *, block: int, own_block: int = 1, parallel: bool
 ) -> Tile | tuple[Tile, ...]:
     """Sort lists by length, longest first, and cut them into tiles.
 
@@ -157,6 +158,7 @@ def make_tiles(
       counts_U: int32[U], length of each list.
       visited_UP: int32[U, P], blocks on each list, its own first.
       block: int, positions in a visited block.
+      own_block: int, positions in the block that a list belongs to.
       parallel: bool, few large tiles instead of many small ones.
 
     Returns:
@@ -165,7 +167,8 @@ def make_tiles(
     """
     num_lists, num_blocks = visited_UP.shape
     width = max(1, min(_POSITIONS_PER_STEP // block, _BLOCKS_PER_STEP, num_blocks))
-    lists = max(r for r in range(1, _LISTS_PER_TILE + 1) if num_lists % r == 0)
+    most_lists = max(1, min(_LISTS_PER_TILE, _OWN_POSITIONS // own_block))
+    lists = max(r for r in range(1, most_lists + 1) if num_lists % r == 0)
     # Where a full list takes no more steps than there are lists in a tile, little is to be won, and
     # a program without a second loop is compiled sooner.
     parted = not parallel and num_blocks > lists * width

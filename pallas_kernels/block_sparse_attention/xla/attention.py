@@ -24,6 +24,8 @@ from pallas_kernels.block_sparse_attention.call import (
 )
 from pallas_kernels.block_sparse_attention.xla.backward import differentiate
 from pallas_kernels.block_sparse_attention.xla.forward import attend
+from pallas_kernels.block_sparse_attention.xla.joining import join_blocks
+from pallas_kernels.choosing import choose_cheaper
 from pallas_kernels.dispatch import targets_gpu
 
 
@@ -47,7 +49,18 @@ def run(arrays: AttentionArrays, facts: AttentionFacts) -> tuple[jax.Array, jax.
 def _attend(
     arrays: AttentionArrays, schedule: BlockSchedule, facts: AttentionFacts, parallel: bool
 ) -> tuple[jax.Array, jax.Array]:
-    return attend(arrays, schedule, facts, parallel=parallel)
+    def by_blocks(arrays, schedule, _):
+        return attend(arrays, schedule, facts, parallel=parallel)
+
+    def by_tiles(arrays, _, joined):
+        tiles, kept_YJqc = joined
+        return attend(arrays, tiles, joined_facts, parallel=False, kept_YJqc=kept_YJqc)
+
+    joined = None if parallel else join_blocks(schedule, facts)
+    if joined is None:
+        return by_blocks(arrays, schedule, None)
+    joined_facts, *tiles, costs = joined
+    return choose_cheaper(costs, by_blocks, by_tiles, arrays, schedule, tiles)
 
 
 _attention = jax.custom_vjp(_attend, nondiff_argnames=("facts", "parallel"))
@@ -61,7 +74,23 @@ def _attention_fwd(arrays, schedule, facts, parallel):
 
 def _attention_bwd(facts, parallel, residuals, cotangents):
     arrays, schedule, results = residuals
-    dq, dk, dv = differentiate(arrays, schedule, results, cotangents, facts, parallel=parallel)
+
+    def by_blocks(arrays, schedule, results, cotangents, _):
+        return differentiate(arrays, schedule, results, cotangents, facts, parallel=parallel)
+
+    def by_tiles(arrays, _, results, cotangents, joined):
+        tiles, kept_YJqc = joined
+        return differentiate(
+            arrays, tiles, results, cotangents, joined_facts, parallel=False, kept_YJqc=kept_YJqc
+        )
+
+    joined = None if parallel else join_blocks(schedule, facts)
+    operands = arrays, schedule, results, cotangents
+    if joined is None:
+        dq, dk, dv = by_blocks(*operands, None)
+    else:
+        joined_facts, *tiles, costs = joined
+        dq, dk, dv = choose_cheaper(costs, by_blocks, by_tiles, *operands, tiles)
     gradients = AttentionArrays(dq, dk, dv, blocks=None, kv_mask=None, segment_ids=None)
     return gradients, None
 

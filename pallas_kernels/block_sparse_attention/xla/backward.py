@@ -41,6 +41,7 @@ def differentiate(
     facts: AttentionFacts,
     *,
     parallel: bool,
+    kept_YJqc: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v.
 
@@ -49,14 +50,15 @@ def differentiate(
       results: what it returned, out float[B, T, N, H] and lse f32[B, T, N].
       cotangents: theirs.
       parallel: bool, the form for a GPU.
+      kept_YJqc: see `Operands`.
 
     Returns:
       tuple of dq, dk and dv, shaped and typed like q, k and v.
     """
-    operands = fold_operands(arrays, schedule, facts)
+    operands = fold_operands(arrays, schedule, facts, kept_YJqc)
     rows = _make_rows(operands, results, cotangents)
     fold = operands.fold
-    key_tiles = make_key_tiles(schedule, fold, block_q=facts.block_q, parallel=parallel)
+    key_tiles = make_key_tiles(schedule, fold, facts, parallel=parallel)
     dq_start = None
     if not parallel:
         dq_start = jnp.zeros(operands.q_XYQH.swapaxes(-1, -2).shape, jnp.float32)
@@ -65,7 +67,7 @@ def differentiate(
     if dq_XYHQ is not None:
         dq_XYQH = dq_XYHQ.swapaxes(-1, -2)
     else:
-        query_tiles = make_query_tiles(schedule, fold, block_kv=facts.block_kv, parallel=parallel)
+        query_tiles = make_query_tiles(schedule, fold, facts, parallel=parallel)
         dq_XYQH = _walk_query_lists(operands, rows, query_tiles)
     dq = unfold_blocks(dq_XYQH, fold.batch, fold.q_heads, facts.block_q)
     # Lists of several query heads read the same key head: their shares are summed.
@@ -135,7 +137,8 @@ def _walk_key_lists(
                 gather_blocks(x, visited_RW) for x in (rows.lse_XYQ, rows.delta_XYQ)
             )
             reach = operands.find_reach(visited_RW, own_R1)
-            attended = operands.find_attended(reach, own_R1, listed[:, :, None])
+            kept = operands.find_kept(visited_RW, own_R1, listed[:, :, None])
+            attended = operands.find_attended(reach, own_R1, kept)
             # Everything lies keys by queries: each product then contracts the last axis of its
             # left operand, the form that CPU libraries run at full speed.
             s = matmul("xrch,xrqh->xrcq", k_XRCH, q_XRQH) * facts.scale

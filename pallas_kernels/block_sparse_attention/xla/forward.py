@@ -19,7 +19,12 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def attend(
-    arrays: AttentionArrays, schedule: BlockSchedule, facts: AttentionFacts, *, parallel: bool
+    arrays: AttentionArrays,
+    schedule: BlockSchedule,
+    facts: AttentionFacts,
+    *,
+    parallel: bool,
+    kept_YJqc: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend to the blocks on the lists.
 
@@ -27,12 +32,13 @@ def attend(
       schedule: BlockSchedule with leading axes [1 or B, 1 or N], without blocks above the
         diagonal if causal.
       parallel: bool, the form for a GPU.
+      kept_YJqc: see `Operands`.
 
     Returns:
       tuple of out, shaped and typed like q, and lse f32[B, T, N].
     """
-    operands = fold_operands(arrays, schedule, facts)
-    tiles = make_query_tiles(schedule, operands.fold, block_kv=facts.block_kv, parallel=parallel)
+    operands = fold_operands(arrays, schedule, facts, kept_YJqc)
+    tiles = make_query_tiles(schedule, operands.fold, facts, parallel=parallel)
     count_kept = facts.pruned_logits == "zero"
 
     def advance(_, state, tile):
@@ -46,7 +52,7 @@ def attend(
             p = jnp.exp(visit.s_XRQC - new_top[..., None])
             pv = matmul("xrqc,xrch->xrqh", p.astype(arrays.v.dtype), visit.v_XRCH)
             if count_kept:
-                seen = visit.listed_RC[None, :, None, :]
+                seen = visit.listed_RQC[None]
                 if visit.reach is not None:
                     seen = visit.reach & seen
                 kept = kept + seen.sum(axis=-1, dtype=jnp.int32)

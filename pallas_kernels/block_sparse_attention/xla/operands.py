@@ -27,7 +27,7 @@ class KeyVisit(NamedTuple):
       k_XRCH: float[X, R, W * C, H], keys visited.
       v_XRCH: float[X, R, W * C, H], values visited.
       s_XRQC: f32[X, R, Q, W * C], logits; -inf where a key does not enter the softmax.
-      listed_RC: bool[R, W * C], keys on the list rather than in its padding.
+      listed_RQC: bool[R, Q or 1, W * C], which queries keep which keys; False in a list's padding.
       reach: bool[1 or X, R, Q, W * C], which queries see which keys, pruning and key mask aside;
         None: all of them.
     """
@@ -35,7 +35,7 @@ class KeyVisit(NamedTuple):
     k_XRCH: jax.Array
     v_XRCH: jax.Array
     s_XRQC: jax.Array
-    listed_RC: jax.Array
+    listed_RQC: jax.Array
     reach: jax.Array | None
 
 
@@ -44,6 +44,8 @@ class Operands(NamedTuple):
 
     Attributes:
       fold: Fold of the call.
+      kept_YJqc: bool[Y, J, q, c], which blocks of the mask are kept where the blocks of the call
+        are several of them joined, see `joining`.
       grid: (I, J), blocks of queries and keys.
       facts: AttentionFacts of the call.
     """
@@ -54,6 +56,7 @@ class Operands(NamedTuple):
     kv_mask_XYC: jax.Array | None
     q_segments_XYQ: jax.Array | None
     kv_segments_XYC: jax.Array | None
+    kept_YJqc: jax.Array | None
     fold: Fold
     grid: tuple[int, int]
     facts: AttentionFacts
@@ -67,12 +70,36 @@ class Operands(NamedTuple):
           step: int32[], at most `tile.num_steps` - 1.
         """
         visited_RW, listed_RC = tile.walk(step, self.facts.block_kv)
+        own_R1 = tile.owner[:, None]
+        listed_RQC = self.find_kept(own_R1, visited_RW, listed_RC[:, None, :])
         k_XRCH = gather_blocks(self.k_XYCH, visited_RW)
         v_XRCH = gather_blocks(self.v_XYCH, visited_RW)
-        reach = self.find_reach(tile.owner[:, None], visited_RW)
-        attended = self.find_attended(reach, visited_RW, listed_RC[:, None, :])
+        reach = self.find_reach(own_R1, visited_RW)
+        attended = self.find_attended(reach, visited_RW, listed_RQC)
         s = matmul("xrqh,xrch->xrqc", q_XRQH, k_XRCH) * self.facts.scale
-        return KeyVisit(k_XRCH, v_XRCH, jnp.where(attended, s, -jnp.inf), listed_RC, reach)
+        return KeyVisit(k_XRCH, v_XRCH, jnp.where(attended, s, -jnp.inf), listed_RQC, reach)
+
+    def find_kept(
+        self, q_blocks_RW: jax.Array, kv_blocks_RW: jax.Array, listed: jax.Array
+    ) -> jax.Array:
+        """Which queries keep which keys.
+
+        Args:
+          q_blocks_RW: int32[R, W or 1], folded query blocks.
+          kv_blocks_RW: int32[R, W or 1], folded key blocks.
+          listed: bool[R, Q or 1, C or 1], which positions belong to the lists.
+
+        Returns:
+          bool[R, Q or 1, C or 1], Q and C each of one block or of W.
+        """
+        if self.kept_YJqc is None:
+            return listed
+        columns_RW = kv_blocks_RW % self.grid[1]
+        kept = self.kept_YJqc[q_blocks_RW[:, :, None], columns_RW[:, None, :]].swapaxes(2, 3)
+        lists, num_q, rows, num_kv, columns = kept.shape
+        kept = kept.reshape(lists, num_q * rows, num_kv * columns)
+        kept = kept.repeat(self.facts.block_q // rows, 1)
+        return listed & kept.repeat(self.facts.block_kv // columns, 2)
 
     def find_reach(self, q_blocks_RW: jax.Array, kv_blocks_RW: jax.Array) -> jax.Array | None:
         """Which queries see which keys, pruning and key mask aside.
@@ -123,12 +150,16 @@ class Operands(NamedTuple):
 
 
 def fold_operands(
-    arrays: AttentionArrays, schedule: BlockSchedule, facts: AttentionFacts
+    arrays: AttentionArrays,
+    schedule: BlockSchedule,
+    facts: AttentionFacts,
+    kept_YJqc: jax.Array | None = None,
 ) -> Operands:
     """Fold the inputs of one call.
 
     Args:
       schedule: BlockSchedule with leading axes [1 or B, 1 or N].
+      kept_YJqc: see `Operands`.
     """
     fold = make_fold(arrays.q, arrays.k, schedule)
 
@@ -150,6 +181,7 @@ def fold_operands(
         kv_mask_XYC=None if kv_mask is None else keys(per_head(kv_mask, kv_heads)),
         q_segments_XYQ=None if segments is None else queries(per_head(segments, heads)),
         kv_segments_XYC=None if segments is None else keys(per_head(segments, kv_heads)),
+        kept_YJqc=kept_YJqc,
         fold=fold,
         grid=(schedule.kv_indices.shape[-2], schedule.kv_indices.shape[-1]),
         facts=facts,

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_lists import Tile, make_tiles
 from pallas_kernels.block_sparse_attention.block_schedule import BlockSchedule
+from pallas_kernels.block_sparse_attention.call import AttentionFacts
 from pallas_kernels.block_sparse_attention.xla.folding import Fold
 
 
 def make_query_tiles(
-    schedule: BlockSchedule, fold: Fold, *, block_kv: int, parallel: bool
+    schedule: BlockSchedule, fold: Fold, facts: AttentionFacts, *, parallel: bool
 ) -> Tile | tuple[Tile, ...]:
     """Tile the lists of key blocks that each query block visits.
 
     Args:
       schedule: BlockSchedule with leading axes [1 or B, 1 or N].
       fold: Fold of the call.
-      block_kv: int, keys per block.
       parallel: bool, few large tiles instead of many small ones.
 
     Returns:
@@ -27,18 +27,19 @@ def make_query_tiles(
     """
     blocks_UP = _fold_indices(schedule.kv_indices, fold, fold.kv_heads)
     counts_U = schedule.kv_counts.reshape(-1)
-    return make_tiles(counts_U, blocks_UP, block=block_kv, parallel=parallel)
+    return make_tiles(
+        counts_U, blocks_UP, block=facts.block_kv, own_block=facts.block_q, parallel=parallel
+    )
 
 
 def make_key_tiles(
-    schedule: BlockSchedule, fold: Fold, *, block_q: int, parallel: bool
+    schedule: BlockSchedule, fold: Fold, facts: AttentionFacts, *, parallel: bool
 ) -> Tile | tuple[Tile, ...]:
     """Tile the lists of query blocks that visit each key block.
 
     Args:
       schedule: BlockSchedule with leading axes [1 or B, 1 or N].
       fold: Fold of the call.
-      block_q: int, queries per block.
       parallel: bool, few large tiles instead of many small ones.
 
     Returns:
@@ -46,7 +47,9 @@ def make_key_tiles(
     """
     blocks_UP = _fold_indices(schedule.q_indices, fold, fold.q_heads)
     counts_U = schedule.q_counts.reshape(-1)
-    return make_tiles(counts_U, blocks_UP, block=block_q, parallel=parallel)
+    return make_tiles(
+        counts_U, blocks_UP, block=facts.block_q, own_block=facts.block_kv, parallel=parallel
+    )
 
 
 def _fold_indices(indices: jax.Array, fold: Fold, heads: tuple[int, int, int]) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 from pallas_kernels.block_sparse_matmul.call import BlockArrays, BlockFacts, find_sides
 from pallas_kernels.block_sparse_matmul.products import BlockProducts, multiply_blocks
 from pallas_kernels.block_sparse_matmul.xla import masked, parallel, serial
+from pallas_kernels.choosing import choose_cheaper
 from pallas_kernels.dispatch import targets_gpu
 
 _PARALLEL = BlockProducts(
@@ -66,22 +67,10 @@ def choose_by_mask(
     def multiply(left, right, mask_IJ, *bias):
         shape = (left.shape[1], right.shape[1]) if is_gradient else right.shape
         break_even = find_break_even(find_sides(mask_IJ, shape))
-        keeps_many = _count_kept(mask_IJ) >= break_even * mask_IJ.size
-        return jax.lax.cond(keeps_many, dense, loops, left, right, mask_IJ, *bias)
+        costs = mask_IJ.sum(), break_even * mask_IJ.size
+        return choose_cheaper(costs, loops, dense, left, right, mask_IJ, *bias)
 
     return multiply
-
-
-@jax.custom_batching.custom_vmap
-def _count_kept(mask_IJ: jax.Array) -> jax.Array:
-    return mask_IJ.sum()
-
-
-@_count_kept.def_vmap
-def _count_on_average(size, is_batched, mask_BIJ):
-    # One number for all: with one for each, both forms would run, and one be thrown away.
-    del is_batched
-    return mask_BIJ.sum() / size, False
 
 
 _SERIAL = BlockProducts(
