@@ -24,7 +24,7 @@ import jax.numpy as jnp
 # Measured on CPU over blocks of 32 and 64: with fewer lists or narrower steps the overhead of
 # small products tells, with more of them the padding where lengths are uneven. The backward pass
 # of attention writes out one addition per list and block of a step, hence the bound on blocks.
-_LISTS_PER_TILE = 4
+_LISTS_PER_TILE = 8
 _POSITIONS_PER_STEP = 128
 _BLOCKS_PER_STEP = 4
 # Where the sorted lists are cut for a GPU, as shares of all. The longest stand in the smallest
