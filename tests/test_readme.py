@@ -3,9 +3,7 @@
 import pathlib
 import re
 
-import jax
 import jax.numpy as jnp
-import pytest
 
 from pallas_kernels import aot
 
@@ -13,22 +11,11 @@ _README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 _EXAMPLES = re.findall(r"```python\n(.*?)```", _README, re.DOTALL)
 
 
-def test_readme_has_the_examples_it_announces():
-    assert len(_EXAMPLES) == 4
-
-
-@pytest.mark.parametrize("example", _EXAMPLES, ids=["first", "op", "linen", "masks"])
-def test_example_runs(example):
-    attention = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 256, 256)))
-    names = {"attention_maps": attention, "x": jnp.ones((2, 256, 64))}
+def test_the_example_runs():
+    (example,) = _EXAMPLES
+    names = {}
     exec(compile(example, "README.md", "exec"), names)
-    if "pattern" in names:
-        assert names["pattern"].shape == (2, 4, 4)
-    elif "out" in names:
-        assert names["out"].shape == (1, 256, 4, 64) and jnp.isfinite(names["out"]).all()
-    else:
-        assert names["y"].shape == names["x"].shape
-        assert jnp.isfinite(names["y"]).all()
+    assert names["out"].shape == (1, 256, 4, 64) and jnp.isfinite(names["out"]).all()
 
 
 def test_readme_names_files_and_targets_that_exist():
