@@ -8,9 +8,8 @@ Hardware:  2 CPU cores, 2 to 3 minutes. Unstructured weights save no time: the p
            ones of masked weights, and FLOPs are counted, not spared
 Source:    arXiv:2408.11746, scaled down: a topology lives for 20 of 1000 steps and not for the
            released 100 of 600,000
-Ours:      the schedule, for the paper's is not known; what docs/dynamic_sparse_training.md
-           measures: learning rates by density, moments of grown weights, the optimizer's step in
-           updates too
+Ours:      the schedule, for the paper's is not known; and options that docs/mst.md explains:
+           learning rates by density, moments of grown weights, the optimizer's step in updates too
 """
 
 from ml_collections import ConfigDict

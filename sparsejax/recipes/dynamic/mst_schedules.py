@@ -44,7 +44,8 @@ def mst_schedules(
 
     The sparsity climbs from 0 in stairs, holds, and falls linearly. Neither the paper nor its
     released code states the numbers, so most defaults are ours: with hybrid attention of stride
-    128, GPT-2 small trains at 23.6 % of the dense FLOPs, head included. `update_fraction` is the
+    128, GPT-2 small trains at 23.6 % of the dense FLOPs, head included and all pairs of positions
+    counted; a run counts the visible half and updates too, 22.5 %. `update_fraction` is the
     released script's, which updates every 100 of 600,000 steps.
 
     The restoration ends at the last update and not at the end of the run, so that the last masks
