@@ -2,9 +2,10 @@
 
     python -m benchmarks.attention_tiles [--headline] [--force] [--budget-seconds=N]
 
-The "xla" form with several tiles, beside what its steps consist of: with no softmax between the two
-products ("products"), and with exponentials but neither maximum, sum, nor mask ("exponentials").
-Both walk the same tiles of the same lists. One large product of 2048 x 2048 x 2048 says what rate
+The "xla" form with several tiles of lists, and with blocks joined to large tiles ("joined"), beside
+what its steps consist of: with no softmax between the two products ("products"), and with
+exponentials but neither maximum, sum, nor mask ("exponentials"). Both walk the same lists in the
+same tiles as the first. One large product of 2048 x 2048 x 2048 says what rate
 the machine reaches at all.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from benchmarks.harness import Case, Point, parse_arguments, run_points
 from benchmarks.records import Column
 from pallas_kernels import block_lists, block_sparse_attention
+from pallas_kernels.block_sparse_attention.xla import attention
 from pallas_kernels.doctor.timing import make_random
 
 _LENGTH, _HEADS, _HEAD_DIM, _LARGE = 4096, 4, 64, 2048
@@ -94,6 +96,8 @@ class Inputs(NamedTuple):
 
 
 def _attend(s: Inputs, *, problem: Problem, tile: Sequence[int] | None):
+    """Attend with tiles of lists, or with joined blocks for (), or as the reference for None."""
+
     def attend(q, k, v):
         return block_sparse_attention(
             q,
@@ -103,7 +107,7 @@ def _attend(s: Inputs, *, problem: Problem, tile: Sequence[int] | None):
             block_q=problem.block,
             block_kv=problem.block,
             scale=1.0,
-            implementation="xla" if tile else "reference",
+            implementation="reference" if tile is None else "xla",
         )
 
     def run():
@@ -114,9 +118,14 @@ def _attend(s: Inputs, *, problem: Problem, tile: Sequence[int] | None):
 
     if tile is None:
         return run()
-    # Read while tracing.
+    form = lambda _, blocks, joined, *args: (blocks if tile else joined)(*args)
     names = ("_LISTS_PER_TILE", "_POSITIONS_PER_STEP", "_BLOCKS_PER_STEP")
-    with mock.patch.multiple(block_lists, **dict(zip(names, tile, strict=True))):
+    constants = dict(zip(names, tile or _TILES[_TILE_NOW], strict=True))
+    # Read while tracing.
+    with (
+        mock.patch.object(attention, "choose_cheaper", form),
+        mock.patch.multiple(block_lists, **constants),
+    ):
         return run()
 
 
@@ -171,7 +180,7 @@ def make_case(problem: Problem) -> Case:
     mask = problem.make_mask()
     functions: dict[str, Callable[..., Any]] = {
         name: functools.partial(_attend, problem=problem, tile=tile)
-        for name, tile in _TILES.items()
+        for name, tile in (_TILES | {"joined": ()}).items()
     }
     # Two products forward, and seven with gradients, for logits are computed twice.
     products = 7 if problem.backward else 2
@@ -226,8 +235,7 @@ COLUMNS = (
     Column("block", lambda r: str(r["key"]["block"])),
     Column("pattern", _pattern),
     Column("pass", lambda r: "forward + backward" if r["key"]["backward"] else "forward"),
-    *(Column(f"{name} ms", _milliseconds(name)) for name in _TILES),
-    *(Column(f"{name} ms", _milliseconds(name)) for name in _PARTS),
+    *(Column(f"{name} ms", _milliseconds(name)) for name in (*_TILES, "joined", *_PARTS)),
     Column(f"{_TILE_NOW} GFLOP/s", _gflops(_TILE_NOW)),
     *(Column(f"{name} GFLOP/s", _gflops(name)) for name in (*_PARTS, "large product")),
 )
