@@ -118,12 +118,15 @@ def _attend(s: Inputs, *, problem: Problem, tile: Sequence[int] | None):
 
     if tile is None:
         return run()
-    form = lambda _, blocks, joined, *args: (blocks if tile else joined)(*args)
+
+    def choose(_, by_blocks, by_tiles, *operands):
+        return (by_blocks if tile else by_tiles)(*operands)
+
     names = ("_LISTS_PER_TILE", "_POSITIONS_PER_STEP", "_BLOCKS_PER_STEP")
     constants = dict(zip(names, tile or _TILES[_TILE_NOW], strict=True))
     # Read while tracing.
     with (
-        mock.patch.object(attention, "choose_cheaper", form),
+        mock.patch.object(attention, "choose_cheaper", choose),
         mock.patch.multiple(block_lists, **constants),
     ):
         return run()
