@@ -26,7 +26,7 @@ PEAK_TFLOPS = 989.4
 """Dense products of 16 bits, of the data sheet."""
 
 _HEAD = """**Predictions: nothing was run.** By a model of one turn of each kernel's main loop
-([docs](../../docs/proofs.md#what-the-machine-code-lets-one-expect)), tried on JAX's kernels first.
+([docs](../../docs/proofs.md#predicted-rates-the-cycle-model)), tried on JAX's kernels first.
 Clocks are of a turn of all computing warpgroups of a program. The path is what a turn takes if
 tiles are always there in time; two numbers are the least and the most, by how warpgroups that
 nothing orders happen to begin. Where the path is longer than the busiest resource by more than a
