@@ -228,8 +228,8 @@ def describe_error(
     # The text of a KeyError is quoted, sometimes twice.
     if match := _UNKNOWN_KEY.fullmatch(text):
         key = _find_key(match[1], arguments)
-        settings = [flag for flag in known if flag.startswith("--config.")]
-        meant = suggest(f"--config.{key}", settings)
+        settings = [flag.removeprefix("--config.") for flag in known if "." in flag]
+        meant = suggest(key, settings)
         return f"there is no setting {key!r}{meant or '; `sparsejax settings` lists them all'}"
     if "Traceback" in text:  # of a config that refuses its argument
         text = text.strip().splitlines()[-1]

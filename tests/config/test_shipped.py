@@ -117,7 +117,7 @@ def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
         ("--clip_norm=10", "did you mean '--config.optimizer.clip_norm'"),
         (
             "--config.recipe.spion.densty=0.1",
-            "^there is no setting 'recipe.spion.densty'; did you mean '--config.recipe.spion.dens",
+            "^there is no setting 'recipe.spion.densty'; did you mean 'recipe.spion.dens",
         ),
         ("--config.zzz.zzz=1", "^there is no setting 'zzz.zzz'; `sparsejax settings` lists them"),
         ("--config=quickstart:long", "no variants, .* got --config=quickstart:long$"),

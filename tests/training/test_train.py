@@ -32,7 +32,7 @@ def test_help_does_not_wait_for_jax():
 
 
 _ERRORS = {
-    "key": (["--config.modle.num_layers=3"], "did you mean '--config.model.num_layers'?"),
+    "key": (["--config.modle.num_layers=3"], "did you mean 'model.num_layers'?"),
 }
 _MORE_ERRORS = {
     "value": (
@@ -47,7 +47,7 @@ _MORE_ERRORS = {
     ),
     "cleared_key": (
         ["--config.optimizer.clip_nrm=None"],
-        "did you mean '--config.optimizer.clip_norm'",
+        "did you mean 'optimizer.clip_norm'",
     ),
 }
 
