@@ -4,6 +4,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import importlib
 import pathlib
 import re
 import tomllib
@@ -29,6 +30,8 @@ _MISTYPED = re.compile(
 )
 _KINDS = ("a whole number", "a number", "True or False", "set by one of its keys, KEY.NAME=VALUE")
 _UNKNOWN_FLAG = re.compile(r"Unknown command line flag '([\w.]+)'")
+_UNKNOWN_KEY = re.compile(r"""[\\"']+(\w+)[\\"']+(?:.*Did you mean.*)?""", re.DOTALL)
+_NO_VARIANTS = re.compile(r"get_config\(\) takes 0 positional arguments but 1 was given")
 _NO_FILE = re.compile(r"No such file or directory: '(.*)'")
 
 # Read as a file: importing anything of pallas_kernels imports JAX, and --help would wait for it.
@@ -141,8 +144,25 @@ def read_settings(argv: Sequence[str], flags: Any, config: Any) -> list[str]:
             _refuse_unused(arguments, str(config.value.recipe["name"]))
     # absl's own error is none of these, and absl is not imported here.
     except Exception as error:
-        raise ValueError(describe_error(error, [f"--{name}" for name in flags])) from error
+        known = [f"--{name}" for name in flags] + _list_setting_flags()
+        raise ValueError(describe_error(error, known, arguments)) from error
     return rest
+
+
+def _list_setting_flags() -> list[str]:
+    """List --config.KEY of every setting."""
+    # Configs build on this package, which knows them by name only.
+    settings = importlib.import_module("configs.base").get_config().to_dict()
+
+    def list_keys(section, prefix):
+        for key, value in section.items():
+            yield from (
+                list_keys(value, f"{prefix}{key}.")
+                if isinstance(value, dict)
+                else (f"{prefix}{key}",)
+            )
+
+    return list(list_keys(settings, "--config."))
 
 
 def _refuse_without_config(arguments: Sequence[str]) -> None:
@@ -172,12 +192,15 @@ def _refuse_unused(arguments: Sequence[str], name: str) -> None:
             )
 
 
-def describe_error(error: Exception, known: Sequence[str] = ()) -> str:
+def describe_error(
+    error: Exception, known: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> str:
     """Return what ml_collections raised, as one line.
 
     Args:
       error: for an unknown flag or key, a mistyped value or a missing file.
-      known: flags that may have been meant.
+      known: flags that may have been meant, such as --config.num_steps.
+      arguments: of the command line.
 
     Example:
       >>> describe_error(KeyError("no such key"))
@@ -191,14 +214,23 @@ def describe_error(error: Exception, known: Sequence[str] = ()) -> str:
         kind = next(k for s, k in zip(starts, _KINDS, strict=True) if match[3].startswith(s))
         return f"{match[1]} must be {kind}, got {match[2]!r}"
     if match := _UNKNOWN_FLAG.search(text):
-        meant = suggest(f"--{match[1]}", known)
+        same = [flag for flag in known if re.fullmatch(rf"--config\.(.*\.)?{match[1]}", flag)]
+        others = [flag for flag in known if not flag.startswith("--config.")]
+        meant = suggest(f"--{match[1]}", others)
+        if same:
+            meant = f"; did you mean {min(same, key=len)!r}?"
         return f"there is no flag --{match[1]}; settings are given as --config.KEY=VALUE{meant}"
     if match := _NO_FILE.search(text):
         return f"--config must be the name of a config or an existing .py file, got {match[1]!r}"
+    if _NO_VARIANTS.search(text):
+        (given,) = [a for a in arguments if a.partition("=")[0] in _CONFIG_FLAG][-1:] or ["?"]
+        return f"this config has no variants, so that ':NAME' must not follow it, got {given}"
     # The text of a KeyError is quoted, sometimes twice.
-    if match := re.fullmatch(r"[\"']+(\w+)[\"']+", text):
-        named = f"there is no setting named {match[1]!r}"
-        return f"{named}; `python -m sparsejax settings` lists them all"
+    if match := _UNKNOWN_KEY.fullmatch(text):
+        key = _find_key(match[1], arguments)
+        settings = [flag.removeprefix("--config.") for flag in known if "." in flag]
+        meant = suggest(key, settings)
+        return f"there is no setting {key!r}{meant or '; `sparsejax settings` lists them all'}"
     if "Traceback" in text:  # of a config that refuses its argument
         text = text.strip().splitlines()[-1]
     # An unknown key arrives as the text of a KeyError, which is a quoted string.
@@ -206,3 +238,9 @@ def describe_error(error: Exception, known: Sequence[str] = ()) -> str:
         with contextlib.suppress(SyntaxError, ValueError):
             text = ast.literal_eval(text)
     return " ".join(text.split())
+
+
+def _find_key(part: str, arguments: Sequence[str]) -> str:
+    """Return the whole key, of those that are set, that has a part; the part if none has."""
+    keys = (re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments)
+    return next((m[1] for m in keys if m and part in m[1].split(".")), part)

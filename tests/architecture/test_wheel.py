@@ -54,4 +54,4 @@ def test_an_installed_command_reads_its_own_configs_in_any_folder(wheel, tmp_pat
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and 'Did you mean "model"' in done.stderr
+    assert done.stderr.startswith("error: ") and "did you mean 'model." in done.stderr

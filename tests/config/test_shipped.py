@@ -113,7 +113,14 @@ def test_configs_come_first_and_the_current_folder_last(tmp_path, monkeypatch):
         ("--config.optimizer.learning_rate=fast", "learning_rate must be a number, got 'fast'$"),
         ("--config.model.scan_layers=maybe", "scan_layers must be True or False, got 'maybe'$"),
         ("--config.recipe=fst", "^recipe must be set by one of its keys, .*, got 'fst'$"),
-        ("--num_steps=10", "no flag --num_steps; settings are given as --config.KEY=VALUE"),
+        ("--num_steps=10", "no flag --num_steps; .*=VALUE; did you mean '--config.num_steps'"),
+        ("--clip_norm=10", "did you mean '--config.optimizer.clip_norm'"),
+        (
+            "--config.recipe.spion.densty=0.1",
+            "^there is no setting 'recipe.spion.densty'; did you mean 'recipe.spion.dens",
+        ),
+        ("--config.zzz.zzz=1", "^there is no setting 'zzz.zzz'; `sparsejax settings` lists them"),
+        ("--config=quickstart:long", "no variants, .* got --config=quickstart:long$"),
         (
             "--config.recipe.sat.density=0.3",
             "^config.recipe.sat.density must not be set in recipe 'spion', which has no use for",

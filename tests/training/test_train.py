@@ -32,12 +32,12 @@ def test_help_does_not_wait_for_jax():
 
 
 _ERRORS = {
-    "key": (["--config.modle.num_layers=3"], 'Did you mean "model" instead of "modle"?'),
+    "key": (["--config.modle.num_layers=3"], "did you mean 'model.num_layers'?"),
 }
 _MORE_ERRORS = {
     "value": (
         ["--config.model.block_size=100"],
-        "model.block_size must be a positive divisor of data.sequence_length=2048, got 100",
+        "model.block_size must be a positive divisor of data.sequence_length=1024, got 100",
     ),
     "file": (["--config=configs/missing.py"], "an existing .py file, got 'configs/missing.py'"),
     "argument": (["num_steps=3"], "unknown argument 'num_steps=3'"),
@@ -45,7 +45,10 @@ _MORE_ERRORS = {
         ["--config.optimizer.clip_norm=None", "--config.num_steps=None"],
         "num_steps must be of type int, got None",
     ),
-    "cleared_key": (["--config.optimizer.clip_nrm=None"], 'Did you mean "clip_norm"'),
+    "cleared_key": (
+        ["--config.optimizer.clip_nrm=None"],
+        "did you mean 'optimizer.clip_norm'",
+    ),
 }
 
 
